@@ -1878,6 +1878,7 @@ class Change:
     edit: Callable[[State], State]
     only: ModelName | None = None
     restart: ModelName | None = None
+    hint: str = ""  # what the operator does next
 
 
 def deploying(name: str) -> Change:
@@ -1885,7 +1886,8 @@ def deploying(name: str) -> Change:
         model = replace(state.model(name), wish="running")
         return replace(state.with_model(model), endpoint="running")
 
-    return Change(title=f"Deploy {name}", edit=edit, only=ModelName(name))
+    hint = "Next: a key for a colleague, in the tab Keys."
+    return Change(title=f"Deploy {name}", edit=edit, only=ModelName(name), hint=hint)
 
 
 def stopping(name: str) -> Change:
@@ -1972,7 +1974,7 @@ class JobView:
     finished_at: datetime | None
     lines: tuple[str, ...]
     fault: str | None
-    cancelled: bool = False
+    hint: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -2030,7 +2032,11 @@ def model_rows(snapshot: Snapshot) -> list[list[str]]:
 def _running_since(state: State, model: Model, observed: Observed | None, now: datetime) -> str:
     seen = [observed.containers.get(n) for n in replica_names(state, model)] if observed else []
     starts = [c.started_at for c in seen if c is not None and c.running and c.started_at]
-    return format_duration((now - min(starts)).total_seconds()) if starts else ""
+    if not starts:
+        return ""
+    seconds = (now - min(starts)).total_seconds()
+    # Whole minutes from the first on: a table that changes every second is sent every second.
+    return format_duration(seconds - seconds % 60 if seconds >= 60 else seconds)  # noqa: PLR2004
 
 
 def format_source(source: HubSource | LocalSource) -> str:
@@ -2236,8 +2242,8 @@ def key_rows(keys: Sequence[VirtualKey]) -> list[list[str]]:
             key.hint,
             ", ".join(key.models) or "all",
             format_day(key.expires_at) or "never",
-            str(key.rpm_limit or ""),
-            str(key.tpm_limit or ""),
+            str(key.rpm_limit or "no limit"),
+            str(key.tpm_limit or "no limit"),
             format_day(key.created_at),
         ]
         for key in keys
@@ -2306,6 +2312,10 @@ def pending_plan_text(snapshot: Snapshot) -> str:
     return code_block(str(snapshot.plan))
 
 
+def plan_button(snapshot: Snapshot) -> Json:
+    return {"interactive": bool(snapshot.plan) and running_job(snapshot) is None}
+
+
 def endpoint_text(snapshot: Snapshot) -> str:
     """Where colleagues find the service."""
     state = snapshot.state
@@ -2342,21 +2352,26 @@ def job_group(snapshot: Snapshot) -> Json:
 
 
 def job_title(snapshot: Snapshot) -> str:
-    """The newest job and how it stands."""
+    """The newest job, how it stands, and what comes next."""
     if not snapshot.jobs:
         return ""
     job = snapshot.jobs[0]
     if job.finished_at is None:
         elapsed = format_duration((snapshot.taken_at - job.started_at).total_seconds())
-        return f"⏳ **{plain(job.title)}** for {elapsed}"
+        return f"**{plain(job.title)}** · running for {elapsed}"
     took = format_duration((job.finished_at - job.started_at).total_seconds())
     if job.fault:
-        return f"❌ **{plain(job.title)}** failed after {took}: {plain(job.fault)}"
-    return f"✅ **{plain(job.title)}** done in {took}"
+        return f"**{plain(job.title)}** · failed after {took}: {plain(job.fault)}"
+    return f"**{plain(job.title)}** · done in {took}. {job.hint}"
 
 
-def job_text(snapshot: Snapshot) -> str:
-    return "\n".join(snapshot.jobs[0].lines) if snapshot.jobs else ""
+def job_log(snapshot: Snapshot) -> Json:
+    """The newest job's lines, while they matter: it runs, or it failed."""
+    if not snapshot.jobs:
+        return {"visible": False}
+    job = snapshot.jobs[0]
+    matters = job.finished_at is None or job.fault is not None
+    return {"value": "\n".join(job.lines), "visible": matters}
 
 
 def job_cancel(snapshot: Snapshot) -> Json:
@@ -2389,8 +2404,8 @@ def registration(  # noqa: PLR0913, PLR0917 - one argument per field of the form
 def key_request(
     alias: str, models: Sequence[str], days: float | None, rpm: float | None, tpm: float | None
 ) -> KeyRequest:
-    """The key form's fields; Gradio's numbers come as floats."""
-    whole = [None if number is None else int(number) for number in (days, rpm, tpm)]
+    """The key form's fields; 0 or empty is no limit."""
+    whole = [int(number or 0) or None for number in (days, rpm, tpm)]
     return KeyRequest(
         alias=alias.strip(),
         models=tuple(models),
@@ -3483,6 +3498,7 @@ class Job:
     """One change in its own thread; its log outlives every browser tab."""
 
     title: str
+    hint: str = ""
     id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
     started_at: datetime = field(default_factory=utc_now)
     finished_at: datetime | None = None
@@ -3545,6 +3561,7 @@ class Job:
                 finished_at=self.finished_at,
                 lines=tuple(self.lines),
                 fault=str(self.fault) if self.fault else None,
+                hint=self.hint,
             )
 
 
@@ -3622,7 +3639,7 @@ class Manager:
         except BaseException:
             release()
             raise
-        job = Job(change.title)
+        job = Job(change.title, change.hint)
         self._jobs.append(job)
         return job.run(
             lambda control: converge(
@@ -4031,14 +4048,13 @@ def build_models_tab(desk: Desk) -> None:
 
     with gr.Tab("Models"):
         rows = live(desk, table(MODEL_HEADERS), model_rows)
-        with gr.Row(equal_height=True):
-            chosen = live(
-                desk,
-                gr.Dropdown(label="Model", info="or click a row above", scale=3),
-                model_choices,
+        with gr.Row(elem_classes="actions"):
+            chosen = gr.Dropdown(
+                label="Model", info="choose here, or click a row above", scale=2, min_width=240
             )
+            live(desk, chosen, model_choices)
             buttons = {
-                verb: gr.Button(label, variant=variant, min_width=90)
+                verb: gr.Button(label, variant=variant, scale=0, min_width=110)
                 for verb, (label, variant) in MODEL_VERBS.items()
             }
         card = build_plan_card(desk, changes)
@@ -4151,9 +4167,9 @@ def build_revocation(desk: Desk) -> tuple[gr.Dropdown, gr.Markdown]:
             desk.manager.revoke_key(alias)
             return gr.update(visible=False), f"Revoked the key of {plain(alias)}."
 
-    with gr.Row(equal_height=True):
+    with gr.Row(elem_classes="actions"):
         chosen = gr.Dropdown(label="Key to revoke", scale=3)
-        revoke = gr.Button("Revoke", variant="stop", min_width=90)
+        revoke = gr.Button("Revoke", variant="stop", scale=0, min_width=110)
     with gr.Group(visible=False, elem_classes="plan-card") as sure:
         question = gr.Markdown(padding=True)
         with gr.Row():
@@ -4188,13 +4204,13 @@ def build_key_form(desk: Desk) -> gr.Textbox:
                 served_choices,
             )
         with gr.Row():
-            days = gr.Number(None, label="Valid for (days)", precision=0, info="empty: for ever")
-            rpm = gr.Number(None, label="Requests per minute", precision=0, info="empty: no limit")
-            tpm = gr.Number(None, label="Tokens per minute", precision=0, info="empty: no limit")
+            days = gr.Number(0, label="Valid for (days)", precision=0, info="0: for ever")
+            rpm = gr.Number(0, label="Requests per minute", precision=0, info="0: no limit")
+            tpm = gr.Number(0, label="Tokens per minute", precision=0, info="0: no limit")
         create = gr.Button("Create key", variant="primary")
         secret = gr.Textbox(
-            label="Hand this over now: it is shown only once", lines=9, interactive=False,
-            buttons=["copy"], visible=False,
+            label="Hand this over now: it is shown only once", elem_classes="log", lines=9,
+            interactive=False, buttons=["copy"], visible=False,
         )  # fmt: skip
     create.click(on_create, [alias, models, days, rpm, tpm], [secret, alias], **PRIVATE)
     return secret
@@ -4206,14 +4222,15 @@ def build_system_tab(desk: Desk) -> None:
         gr.Markdown("### What is planned")
         live(desk, gr.Markdown(), pending_plan_text)
         apply_button = gr.Button("Apply the plan", variant="primary")
+        live(desk, apply_button, plan_button)
         changes = {"apply": lambda _: applying(), "roll back": _returning(desk)}
         card = build_plan_card(desk, changes)
         wire_plan(desk, apply_button, gr.State("now"), card, "apply", changes["apply"])
         build_doctor_view(desk)
         build_endpoint_form(desk)
-        with gr.Accordion("Earlier versions", open=False), gr.Row(equal_height=True):
+        with gr.Accordion("Earlier versions", open=False), gr.Row(elem_classes="actions"):
             version = gr.Textbox(label="Version", placeholder="12", info="from history/", scale=3)
-            back = gr.Button("Roll back", variant="stop", min_width=90)
+            back = gr.Button("Roll back", variant="stop", scale=0, min_width=110)
         wire_plan(desk, back, version, card, "roll back", changes["roll back"])
 
 
@@ -4279,28 +4296,33 @@ def build_job_panel(desk: Desk) -> None:
 
     with live(desk, gr.Group(visible=False, elem_id="job"), job_group):
         live(desk, gr.Markdown(padding=True), job_title)
-        live(
-            desk,
-            gr.Textbox(
-                show_label=False, lines=8, max_lines=12, interactive=False, autoscroll=True,
-                buttons=["copy"],
-            ),
-            job_text,
-        )  # fmt: skip
+        log_lines = gr.Textbox(
+            label="Progress", lines=8, max_lines=12, interactive=False, buttons=["copy"]
+        )
+        live(desk, log_lines, job_log)
         cancel = live(desk, gr.Button("Cancel", size="sm"), job_cancel)
     cancel.click(on_cancel, None, None, **PRIVATE)
 
 
 STYLE: Final = """
+.gradio-container table td, .gradio-container table th { font-family: var(--font) !important; }
 .plan-card { border: 2px solid var(--color-accent) !important; }
-#job textarea { font-family: ui-monospace, monospace; font-size: 12px; }
+button.lg { align-self: flex-start; flex-grow: 0 !important; min-width: 130px; }
+.actions { align-items: end; }
+.actions button { max-height: 42px; }
+.plan-card .row { padding: 12px; }
+.plan-card pre { max-height: 32em; overflow: auto; white-space: pre-wrap; }
+#job textarea, .log textarea { font-family: var(--font-mono); font-size: 12px; }
 footer { display: none !important; }
 """
+# Fonts of the operator's own machine: the console must not ask the internet for any.
+FONTS: Final = ("system-ui", "sans-serif")
+MONOSPACE_FONTS: Final = ("ui-monospace", "monospace")
 
 
 def build_console(manager: Manager, watch: Watch) -> gr.Blocks:
     """The whole page."""
-    app = gr.Blocks(title="LLM Manager", analytics_enabled=False)
+    app = gr.Blocks(title="LLM Manager", analytics_enabled=False, fill_width=True)
     with app:
         desk = Desk(manager, watch)
         gr.Markdown("# LLM Manager")
@@ -4331,7 +4353,7 @@ def build_app(manager: Manager, watch: Watch) -> Guard:
         auth_dependency=operator,
         app_kwargs={"openapi_url": None, "docs_url": None, "redoc_url": None},
         css=STYLE,
-        theme=gr.themes.Default(),
+        theme=gr.themes.Default(primary_hue="blue", font=FONTS, font_mono=MONOSPACE_FONTS),
         footer_links=[],
         run_history=False,
         enable_monitoring=False,
