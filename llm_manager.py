@@ -78,7 +78,9 @@ def _install_ensurepip() -> None:
 
 
 def _run_or_give_up(command: list[str]) -> None:
-    if subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode:  # noqa: S603
+    # Errors come on stderr; apt's progress on stdout would drown what we say.
+    quiet = subprocess.DEVNULL
+    if subprocess.run(command, stdin=quiet, stdout=quiet, check=False).returncode:  # noqa: S603
         _give_up(f"`{' '.join(command)}` failed.", "Mend what it says above, then run this again.")
 
 
@@ -117,13 +119,13 @@ import fcntl
 import hmac
 import html
 import io
+import itertools
 import json
 import logging
 import re
 import secrets
 import shlex
 import shutil
-import signal
 import socket
 import tarfile
 import threading
@@ -133,6 +135,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
+from getpass import getpass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NewType, Protocol, TypeVar, assert_never
 from urllib.parse import parse_qs
 
@@ -1639,10 +1642,10 @@ def plan_state(
 
 def _plan_foundation(state: State, observed: Observed) -> Stage:
     steps: list[Step] = []
+    network = network_name(state)
+    if network not in observed.networks and (state.endpoint == "running" or state.wished_models):
+        steps.append(CreateNetwork(network, "the containers' own bridge"))
     if state.endpoint == "running":
-        network = network_name(state)
-        if network not in observed.networks:
-            steps.append(CreateNetwork(network, "the containers' own bridge"))
         steps += [
             CreateVolume(volume, "what must outlive containers")
             for volume in volume_names(state)
@@ -1653,8 +1656,8 @@ def _plan_foundation(state: State, observed: Observed) -> Stage:
 
 def _plan_database(state: State, observed: Observed) -> Stage:
     wished = state.endpoint == "running"
-    steps = plan_container(render_database(state), observed) if wished else []
-    return Stage(title="database", steps=tuple(steps))
+    steps = plan_container(render_database(state), observed).whole if wished else ()
+    return Stage(title="database", steps=steps)
 
 
 def _plan_model(
@@ -1662,59 +1665,65 @@ def _plan_model(
 ) -> Stage:
     placement = model.placement
     resources = placement.gpu_uuids if isinstance(placement, GpuPlacement) else ("cpu",)
-    steps = [
-        step
-        for spec in render_engines(state, model, site)
-        for step in plan_container(spec, observed, restart_cause)
+    replacements = [
+        plan_container(spec, observed, restart_cause) for spec in render_engines(state, model, site)
     ]
+    # What cannot be undone comes last: a later replica may fail, and then all come back.
+    steps = [step for replacement in replacements for step in replacement.steps]
+    farewell = [step for replacement in replacements for step in replacement.farewell]
     return Stage(
         title=f"model {model.name}",
-        steps=tuple(steps),
+        steps=(*steps, *farewell),
         model=model.name,
         resources=frozenset(resources),
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """What puts one container in place, and what may go once all of its stage succeeded."""
+
+    steps: tuple[Step, ...]
+    farewell: tuple[Step, ...] = ()
+
+    @property
+    def whole(self) -> tuple[Step, ...]:
+        return (*self.steps, *self.farewell)
+
+
 def plan_container(
     wanted: ContainerSpec, observed: Observed, restart_cause: str = ""
-) -> list[Step]:
+) -> Replacement:
     """One container in place: the old one is set aside, and removed only after the new is ready."""
     seen = observed.containers.get(wanted.name)
     left = observed.containers.get(aside(wanted.name))
-    discard_left: list[Step] = (
-        [Discard(left.name, wanted.stop_seconds, "left by an interrupted change")] if left else []
-    )
+    drop_left: tuple[Step, ...] = ()
+    if left is not None:
+        drop_left = (Discard(left.name, wanted.stop_seconds, "left by an interrupted change"),)
+    pull = _pull_if_absent(wanted, observed)
     if seen is None:
         if left is not None and left.spec_hash == wanted.hash:
-            return [
-                BringBack(wanted.name, "an interrupted change set it aside"),
-                WaitReady(wanted, "it starts"),
-            ]
-        pull = _pull_if_absent(wanted, observed)
-        return [*pull, *_create(wanted, "not there"), *discard_left]
+            back = BringBack(wanted.name, "an interrupted change set it aside")
+            return Replacement((back, WaitReady(wanted, "it starts")))
+        return Replacement((*pull, *_create(wanted, "not there")), drop_left)
     stale = "its settings changed" if seen.spec_hash != wanted.hash else restart_cause
     if stale:
-        return [
-            *discard_left,
-            *_pull_if_absent(wanted, observed),
-            SetAside(wanted.name, wanted.stop_seconds, stale),
-            *_create(wanted, stale),
-            Discard(aside(wanted.name), wanted.stop_seconds, stale),
-        ]
+        away = SetAside(wanted.name, wanted.stop_seconds, stale)
+        drop_old = Discard(aside(wanted.name), wanted.stop_seconds, stale)
+        return Replacement((*drop_left, *pull, away, *_create(wanted, stale)), (drop_old,))
     if not seen.running:
         cause = "it stopped" if seen.exit_code is None else f"it ended with {seen.exit_code}"
-        return [
-            StartContainer(wanted.name, cause), WaitReady(wanted, "it starts"), *discard_left
-        ]  # fmt: skip
-    wait: list[Step] = [] if seen.ready else [WaitReady(wanted, "it does not answer yet")]
-    return [*wait, *discard_left]
+        start = StartContainer(wanted.name, cause)
+        return Replacement((start, WaitReady(wanted, "it starts")), drop_left)
+    wait: tuple[Step, ...] = () if seen.ready else (WaitReady(wanted, "it does not answer yet"),)
+    return Replacement(wait, drop_left)
 
 
-def _pull_if_absent(wanted: ContainerSpec, observed: Observed) -> list[Step]:
+def _pull_if_absent(wanted: ContainerSpec, observed: Observed) -> tuple[Step, ...]:
     """A step of its own, before anything is stopped for it."""
     if wanted.image in observed.images:
-        return []
-    return [PullImage(wanted.image, "not on this server")]
+        return ()
+    return (PullImage(wanted.image, "not on this server"),)
 
 
 def _create(wanted: ContainerSpec, cause: str) -> list[Step]:
@@ -1750,12 +1759,23 @@ def _routable(state: State, model: Model, observed: Observed, routed: frozenset[
 
 def routed_replicas(state: State, observed: Observed) -> frozenset[str]:
     """The replicas that the serving gateway's configuration names."""
-    if observed.edge is None:
+    slot = serving_slot(observed)
+    if slot is None or gateway_name(state, slot) not in observed.containers:
         return frozenset()
-    text = observed.files.get(f"litellm-{observed.edge.slot}/config.yaml")
-    if text is None or gateway_name(state, observed.edge.slot) not in observed.containers:
-        return frozenset()
-    return frozenset(e["model_info"]["id"] for e in yaml.safe_load(text)["model_list"])
+    text = observed.files.get(f"litellm-{slot}/config.yaml", "")
+    # Its own words, read back line by line: a damaged file names nobody, and is written anew.
+    return frozenset(re.findall(r"^    id: (\S+)$", text, re.MULTILINE))
+
+
+def serving_slot(observed: Observed) -> Slot | None:
+    """What the running Caddy says; where it misses one look, what it was last told."""
+    if observed.edge is not None:
+        return observed.edge.slot
+    match re.search(r"ok ([ab]) ", observed.files.get(CADDYFILE, "")):
+        case None:
+            return None
+        case found:
+            return "a" if found[1] == "a" else "b"
 
 
 def _plan_gateway(
@@ -1763,13 +1783,13 @@ def _plan_gateway(
 ) -> tuple[Slot, list[Step]]:
     """The slot that shall serve, and how it gets there while the other goes on serving."""
     text = render_litellm_config(state, models)
-    serving = observed.edge.slot if observed.edge else None
+    serving = serving_slot(observed)
     wanted = {slot: render_gateway(state, slot, models, site) for slot in SLOTS}
     slot = _right_slot(wanted, observed, serving)
     write = _write(f"litellm-{slot}/config.yaml", text, observed, "what is routed changed")
     seen = observed.containers.get(wanted[slot].name)
     if seen is not None and seen.spec_hash == wanted[slot].hash:
-        return slot, [*write, *plan_container(wanted[slot], observed)]
+        return slot, [*write, *plan_container(wanted[slot], observed).whole]
     clear: list[Step] = []
     if seen is not None:
         clear = [
@@ -1797,7 +1817,7 @@ def _plan_edge(state: State, slot: Slot, observed: Observed, site: Site) -> list
     wanted, text = render_edge(state, site), render_caddyfile(state, slot)
     seen = observed.containers.get(wanted.name)
     before = observed.files.get(CADDYFILE)
-    steps = plan_container(wanted, observed)
+    steps = list(plan_container(wanted, observed).whole)
     if seen is not None and seen.running and seen.spec_hash == wanted.hash:
         if observed.edge == LoadedCaddyfile(slot, caddyfile_hash(text)):
             return steps
@@ -1934,6 +1954,16 @@ def revising(model: Model) -> Change:
 def configuring_edge(raw: Json) -> Change:
     edge = parse_edge(raw)
     return Change(title="Change HTTPS", edit=lambda state: replace(state, edge=edge))
+
+
+def setting_hub_token(token: str) -> Change:
+    """For gated repositories; an empty token forgets it."""
+    secret = pydantic.SecretStr(token) if token else None
+
+    def edit(state: State) -> State:
+        return replace(state, secrets=replace(state.secrets, hugging_face_token=secret))
+
+    return Change(title="Set the Hugging Face token", edit=edit)
 
 
 def pinning_image(role: str, image: str) -> Change:
@@ -2585,7 +2615,7 @@ class StateStore:
         """Every generated file by its path under generated/."""
         with file_errors("read the generated files"):
             return {
-                str(path.relative_to(self.generated)): path.read_text()
+                str(path.relative_to(self.generated)): path.read_text(errors="replace")
                 for path in sorted(self.generated.rglob("*"))
                 if path.is_file() and not path.name.startswith(".")
             }
@@ -2762,46 +2792,7 @@ class DockerContainers:
     def create(self, spec: ContainerSpec) -> None:
         """Create and start. Never run(): that pulls a missing image without a word."""
         with docker_errors(f"start {spec.name}"):
-            self._connected().containers.create(**self._create_arguments(spec)).start()
-
-    def _create_arguments(self, spec: ContainerSpec) -> Json:
-        arguments: Json = {
-            "image": spec.image,
-            "command": list(spec.command),
-            "name": spec.name,
-            "environment": {k: v if isinstance(v, str) else v.get_secret_value()
-                            for k, v in spec.environment.items()},
-            "network": spec.network,
-            "labels": {
-                **self._labels, **spec.labels,
-                LABEL_ROLE: spec.role, LABEL_SPEC_HASH: spec.hash,
-            },
-            "mounts": [_docker_mount(mount) for mount in spec.mounts],
-            "ports": {f"{p.container_port}/tcp": (p.address, p.host_port) for p in spec.ports},
-            "restart_policy": {"Name": spec.restart},
-            "shm_size": f"{spec.shm_mib}m",
-            "init": True,
-            "log_config": docker.types.LogConfig(
-                type="json-file", config={"max-size": "50m", "max-file": "3"}
-            ),
-        }  # fmt: skip
-        if spec.entrypoint:
-            arguments["entrypoint"] = list(spec.entrypoint)
-        if spec.gpu_uuids:
-            arguments["device_requests"] = [
-                docker.types.DeviceRequest(device_ids=list(spec.gpu_uuids), capabilities=[["gpu"]])
-            ]
-        if spec.healthcheck:
-            second = 1_000_000_000
-            arguments["healthcheck"] = {
-                "test": ["CMD-SHELL", spec.healthcheck],
-                "interval": 2 * second, "timeout": 5 * second, "retries": 5,
-                "start_period": int(spec.start_seconds) * second,
-            }  # fmt: skip
-        if spec.drop_capabilities:
-            # Root without DAC_OVERRIDE could not read our 0600 files of another owner.
-            arguments |= {"cap_drop": ["ALL"], "cap_add": ["NET_BIND_SERVICE", "DAC_OVERRIDE"]}
-        return arguments
+            self._connected().containers.create(**docker_arguments(spec, self._labels)).start()
 
     def start(self, name: ContainerName) -> None:
         with docker_errors(f"start {name}"):
@@ -2905,6 +2896,47 @@ def _observed(attributes: Json) -> ObservedContainer:
 def parse_docker_time(text: str) -> datetime:
     """Docker writes nanoseconds, Python reads microseconds."""
     return datetime.fromisoformat(re.sub(r"(\.\d{6})\d*", r"\1", text).replace("Z", "+00:00"))
+
+
+def docker_arguments(spec: ContainerSpec, owner: Mapping[str, str]) -> Json:
+    """A spec as the SDK's `containers.create` takes it."""
+    arguments: Json = {
+        "image": spec.image,
+        "command": list(spec.command),
+        "name": spec.name,
+        "environment": {k: v if isinstance(v, str) else v.get_secret_value()
+                        for k, v in spec.environment.items()},
+        "network": spec.network,
+        "labels": {
+            **owner, **spec.labels,
+            LABEL_ROLE: spec.role, LABEL_SPEC_HASH: spec.hash,
+        },
+        "mounts": [_docker_mount(mount) for mount in spec.mounts],
+        "ports": {f"{p.container_port}/tcp": (p.address, p.host_port) for p in spec.ports},
+        "restart_policy": {"Name": spec.restart},
+        "shm_size": f"{spec.shm_mib}m",
+        "init": True,
+        "log_config": docker.types.LogConfig(
+            type="json-file", config={"max-size": "50m", "max-file": "3"}
+        ),
+    }  # fmt: skip
+    if spec.entrypoint:
+        arguments["entrypoint"] = list(spec.entrypoint)
+    if spec.gpu_uuids:
+        arguments["device_requests"] = [
+            docker.types.DeviceRequest(device_ids=list(spec.gpu_uuids), capabilities=[["gpu"]])
+        ]
+    if spec.healthcheck:
+        second = 1_000_000_000
+        arguments["healthcheck"] = {
+            "test": ["CMD-SHELL", spec.healthcheck],
+            "interval": 2 * second, "timeout": 5 * second, "retries": 5,
+            "start_period": int(spec.start_seconds) * second,
+        }  # fmt: skip
+    if spec.drop_capabilities:
+        # Root without DAC_OVERRIDE could not read our 0600 files of another owner.
+        arguments |= {"cap_drop": ["ALL"], "cap_add": ["NET_BIND_SERVICE", "DAC_OVERRIDE"]}
+    return arguments
 
 
 def _docker_mount(mount: Mount) -> docker.types.Mount:
@@ -3570,6 +3602,52 @@ class Job:
 # =============================================================================
 
 
+def container_checks(state: State, observed: Observed) -> list[Check]:
+    """Docker answers, our containers are ready, and Caddy's ports are free where it is not up."""
+    checks = [Check(name="Docker", ok=True, text="answers")]
+    edge = observed.containers.get(edge_name(state))
+    if edge is None or not edge.running:
+        checks += [
+            Check(
+                name=f"port {port}",
+                ok=free,
+                text="is free for Caddy" if free else "is taken",
+                advice="Free it, or choose another one with `config set`.",
+            )
+            for port in (state.edge.https_port, state.edge.http_port)
+            for free in (port_is_free(state.edge.address, port),)
+        ]
+    checks += [
+        Check(
+            name=seen.name,
+            ok=bool(seen.running and seen.ready),
+            text=format_container(seen),
+            advice="Run `plan`, then `apply`.",
+        )
+        for _, seen in sorted(observed.containers.items())
+    ]
+    return checks
+
+
+LOW_DISK_BYTES: Final = 20 * 1024**3
+
+
+def server_checks(state: State, home: Path, gpus: Sequence[Gpu]) -> list[Check]:
+    """The state, the disk, the GPUs."""
+    free = free_bytes(home)
+    names = ", ".join(gpu.name or gpu.uuid for gpu in gpus)
+    return [
+        Check(name="state", ok=True, text=f"{len(state.models)} models, {home}"),
+        Check(
+            name="disk",
+            ok=free > LOW_DISK_BYTES,
+            text=f"{format_size(free)} free",
+            advice="Free some space: images and weights are large.",
+        ),
+        Check(name="GPUs", ok=True, text=names or "none; models run on the CPU"),
+    ]
+
+
 class Manager:
     """Every change of this installation, first as a plan, then as a job."""
 
@@ -3604,10 +3682,10 @@ class Manager:
 
     def jobs(self) -> list[JobView]:
         """Newest first."""
-        return [job.view() for job in reversed(self._jobs)]
+        return [job.view() for job in reversed(list(self._jobs))]
 
     def cancel_job(self, job_id: str) -> None:
-        for job in self._jobs:
+        for job in list(self._jobs):
             if job.id == job_id:
                 job.cancel()
 
@@ -3708,50 +3786,11 @@ class Manager:
     def doctor(self) -> list[Check]:
         """Everything this program needs from its server, each with a verdict."""
         state = self._store.load()
-        return [*self._docker_checks(state), *self._server_checks(state)]
-
-    def _docker_checks(self, state: State) -> list[Check]:
         try:
-            observed = self.observe()
+            docker_checks = container_checks(state, self.observe())
         except ManagerError as error:
-            return [Check(name="Docker", ok=False, text=error.fact, advice=error.advice)]
-        checks = [Check(name="Docker", ok=True, text="answers")]
-        edge = observed.containers.get(edge_name(state))
-        if edge is None or not edge.running:
-            checks += [
-                Check(
-                    name=f"port {port}",
-                    ok=port_is_free(state.edge.address, port),
-                    text="is free for Caddy",
-                    advice="Free it, or choose another one with `config set`.",
-                )
-                for port in (state.edge.https_port, state.edge.http_port)
-            ]
-        checks += [
-            Check(
-                name=seen.name,
-                ok=bool(seen.running and seen.ready),
-                text=format_container(seen),
-                advice="Run `plan`, then `apply`.",
-            )
-            for _, seen in sorted(observed.containers.items())
-        ]
-        return checks
-
-    def _server_checks(self, state: State) -> list[Check]:
-        free = free_bytes(self._store.home)
-        gpus = self._gpus()
-        text = ", ".join(gpu.name or gpu.uuid for gpu in gpus) or "none; models run on the CPU"
-        return [
-            Check(name="state", ok=True, text=f"{len(state.models)} models, {self._store.home}"),
-            Check(
-                name="disk",
-                ok=free > LOW_DISK_BYTES,
-                text=f"{format_size(free)} free",
-                advice="Free some space: images and weights are large.",
-            ),
-            Check(name="GPUs", ok=True, text=text),
-        ]
+            docker_checks = [Check(name="Docker", ok=False, text=error.fact, advice=error.advice)]
+        return [*docker_checks, *server_checks(state, self.home, self._gpus())]
 
     def create_key(self, request: KeyRequest) -> pydantic.SecretStr:
         """A new virtual key; this is the only time its secret is seen."""
@@ -3795,9 +3834,6 @@ class Manager:
         )
 
 
-LOW_DISK_BYTES: Final = 20 * 1024**3
-
-
 class Watch:
     """One thread that takes the snapshot which every open tab reads."""
 
@@ -3814,7 +3850,10 @@ class Watch:
     def _run(self) -> None:
         while True:
             time.sleep(self._seconds)
-            self._latest = self._manager.snapshot()
+            try:
+                self._latest = self._manager.snapshot()
+            except Exception:  # boundary: a bug in one look must not freeze every page for ever
+                log.exception("snapshot failed")
 
 
 # =============================================================================
@@ -4380,7 +4419,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(str(error))
         return FAILED
     except BrokenPipeError:
-        sys.stderr.close()
+        # `status | head`: nobody reads on. The interpreter would complain when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except Exception:  # boundary: one sentence for the operator, the traceback for the journal
         incident = uuid.uuid4().hex[:8]
@@ -4405,7 +4445,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     serve = add("serve", command_serve, "the console (the default); restores first")
     serve.add_argument("--port", type=int, default=CONSOLE_PORT)
-    add("url", command_url, "the console's address with its access token")
+    url = add("url", command_url, "the console's address with its access token")
+    url.add_argument("--port", type=int, default=CONSOLE_PORT)
     add("status", command_status, "models and containers as they are")
     add("plan", command_plan, "what would be done; exit status 3 if anything")
     add("apply", _changes(lambda _m, _a: applying()), "do what is planned")
@@ -4509,6 +4550,8 @@ def add_system_commands(commands: Any, add: Callable[..., Any]) -> None:
     edge.add_argument("--certificate", default="")
     edge.add_argument("--key", default="")
     edge.add_argument("--email", default="")
+    token = config.add_parser("token", help="the Hugging Face token, from standard input")
+    token.set_defaults(command=command_config_token)
     image = commands.add_parser("image", help="the pinned images").add_subparsers(
         required=True, metavar="COMMAND"
     )
@@ -4582,15 +4625,15 @@ def _changes(
 
 def follow(job: Job) -> int:
     """Print a job's lines; Ctrl-C cancels it, and waits until it is undone."""
-    lines = job.follow()
+    shown = 0
     while True:
         try:
-            for line in lines:
+            for line in itertools.islice(job.follow(), shown, None):
+                shown += 1
                 out(line)
         except KeyboardInterrupt:
             job.cancel()
             _say("Cancelling; what was begun is being undone ...")
-            lines = job.follow()
         else:
             out(f"Done in {format_duration((utc_now() - job.started_at).total_seconds())}.")
             return DONE
@@ -4812,6 +4855,14 @@ def command_config_set(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def command_config_token(_: argparse.Namespace) -> int:
+    """Never an argument: those are visible to every user of the server."""
+    token = getpass("Hugging Face token: ") if sys.stdin.isatty() else sys.stdin.readline()
+    open_manager().save(setting_hub_token(token.strip()))
+    out("Saved. Next: llm_manager.py plan")
+    return DONE
+
+
 def command_image_list(arguments: argparse.Namespace) -> int:
     manager = open_manager()
     pinned = asdict(manager.state().images)
@@ -4859,5 +4910,4 @@ def command_install(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())
