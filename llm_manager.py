@@ -283,10 +283,12 @@ HOSTNAME_RULE: Final = _checked(
     r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", "a lower-case host name or IPv4 address", longest=253
 )
 PATH_RULE: Final = _checked(
-    r"/[^\x00-\x1f\x7f:,\"{}]*", "an absolute path without control characters, : , \" { }",
+    r"/[^\x00-\x1f\x7f:,\"\\{}]*", "an absolute path without control characters or : , \" \\ { }",
     longest=1024,
 )  # fmt: skip
-URL_RULE: Final = _checked(r"https?://[^\s\"{}]+", "an http:// or https:// address", longest=512)
+URL_RULE: Final = _checked(
+    r"https?://[^\s\x00-\x1f\x7f\"\\{}]+", "an http:// or https:// address", longest=512
+)
 
 Name = Annotated[str, NAME_RULE]
 ImageRef = Annotated[str, IMAGE_RULE]
@@ -447,7 +449,7 @@ class AcmeTls:
     """Let's Encrypt, or a company's ACME server; needs a public name and port 80 or 443."""
 
     kind: Literal["acme"] = "acme"
-    email: Annotated[str, _checked(r"[^\s@{}\"]+@[^\s@{}\"]+", "an e-mail address", longest=254)]
+    email: Annotated[str, _checked(r"[\w.+-]+@[\w.-]+", "an e-mail address", longest=254)]
     directory_url: Annotated[str, URL_RULE] | None = None
 
 
@@ -876,7 +878,8 @@ def check_engine_arguments(model: Model, images: Images, options: EngineOptions)
                 advice="Leave it out.",
             )
         if known is not None and option not in known:
-            near = difflib.get_close_matches(option, sorted(known), n=1)
+            offered = sorted(known - _reserved_options(model))
+            near = difflib.get_close_matches(option, offered, n=1)
             raise RefusedError(
                 f"The engine argument {option} is unknown to {engine_image(model, images)}.",
                 advice=f"Did you mean {near[0]}?" if near else "Leave it out, or correct it.",
@@ -1061,8 +1064,8 @@ def _weights_mount(model: Model, site: Site) -> Mount:
 
 # A 28 by 28 white PNG: the smallest image that patch-based vision models take.
 _WHITE_PNG: Final = (
-    "iVBORw0KGgoAAAANSUhEUgAAABwAAAAcCAIAAAD9b0jDAAAAIElEQVR42mP8//8/A7UBEwMNwKihSAPDLkJHDR01"
-    "dHAYCgAMGAM1jX2TswAAAABJRU5ErkJggg=="
+    "iVBORw0KGgoAAAANSUhEUgAAABwAAAAcCAIAAAD9b0jDAAAAIklEQVR42mP4TwPAMGroqKGjho4aOmroqKGjho4a"
+    "OjIMBQDyYCdYB5gw6gAAAABJRU5ErkJggg=="
 )
 
 
@@ -1195,7 +1198,11 @@ def render_litellm_config(state: State, models: Sequence[Model]) -> str:
             "disable_requester_ip_address_logging": True,
         },
     }
-    return GENERATED_BANNER + yaml.safe_dump(config, sort_keys=False)
+    return GENERATED_BANNER + yaml.dump(config, Dumper=YAML_DUMPER, sort_keys=False)
+
+
+# libyaml's dumper writes the same text six times faster; 200 models are a real size.
+YAML_DUMPER: Final = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
 def _model_entries(state: State, model: Model) -> list[Json]:
@@ -2317,7 +2324,7 @@ def overview_text(snapshot: Snapshot) -> str:
 
 def plain(text: str) -> str:
     """User text that Markdown and HTML leave alone."""
-    return re.sub(r"([\\`*_{}\[\]()#+!|<>~&])", r"\\\1", text)
+    return re.sub(r"([\\`*_{}\[\]()#+!|<>~&])", r"\\\1", " ".join(text.split()))
 
 
 def code_block(text: str) -> str:
@@ -2412,23 +2419,31 @@ ORIGINS: Final = ("Hugging Face hub", "a directory of this server")
 
 
 def registration(  # noqa: PLR0913, PLR0917 - one argument per field of the form
-    name: str, kind: str, origin: str, source: str, arguments: str, served: str,
-    revision: str, image: str, kv_cache_mib: float | None, gpus: Sequence[str], replicas: float,
+    name: str | None, kind: str, origin: str, source: str | None, arguments: str | None,
+    served: str | None, revision: str | None, image: str | None,
+    kv_cache_mib: float | None, gpus: Sequence[str] | None, replicas: float | None,
 ) -> Json:  # fmt: skip
-    """The form's fields in the shape of a stored model; empty fields are left to defaults."""
-    hub = {"kind": "hub", "repository": source.strip(), "revision": revision.strip() or None}
-    local = {"kind": "local", "path": source.strip()}
-    cpu = {"kind": "cpu", "kv_cache_mib": kv_cache_mib}
+    """The form's fields in the shape of a stored model; what is not there is left to defaults.
+
+    Gradio (6.31) sends None for a text field in an accordion that was never opened.
+    """
+    place = typed(source)
+    hub = {"kind": "hub", "repository": place, "revision": typed(revision) or None}
+    cpu = {"kind": "cpu"} | ({"kv_cache_mib": kv_cache_mib} if kv_cache_mib else {})
     return {
-        "name": name.strip(),
+        "name": typed(name),
         "type": kind,
-        "source": hub if origin == ORIGINS[0] else local,
-        "served_model_name": served.strip() or name.strip(),
-        "engine_arguments": split_arguments(arguments),
-        "image": image.strip() or None,
-        "placement": {"kind": "gpu", "gpu_uuids": list(gpus)} if gpus else cpu,
-        "replicas": replicas,
-    }
+        "source": hub if origin == ORIGINS[0] else {"kind": "local", "path": place},
+        "served_model_name": typed(served) or typed(name),
+        "engine_arguments": split_arguments(typed(arguments)),
+        "image": typed(image) or None,
+        "replicas": replicas or 1,
+    } | ({"placement": {"kind": "gpu", "gpu_uuids": list(gpus)}} if gpus else {"placement": cpu})
+
+
+def typed(text: str | None) -> str:
+    """What a text field holds, without the spaces around it."""
+    return (text or "").strip()
 
 
 def key_request(
@@ -2437,8 +2452,8 @@ def key_request(
     """The key form's fields; 0 or empty is no limit."""
     whole = [int(number or 0) or None for number in (days, rpm, tpm)]
     return KeyRequest(
-        alias=alias.strip(),
-        models=tuple(models),
+        alias=typed(alias),
+        models=tuple(models or ()),
         days=whole[0],
         rpm_limit=whole[1],
         tpm_limit=whole[2],
@@ -2464,10 +2479,10 @@ def edge_settings(  # noqa: PLR0913, PLR0917 - one argument per field of the for
 ) -> Json:  # fmt: skip
     """The endpoint form's fields in the shape of a stored edge."""
     return asdict(before) | {
-        "hostnames": re.split(r"[,\s]+", names.strip()),
+        "hostnames": re.split(r"[,\s]+", typed(names)),
         "https_port": https_port,
         "http_port": http_port,
-        "tls": tls_settings(tls, certificate.strip(), key.strip(), email.strip()),
+        "tls": tls_settings(tls, typed(certificate), typed(key), typed(email)),
     }
 
 
@@ -2673,8 +2688,9 @@ def file_errors(action: str) -> Iterator[None]:
                 f"LLM Manager could not {action}: the disk is full; nothing was changed.",
                 advice="Free some space, then try again.",
             ) from error
+        where = f" ({error.filename})" if error.filename else ""
         raise ManagerError(
-            f"LLM Manager could not {action}: {error.strerror} ({error.filename}).",
+            f"LLM Manager could not {action}: {error.strerror or error}{where}.",
             advice="Check the owner and mode of LLM Manager's home directory.",
         ) from error
 
@@ -3377,8 +3393,10 @@ def apply_stage(stage: Stage, tools: Tools, control: Control) -> None:
             attempted.append(step)  # before the effect: a half-done step is undone too
             apply_step(step, tools, control)
     except Exception:
-        for step in reversed(attempted):
-            undo_step(step, tools, control.report)
+        # A Discard is the point of no return: what it made way for is ready, and stays.
+        if not (attempted and isinstance(attempted[-1], Discard)):
+            for step in reversed(attempted):
+                undo_step(step, tools, control.report)
         raise
 
 
@@ -3900,7 +3918,8 @@ class Guard:
     def admits(self, cookies: str) -> bool:
         """Whether a Cookie header carries this console's session."""
         found = dict(part.strip().partition("=")[::2] for part in cookies.split(";"))
-        return hmac.compare_digest(found.get(self._cookie, ""), self._session())
+        shown = found.get(self._cookie, "").encode()
+        return hmac.compare_digest(shown, self._session().encode())
 
     def _session(self) -> str:
         return hmac.new(self._key, b"console session", sha256).hexdigest()
@@ -4248,7 +4267,7 @@ def build_key_form(desk: Desk) -> gr.Textbox:
             tpm = gr.Number(0, label="Tokens per minute", precision=0, info="0: no limit")
         create = gr.Button("Create key", variant="primary")
         secret = gr.Textbox(
-            label="Hand this over now: it is shown only once", elem_classes="log", lines=9,
+            label="Hand this over now: it is shown only once", elem_id="new-key", lines=9,
             interactive=False, buttons=["copy"], visible=False,
         )  # fmt: skip
     create.click(on_create, [alias, models, days, rpm, tpm], [secret, alias], **PRIVATE)
@@ -4351,7 +4370,7 @@ button.lg { align-self: flex-start; flex-grow: 0 !important; min-width: 130px; }
 .actions button { max-height: 42px; }
 .plan-card .row { padding: 12px; }
 .plan-card pre { max-height: 32em; overflow: auto; white-space: pre-wrap; }
-#job textarea, .log textarea { font-family: var(--font-mono); font-size: 12px; }
+#job textarea, #new-key textarea, .log textarea { font-family: var(--font-mono); font-size: 12px; }
 footer { display: none !important; }
 """
 # Fonts of the operator's own machine: the console must not ask the internet for any.
@@ -4763,6 +4782,10 @@ def model_options(arguments: argparse.Namespace) -> Json:
         "image": arguments.image,
         "replicas": arguments.replicas,
     }
+    if arguments.revision and not arguments.repository:
+        raise RefusedError(
+            "A revision was given without its repository.", advice="Add --repository."
+        )
     if arguments.repository:
         revision = arguments.revision
         given["source"] = {

@@ -1,0 +1,98 @@
+"""What every test may use: golden files, and the marks that ask for Docker, a browser or a GPU."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import docker
+import docker.errors
+import pytest
+from builders import Golden
+from hypothesis import HealthCheck, settings
+
+GOLDEN = Path(__file__).parent / "golden"
+
+# Two busy cores are slow enough for Hypothesis's deadlines to lie, and a wall clock is no verdict.
+settings.register_profile(
+    "llm-manager", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("llm-manager")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """Compare text with tests/golden/<name>; the files keep their real extensions."""
+
+    def check(name: str, text: str) -> None:
+        if request.config.getoption("--update-golden"):
+            (GOLDEN / name).write_text(text)
+        assert text == (GOLDEN / name).read_text()
+
+    return check
+
+
+def listed(variable: str) -> frozenset[str]:
+    """The words of one of the lists that tests/run hands over."""
+    return frozenset(filter(None, os.environ.get(variable, "").replace(" ", "").split(",")))
+
+
+@cache
+def why_absent(kind: str) -> str | None:
+    """Why what a mark asks for is not here; None where it is."""
+    match kind:
+        case "docker":
+            without = listed("LLM_MANAGER_TESTS_WITHOUT") & {"docker", "images"}
+            return f"this run has no {', '.join(without)}" if without else _why_no_engine()
+        case "browser":
+            found = any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
+            return None if found else "no Chromium is installed"
+        case "gpu" | "mig":
+            return None if Path("/dev/nvidiactl").exists() else "no NVIDIA GPU"
+        case _:  # a server program, such as promtool
+            return None if shutil.which(kind) else f"{kind} is not installed"
+
+
+def _why_no_engine() -> str | None:
+    url = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
+    try:
+        client = docker.DockerClient(base_url=url, timeout=20)
+        client.ping()
+        client.close()
+    except docker.errors.DockerException:
+        return f"no Docker engine answers at {url}"
+    return None
+
+
+def need(kind: str, *, listed_as: str = "") -> None:
+    """Skip where something is absent; fail where this run may not be without it."""
+    reason = why_absent(kind)
+    if reason is None:
+        return
+    if (listed_as or kind) in listed("LLM_MANAGER_TESTS_REQUIRE"):
+        pytest.fail(f"{reason}, and LLM_MANAGER_TESTS_REQUIRE wants it", pytrace=False)
+    pytest.skip(reason)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for kind in ("docker", "browser", "gpu", "mig"):
+        if item.get_closest_marker(kind):
+            need(kind)
+
+
+@pytest.fixture
+def tool() -> Callable[[str], str]:
+    """The path of a server program; the test is skipped where it is not installed."""
+
+    def find(name: str) -> str:
+        need(name, listed_as="tools")
+        return shutil.which(name) or name
+
+    return find

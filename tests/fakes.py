@@ -1,0 +1,443 @@
+"""A simulated server: stateful stand-ins for Docker, the probes, the home directory and time.
+
+The docker tests hold the real adapters to the same promises. Nothing here counts calls for a
+test to assert on; what a test looks at is the world that is left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+
+import yaml
+
+import llm_manager as lm
+
+EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+class Crash(BaseException):
+    """The manager is killed here, as with kill -9: nothing of it runs any more."""
+
+
+class FakeClock:
+    """Time that passes only when somebody sleeps."""
+
+    def __init__(self, pace: float = 1.0) -> None:
+        self.now = 0.0
+        self.pace = pace  # a long wait in few looks
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds * self.pace
+
+    def today(self) -> datetime:
+        return EPOCH + timedelta(seconds=self.now)
+
+
+@dataclass
+class Trouble:
+    """Strikes at some of the effects on the world, counted from 1: just before, or just after.
+
+    `watch` is called after every effect: what must hold all the time is checked there.
+    """
+
+    at: Collection[int] = ()
+    after: bool = False
+    error: Callable[[], BaseException] = Crash
+    watch: Callable[[], None] = lambda: None
+    count: int = 0
+    dead: bool = False
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+    @contextlib.contextmanager
+    def around(self) -> Iterator[None]:
+        """Surround one effect; effects never overlap."""
+        with self.lock:
+            self.alive()
+            self.count += 1
+            strikes = self.count in self.at
+            if strikes and not self.after:
+                self._strike()
+            yield
+            self.watch()
+            if strikes and self.after:
+                self._strike()
+
+    def alive(self) -> None:
+        if self.dead:
+            raise Crash
+
+    def _strike(self) -> None:
+        error = self.error()
+        self.dead = isinstance(error, Crash)
+        raise error
+
+
+class FakeFiles:
+    """The generated files and kept logs, in memory."""
+
+    def __init__(self) -> None:
+        self.generated: dict[str, str] = {}
+        self.kept: dict[str, str] = {}
+        self.trouble = Trouble()
+
+    def read_generated(self) -> dict[str, str]:
+        self.trouble.alive()
+        return dict(sorted(self.generated.items()))
+
+    def write_generated(self, path: str, text: str | None) -> None:
+        with self.trouble.around():
+            if text is None:
+                self.generated.pop(path, None)
+            else:
+                self.generated[path] = text
+
+    def keep_log(self, name: lm.ContainerName, text: str) -> None:
+        if not self.trouble.dead:
+            self.kept[name] = text
+
+
+@dataclass
+class FakeContainer:
+    """A container as Docker holds it, with what its program read when it started."""
+
+    name: lm.ContainerName
+    spec: lm.ContainerSpec
+    running: bool = False
+    exit_code: int | None = None
+    started_at: float = 0.0
+    loaded: str = ""
+    log: list[str] = field(default_factory=list)
+
+
+@dataclass
+class World:
+    """What Docker has: it outlives every connection, and so every crash of the manager."""
+
+    files: lm.Files
+    clock: FakeClock = field(default_factory=FakeClock)
+    containers: dict[lm.ContainerName, FakeContainer] = field(default_factory=dict)
+    images: set[str] = field(default_factory=set)
+    networks: set[str] = field(default_factory=set)
+    volumes: set[str] = field(default_factory=set)
+    absent_images: set[str] = field(default_factory=set)  # no registry has these
+    broken: set[str] = field(default_factory=set)  # an image or argument; such engines exit
+    deaf: set[str] = field(default_factory=set)  # containers that miss their health checks
+    rejected: str = "\0"  # Caddy rejects a Caddyfile with this in it
+    start_seconds: float = 0.0
+    docker_answers: bool = True
+
+    def boot(self, container: FakeContainer) -> None:
+        """Start it: it reads its files now, and ends at once if it is broken."""
+        spec = container.spec
+        for other in self.containers.values():
+            if other.running and other is not container and {*other.spec.ports} & {*spec.ports}:
+                raise lm.ContainerFailedError(
+                    f"Docker could not start {container.name}: a port it publishes is taken.",
+                    advice="Free the port.",
+                )
+        if spec.network not in self.networks:
+            raise lm.ContainerFailedError(
+                f"Docker could not start {container.name}: network {spec.network} not found.",
+                advice="Apply the plan.",
+            )
+        container.running, container.exit_code = True, None
+        container.started_at = self.clock.now
+        container.loaded = self.file_of(spec)
+        container.log.append(f"{container.name} starts")
+        if self.is_broken(spec) or self.finds_its_volume_taken(container):
+            container.log.append("ValueError: The model does not fit.")
+            self.end(container.name, 1)
+
+    def finds_its_volume_taken(self, container: FakeContainer) -> bool:
+        """Two servers on one database would destroy it; PostgreSQL refuses by its lock file."""
+        return container.spec.role == "database" and any(
+            other.running and other is not container and other.spec.role == "database"
+            for other in self.containers.values()
+        )
+
+    def is_broken(self, spec: lm.ContainerSpec) -> bool:
+        return bool(self.broken & {spec.image, *spec.command})
+
+    def end(self, name: str, exit_code: int = 0) -> None:
+        container = self.containers[lm.ContainerName(name)]
+        container.running, container.exit_code = False, exit_code
+
+    def file_of(self, spec: lm.ContainerSpec) -> str:
+        paths = {"edge": lm.CADDYFILE, "gateway": f"litellm-{spec.name[-1]}/config.yaml"}
+        return self.files.read_generated().get(paths.get(spec.role, ""), "")
+
+    def answers(self, container: FakeContainer) -> bool:
+        """Whether its program does its work now."""
+        if not container.running or container.name in self.deaf:
+            return False
+        if self.clock.now - container.started_at < self.start_seconds:
+            return False
+        match container.spec.role:
+            case "gateway":
+                return bool(container.loaded) and any(
+                    other.spec.role == "database" and other.running
+                    for other in self.containers.values()
+                )
+            case "edge":
+                return lm.caddyfile_hash(container.loaded) != ""
+            case _:
+                return True
+
+    def routed(self) -> set[str]:
+        """The names that a client gets an answer for, through the edge and its gateway."""
+        edges = [c for c in self.containers.values() if c.spec.role == "edge" and self.answers(c)]
+        found: set[str] = set()
+        for edge in edges:
+            for gateway in self.containers.values():
+                if f"reverse_proxy {gateway.name}:" in edge.loaded and self.answers(gateway):
+                    found |= {name for name, replica in entries_of(gateway.loaded)
+                              if self.serves(replica)}  # fmt: skip
+        return found
+
+    def serves(self, replica: str) -> bool:
+        container = self.containers.get(lm.ContainerName(replica))
+        return container is not None and self.answers(container)
+
+    def copy(self) -> World:
+        """The same server once more, with files of its own in memory."""
+        files = FakeFiles()
+        files.generated |= self.files.read_generated()
+        return replace(
+            self,
+            files=files,
+            clock=FakeClock(),
+            containers={n: replace(c, log=[*c.log]) for n, c in self.containers.items()},
+            images={*self.images},
+            networks={*self.networks},
+            volumes={*self.volumes},
+            broken={*self.broken},
+            deaf={*self.deaf},
+        )
+
+    def running(self) -> set[str]:
+        return {c.name for c in self.containers.values() if c.running}
+
+
+def entries_of(litellm_config: str) -> set[tuple[str, str]]:
+    """(served name, replica) of every entry."""
+    loaded = yaml.load(litellm_config, FAST_LOADER)  # noqa: S506 - it is the safe one, in C
+    listed = (loaded or {}).get("model_list", [])
+    return {(entry["model_name"], entry["model_info"]["id"]) for entry in listed}
+
+
+FAST_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class FakeContainers:
+    """The `Containers` protocol over a world; every single effect can be struck by trouble."""
+
+    def __init__(self, world: World, trouble: Trouble | None = None) -> None:
+        self.world = world
+        self.trouble = trouble or Trouble()
+
+    def observe(self) -> lm.Observed:
+        self._connected()
+        world = self.world
+        return lm.Observed(
+            containers={name: self._seen(c) for name, c in world.containers.items()},
+            images=frozenset(world.images),
+            networks=frozenset(world.networks),
+            volumes=frozenset(world.volumes),
+        )
+
+    def look(self, name: lm.ContainerName) -> lm.ObservedContainer | None:
+        self._connected()
+        container = self.world.containers.get(name)
+        return None if container is None else self._seen(container)
+
+    def _seen(self, container: FakeContainer) -> lm.ObservedContainer:
+        spec, world = container.spec, self.world
+        healthy = "healthy" if world.answers(container) else "starting"
+        return lm.ObservedContainer(
+            name=container.name,
+            role=spec.role,
+            spec_hash=spec.hash,
+            running=container.running,
+            address="172.20.0.9" if container.running else None,
+            image=spec.image,
+            exit_code=None if container.running else container.exit_code,
+            started_at=EPOCH + timedelta(seconds=container.started_at)
+            if container.running
+            else None,
+            model_name=spec.labels.get(lm.LABEL_MODEL_NAME),
+            docker_health=healthy if spec.healthcheck and container.running else None,
+        )
+
+    def _connected(self) -> None:
+        self.trouble.alive()
+        if not self.world.docker_answers:
+            raise lm.DockerAbsentError("Docker does not answer.", advice="Start it.")
+
+    @contextlib.contextmanager
+    def _effect(self) -> Iterator[None]:
+        self._connected()
+        with self.trouble.around():
+            yield
+
+    def _known(self, name: lm.ContainerName) -> FakeContainer:
+        self._connected()
+        if name not in self.world.containers:
+            raise lm.ContainerGoneError(f"{name} is gone.", advice="Apply the plan.")
+        return self.world.containers[name]
+
+    def pull(self, image: str, report: Callable[[lm.Json], None]) -> None:
+        self._connected()
+        if image in self.world.images:
+            return
+        with self._effect():
+            if image in self.world.absent_images:
+                raise lm.ContainerFailedError(
+                    f"Docker could not pull {image}: there is no such image.",
+                    advice="Correct the image's name, or log in to its registry.",
+                )
+            for done in (10, 100):
+                detail = {"current": done, "total": 100}
+                report({"status": "Downloading", "id": "layer", "progressDetail": detail})
+            self.world.images.add(image)
+
+    def create_network(self, name: str) -> None:
+        with self._effect():
+            self.world.networks.add(name)
+
+    def create_volume(self, name: str) -> None:
+        with self._effect():
+            self.world.volumes.add(name)
+
+    def create(self, spec: lm.ContainerSpec) -> None:
+        with self._effect():
+            self._refuse_impossible(spec)
+            self.world.containers[spec.name] = FakeContainer(spec.name, spec)
+        self.start(spec.name)
+
+    def _refuse_impossible(self, spec: lm.ContainerSpec) -> None:
+        if spec.name in self.world.containers:
+            raise lm.ContainerFailedError(
+                f"Docker could not start {spec.name}: another container has its name.",
+                advice="Give one of them a home of its own.",
+            )
+        if spec.image not in self.world.images:
+            raise lm.ContainerFailedError(
+                f"Docker could not start {spec.name}: there is no such image.",
+                advice="Correct the image's name, or log in to its registry.",
+            )
+
+    def start(self, name: lm.ContainerName) -> None:
+        container = self._known(name)
+        with self._effect():
+            if not container.running:
+                self.world.boot(container)
+
+    def stop(self, name: lm.ContainerName, seconds: int) -> None:  # noqa: ARG002
+        container = self._known(name)
+        with self._effect():
+            if container.running:
+                self.world.end(name, 0)
+
+    def _rename(self, name: lm.ContainerName, new: lm.ContainerName) -> None:
+        container = self._known(name)
+        with self._effect():
+            if new in self.world.containers:
+                raise lm.ContainerFailedError(
+                    f"Docker could not rename {name}: another container has its name.",
+                    advice="Give one of them a home of its own.",
+                )
+            del self.world.containers[name]
+            container.name = new
+            self.world.containers[new] = container
+
+    def set_aside(self, name: lm.ContainerName, seconds: int) -> None:
+        self.stop(name, seconds)
+        self._rename(name, lm.aside(name))
+
+    def bring_back(self, name: lm.ContainerName) -> None:
+        self._rename(lm.aside(name), name)
+        self.start(name)
+
+    def remove(self, name: lm.ContainerName, seconds: int) -> None:
+        if name in self.world.containers:
+            self.stop(name, seconds)
+        with self._effect():
+            self.world.containers.pop(name, None)
+
+    def check_caddyfile(self, spec: lm.ContainerSpec, text: str) -> None:  # noqa: ARG002
+        with self._effect():
+            if self.world.rejected in text:
+                raise lm.ContainerFailedError(
+                    "Caddy rejects the generated Caddyfile: unrecognized directive.",
+                    advice="What ran before still runs. Correct the HTTPS settings.",
+                )
+
+    def reload_caddyfile(self, name: lm.ContainerName) -> None:
+        container = self._known(name)
+        with self._effect():
+            if not container.running:
+                raise lm.ContainerFailedError(
+                    f"Docker could not reload {name}: it is not running.", advice="Apply the plan."
+                )
+            container.loaded = self.world.file_of(container.spec)
+
+    def logs(self, name: lm.ContainerName, tail: int) -> str:
+        return "\n".join(self._known(name).log[-tail:])
+
+    def follow(self, name: lm.ContainerName) -> Iterator[str]:
+        yield from self._known(name).log
+
+
+class FakeProbes:
+    """The `Probes` protocol over a world: what answers is what the world says does."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    def fill(self, observed: lm.Observed) -> lm.Observed:
+        filled = {
+            name: replace(seen, ready=self._answers(name)) if seen.running else seen
+            for name, seen in observed.containers.items()
+        }
+        return replace(observed, containers=filled, edge=self._loaded())
+
+    def _answers(self, name: lm.ContainerName) -> bool:
+        container = self.world.containers.get(name)
+        return container is not None and self.world.answers(container)
+
+    def _loaded(self) -> lm.LoadedCaddyfile | None:
+        for container in self.world.containers.values():
+            if container.spec.role == "edge" and self.world.answers(container):
+                slot: lm.Slot = "a" if "ok a " in container.loaded else "b"
+                return lm.LoadedCaddyfile(slot, lm.caddyfile_hash(container.loaded))
+        return None
+
+    def is_ready(self, spec: lm.ContainerSpec, seen: lm.ObservedContainer) -> bool:
+        container = self.world.containers[seen.name]
+        if not self.world.answers(container):
+            return False
+        match spec.readiness:
+            case lm.GatewayServes(model_names=names):
+                return {name for name, _ in entries_of(container.loaded)} >= {*names}
+            case _:
+                return True
+
+
+def a_world(files: lm.Files | None = None) -> World:
+    """A server with Docker and nothing in it."""
+    return World(files if files is not None else FakeFiles())
+
+
+def some_tools(world: World, trouble: Trouble | None = None) -> lm.Tools:
+    """Doors into the world for one life of the manager; trouble strikes on all of them."""
+    trouble = trouble or Trouble()
+    if isinstance(world.files, FakeFiles):
+        world.files.trouble = trouble
+    return lm.Tools(FakeContainers(world, trouble), FakeProbes(world), world.files, world.clock)

@@ -1,0 +1,464 @@
+"""§8: a plan becomes the world; what fails is undone, and what is killed is healed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import pytest
+from builders import GPU_0, GPU_1, a_model, a_site, a_state, an_engine, on_gpus
+from fakes import Crash, FakeFiles, Trouble, World, a_world, some_tools
+
+import llm_manager as lm
+
+CHAT = lm.ContainerName("llm-model-chat-0")
+OTHER = lm.ContainerName("llm-model-other-0")
+BROKEN = "--broken"
+
+TWO = a_state(a_model(), a_model("other"))
+CHANGED = TWO.with_model(a_model(engine_arguments=("--max-model-len", "8192")))
+BREAKING = TWO.with_model(a_model(engine_arguments=(BROKEN,)))
+
+
+def a_failure() -> lm.ManagerError:
+    return lm.ContainerFailedError("Docker could not do that: no reason.", advice="Look.")
+
+
+@dataclass
+class Outcome:
+    """What one run of `converge` said and raised."""
+
+    lines: list[str]
+    error: BaseException | None
+
+
+def run(
+    state: lm.State,
+    world: World,
+    trouble: Trouble | None = None,
+    *,
+    only: str | None = None,
+    cancel_at: str = "nowhere",
+) -> Outcome:
+    """Converge to the end, bitter or not; `cancel_at`: the operator cancels at this line."""
+    outcome = Outcome([], None)
+
+    def report(line: str) -> None:
+        outcome.lines.append(line)
+        if cancel_at in line:
+            control.cancel()
+
+    control = lm.Control(report)
+    name = lm.ModelName(only) if only else None
+    try:
+        lm.converge(state, a_site(), some_tools(world, trouble), control, only=name)
+    except (lm.ManagerError, Crash) as error:
+        outcome.error = error
+    return outcome
+
+
+def a_server_with(state: lm.State) -> World:
+    world = a_world()
+    world.broken.add(BROKEN)
+    assert run(state, world).error is None
+    return world
+
+
+def plan_for(state: lm.State, world: World) -> str:
+    return str(lm.plan_state(state, lm.observe(some_tools(world)), a_site()))
+
+
+def shape(world: World) -> dict[str, tuple[str, bool]]:
+    """Every container with its settings, and whether it runs."""
+    return {name: (str(c.spec.hash), c.running) for name, c in world.containers.items()}
+
+
+@pytest.fixture(scope="module")
+def two_models() -> World:
+    """Copy it: every test has a server of its own."""
+    return a_server_with(TWO)
+
+
+# --- what works ----------------------------------------------------------------------
+
+
+def test_a_first_deployment_ends_routed_and_with_nothing_left_to_do() -> None:
+    world = a_server_with(TWO)
+    assert world.routed() == {"chat", "other"}
+    assert plan_for(TWO, world) == ""
+
+
+def test_the_start_log_of_an_engine_is_kept(two_models: World) -> None:
+    world = two_models.copy()
+    assert run(CHANGED, world).error is None
+    assert isinstance(world.files, FakeFiles)
+    assert set(world.files.kept) == {CHAT}
+
+
+def test_a_slow_start_is_told_with_the_engines_last_line() -> None:
+    world = a_world()
+    world.start_seconds = 25
+    outcome = run(a_state(a_model()), world)
+    assert outcome.error is None
+    assert "  10 s: llm-model-chat-0 starts" in outcome.lines
+    assert "  llm-model-chat-0 is ready after 25 s" in outcome.lines
+
+
+def test_an_engine_that_never_answers_is_given_up_and_removed() -> None:
+    world = a_world()
+    world.clock.pace = 500
+    world.deaf.add(CHAT)
+    outcome = run(a_state(a_model()), world)
+    assert isinstance(outcome.error, lm.ContainerFailedError)
+    assert outcome.error.fact == "llm-model-chat-0 was not ready after 1 h 1 min."
+    assert CHAT not in world.containers
+
+
+def test_two_engines_on_two_gpus_are_both_made(two_models: World) -> None:
+    state = a_state(a_model(placement=on_gpus(GPU_0)), a_model("other", placement=on_gpus(GPU_1)))
+    world = two_models.copy()
+    assert run(state, world).error is None
+    assert plan_for(state, world) == ""
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        CHANGED,
+        BREAKING,
+        TWO.with_model(a_model(wish="stopped")),
+        replace(TWO, models=TWO.models[1:]),
+        TWO.with_model(a_model("third")),
+        replace(TWO, images=replace(TWO.images, litellm="example/litellm:v2")),
+        replace(TWO, edge=replace(TWO.edge, hostnames=("llm.example.org",))),
+    ],
+    ids=["changed", "failing", "stopped", "removed", "added", "gateway image", "hostname"],
+)
+def test_another_model_is_routed_at_every_moment_of_a_change(
+    two_models: World, after: lm.State
+) -> None:
+    world = two_models.copy()
+
+    def watch() -> None:
+        assert "other" in world.routed()
+
+    run(after, world, Trouble(watch=watch))
+    assert "other" in world.routed()
+
+
+# --- what fails ------------------------------------------------------------------------
+
+
+def test_a_failed_replacement_brings_the_old_container_back(two_models: World) -> None:
+    world = two_models.copy()
+    before = shape(world)
+    outcome = run(BREAKING, world, only="chat")
+    assert str(outcome.error) == (
+        "llm-model-chat-0 ended with status 1 before it was ready: "
+        "ValueError: The model does not fit. Mend that, then deploy again; its whole log is kept."
+    )
+    assert shape(world) == before
+    assert world.routed() == {"chat", "other"}
+
+
+def test_what_fails_is_undone_newest_first(two_models: World) -> None:
+    outcome = run(BREAKING, two_models.copy(), only="chat")
+    image = TWO.images.vllm_cpu
+    assert [line for line in outcome.lines if "undo" in line] == [
+        f"undone: create llm-model-chat-0 from {image}: its settings changed",
+        "undone: set aside llm-model-chat-0: its settings changed",
+    ]
+
+
+def test_an_undo_that_fails_is_reported_and_the_next_still_runs(two_models: World) -> None:
+    smooth = Trouble()
+    run(BREAKING, two_models.copy(), smooth, only="chat")
+    # stop, rename, create, start; then the undo: stop, remove, rename, start
+    assert smooth.count == 8
+    world = two_models.copy()
+    outcome = run(BREAKING, world, Trouble((3, 4), error=a_failure), only="chat")
+    assert [line for line in outcome.lines if "undo" in line] == [
+        f"could not undo create llm-model-chat-0 from {TWO.images.vllm_cpu}: its settings changed: "
+        + str(a_failure()),
+        "undone: set aside llm-model-chat-0: its settings changed",
+    ]
+    assert world.routed() == {"chat", "other"}
+
+
+def test_a_stop_that_fails_half_way_leaves_the_model_running(two_models: World) -> None:
+    world = two_models.copy()
+    before = shape(world)
+    run(CHANGED, world, Trouble((1,), after=True, error=a_failure), only="chat")
+    assert shape(world) == before
+
+
+def test_one_model_that_fails_does_not_keep_the_others_from_serving() -> None:
+    world = a_world()
+    world.broken.add(BROKEN)
+    outcome = run(BREAKING, world)
+    assert isinstance(outcome.error, lm.ContainerFailedError)
+    assert world.routed() == {"other"}
+    assert any(line.startswith("model chat failed: ") for line in outcome.lines)
+
+
+def test_every_failure_of_one_change_is_named() -> None:
+    world = a_world()
+    world.broken.add(BROKEN)
+    both = BREAKING.with_model(a_model("other", engine_arguments=(BROKEN,)))
+    error = run(both, world).error
+    assert isinstance(error, lm.ManagerError)
+    assert "llm-model-chat-0 ended" in error.fact
+    assert "llm-model-other-0 ended" in error.fact
+    assert error.advice == "Mend that, then deploy again; its whole log is kept."
+
+
+def test_an_image_that_no_registry_has_interrupts_nothing(two_models: World) -> None:
+    world = two_models.copy()
+    world.absent_images.add("example/none:v1")
+    before = shape(world)
+    error = run(TWO.with_model(a_model(image="example/none:v1")), world, only="chat").error
+    assert isinstance(error, lm.ContainerFailedError)
+    assert "could not pull example/none:v1" in error.fact
+    assert shape(world) == before
+
+
+def test_a_rejected_caddyfile_changes_nothing(two_models: World) -> None:
+    world = two_models.copy()
+    world.rejected = "example.org"
+    before, files = shape(world), world.files.read_generated()
+    state = replace(TWO, edge=replace(TWO.edge, hostnames=("example.org",)))
+    error = run(state, world).error
+    assert isinstance(error, lm.ContainerFailedError)
+    assert error.fact.startswith("Caddy rejects")
+    assert shape(world) == before
+    assert world.files.read_generated() == files
+    assert world.routed() == {"chat", "other"}
+
+
+def test_a_database_that_does_not_come_up_leaves_the_endpoint_alone() -> None:
+    world = a_world()
+    world.broken.add("postgres:99")
+    state = replace(TWO, images=replace(TWO.images, postgres="postgres:99"))
+    outcome = run(state, world)
+    assert isinstance(outcome.error, lm.ContainerFailedError)
+    assert world.running() == {CHAT, OTHER}
+
+
+def test_a_database_image_that_fails_brings_the_old_database_back(two_models: World) -> None:
+    world = two_models.copy()
+    before = shape(world)
+    world.broken.add("postgres:99")
+    state = replace(TWO, images=replace(TWO.images, postgres="postgres:99"))
+    assert run(state, world).error is not None
+    assert shape(world) == before
+    assert world.routed() == {"chat", "other"}
+
+
+def test_a_second_replica_that_fails_brings_the_first_back_too() -> None:
+    before = a_state(a_model(replicas=2))
+    world = a_server_with(before)
+    shaped = shape(world)
+    second = lm.ContainerName("llm-model-chat-1")
+    world.deaf.add(second)
+    run(before.with_model(a_model(replicas=2, engine_arguments=("--seed", "1"))), world)
+    world.deaf.clear()
+    assert shape(world) == shaped
+
+
+def effects_of(after: lm.State, world: World) -> int:
+    counted = Trouble()
+    run(after, world.copy(), counted)
+    return counted.count
+
+
+def strikes(after: lm.State, world: World) -> Iterator[tuple[int, bool]]:
+    """Every effect of a change, just before and just after it."""
+    for at in range(1, effects_of(after, world) + 1):
+        yield at, False
+        yield at, True
+
+
+@pytest.mark.parametrize(
+    "after", [CHANGED, TWO.with_model(a_model("third"))], ids=["changed", "added"]
+)
+def test_a_failure_at_any_moment_drops_no_model_that_was_routed(
+    two_models: World, after: lm.State
+) -> None:
+    for at, later in strikes(after, two_models):
+        world = two_models.copy()
+        run(after, world, Trouble((at,), after=later, error=a_failure))
+        assert world.routed() >= {"chat", "other"}, (at, later)
+        run(after, world)
+        assert plan_for(after, world) == "", (at, later)
+
+
+# --- cancelling ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("line", ["set aside llm-model-chat", "create llm-model-chat", "wait unti"])
+def test_cancelling_undoes_what_was_begun(two_models: World, line: str) -> None:
+    world = two_models.copy()
+    before = shape(world)
+    outcome = run(CHANGED, world, only="chat", cancel_at=line)
+    assert isinstance(outcome.error, lm.CancelledError)
+    assert shape(world) == before
+    assert world.routed() == {"chat", "other"}
+
+
+def test_cancelling_while_the_old_ones_are_discarded_keeps_the_new_ones() -> None:
+    world = a_server_with(a_state(a_model(replicas=2)))
+    after = a_state(a_model(replicas=2, engine_arguments=("--seed", "1")))
+    run(after, world, cancel_at="discard llm-model-chat-0.aside")
+    assert {"llm-model-chat-0", "llm-model-chat-1"} <= world.running()
+
+
+def test_a_pull_can_be_cancelled_between_its_events(two_models: World) -> None:
+    world = two_models.copy()
+    before = shape(world)
+    state = TWO.with_model(a_model(image="example/engine:v2"))
+    outcome = run(state, world, only="chat", cancel_at="10 B of 100 B")
+    assert isinstance(outcome.error, lm.CancelledError)
+    assert shape(world) == before
+    assert "example/engine:v2" not in world.images
+
+
+def test_cancelling_stops_every_lane() -> None:
+    state = a_state(a_model(placement=on_gpus(GPU_0)), a_model("other", placement=on_gpus(GPU_1)))
+    world = a_world()
+    world.start_seconds = 25
+    outcome = run(state, world, cancel_at="wait until llm-model")
+    assert isinstance(outcome.error, lm.CancelledError)
+    assert not {CHAT, OTHER} & set(world.containers)
+
+
+# --- kill -9 ---------------------------------------------------------------------------------
+
+KILLED = {
+    "first deployment": (a_state(endpoint="stopped"), a_state(a_model())),
+    "changed": (TWO, CHANGED),
+    "stopped": (TWO, TWO.with_model(a_model(wish="stopped"))),
+    "removed": (TWO, replace(TWO, models=TWO.models[1:])),
+    "two replicas": (a_state(a_model(replicas=2)), a_state(a_model(replicas=2, image="x/y:2"))),
+    "https port": (TWO, replace(TWO, edge=replace(TWO.edge, https_port=8443))),
+    "endpoint stopped": (a_state(), a_state(endpoint="stopped")),
+    "database image": (TWO, replace(TWO, images=replace(TWO.images, postgres="postgres:16.9"))),
+}
+
+
+@pytest.mark.parametrize("story", KILLED)
+def test_a_kill_at_any_moment_is_healed_by_the_next_plan(story: str) -> None:
+    before, after = KILLED[story]
+    settled = a_server_with(before)
+    for at, later in strikes(after, settled):
+        world = settled.copy()
+        databases, volumes = len(databases_of(world)), set(world.volumes)
+        assert isinstance(run(after, world, Trouble((at,), after=later)).error, Crash)
+        assert len(databases_of(world)) >= databases, (at, later)
+        assert world.volumes >= volumes, (at, later)
+        assert run(after, world).error is None, (at, later)
+        assert plan_for(after, world) == "", (at, later)
+        assert len(databases_of(world)) >= databases, (at, later)
+
+
+def databases_of(world: World) -> list[str]:
+    return [name for name, c in world.containers.items() if c.spec.role == "database"]
+
+
+@pytest.mark.parametrize("story", ["changed", "database image"])
+def test_after_a_kill_the_way_back_is_open_too(story: str) -> None:
+    before, after = KILLED[story]
+    settled = a_server_with(before)
+    for at, later in strikes(after, settled):
+        world = settled.copy()
+        run(after, world, Trouble((at,), after=later))
+        assert run(before, world).error is None, (at, later)
+        assert plan_for(before, world) == "", (at, later)
+
+
+# --- jobs --------------------------------------------------------------------------------------
+
+
+def a_job(work: Callable[[lm.Control], None]) -> lm.Job:
+    return lm.Job("Deploy chat").run(work, at_end=lambda: None)
+
+
+def test_the_log_of_a_job_survives_its_reader() -> None:
+    gate = threading.Event()
+
+    def work(control: lm.Control) -> None:
+        control.report("one")
+        assert gate.wait(5)
+        control.report("two")
+
+    job = a_job(work)
+    reader = job.follow()
+    assert next(reader) == "one"
+    assert isinstance(reader, Iterator)
+    reader.close()  # type: ignore[attr-defined]
+    gate.set()
+    assert list(job.follow()) == ["one", "two"]
+    assert list(job.follow()) == ["one", "two"]
+
+
+def test_a_job_that_fails_ends_and_tells_every_reader() -> None:
+    def work(control: lm.Control) -> None:
+        control.report("one")
+        raise a_failure()
+
+    job = a_job(work)
+    for _ in range(2):
+        with pytest.raises(lm.ContainerFailedError, match="no reason"):
+            list(job.follow())
+    assert job.view().lines == ("one",)
+    assert job.view().fault == "Docker could not do that: no reason. Look."
+    assert job.view().finished_at is not None
+
+
+def test_a_job_with_a_bug_ends_with_a_fault_that_shows_no_internals() -> None:
+    ended = list[str]()
+
+    def work(_: lm.Control) -> None:
+        raise KeyError("sk-internal")
+
+    job = lm.Job("Deploy chat").run(work, at_end=lambda: ended.append("released"))
+    with pytest.raises(lm.ManagerError, match="Deploy chat failed"):
+        list(job.follow())
+    assert job.view().finished_at is not None
+    assert "sk-internal" not in str(job.view())
+    assert ended == ["released"]
+
+
+def test_what_a_job_held_is_free_before_it_is_called_finished() -> None:
+    seen_at_release = list[bool]()
+    job = lm.Job("Deploy chat")
+    job.run(lambda _: None, at_end=lambda: seen_at_release.append(job.finished_at is None))
+    list(job.follow())
+    assert seen_at_release == [True]
+
+
+def test_a_cancelled_job_ends_at_its_next_safe_point() -> None:
+    begun, gate = threading.Event(), threading.Event()
+
+    def work(control: lm.Control) -> None:
+        begun.set()
+        assert gate.wait(5)
+        control.check()
+
+    job = a_job(work)
+    assert begun.wait(5)
+    job.cancel()
+    gate.set()
+    with pytest.raises(lm.CancelledError):
+        list(job.follow())
+
+
+def test_readiness_is_asked_of_the_whole_question() -> None:
+    """A gateway that runs with an older list of names is not ready for a newer one."""
+    world = a_server_with(TWO)
+    tools = some_tools(world)
+    wanted = lm.render_gateway(TWO, "a", (*TWO.models, a_model("third")), a_site())
+    seen = tools.containers.look(wanted.name)
+    assert seen is not None
+    assert not tools.probes.is_ready(wanted, seen)
+    assert an_engine(TWO).readiness == lm.EngineAnswers(model_type="chat", served_model_name="chat")

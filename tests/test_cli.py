@@ -1,0 +1,379 @@
+"""§11: the real program, on a server whose Docker does not answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+import llm_manager as lm
+
+HUB = ("--repository", "Qwen/Qwen3-0.6B")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How one command ended, and what it said."""
+
+    status: int
+    out: str
+    err: str
+
+    def refusal(self) -> str:
+        """The one line for the operator: a sentence of fact, a sentence of advice."""
+        assert self.status == lm.FAILED, self
+        assert self.out == ""
+        assert "Traceback" not in self.err
+        (line,) = self.err.splitlines()
+        assert re.fullmatch(r".+\. .+[.?]", line), line
+        return line
+
+
+def environment(home: Path) -> dict[str, str]:
+    return os.environ | {"LLM_MANAGER_HOME": str(home), "DOCKER_HOST": "unix:///nonexistent"}
+
+
+def program(home: Path, *arguments: str) -> subprocess.Popen[str]:
+    """The program as the operator starts it; `run` does the same in this process, and fast."""
+    return subprocess.Popen(
+        [sys.executable, str(lm.PROGRAM), *arguments],
+        env=environment(home),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def started(home: Path, *arguments: str) -> Ended:
+    process = program(home, *arguments)
+    out, err = process.communicate(timeout=60)
+    return Ended(process.returncode, out, err)
+
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """One command in this process, on a home of its own."""
+    for name, value in environment(tmp_path / "home").items():
+        monkeypatch.setenv(name, value)
+
+    def command(*arguments: str) -> Ended:
+        try:
+            status = lm.main(arguments)
+        except SystemExit as exit_:
+            status = int(exit_.code or 0)
+        said = capsys.readouterr()
+        return Ended(status, said.out, said.err)
+
+    return command
+
+
+@pytest.fixture
+def with_chat(run: Run) -> Run:
+    assert run("model", "add", "chat", *HUB).status == lm.DONE
+    return run
+
+
+def facts(ended: Ended) -> Any:
+    assert ended.err == ""
+    return json.loads(ended.out)
+
+
+# --- as a process of its own ---------------------------------------------------------------
+
+
+def test_a_command_that_fails_says_one_fact_and_one_advice_and_ends_with_1(tmp_path: Path) -> None:
+    line = started(tmp_path, "plan").refusal()
+    assert line.startswith("Docker does not answer, so LLM Manager could not look at its")
+    assert "systemctl start docker" in line
+
+
+@pytest.fixture(scope="module")
+def console(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]:
+    """The console on a free port, with its home."""
+    home = tmp_path_factory.mktemp("home")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = program(home, "serve", "--port", str(port))
+    assert process.stdout is not None
+    assert process.stdout.readline() == (
+        f"LLM Manager listens on 127.0.0.1:{port}; `url` prints its address.\n"
+    )
+    yield port, home
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode in {0, -signal.SIGTERM}, err
+    assert "Traceback" not in out + err
+
+
+def connected(port: int) -> httpx.Client:
+    transport = httpx.HTTPTransport(retries=5)  # it says that it listens a moment before it does
+    return httpx.Client(base_url=f"http://127.0.0.1:{port}", transport=transport, trust_env=False)
+
+
+def token_of(home: Path) -> str:
+    return lm.reveal(lm.StateStore(home).load().secrets.console_key)
+
+
+def test_the_console_comes_up_without_docker_for_its_operator_alone(
+    console: tuple[int, Path],
+) -> None:
+    port, home = console
+    with connected(port) as client:
+        assert client.get("/").status_code == 401
+        assert client.get("/config").status_code == 401
+        assert client.get("/", headers={"host": "evil.example"}).status_code == 403
+        assert client.get("/?token=wrong").status_code == 401
+        page = client.get(f"/?token={token_of(home)}", follow_redirects=True)
+        assert page.status_code == 200
+        assert "LLM Manager" in page.text
+        assert client.get("/config").status_code == 200
+
+
+def test_a_taken_port_is_said_before_anything_starts(console: tuple[int, Path]) -> None:
+    port, home = console
+    line = started(home, "serve", "--port", str(port)).refusal()
+    assert line.startswith(f"Port {port} of 127.0.0.1 cannot be used: ")
+    assert "Is the console running already?" in line
+
+
+def test_a_browser_that_goes_away_in_mid_answer_ends_nothing(console: tuple[int, Path]) -> None:
+    port, home = console
+    with connected(port) as client:
+        client.get(f"/?token={token_of(home)}")
+        (cookie,) = (f"{name}={value}" for name, value in client.cookies.items())
+    question = f"GET / HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nCookie: {cookie}\r\n\r\n"
+    for n in range(60):
+        with socket.create_connection(("127.0.0.1", port)) as gone:
+            gone.sendall(question.encode() * (1 + n % 4))
+    with connected(port) as client:
+        assert client.get("/").status_code == 401
+
+
+def test_output_that_nobody_reads_is_no_failure(tmp_path: Path) -> None:
+    lm.StateStore(tmp_path).ensure("")
+    process = program(tmp_path, "config", "show")
+    assert process.stdout is not None
+    process.stdout.close()  # as `| head` does
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+    assert process.wait() in {0, -signal.SIGPIPE}
+
+
+# --- models ------------------------------------------------------------------------------------
+
+
+def test_a_model_is_added_listed_shown_changed_and_removed(with_chat: Run) -> None:
+    run = with_chat
+    (row,) = facts(run("model", "list", "--json"))
+    assert (row["name"], row["phase"], row["source"]) == ("chat", "unknown", "Qwen/Qwen3-0.6B")
+    assert run("model", "set", "chat", "--replicas", "2", "--arguments", "--seed 1").out == (
+        "Saved chat. Next: llm_manager.py plan\n"
+    )
+    shown = facts(run("model", "show", "chat"))
+    assert (shown["replicas"], shown["engine_arguments"]) == (2, ["--seed", "1"])
+    assert shown["wish"] == "stopped"
+    # Removing acts at once, so it needs Docker; the wish is written down all the same.
+    run("model", "remove", "chat")
+    assert facts(run("model", "list", "--json")) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("model", "add", "Chat", *HUB), "name: 'Chat' must be lower-case"),
+        (("model", "add", "chat", *HUB), "There is a model called chat already"),
+        (("model", "add", "b", *HUB, "--type", "image"), "cannot serve image models yet"),
+        (("model", "add", "b", *HUB, "--arguments", "--prot 1"), "--prot is unknown"),
+        (("model", "add", "b", *HUB, "--arguments", "'"), "cannot be read"),
+        (("model", "add", "b", "--path", "srv"), "source.path: "),
+        (("model", "set", "chat", "--replicas", "0"), "replicas: "),
+        (("model", "set", "nobody", "--replicas", "1"), "no model called 'nobody'"),
+        (("model", "show", "nobody"), "Registered models: chat"),
+        (("deploy", "nobody"), "no model called 'nobody'"),
+        (("restart", "chat"), "chat is stopped"),
+        (("rollback", "99"), "There is no version 99"),
+        (("image", "set", "caddy", "caddy"), "caddy: 'caddy' must be a pinned image"),
+        (("config", "set", "--https-port", "0"), "https_port: "),
+        (("config", "set", "--hostname", "{env.HOME}"), "hostnames[0]: "),
+        (("config", "set", "--tls", "own"), "certificate_path: "),
+        (("config", "set", "--https-port", "80"), "cannot both use port 80"),
+        (("key", "create", ""), "needs a name"),
+        (("key", "create", "Ada", "--model", "x"), "No model is served as x"),
+        (("key", "create", "Ada", "--rpm", "0"), "A limit is below 1"),
+        (("key", "list"), "Docker does not answer"),
+        (("deploy", "chat", "--plan"), "Docker does not answer"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_done_is_one_sentence_and_changes_nothing(
+    with_chat: Run, arguments: tuple[str, ...], said: str
+) -> None:
+    before = facts(with_chat("config", "show"))
+    assert said in with_chat(*arguments).refusal()
+    assert facts(with_chat("config", "show")) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("model",),
+        ("model", "add", "chat"),
+        ("model", "add", "chat", *HUB, "--path", "/x"),
+        ("deploy",),
+        ("image", "set", "engine", "x:1"),
+        ("serve", "--port", "x"),
+        ("config", "set", "--tls", "none"),
+        ("rollback", "last"),
+        ("--version-of-nothing",),
+        ("dpeloy",),
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_ends_with_2_and_touches_nothing(
+    run: Run, tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    ended = run(*arguments)
+    assert ended.status == lm.WRONG_USAGE
+    assert ended.out == ""
+    assert ended.err.startswith("usage: llm_manager.py")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_revision_of_a_registered_model_is_not_dropped_silently(with_chat: Run) -> None:
+    ended = with_chat("model", "set", "chat", "--revision", "main")
+    shown = facts(with_chat("model", "show", "chat"))
+    assert ended.status != lm.DONE or shown["source"]["revision"] == "main"
+
+
+# --- facts ---------------------------------------------------------------------------------------
+
+
+def test_what_is_printed_as_json_is_json(with_chat: Run) -> None:
+    status = with_chat("status", "--json")
+    assert status.status == lm.FAILED  # Docker is absent, and that is a fact as well
+    printed = json.loads(status.out)
+    assert printed["summary"] == "Docker does not answer."
+    assert printed["models"][0]["name"] == "chat"
+    assert "Docker does not answer" in printed["attention"][0]
+    assert facts(with_chat("image", "list", "--json"))["caddy"].startswith("caddy:")
+    assert facts(with_chat("config", "show"))["models"][0]["name"] == "chat"
+
+
+def test_the_doctor_ends_with_3_where_something_is_to_be_done(run: Run) -> None:
+    ended = run("doctor", "--json")
+    assert ended.status == lm.TO_DO
+    (docker,) = [check for check in facts(ended) if check["name"] == "Docker"]
+    assert docker["ok"] is False
+    table = run("doctor")
+    assert table.status == lm.TO_DO
+    assert re.search(r"^Docker +not ok +Docker does not answer", table.out, re.MULTILINE)
+
+
+def test_status_without_docker_still_lists_the_models(with_chat: Run) -> None:
+    ended = with_chat("status")
+    assert ended.status == lm.FAILED
+    assert re.search(r"^chat +chat +unknown", ended.out, re.MULTILINE)
+    assert "! Docker does not answer" in ended.out
+
+
+def test_no_secret_is_printed_but_by_the_command_that_is_for_it(run: Run, tmp_path: Path) -> None:
+    secrets = lm.StateStore(tmp_path / "home").ensure("").secrets
+    values = [lm.reveal(getattr(secrets, name)) for name in
+              ("master_key", "salt_key", "database_password", "console_key")]  # fmt: skip
+    for command in (["config", "show"], ["status"], ["status", "--json"], ["plan"], ["doctor"]):
+        ended = run(*command)
+        assert not [value for value in values if value in ended.out + ended.err], command
+    assert run("url").out == f"http://127.0.0.1:7860/?token={values[3]}\n"
+
+
+def test_a_wish_is_kept_although_docker_is_absent(with_chat: Run) -> None:
+    ended = with_chat("deploy", "chat")
+    assert ended.status == lm.FAILED
+    assert "Docker does not answer" in ended.err
+    assert facts(with_chat("model", "show", "chat"))["wish"] == "running"
+
+
+# --- the stored state ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "not valid JSON"),
+        ("{}", "no schema_version"),
+        ('{"schema_version": 99}', "is version 99"),
+        ('{"schema_version": 1, "models": 7}', "models: "),
+        (None, "is gone"),
+    ],
+)
+def test_a_broken_state_is_refused_by_every_command(
+    with_chat: Run, tmp_path: Path, text: str | None, said: str
+) -> None:
+    config = tmp_path / "home" / "config.json"
+    config.unlink() if text is None else config.write_text(text)
+    for command in (["config", "check"], ["model", "list"], ["deploy", "chat"]):
+        line = with_chat(*command).refusal()
+        assert said in line
+        assert "history/" in line
+    assert (config.read_text() if config.exists() else None) == text
+
+
+def test_a_sound_state_is_called_sound(with_chat: Run) -> None:
+    assert with_chat("config", "check").out.endswith("config.json is sound: 1 models.\n")
+
+
+def test_https_settings_are_saved_and_kept(run: Run) -> None:
+    assert run("config", "set", "--hostname", "a.org", "--hostname", "b.org").status == lm.DONE
+    arguments = ("--tls", "acme", "--email", "it@a.org", "--https-port", "8443")
+    assert run("config", "set", *arguments).status == lm.DONE
+    edge = facts(run("config", "show"))["edge"]
+    assert (edge["hostnames"], edge["https_port"]) == (["a.org", "b.org"], 8443)
+    assert edge["tls"]["email"] == "it@a.org"
+
+
+def test_an_image_is_pinned(run: Run) -> None:
+    assert run("image", "set", "caddy", "caddy:2.12.0").status == lm.DONE
+    assert facts(run("image", "list", "--json"))["caddy"] == "caddy:2.12.0"
+
+
+# --- the service -------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root installs a service")
+def test_the_installed_unit_names_this_copy_and_its_home(run: Run, tmp_path: Path) -> None:
+    ended = run("install", "--root", str(tmp_path / "root"), "--no-start")
+    assert ended.status == lm.DONE, ended
+    unit = (tmp_path / "root/etc/systemd/system/llm-manager.service").read_text()
+    assert f"ExecStart={lm.ENVIRONMENT}/bin/python {lm.PROGRAM} serve\n" in unit
+    assert f"LLM_MANAGER_HOME={tmp_path}/home" in unit
+    assert f"ReadWritePaths={tmp_path}/home" in unit
+    assert "/opt/llm-manager/llm_manager.py" not in unit
+
+
+def test_systemd_finds_nothing_wrong_with_the_unit(
+    tmp_path: Path, tool: Callable[[str], str]
+) -> None:
+    template = lm.PROGRAM.with_name("llm-manager.service").read_text()
+    unit = tmp_path / "llm-manager.service"
+    unit.write_text(
+        lm.render_unit(template, python=sys.executable, program=str(lm.PROGRAM), home=str(tmp_path))
+    )
+    analyze = [tool("systemd-analyze"), "verify", "--man=no", "--recursive-errors=no", str(unit)]
+    verified = subprocess.run(analyze, capture_output=True, text=True, check=False)
+    assert "llm-manager.service:" not in verified.stderr
+    assert verified.returncode == 0, verified.stderr

@@ -1,0 +1,567 @@
+"""§6 and §10: what the operator reads, and who may read it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import gradio as gr
+import httpx
+import pytest
+from builders import (
+    GPU_0,
+    NOW,
+    SECRET_MARK,
+    a_model,
+    a_secret,
+    a_site,
+    a_state,
+    an_engine,
+    as_wished,
+    but,
+    ended,
+    on_gpus,
+    seen,
+    the,
+)
+from fakes import a_world, some_tools
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+
+import llm_manager as lm
+
+CHAT = "llm-model-chat-0"
+HOST = "127.0.0.1:7860"
+KEY = a_secret("console")
+TOKEN = KEY.get_secret_value()
+COOKIE = "llm-manager-a1b2c3"
+
+
+def a_snapshot(state: lm.State | None = None, **changes: Any) -> lm.Snapshot:
+    """All is well, and nothing runs but what should."""
+    state = state or a_state(a_model())
+    observed = as_wished(state)
+    given: dict[str, Any] = {
+        "taken_at": NOW + timedelta(minutes=3, seconds=20),
+        "state": state,
+        "observed": observed,
+        "plan": lm.plan_state(state, observed, a_site()),
+    }
+    return lm.Snapshot(**given | changes)
+
+
+def a_job(**changes: Any) -> lm.JobView:
+    given: dict[str, Any] = {
+        "id": "1",
+        "title": "Deploy chat",
+        "started_at": NOW,
+        "finished_at": None,
+        "lines": ("one", "two"),
+        "fault": None,
+    }
+    return lm.JobView(**given | changes)
+
+
+# --- the gate --------------------------------------------------------------------------------
+
+
+async def behind(scope: Any, receive: Any, send: Any) -> None:
+    """What must not be reached: it answers anybody."""
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"inside"})
+
+
+GUARD = lm.Guard(behind, KEY, "a1b2c3")
+
+
+def ask(path: str = "/", app: Any = GUARD, **headers: str | bytes) -> httpx.Response:
+    """One request to the gate; underscores in header names are dashes."""
+    sent = {"host": HOST, **{name.replace("_", "-"): value for name, value in headers.items()}}
+
+    async def asking() -> httpx.Response:
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url=f"http://{HOST}") as client:
+            return await client.get(path, headers=sent)  # type: ignore[arg-type]
+
+    return asyncio.run(asking())
+
+
+def session() -> str:
+    """The cookie that the right token is exchanged for."""
+    return ask(f"/?token={TOKEN}").headers["set-cookie"].split(";")[0]
+
+
+def test_the_right_token_becomes_a_cookie_that_scripts_and_other_sites_never_see() -> None:
+    answer = ask(f"/?token={TOKEN}")
+    assert answer.status_code == 303
+    assert answer.headers["location"] == "/"
+    cookie, *attributes = answer.headers["set-cookie"].split("; ")
+    assert cookie.startswith(f"{COOKIE}=")
+    assert {"HttpOnly", "SameSite=strict"} <= set(attributes)
+    assert TOKEN not in str(answer.headers)
+    assert ask(cookie=cookie).text == "inside"
+
+
+@pytest.mark.parametrize("token", ["wrong", TOKEN[:-1], TOKEN + "x", "%00", "ä", "%ff"])
+def test_a_wrong_token_opens_nothing(token: str) -> None:
+    answer = ask(f"/?token={token}")
+    assert answer.status_code == 401
+    assert "set-cookie" not in answer.headers
+
+
+@pytest.mark.parametrize("path", ["/", "/gradio_api/info", "/gradio_api/queue/join", "/config"])
+@pytest.mark.parametrize(
+    "cookie", ["", "x=y", f"{COOKIE}=", f"{COOKIE}=1", f"other={TOKEN}", f"{COOKIE}={TOKEN}"]
+)
+def test_nothing_is_answered_without_the_cookie(path: str, cookie: str) -> None:
+    answer = ask(path, cookie=cookie)
+    assert answer.status_code == 401
+    assert "url" in answer.text
+
+
+def test_a_token_counts_on_the_first_page_alone() -> None:
+    assert ask(f"/config?token={TOKEN}").status_code == 401
+
+
+def test_another_installations_cookie_opens_nothing() -> None:
+    other = lm.Guard(behind, a_secret("other"), "a1b2c3")
+    assert ask(app=other, cookie=session()).status_code == 401
+
+
+def test_a_cookie_of_strange_bytes_is_only_a_wrong_cookie() -> None:
+    assert ask(cookie=f"{COOKIE}=".encode() + b"\xe9").status_code == 401
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"host": "evil.example"},
+        {"host": "evil.example:7860"},
+        {"host": "127.0.0.1.evil.example"},
+        {"host": "localhost.evil.example:7860"},
+        {"host": "0.0.0.0:7860"},
+        {"host": ""},
+        {"host": "127.0.0.1:x"},
+        {"origin": "https://evil.example"},
+        {"origin": "http://127.0.0.1:9999"},
+        {"origin": f"https://{HOST}"},
+        {"origin": "http://localhost:7860"},
+        {"origin": "null"},
+        {"sec_fetch_site": "cross-site"},
+        {"sec_fetch_site": "same-site"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("path", ["/", f"/?token={TOKEN}", "/gradio_api/queue/join"])
+def test_a_foreign_page_is_refused_even_with_the_operators_cookie(
+    path: str, headers: dict[str, str]
+) -> None:
+    answer = ask(path, cookie=session(), **headers)
+    assert answer.status_code == 403
+    assert "set-cookie" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"host": "localhost:7860"},
+        {"host": "127.0.0.1:12345"},
+        {"host": "[::1]:7860"},
+        {"origin": f"http://{HOST}", "sec_fetch_site": "same-origin"},
+        {"sec_fetch_site": "none"},
+    ],
+    ids=str,
+)
+def test_the_operators_own_page_passes_through_any_tunnel(headers: dict[str, str]) -> None:
+    assert ask(cookie=session(), **headers).text == "inside"
+
+
+@pytest.mark.parametrize("cookie", ["", "good"])
+def test_every_answer_forbids_frames_and_referrers(cookie: str) -> None:
+    answer = ask(cookie=session() if cookie else "")
+    assert answer.headers["x-frame-options"] == "DENY"
+    assert answer.headers["referrer-policy"] == "no-referrer"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+# --- the page, as Gradio builds it ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def manager(tmp_path_factory: pytest.TempPathFactory) -> lm.Manager:
+    store = lm.StateStore(tmp_path_factory.mktemp("home"))
+    store.ensure("")
+    store.save(a_state(a_model(), hugging_face_home="/hub", secrets=a_state().secrets))
+    site = lm.Site(generated=str(store.generated), hugging_face_home="/hub")
+    gpu = lm.Gpu(uuid=GPU_0, name="<b>H200</b>", memory_mib=None)
+    return lm.Manager(
+        store, some_tools(a_world(store)), site, engine_options={}, gpus=lambda: (gpu,)
+    )
+
+
+@pytest.fixture(scope="module")
+def app(manager: lm.Manager) -> Iterator[lm.Guard]:
+    return lm.build_app(manager, lm.Watch(manager, seconds=3600))
+
+
+def test_the_whole_page_is_built_and_served_behind_the_gate(app: lm.Guard) -> None:
+    cookie = ask(f"/?token={TOKEN}", app).headers["set-cookie"].split(";")[0]
+    page = ask("/", app, cookie=cookie)
+    assert page.status_code == 200
+    assert "LLM Manager" in page.text
+    for path in ("/", "/config", "/gradio_api/info", "/theme.css", "/gradio_api/startup-events"):
+        assert ask(path, app).status_code == 401
+        assert ask(path, app, cookie=cookie, host="evil.example").status_code == 403
+
+
+def test_no_handler_of_the_page_is_public_and_no_secret_is_in_it(app: lm.Guard) -> None:
+    cookie = ask(f"/?token={TOKEN}", app).headers["set-cookie"].split(";")[0]
+    config = ask("/config", app, cookie=cookie)
+    handlers = config.json()["dependencies"]
+    assert handlers
+    assert {handler["api_visibility"] for handler in handlers} == {"private"}
+    assert SECRET_MARK not in config.text
+    assert SECRET_MARK not in ask("/", app, cookie=cookie).text
+    assert ask("/gradio_api/info", app, cookie=cookie).json()["named_endpoints"] == {}
+
+
+def test_the_pages_of_fastapi_itself_are_off(app: lm.Guard) -> None:
+    cookie = ask(f"/?token={TOKEN}", app).headers["set-cookie"].split(";")[0]
+    for path in ("/docs", "/redoc", "/openapi.json", "/monitoring"):
+        assert ask(path, app, cookie=cookie).status_code in {404, 403}, path
+
+
+def test_an_error_is_shown_as_text_and_a_bug_only_by_its_number() -> None:
+    with pytest.raises(gr.Error) as raised, lm.shown_to_operator():
+        raise lm.RefusedError("<img src=x onerror=alert(1)>.", advice="A & B.")
+    assert raised.value.message == "&lt;img src=x onerror=alert(1)&gt;. A &amp; B."
+    with pytest.raises(gr.Error) as raised, lm.shown_to_operator():
+        raise KeyError("sk-internal")
+    assert re.fullmatch(
+        r"Unexpected error [0-9a-f]{8}\. The journal has the details\.", raised.value.message
+    )
+
+
+# --- user text is never markup ------------------------------------------------------------
+
+MARKDOWN = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+ALPHABET = st.sampled_from([*"ab1 *_`~#+-.!|<>&[](){}\\\"'=:/^$\t"])
+LINES = st.text(ALPHABET, max_size=30)
+
+
+def tags_in(markdown: str) -> list[str]:
+    return re.findall(r"<(\w+)", MARKDOWN.render(markdown))
+
+
+@settings(max_examples=200)
+@given(LINES)
+@example("<script>alert(1)</script>")
+@example("[x](javascript:alert(1))")
+@example("![x](http://x)")
+@example("&lt;b&gt;")
+def test_no_line_of_user_text_can_become_markup(text: str) -> None:
+    assert tags_in(f"- x {lm.plain(text)} y") == ["ul", "li"]
+    assert tags_in(f"**{lm.plain('a' + text + 'a')}** y") == ["p", "strong"]
+
+
+@pytest.mark.parametrize("text", ["a\n- b", "a\n\nb", "a\n1. b", "a  \nb", "a\r\n\r\n    b"])
+def test_no_lines_of_user_text_can_become_markup(text: str) -> None:
+    assert tags_in(f"- x {lm.plain(text)} y") == ["ul", "li"]
+
+
+@settings(max_examples=100)
+@given(st.lists(LINES | st.sampled_from(["~~~", "~~~~~~", "~~~~~~~", "```"])).map("\n".join))
+def test_no_text_can_close_its_code_block(text: str) -> None:
+    assert tags_in(lm.code_block(text)) == ["pre", "code"]
+
+
+HOSTILE = "<b>x</b>[y](javascript:1)"
+
+
+def test_hostile_text_stays_text_wherever_it_is_shown() -> None:
+    fault = lm.ManagerError(HOSTILE, advice=HOSTILE)
+    snapshot = a_snapshot(
+        faults=(fault,), jobs=(a_job(title=HOSTILE, fault=HOSTILE, finished_at=NOW),)
+    )
+    plan = lm.plan_state(a_state(a_model()), lm.Observed(), a_site())
+    shown = [
+        lm.overview_text(snapshot),
+        lm.job_title(snapshot),
+        lm.job_title(replace(snapshot, jobs=(a_job(title=HOSTILE),))),
+        lm.revoke_question(HOSTILE),
+        lm.plan_markdown(HOSTILE, plan),
+        lm.plan_markdown(HOSTILE, lm.plan_state(a_state(), as_wished(a_state()), a_site())),
+    ]
+    for text in shown:
+        assert not {"a", "b", "img"} & {*tags_in(text)}, text
+
+
+# --- what is shown ------------------------------------------------------------
+
+
+def test_a_model_is_one_row() -> None:
+    assert lm.model_rows(a_snapshot()) == [
+        ["chat", "chat", "ready", "chat", "Qwen/Qwen3-0.6B", "CPU, 4096 MiB KV cache", "3 min"]
+    ]
+    assert len(lm.MODEL_HEADERS) == 7
+
+
+def test_without_docker_a_phase_is_unknown_and_not_invented() -> None:
+    (row,) = lm.model_rows(a_snapshot(observed=None, plan=None))
+    assert row[2] == "unknown"
+    assert row[6] == ""
+
+
+def test_without_a_state_there_are_no_rows_and_the_summary_says_so() -> None:
+    snapshot = a_snapshot(observed=None, plan=None)
+    blind = replace(snapshot, state=None)
+    assert lm.model_rows(blind) == []
+    assert lm.summary_line(blind) == "The state cannot be read."
+    assert lm.summary_line(snapshot) == "Docker does not answer."
+    assert not blind.state_has_models
+
+
+@pytest.mark.parametrize(
+    ("wish", "containers", "busy", "phase"),
+    [
+        ("running", {"running": True, "ready": True}, False, "ready"),
+        ("running", {"running": True, "ready": False}, False, "starting"),
+        ("running", {"running": False}, True, "pending"),
+        ("running", {"running": False}, False, "failed"),
+        ("running", None, False, "failed"),
+        ("running", None, True, "pending"),
+        ("stopped", {"running": True}, True, "stopping"),
+        ("stopped", None, False, "stopped"),
+    ],
+)
+def test_a_phase_says_where_a_model_stands(
+    wish: lm.Wish, containers: dict[str, bool] | None, busy: bool, phase: str
+) -> None:
+    state = a_state(a_model(wish=wish))
+    there = [] if containers is None else [seen(an_engine(state), **containers)]
+    observed = but(as_wished(a_state()), *there)
+    assert lm.phase_of(state, state.model("chat"), observed, busy) == phase
+
+
+def test_a_model_is_ready_only_with_all_its_replicas() -> None:
+    state = a_state(a_model(replicas=2))
+    observed = but(as_wished(state), without=CHAT)
+    assert lm.phase_of(state, state.model("chat"), observed, busy=False) == "starting"
+
+
+def test_containers_are_rows_in_the_order_of_their_names() -> None:
+    state = a_state(a_model())
+    observed = as_wished(state)
+    observed = but(observed, ended(the(observed, CHAT), 137))
+    rows = lm.component_rows(a_snapshot(state, observed=observed))
+    assert [(row[0], row[2]) for row in rows] == [
+        ("llm-caddy", "ready"),
+        ("llm-litellm-a", "ready"),
+        ("llm-model-chat-0", "ended with 137"),
+        ("llm-postgres", "ready"),
+    ]
+
+
+def test_the_overview_is_silent_when_all_is_well() -> None:
+    assert lm.overview_text(a_snapshot()) == ""
+    assert lm.attention(a_snapshot()) == []
+
+
+def test_the_overview_names_what_should_run_and_does_not() -> None:
+    state = a_state(a_model())
+    observed = as_wished(state)
+    observed = but(observed, ended(the(observed, CHAT), 1))
+    plan = lm.plan_state(state, observed, a_site())
+    snapshot = a_snapshot(state, observed=observed, plan=plan)
+    assert [matter.text for matter in lm.attention(snapshot)] == [
+        "chat should run and does not. Read its log, then deploy it again.",
+        "2 steps away from what is wished. Review and apply the plan.",
+    ]
+    busy = replace(snapshot, jobs=(a_job(),))
+    assert lm.attention(busy) == []
+
+
+def test_a_newcomer_is_told_the_next_step() -> None:
+    empty = a_state(endpoint="stopped")
+    assert "Register your first model" in lm.overview_text(a_snapshot(empty))
+    registered = a_state(a_model(wish="stopped"), endpoint="stopped")
+    assert "Deploy chat" in lm.overview_text(a_snapshot(registered))
+
+
+def test_the_summary_counts_and_names_the_endpoint() -> None:
+    state = a_state(a_model(), a_model("off", wish="stopped"))
+    line = lm.summary_line(a_snapshot(state))
+    assert line == "1 of 2 models ready; https://localhost/v1 answers."
+    assert "starts with the first" in lm.summary_line(a_snapshot(a_state(endpoint="stopped")))
+
+
+def test_a_job_says_how_it_stands() -> None:
+    running = a_snapshot(jobs=(a_job(), a_job(title="older", finished_at=NOW)))
+    assert "Deploy chat" in lm.job_title(running)
+    assert "3 min 20 s" in lm.job_title(running)
+    assert lm.running_job(running) is not None
+    done = a_snapshot(jobs=(a_job(finished_at=NOW + timedelta(seconds=9)),))
+    assert "done in 9 s" in lm.job_title(done)
+    failed = a_snapshot(jobs=(a_job(finished_at=NOW, fault="No luck."),))
+    assert "failed" in lm.job_title(failed)
+    assert "No luck" in lm.job_title(failed)
+    assert lm.running_job(failed) is None
+    assert lm.job_title(a_snapshot()) == ""
+
+
+def test_the_plan_is_shown_before_it_is_done() -> None:
+    before = a_state(a_model())
+    plan = lm.plan_state(before.with_model(a_model("other")), as_wished(before), a_site())
+    text = lm.plan_markdown("Deploy other", plan)
+    assert "create llm-model-other-0" in text
+    assert "+- model_name: other" in text
+    nothing = lm.plan_state(before, as_wished(before), a_site())
+    assert "nothing to do" in lm.plan_markdown("Deploy chat", nothing)
+    assert lm.pending_plan_text(a_snapshot()).startswith("Nothing")
+    assert "cannot be planned" in lm.pending_plan_text(a_snapshot(plan=None))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (-5, "0 s"), (0.9, "0 s"), (59, "59 s"), (60, "1 min"), (200, "3 min 20 s"),
+        (3600, "1 h"), (18120, "5 h 2 min"), (86400 * 4 + 3600 * 3 + 59, "4 d 3 h"),
+    ],
+)  # fmt: skip
+def test_a_duration_has_two_units_at_most(seconds: float, text: str) -> None:
+    assert lm.format_duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (5 * 1024**3, "5.0 GiB"),
+     (3 * 1024**5, "3072.0 TiB")],
+)  # fmt: skip
+def test_a_size_is_read_in_its_unit(size: float, text: str) -> None:
+    assert lm.format_size(size) == text
+
+
+def test_placements_and_sources_are_read_at_a_glance() -> None:
+    assert lm.format_placement(on_gpus(GPU_0)) == GPU_0[:12]
+    mig = lm.MigPlacement(gpu_uuid=GPU_0, profile="1g.18gb", start=2)
+    assert lm.format_placement(mig) == "MIG 1g.18gb at 2"
+    assert lm.format_source(lm.HubSource(repository="a/b", revision="main")) == "a/b@main"
+    assert lm.format_source(lm.LocalSource(path="/srv/x")) == "/srv/x"
+
+
+def test_what_a_colleague_gets_can_be_pasted() -> None:
+    state = a_state(a_model())
+    text = lm.hand_out(state, lm.KeyRequest(alias="Ada"), "sk-1")
+    assert "API key:   sk-1\nBase URL:  https://localhost/v1\n" in text
+    assert "curl -k https://localhost/v1/chat/completions" in text
+    own = lm.Edge(hostnames=("llm.example.org",), https_port=8443, tls=lm.AcmeTls(email="a@b.c"))
+    assert lm.base_url(own) == "https://llm.example.org:8443/v1"
+    assert "-k" not in lm.curl_example(own, "chat", "sk-1")
+
+
+def test_a_key_is_a_row_that_never_holds_its_secret() -> None:
+    key = lm.VirtualKey(
+        key_hash="h", alias="Ada", hint="sk-...1234", models=(), expires_at=NOW, rpm_limit=None,
+        tpm_limit=9, blocked=False, created_at=None,
+    )  # fmt: skip
+    (row,) = lm.key_rows([key])
+    assert row[:4] == ["Ada", "sk-...1234", "all", "2026-03-04"]
+    assert row[5] == "9"
+    assert len(row) == len(lm.KEY_HEADERS)
+
+
+def test_the_cause_is_found_in_an_engines_log() -> None:
+    assert lm.last_error_line("all is well\n") is None
+    text = (
+        "INFO starting\n"
+        "(EngineCore pid=9) ValueError: No available memory for the cache blocks.\n"
+        "RuntimeError: Engine core initialization failed. See root cause above.\n"
+    )
+    assert lm.last_error_line(text) == "ValueError: No available memory for the cache blocks."
+    assert lm.last_error_line("vllm: error: unrecognized arguments: --x") == (
+        "vllm: error: unrecognized arguments: --x"
+    )
+    assert len(lm.last_error_line(f"ValueError: {'x' * 999}") or "") == 400
+
+
+def test_a_pull_says_one_line_per_tenth() -> None:
+    progress = lm.PullProgress("x/y:1")
+    lines = [
+        progress.line(
+            {
+                "status": "Downloading",
+                "id": "layer",
+                "progressDetail": {"current": n, "total": 1000},
+            }
+        )
+        for n in range(0, 1001, 5)
+    ]
+    said = [line for line in lines if line]
+    assert len(said) == 11
+    assert said[-1] == "  x/y:1: 1000 B of 1000 B"
+    assert progress.line({"status": "Extracting"}) is None
+    assert progress.line({}) is None
+
+
+# --- what the forms send ------------------------------------------------------------
+
+
+def test_a_filled_form_is_a_model() -> None:
+    raw = lm.registration(
+        " chat ", "chat", lm.ORIGINS[0], " a/b ", "--seed 1", "", "", "", 64, [], 2
+    )
+    model = lm.parse_model(raw, lm.Images(), {})
+    assert (model.name, model.served_model_name, model.replicas) == ("chat", "chat", 2)
+    assert model.source == lm.HubSource(repository="a/b")
+    assert model.placement == lm.CpuPlacement(kv_cache_mib=64)
+    assert model.engine_arguments == ("--seed", "1")
+
+
+def test_a_form_can_name_a_directory_and_gpus() -> None:
+    raw = lm.registration(
+        "chat", "chat", lm.ORIGINS[1], "/srv/x", "", "q", "", "x/y:1", None, [GPU_0], 1
+    )
+    model = lm.parse_model(raw, lm.Images(), {})
+    assert model.source == lm.LocalSource(path="/srv/x")
+    assert model.placement == on_gpus(GPU_0)
+    assert (model.served_model_name, model.image) == ("q", "x/y:1")
+
+
+def test_an_empty_form_is_refused_with_what_is_missing() -> None:
+    raw = lm.registration("", "chat", lm.ORIGINS[0], "", "", "", "", "", None, [], 1)
+    with pytest.raises(lm.RefusedError, match=r"name: .*source\.repository: "):
+        lm.parse_model(raw, lm.Images(), {})
+
+
+def test_no_limit_is_none_in_a_key_request() -> None:
+    request = lm.key_request(" Ada ", [], None, 0, 10.0)
+    assert request == lm.KeyRequest(alias="Ada", tpm_limit=10)
+
+
+def test_https_settings_come_from_their_form() -> None:
+    raw = lm.edge_settings(
+        lm.Edge(address="10.0.0.5"), "a.org, b.org", 8443, 8080, "acme", "", "", " a@b.c "
+    )
+    assert lm.parse_edge(raw) == lm.Edge(
+        address="10.0.0.5",
+        hostnames=("a.org", "b.org"),
+        https_port=8443,
+        http_port=8080,
+        tls=lm.AcmeTls(email="a@b.c"),
+    )
+    with pytest.raises(lm.RefusedError, match="certificate_path"):
+        lm.configuring_edge(lm.edge_settings(lm.Edge(), "a.org", 443, 80, "own", "", "", ""))
+
+
+def test_the_facts_of_status_are_keyed_like_the_table() -> None:
+    facts = lm.status_facts(a_snapshot())
+    assert facts["models"][0]["served_as"] == "chat"
+    assert {row["container"] for row in facts["containers"]} == set(
+        as_wished(a_state(a_model())).containers
+    )
+    assert facts["attention"] == []

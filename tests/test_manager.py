@@ -1,0 +1,336 @@
+"""§9: the use cases, over a simulated server and a real home directory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders import GPU_0, GPU_1, SECRET_MARK, on_gpus
+from fakes import Trouble, a_world, some_tools
+
+import llm_manager as lm
+
+GPUS = (
+    lm.Gpu(uuid=GPU_0, name="NVIDIA H200", memory_mib=143771),
+    lm.Gpu(uuid=GPU_1, name=None, memory_mib=None),
+)
+CHAT = {"name": "chat", "type": "chat", "source": {"kind": "hub", "repository": "a/b"}}
+
+
+class Server:
+    """A manager, and the world it manages."""
+
+    def __init__(self, home: Path, gpus: tuple[lm.Gpu, ...] = ()) -> None:
+        self.store = lm.StateStore(home)
+        self.store.ensure("")
+        self.world = a_world(self.store)
+        self.trouble = Trouble()
+        self.manager = lm.Manager(
+            self.store,
+            some_tools(self.world, self.trouble),
+            lm.Site(generated=str(self.store.generated), hugging_face_home="/hub"),
+            engine_options={},
+            gpus=lambda: gpus,
+        )
+
+    def do(self, change: lm.Change) -> list[str]:
+        """A change from its start to its end."""
+        return list(self.manager.start(change).follow())
+
+    def serve(self, *names: str) -> None:
+        for name in names:
+            self.manager.register(CHAT | {"name": name})
+            self.do(lm.deploying(name))
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Server:
+    return Server(tmp_path)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Callable[..., Server]:
+    return lambda *gpus: Server(tmp_path, gpus)
+
+
+# --- from registering to removing ---------------------------------------------------------------
+
+
+def test_a_model_is_registered_deployed_stopped_and_removed(server: Server) -> None:
+    model = server.manager.register(CHAT)
+    assert model.wish == "stopped"
+    assert server.world.containers == {}
+
+    lines = server.do(lm.deploying("chat"))
+    assert server.world.routed() == {"chat"}
+    assert lines[-1] == "  llm-caddy is ready after 0 s"
+    assert not server.manager.plan(lm.applying())
+
+    server.do(lm.stopping("chat"))
+    assert server.world.routed() == set()
+    assert "llm-model-chat-0" not in server.world.containers
+    assert server.manager.state().model("chat").wish == "stopped"
+
+    server.do(lm.removing("chat"))
+    assert server.manager.state().models == ()
+
+
+def test_a_plan_changes_nothing(server: Server) -> None:
+    server.manager.register(CHAT)
+    before = server.store.config_path.read_text()
+    assert server.manager.plan(lm.deploying("chat"))
+    assert server.store.config_path.read_text() == before
+    assert server.world.containers == {}
+
+
+def test_a_revised_model_takes_effect_with_the_next_plan(server: Server) -> None:
+    server.serve("chat")
+    server.manager.revise("chat", {"replicas": 2})
+    assert server.world.running() >= {"llm-model-chat-0"}
+    assert "create llm-model-chat-1" in str(server.manager.plan(lm.applying()))
+    server.do(lm.applying())
+    assert server.world.running() >= {"llm-model-chat-0", "llm-model-chat-1"}
+
+
+def test_a_rollback_brings_the_earlier_state_back(server: Server) -> None:
+    server.serve("chat")
+    server.manager.revise("chat", {"engine_arguments": ["--seed", "1"]})
+    server.do(lm.applying())
+    server.do(server.manager.returning(None))
+    assert server.manager.state().model("chat").engine_arguments == ()
+    assert server.world.routed() == {"chat"}
+    first = server.manager.returning(1)
+    assert first.edit(server.manager.state()).models == ()
+
+
+def test_without_history_there_is_no_way_back(server: Server) -> None:
+    with pytest.raises(lm.RefusedError, match="There is no version 0"):
+        server.manager.returning(None)
+
+
+def test_after_a_power_cut_everything_wished_comes_back(server: Server) -> None:
+    server.serve("chat", "other")
+    for name in server.world.running():
+        server.world.end(name, 137)
+    server.do(lm.restoring())
+    assert server.world.routed() == {"chat", "other"}
+    assert not server.manager.plan(lm.applying())
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        CHAT | {"name": "Not A Name"},
+        CHAT | {"type": "unknown"},
+        CHAT | {"replicas": 0},
+        CHAT | {"source": {"kind": "hub"}},
+        CHAT | {"engine_arguments": ["--port", "1"]},
+        {},
+        CHAT,
+    ],
+    ids=["name", "type", "replicas", "source", "argument", "nothing", "taken"],
+)
+def test_bad_input_loses_nothing(server: Server, raw: dict[str, Any]) -> None:
+    server.manager.register(CHAT)
+    before = server.store.config_path.read_text()
+    versions = server.store.versions()
+    with pytest.raises(lm.RefusedError):
+        server.manager.register(raw)
+    assert server.store.config_path.read_text() == before
+    assert server.store.versions() == versions
+
+
+def test_a_bad_revision_changes_nothing(server: Server) -> None:
+    server.manager.register(CHAT)
+    before = server.manager.state()
+    with pytest.raises(lm.RefusedError, match="replicas"):
+        server.manager.revise("chat", {"replicas": 99})
+    assert server.manager.state() == before
+
+
+@pytest.mark.parametrize("make", [lm.deploying, lm.stopping, lm.restarting, lm.removing])
+def test_a_change_of_an_unknown_model_starts_no_job_and_frees_the_lock(
+    server: Server, make: Callable[[str], lm.Change]
+) -> None:
+    for _ in range(2):
+        with pytest.raises(lm.RefusedError, match="no model called 'nobody'"):
+            server.manager.start(make("nobody"))
+    assert server.manager.jobs() == []
+
+
+def test_a_second_change_is_refused_while_one_runs(server: Server) -> None:
+    server.manager.register(CHAT)
+    gate, reached = threading.Event(), threading.Event()
+
+    def wait_here() -> None:
+        reached.set()
+        assert gate.wait(5)
+
+    server.trouble.watch = wait_here
+    job = server.manager.start(lm.deploying("chat"))
+    assert reached.wait(5)
+    with pytest.raises(lm.BusyError, match="Deploy chat, since"):
+        server.manager.start(lm.stopping("chat"))
+    with pytest.raises(lm.BusyError):
+        server.manager.register(CHAT | {"name": "other"})
+    gate.set()
+    list(job.follow())
+    server.do(lm.stopping("chat"))
+
+
+def test_a_cancelled_deployment_is_undone_and_listed(server: Server) -> None:
+    server.manager.register(CHAT)
+
+    def cancel() -> None:
+        server.manager.cancel_job(server.manager.jobs()[0].id)
+
+    server.trouble.watch = cancel
+    job = server.manager.start(lm.deploying("chat"))
+    with pytest.raises(lm.CancelledError):
+        list(job.follow())
+    assert "llm-model-chat-0" not in server.world.containers
+    assert server.manager.jobs()[0].fault is not None
+
+
+def test_jobs_are_listed_newest_first(server: Server) -> None:
+    server.serve("chat")
+    server.do(lm.stopping("chat"))
+    assert [job.title for job in server.manager.jobs()] == ["Stop chat", "Deploy chat"]
+
+
+# --- where a model goes -----------------------------------------------------------------------
+
+
+def test_models_go_to_free_gpus_first(start: Callable[..., Server]) -> None:
+    manager = start(*GPUS).manager
+    placements = [manager.register(CHAT | {"name": name}).placement for name in ("a", "b", "c")]
+    assert placements == [on_gpus(GPU_0), on_gpus(GPU_1), on_gpus(GPU_0)]
+
+
+def test_without_a_gpu_a_model_goes_to_the_cpu(server: Server) -> None:
+    assert server.manager.register(CHAT).placement == lm.CpuPlacement()
+
+
+def test_where_the_operator_says_where_that_is_where(start: Callable[..., Server]) -> None:
+    chosen = {"placement": {"kind": "cpu", "kv_cache_mib": 64}}
+    model = start(*GPUS).manager.register(CHAT | chosen)
+    assert model.placement == lm.CpuPlacement(kv_cache_mib=64)
+
+
+# --- looking ------------------------------------------------------------
+
+
+def test_a_snapshot_holds_everything_a_page_shows(server: Server) -> None:
+    server.serve("chat")
+    snapshot = server.manager.snapshot()
+    assert snapshot.faults == ()
+    assert snapshot.state == server.manager.state()
+    assert snapshot.observed is not None
+    assert snapshot.plan is not None
+    assert not snapshot.plan
+    assert [job.title for job in snapshot.jobs] == ["Deploy chat"]
+    assert SECRET_MARK not in repr(snapshot)
+
+
+def test_a_snapshot_without_docker_holds_the_fault_and_the_state(server: Server) -> None:
+    server.manager.register(CHAT)
+    server.world.docker_answers = False
+    snapshot = server.manager.snapshot()
+    assert [fault.fact for fault in snapshot.faults] == ["Docker does not answer."]
+    assert snapshot.state == server.manager.state()
+    assert snapshot.observed is None
+    assert snapshot.plan is None
+
+
+def test_a_snapshot_of_an_unreadable_state_holds_the_fault(server: Server) -> None:
+    server.store.config_path.write_text("{")
+    snapshot = server.manager.snapshot()
+    assert snapshot.state is None
+    assert "not valid JSON" in str(snapshot.faults[0])
+
+
+@pytest.mark.parametrize("text", ["", "[]", "model_list: [{}]", "{", "model_list: 7"])
+def test_a_spoilt_generated_file_is_written_anew(server: Server, text: str) -> None:
+    server.serve("chat")
+    server.store.write_generated("litellm-a/config.yaml", text)
+    assert server.manager.snapshot().faults == ()
+    server.do(lm.applying())
+    assert not server.manager.plan(lm.applying())
+    assert server.world.routed() == {"chat"}
+
+
+def test_the_log_of_a_model_is_its_containers_or_what_was_kept(server: Server) -> None:
+    server.serve("chat")
+    assert server.manager.log_of("chat") == "llm-model-chat-0 starts"
+    assert list(server.manager.follow_log("chat")) == ["llm-model-chat-0 starts"]
+    server.do(lm.stopping("chat"))
+    assert server.manager.log_of("chat") == "llm-model-chat-0 starts"
+
+
+def test_the_doctor_finds_a_well_server_well(start: Callable[..., Server]) -> None:
+    server = start(*GPUS)
+    server.serve("chat")
+    checks = {check.name: check for check in server.manager.doctor()}
+    assert {name for name, check in checks.items() if not check.ok} <= {"disk"}
+    assert checks["llm-model-chat-0"].text == "ready"
+    assert checks["GPUs"].text == f"NVIDIA H200, {GPU_1}"
+
+
+def test_the_doctor_names_what_is_not_ready_and_what_to_do(server: Server) -> None:
+    server.serve("chat")
+    server.world.end("llm-model-chat-0", 137)
+    (bad,) = [c for c in server.manager.doctor() if not c.ok and c.name.startswith("llm-")]
+    assert (bad.name, bad.text, bad.advice) == (
+        "llm-model-chat-0",
+        "ended with 137",
+        "Run `plan`, then `apply`.",
+    )
+
+
+def test_the_doctor_sees_the_rest_where_docker_does_not_answer(server: Server) -> None:
+    server.world.docker_answers = False
+    checks = {check.name: check.ok for check in server.manager.doctor()}
+    assert checks["Docker"] is False
+    assert {"state", "disk", "GPUs"} <= set(checks)
+
+
+def test_keys_need_an_endpoint_and_known_names(server: Server) -> None:
+    with pytest.raises(lm.GatewayError, match="endpoint is not running"):
+        server.manager.list_keys()
+    with pytest.raises(lm.RefusedError, match="No model is served as gpt-9"):
+        server.manager.create_key(lm.KeyRequest(alias="Ada", models=("gpt-9",)))
+
+
+def test_a_bug_in_one_look_does_not_end_the_watch(server: Server) -> None:
+    """A page that stops changing would be taken for the truth."""
+    looks, again = [0], threading.Event()
+
+    class Faulty(lm.Manager):
+        def snapshot(self) -> lm.Snapshot:
+            looks[0] += 1
+            if looks[0] == 2:
+                raise KeyError("a bug")
+            if looks[0] > 2:
+                again.set()
+            return super().snapshot()
+
+    faulty = Faulty(server.store, server.manager._tools, server.manager._site, engine_options={})
+    watch = lm.Watch(faulty, seconds=0.001)
+    assert again.wait(5)
+    assert watch.latest().faults == ()
+
+
+def test_what_the_operator_pins_is_what_is_planned(server: Server) -> None:
+    server.serve("chat")
+    server.manager.save(lm.pinning_image("caddy", "caddy:2.12.0"))
+    assert "create llm-caddy from caddy:2.12.0" in str(server.manager.plan(lm.applying()))
+    with pytest.raises(lm.RefusedError, match=r"image.* pinned"):
+        server.manager.save(lm.pinning_image("caddy", "caddy"))
+    assert replace(server.manager.state().images, caddy="caddy:2.11.7-alpine") == lm.Images()
