@@ -4430,7 +4430,7 @@ DONE, FAILED, WRONG_USAGE, TO_DO = range(4)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; exit status as in the README."""
-    arguments = build_parser().parse_args(argv)
+    arguments = build_parser().parse_args(join_values(sys.argv[1:] if argv is None else argv))
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
         return int(arguments.command(arguments))
@@ -4446,6 +4446,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.exception("incident %s", incident)
         _say(f"Unexpected error {incident}. Please report the traceback above.")
         return FAILED
+
+
+def join_values(argv: Sequence[str]) -> list[str]:
+    """`--arguments --x` as `--arguments=--x`: argparse takes no value that looks like an option."""
+    result: list[str] = []
+    for word in argv:
+        if result and result[-1] == "--arguments":
+            result[-1] = f"--arguments={word}"
+        else:
+            result.append(word)
+    return result
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -377,3 +377,9 @@ def test_systemd_finds_nothing_wrong_with_the_unit(
     verified = subprocess.run(analyze, capture_output=True, text=True, check=False)
     assert "llm-manager.service:" not in verified.stderr
     assert verified.returncode == 0, verified.stderr
+
+
+def test_a_single_engine_argument_may_begin_with_a_dash() -> None:
+    given = ["model", "add", "x", "--path", "/x", "--arguments", "--enforce-eager"]
+    parsed = lm.build_parser().parse_args(lm.join_values(given))
+    assert lm.model_options(parsed)["engine_arguments"] == ["--enforce-eager"]
