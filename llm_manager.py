@@ -36,6 +36,8 @@ PROGRAM: Final = Path(__file__).resolve()
 REQUIREMENTS: Final = PROGRAM.with_name("requirements.txt")
 ENVIRONMENT: Final = PROGRAM.with_name(".venv")
 STAMP: Final = ENVIRONMENT / ".requirements.sha256"
+# An upgraded distribution changes the Python under an environment, whose packages stay behind.
+LIBRARY: Final = ENVIRONMENT / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}"
 PACKAGES: Final = ("docker", "fastapi", "gradio", "httpx", "psycopg", "pydantic", "pynvml", "yaml")
 
 
@@ -43,7 +45,7 @@ def ensure_packages() -> None:
     """Return only where every package is present; else re-run in `.venv`, made when missing."""
     inside = Path(sys.prefix).resolve() == ENVIRONMENT.resolve()
     wanted = sha256(REQUIREMENTS.read_bytes()).hexdigest()
-    complete = STAMP.is_file() and STAMP.read_text() == wanted
+    complete = LIBRARY.is_dir() and STAMP.is_file() and STAMP.read_text().strip() == wanted
     if complete if inside else all(map(find_spec, PACKAGES)):
         return
     if not complete:
@@ -56,7 +58,7 @@ def _make_environment(stamp: str) -> None:
     if sys.version_info < (3, 11):  # noqa: UP036 - older ones get as far as here
         _give_up("This needs Python 3.11 or newer.", "Install it, then run this again with it.")
     _say(f"First start: installing {REQUIREMENTS.name} into {ENVIRONMENT} (about a minute) ...")
-    if not (ENVIRONMENT / "bin" / "pip").exists():
+    if not (ENVIRONMENT / "bin" / "pip").exists() or not LIBRARY.is_dir():
         # Debian and Ubuntu ship python3 without the part that venv needs.
         if find_spec("ensurepip") is None:
             _install_ensurepip()
@@ -135,6 +137,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
+from functools import partial
 from getpass import getpass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NewType, Protocol, TypeVar, assert_never
 from urllib.parse import parse_qs
@@ -145,6 +148,7 @@ import docker.types
 import httpx
 import pydantic
 import requests.exceptions
+import urllib3.exceptions
 import yaml
 from docker.models.containers import Container
 
@@ -181,6 +185,7 @@ LABEL_SPEC_HASH: Final = "llm-manager.spec-hash"
 LABEL_ROLE: Final = "llm-manager.role"
 LABEL_MODEL_NAME: Final = "model-name"
 LABEL_MODEL_TYPE: Final = "model-type"
+LABEL_SERVED_NAME: Final = "llm-manager.served-model-name"
 
 # The first start migrates LiteLLM's database (213 migrations); a slow disk needs minutes.
 DATABASE_START_SECONDS: Final = 300.0
@@ -244,9 +249,6 @@ ModelType = Literal[
     "chat", "vision", "embedding", "rerank", "speech-to-text", "text-to-speech", "image"
 ]
 Wish = Literal["running", "stopped"]
-MODEL_TYPES: Final[tuple[ModelType, ...]] = (
-    "chat", "vision", "embedding", "rerank", "speech-to-text", "text-to-speech", "image",
-)  # fmt: skip
 SERVED_TYPES: Final[tuple[ModelType, ...]] = ("chat", "vision", "embedding", "rerank")
 
 
@@ -488,6 +490,7 @@ class Secrets:
     master_key: pydantic.SecretStr
     salt_key: pydantic.SecretStr
     database_password: pydantic.SecretStr
+    engine_key: pydantic.SecretStr
     console_key: pydantic.SecretStr
     hugging_face_token: pydantic.SecretStr | None = None
 
@@ -548,6 +551,7 @@ def new_state(*, instance: str, name_prefix: str, token: Callable[[], str]) -> S
             master_key=pydantic.SecretStr(f"sk-{token()}"),
             salt_key=pydantic.SecretStr(f"sk-salt-{token()}"),
             database_password=pydantic.SecretStr(token()),
+            engine_key=pydantic.SecretStr(token()),
             console_key=pydantic.SecretStr(token()),
         ),
     )
@@ -735,6 +739,7 @@ class EngineAnswers:
 
     model_type: ModelType
     served_model_name: str
+    engine_key: pydantic.SecretStr
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -937,12 +942,21 @@ def check_model(model: Model, images: Images, options: EngineOptions) -> None:
         (isinstance(model.placement, MigPlacement), "place a model on a MIG slice",
          "Choose whole GPUs or the CPU."),
         (model.host != "local", f"reach the host {model.host!r}", "Leave the host at `local`."),
+        (_crowded(model), "run two replicas on a GPU whose memory they do not share out",
+         "Give the placement a memory fraction below 0.5, or run one replica."),
         (model.recipe is not None, f"build the recipe {model.recipe!r}", "Name an image instead."),
     )  # fmt: skip
     for unable, what, advice in unserved:
         if unable:
             raise RefusedError(f"This version cannot {what} yet.", advice=advice)
     check_engine_arguments(model, images, options)
+
+
+def _crowded(model: Model) -> bool:
+    placement = model.placement
+    if not isinstance(placement, GpuPlacement) or model.replicas == 1:
+        return False
+    return model.replicas * (placement.memory_fraction or 1.0) > 1
 
 
 def split_arguments(text: str) -> list[str]:
@@ -997,7 +1011,11 @@ def render_engines(state: State, model: Model, site: Site) -> tuple[ContainerSpe
             command=engine_command(model),
             environment=engine_environment(state, model),
             mounts=(_weights_mount(model, site),),
-            labels={LABEL_MODEL_NAME: model.name, LABEL_MODEL_TYPE: model.type},
+            labels={
+                LABEL_MODEL_NAME: model.name,
+                LABEL_MODEL_TYPE: model.type,
+                LABEL_SERVED_NAME: model.served_model_name,
+            },
             gpu_uuids=gpu_uuids,
             # vLLM refuses Docker's 64 MiB; tensor parallelism shares tensors through it.
             shm_mib=8192 if gpu_uuids else 1024,
@@ -1005,7 +1023,9 @@ def render_engines(state: State, model: Model, site: Site) -> tuple[ContainerSpe
             restart="no",
             start_seconds=ENGINE_START_SECONDS,
             readiness=EngineAnswers(
-                model_type=model.type, served_model_name=model.served_model_name
+                model_type=model.type,
+                served_model_name=model.served_model_name,
+                engine_key=state.secrets.engine_key,
             ),
         )
         for name in replica_names(state, model)
@@ -1048,7 +1068,13 @@ def engine_environment(state: State, model: Model) -> dict[str, str | pydantic.S
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        # Any local user reaches the bridge: without a key they would get round keys and limits.
+        "VLLM_API_KEY": state.secrets.engine_key,
     }
+    if isinstance(model.placement, CpuPlacement):
+        # vLLM (0.30) pins every engine of a server to the same first cores: on 2 of them a second
+        # engine needed over 200 s to start beside a busy one, and 57 s without the pins.
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     if isinstance(model.source, LocalSource):
         return environment | {"HF_HUB_OFFLINE": "1"}
     if state.secrets.hugging_face_token is not None:
@@ -1129,11 +1155,34 @@ def render_database(state: State) -> ContainerSpec:
     )
 
 
-def render_gateway(state: State, slot: Slot, models: Sequence[Model], site: Site) -> ContainerSpec:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServedModel:
+    """What the gateway routes: a public name and the replicas that answer to it."""
+
+    served_model_name: str
+    type: str
+    replicas: tuple[ContainerName, ...]
+
+
+def served_models(state: State, models: Sequence[Model]) -> tuple[ServedModel, ...]:
+    """The models as they are once everything wished of them runs."""
+    return tuple(
+        ServedModel(
+            served_model_name=model.served_model_name,
+            type=model.type,
+            replicas=replica_names(state, model),
+        )
+        for model in models
+    )
+
+
+def render_gateway(
+    state: State, slot: Slot, served: Sequence[ServedModel], site: Site
+) -> ContainerSpec:
     """LiteLLM in one of its two slots; a changed configuration is a new container."""
     database = database_name(state)
     password = state.secrets.database_password.get_secret_value()
-    config = render_litellm_config(state, models)
+    config = render_litellm_config(served)
     return ContainerSpec(
         name=gateway_name(state, slot),
         role="gateway",
@@ -1143,6 +1192,7 @@ def render_gateway(state: State, slot: Slot, models: Sequence[Model], site: Site
         environment={
             "LITELLM_MASTER_KEY": state.secrets.master_key,
             "LITELLM_SALT_KEY": state.secrets.salt_key,
+            "ENGINE_API_KEY": state.secrets.engine_key,
             "DATABASE_URL": pydantic.SecretStr(
                 f"postgresql://litellm:{password}@{database}:5432/litellm"
             ),
@@ -1160,19 +1210,19 @@ def render_gateway(state: State, slot: Slot, models: Sequence[Model], site: Site
         content_hash=sha256(config.encode()).hexdigest()[:16],
         start_seconds=GATEWAY_START_SECONDS,
         readiness=GatewayServes(
-            model_names=tuple(sorted(model.served_model_name for model in models)),
+            model_names=tuple(sorted(model.served_model_name for model in served)),
             master_key=state.secrets.master_key,
         ),
     )
 
 
-def render_litellm_config(state: State, models: Sequence[Model]) -> str:
+def render_litellm_config(served: Sequence[ServedModel]) -> str:
     """LiteLLM's `config.yaml`: one entry per replica; no secret, no content logging."""
     config = {
         "model_list": [
             entry
-            for model in sorted(models, key=lambda model: model.served_model_name)
-            for entry in _model_entries(state, model)
+            for model in sorted(served, key=lambda model: model.served_model_name)
+            for entry in _model_entries(model)
         ],
         "router_settings": {
             "routing_strategy": "least-busy",
@@ -1205,7 +1255,7 @@ def render_litellm_config(state: State, models: Sequence[Model]) -> str:
 YAML_DUMPER: Final = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
-def _model_entries(state: State, model: Model) -> list[Json]:
+def _model_entries(model: ServedModel) -> list[Json]:
     modes = {"embedding": {"mode": "embedding"}, "rerank": {"mode": "rerank"}}
     return [
         {
@@ -1213,11 +1263,11 @@ def _model_entries(state: State, model: Model) -> list[Json]:
             "litellm_params": {
                 "model": f"hosted_vllm/{model.served_model_name}",
                 "api_base": f"http://{replica}:{ENGINE_PORT}/v1",
-                "api_key": "none",
+                "api_key": "os.environ/ENGINE_API_KEY",
             },
             "model_info": {"id": str(replica), **modes.get(model.type, {"mode": "chat"})},
         }
-        for replica in replica_names(state, model)
+        for replica in model.replicas
     ]
 
 
@@ -1359,6 +1409,7 @@ def render_unit(template: str, *, python: str, program: str, home: str) -> str:
     return (
         template.replace("/opt/llm-manager/.venv/bin/python", python)
         .replace("/opt/llm-manager/llm_manager.py", program)
+        .replace("/opt/llm-manager", str(PurePath(program).parent))
         .replace("/var/lib/llm-manager", home)
     )
 
@@ -1382,6 +1433,8 @@ class ObservedContainer:
     exit_code: int | None = None
     started_at: datetime | None = None
     model_name: str | None = None
+    model_type: str | None = None
+    served_model_name: str | None = None
     docker_health: str | None = None
 
 
@@ -1403,6 +1456,7 @@ class Observed:
     volumes: frozenset[str] = frozenset()
     files: Mapping[str, str] = field(default_factory=dict)
     edge: LoadedCaddyfile | None = None
+    taken_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -1557,7 +1611,6 @@ class Stage:
 
     title: str
     steps: tuple[Step, ...]
-    model: ModelName | None = None
     resources: frozenset[str] = frozenset()
 
 
@@ -1643,7 +1696,7 @@ def plan_state(
         models=models,
         endpoint=endpoint,
         retirement=retirement,
-        interrupted=_interrupted((*models, retirement), observed),
+        interrupted=_interrupted((*models, endpoint, retirement), observed),
     )
 
 
@@ -1679,10 +1732,7 @@ def _plan_model(
     steps = [step for replacement in replacements for step in replacement.steps]
     farewell = [step for replacement in replacements for step in replacement.farewell]
     return Stage(
-        title=f"model {model.name}",
-        steps=(*steps, *farewell),
-        model=model.name,
-        resources=frozenset(resources),
+        title=f"model {model.name}", steps=(*steps, *farewell), resources=frozenset(resources)
     )
 
 
@@ -1708,12 +1758,17 @@ def plan_container(
     if left is not None:
         drop_left = (Discard(left.name, wanted.stop_seconds, "left by an interrupted change"),)
     pull = _pull_if_absent(wanted, observed)
+    if left is not None and left.spec_hash == wanted.hash and _differs(seen, wanted):
+        drop: tuple[Step, ...] = ()
+        if seen is not None:
+            drop = (Discard(seen.name, wanted.stop_seconds, "the one set aside is wanted"),)
+        back = BringBack(wanted.name, "an interrupted change set it aside")
+        return Replacement((*drop, back, WaitReady(wanted, "it starts")))
     if seen is None:
-        if left is not None and left.spec_hash == wanted.hash:
-            back = BringBack(wanted.name, "an interrupted change set it aside")
-            return Replacement((back, WaitReady(wanted, "it starts")))
         return Replacement((*pull, *_create(wanted, "not there")), drop_left)
     stale = "its settings changed" if seen.spec_hash != wanted.hash else restart_cause
+    if not stale and _hangs(wanted, seen, observed.taken_at):
+        stale = "it runs, but has not answered for longer than it may take to start"
     if stale:
         away = SetAside(wanted.name, wanted.stop_seconds, stale)
         drop_old = Discard(aside(wanted.name), wanted.stop_seconds, stale)
@@ -1724,6 +1779,16 @@ def plan_container(
         return Replacement((start, WaitReady(wanted, "it starts")), drop_left)
     wait: tuple[Step, ...] = () if seen.ready else (WaitReady(wanted, "it does not answer yet"),)
     return Replacement(wait, drop_left)
+
+
+def _differs(seen: ObservedContainer | None, wanted: ContainerSpec) -> bool:
+    return seen is None or seen.spec_hash != wanted.hash
+
+
+def _hangs(wanted: ContainerSpec, seen: ObservedContainer, now: datetime | None) -> bool:
+    if not seen.running or seen.ready or seen.started_at is None or now is None:
+        return False
+    return (now - seen.started_at).total_seconds() > wanted.start_seconds
 
 
 def _pull_if_absent(wanted: ContainerSpec, observed: Observed) -> tuple[Step, ...]:
@@ -1748,20 +1813,39 @@ def plan_endpoint(
     if state.endpoint == "stopped":
         return Stage(title="endpoint", steps=()), frozenset()
     routed = routed_replicas(state, observed)
-    models = [
-        model
+    served = [
+        entry
         for model in state.wished_models
-        if model in assumed or _routable(state, model, observed, routed)
+        for entry in (
+            served_models(state, [model])
+            if model in assumed
+            else _serving_now(state, model, observed, routed)
+        )
     ]
-    slot, gateway_steps = _plan_gateway(state, models, observed, site)
+    slot, gateway_steps = _plan_gateway(state, served, observed, site)
     steps = (*gateway_steps, *_plan_edge(state, slot, observed, site))
     kept = frozenset({gateway_name(state, slot), edge_name(state)})
     return Stage(title="endpoint", steps=steps), kept
 
 
-def _routable(state: State, model: Model, observed: Observed, routed: frozenset[str]) -> bool:
+def _serving_now(
+    state: State, model: Model, observed: Observed, routed: frozenset[str]
+) -> list[ServedModel]:
+    """A model as its replicas serve it, which a saved but unapplied wish must not change."""
     seen = [observed.containers.get(name) for name in replica_names(state, model)]
-    return any(c is not None and c.running and (c.ready or c.name in routed) for c in seen)
+    able = [c for c in seen if c and c.running and (c.ready or c.name in routed)]
+    by_name: dict[str, list[ObservedContainer]] = {}
+    for container in able:
+        name = container.served_model_name or model.served_model_name
+        by_name.setdefault(name, []).append(container)
+    return [
+        ServedModel(
+            served_model_name=name,
+            type=containers[0].model_type or model.type,
+            replicas=tuple(c.name for c in containers),
+        )
+        for name, containers in by_name.items()
+    ]
 
 
 def routed_replicas(state: State, observed: Observed) -> frozenset[str]:
@@ -1786,12 +1870,12 @@ def serving_slot(observed: Observed) -> Slot | None:
 
 
 def _plan_gateway(
-    state: State, models: Sequence[Model], observed: Observed, site: Site
+    state: State, served: Sequence[ServedModel], observed: Observed, site: Site
 ) -> tuple[Slot, list[Step]]:
     """The slot that shall serve, and how it gets there while the other goes on serving."""
-    text = render_litellm_config(state, models)
+    text = render_litellm_config(served)
     serving = serving_slot(observed)
-    wanted = {slot: render_gateway(state, slot, models, site) for slot in SLOTS}
+    wanted = {slot: render_gateway(state, slot, served, site) for slot in SLOTS}
     slot = _right_slot(wanted, observed, serving)
     write = _write(f"litellm-{slot}/config.yaml", text, observed, "what is routed changed")
     seen = observed.containers.get(wanted[slot].name)
@@ -1847,15 +1931,23 @@ def _write(path: str, text: str, observed: Observed, cause: str) -> list[Step]:
 
 
 def plan_retirement(
-    state: State, observed: Observed, kept: frozenset[ContainerName], only: ModelName | None
+    state: State, observed: Observed, kept: frozenset[ContainerName] | None, only: ModelName | None
 ) -> Stage:
-    """What nobody wants any more goes last, after no request can reach it."""
-    wanted = {*kept, database_name(state)} if state.endpoint == "running" else {*kept}
+    """What nobody wants any more goes last, after no request can reach it.
+
+    `kept` names the gateway and edge that serve; None where turning to them failed, and then
+    only engines go: a stopped model must free its GPU even while the endpoint is broken.
+    """
+    wanted = {*(kept or ())}
+    if state.endpoint == "running":
+        wanted.add(database_name(state))
     wanted |= {name for m in state.wished_models for name in replica_names(state, m)}
     steps: list[Step] = []
     for name, seen in sorted(observed.containers.items()):
         base = ContainerName(name.removesuffix(ASIDE))
-        if base in wanted or (seen.model_name is not None and only not in {None, seen.model_name}):
+        if base in wanted or (kept is None and seen.role != "engine"):
+            continue
+        if seen.model_name is not None and only not in {None, seen.model_name}:
             continue
         if seen.role == "database":
             # Data depend on it: it is stopped, never removed.
@@ -1877,10 +1969,14 @@ def _interrupted(stages: Sequence[Stage], observed: Observed) -> tuple[ModelName
         for step in stage.steps
         if isinstance(step, SetAside | StopContainer | Discard)
     }
+    roles = {c.role for c in observed.containers.values() if c.name in stopped and c.running}
     names = {
         ModelName(seen.model_name)
         for seen in observed.containers.values()
-        if seen.model_name is not None and seen.running and seen.name in stopped
+        # Without the edge nobody is reached.
+        if seen.model_name is not None
+        and seen.running
+        and (seen.name in stopped or "edge" in roles)
     }
     return tuple(sorted(names))
 
@@ -1954,13 +2050,21 @@ def registering(model: Model) -> Change:
     return Change(title=f"Register {model.name}", edit=edit)
 
 
-def revising(model: Model) -> Change:
-    return Change(title=f"Change {model.name}", edit=lambda state: state.with_model(model))
+def revising(name: str, changes: Json, options: EngineOptions) -> Change:
+    """Some settings of a registered model, merged into what it is when the change is made."""
+
+    def edit(state: State) -> State:
+        raw = asdict(state.model(name)) | changes
+        return state.with_model(parse_model(raw, state.images, options))
+
+    return Change(title=f"Change {name}", edit=edit)
 
 
-def configuring_edge(raw: Json) -> Change:
-    edge = parse_edge(raw)
-    return Change(title="Change HTTPS", edit=lambda state: replace(state, edge=edge))
+def configuring_edge(changes: Json) -> Change:
+    def edit(state: State) -> State:
+        return replace(state, edge=parse_edge(asdict(state.edge) | changes))
+
+    return Change(title="Change HTTPS", edit=edit)
 
 
 def setting_hub_token(token: str) -> Change:
@@ -2461,28 +2565,39 @@ def key_request(
 
 
 TLS_CHOICES: Final = ("internal", "own", "acme")
+TLS_DETAILS: Final = {
+    "certificate_path": "Certificate file (own)",
+    "key_path": "Key file (own)",
+    "email": "E-mail (acme)",
+    "directory_url": "Directory (acme; empty: Let's Encrypt)",
+}
 
 
-def tls_settings(kind: str, certificate: str, key: str, email: str) -> Json:
+def tls_detail(key: str, edge: Edge) -> str:
+    """One field of the stored TLS settings, empty where its kind has none."""
+    return str(asdict(edge.tls).get(key) or "")
+
+
+def tls_settings(kind: str, certificate: str, key: str, email: str, directory: str) -> Json:
     match kind:
         case "own":
             return {"kind": kind, "certificate_path": certificate, "key_path": key}
         case "acme":
-            return {"kind": kind, "email": email}
+            return {"kind": kind, "email": email, "directory_url": directory or None}
         case _:
             return {"kind": "internal"}
 
 
 def edge_settings(  # noqa: PLR0913, PLR0917 - one argument per field of the form
-    before: Edge, names: str, https_port: float, http_port: float, tls: str,
-    certificate: str, key: str, email: str,
+    names: str, https_port: float, http_port: float, tls: str,
+    certificate: str, key: str, email: str, directory: str,
 ) -> Json:  # fmt: skip
     """The endpoint form's fields in the shape of a stored edge."""
-    return asdict(before) | {
+    return {
         "hostnames": re.split(r"[,\s]+", typed(names)),
         "https_port": https_port,
         "http_port": http_port,
-        "tls": tls_settings(tls, typed(certificate), typed(key), typed(email)),
+        "tls": tls_settings(tls, typed(certificate), typed(key), typed(email), typed(directory)),
     }
 
 
@@ -2498,11 +2613,15 @@ def utc_now() -> datetime:
 class Clock(Protocol):
     """Time, so that tests need not wait for it."""
 
+    def utc_now(self) -> datetime: ...
     def monotonic(self) -> float: ...
     def sleep(self, seconds: float) -> None: ...
 
 
 class SystemClock:
+    def utc_now(self) -> datetime:
+        return utc_now()
+
     def monotonic(self) -> float:
         return time.monotonic()
 
@@ -2518,8 +2637,11 @@ class StateStore:
         self.config_path = home / "config.json"
         self.generated = home / "generated"
 
-    def ensure(self, name_prefix: str) -> State:
-        """The stored state; a first one only where there never was any."""
+    def ensure(self, *, fixed_names: bool) -> State:
+        """The stored state; a first one only where there never was any.
+
+        Without `fixed_names` its containers carry a prefix, and live beside another installation.
+        """
         with file_errors("open its home"):
             for path in (self.home, self.generated, self.home / "history", self.home / "logs"):
                 path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -2531,7 +2653,7 @@ class StateStore:
                     self._write_state(
                         new_state(
                             instance=instance,
-                            name_prefix=name_prefix.replace("*", instance),
+                            name_prefix="" if fixed_names else f"{instance}-",
                             token=lambda: secrets.token_urlsafe(32),
                         )
                     )
@@ -2617,9 +2739,10 @@ class StateStore:
                 f"Another change is under way: {holder}.",
                 advice="Wait until it is done, or cancel it.",
             ) from None
-        handle.truncate(0)
-        handle.write(f"{title}, since {utc_now():%H:%M:%S} UTC, process {os.getpid()}")
-        handle.flush()
+        with contextlib.suppress(OSError):  # a note for the refused; a full disk must not stop us
+            handle.truncate(0)
+            handle.write(f"{title}, since {utc_now():%H:%M:%S} UTC, process {os.getpid()}")
+            handle.flush()
 
         def release() -> None:
             handle.close()
@@ -2905,6 +3028,8 @@ def _observed(attributes: Json) -> ObservedContainer:
         exit_code=state["ExitCode"] if ended else None,
         started_at=parse_docker_time(state["StartedAt"]) if state["Status"] == "running" else None,
         model_name=labels.get(LABEL_MODEL_NAME),
+        model_type=labels.get(LABEL_MODEL_TYPE),
+        served_model_name=labels.get(LABEL_SERVED_NAME),
         docker_health=(state.get("Health") or {}).get("Status"),
     )
 
@@ -3024,11 +3149,17 @@ def docker_errors(action: str) -> Iterator[None]:
                 f"LLM Manager could not {action}: it is gone.", advice="Apply the plan."
             ) from error
         raise _docker_fault(action, str(error.explanation)) from error
-    except (docker.errors.DockerException, requests.exceptions.RequestException) as error:
+    except (
+        docker.errors.DockerException,
+        requests.exceptions.RequestException,
+        urllib3.exceptions.HTTPError,  # a broken stream of a pull or a log comes through bare
+    ) as error:
+        start = "Install or start it: `systemctl start docker`"
+        advice = f"{start} (Debian, Ubuntu: `apt-get install docker.io`)."
+        if "Permission denied" in str(error):
+            advice = "Run this as root, or join its group: `usermod -aG docker USER`."
         raise DockerAbsentError(
-            f"Docker does not answer, so LLM Manager could not {action}.",
-            advice="Install or start it: `systemctl start docker` "
-            "(Debian, Ubuntu: `apt-get install docker.io`).",
+            f"Docker does not answer, so LLM Manager could not {action}.", advice=advice
         ) from error
 
 
@@ -3090,10 +3221,9 @@ class HttpProbes:
                 return self._loaded(seen) is not None
             case GatewayServes(model_names=names, master_key=key):
                 return self._gateway_connected(seen) and self._gateway_lists(seen, names, key)
-            case EngineAnswers(model_type=model_type, served_model_name=name):
-                return self._ok(seen, ENGINE_PORT, "/health") is not None and self._engine_answers(
-                    seen, model_type, name
-                )
+            case EngineAnswers() as wanted:
+                healthy = self._ok(seen, ENGINE_PORT, "/health") is not None
+                return healthy and self._engine_answers(seen, wanted)
             case _:
                 assert_never(spec.readiness)
 
@@ -3116,7 +3246,7 @@ class HttpProbes:
 
     def _gateway_connected(self, seen: ObservedContainer) -> bool:
         answer = self._ok(seen, GATEWAY_PORT, "/health/readiness")
-        return answer is not None and answer.json().get("db") == "connected"
+        return answer is not None and '"db":"connected"' in answer.text.replace(" ", "")
 
     def _gateway_lists(
         self, seen: ObservedContainer, names: Sequence[str], key: pydantic.SecretStr
@@ -3127,17 +3257,21 @@ class HttpProbes:
                 headers={"Authorization": f"Bearer {key.get_secret_value()}"},
                 timeout=10,
             )
-        except httpx.HTTPError:
+            listed = {entry["id"] for entry in answer.raise_for_status().json()["data"]}
+        except (httpx.HTTPError, ValueError, KeyError):
             return False
-        listed = {entry["id"] for entry in answer.json().get("data", ())}
-        return answer.is_success and listed >= set(names)
+        return listed >= set(names)
 
-    def _engine_answers(self, seen: ObservedContainer, model_type: ModelType, name: str) -> bool:
-        path, body = readiness_request(model_type, name)
+    def _engine_answers(self, seen: ObservedContainer, wanted: EngineAnswers) -> bool:
+        path, body = readiness_request(wanted.model_type, wanted.served_model_name)
+        key = wanted.engine_key.get_secret_value()
         try:
             # The first request may compile kernels.
             answer = self._client.post(
-                f"http://{seen.address}:{ENGINE_PORT}{path}", json=body, timeout=300
+                f"http://{seen.address}:{ENGINE_PORT}{path}",
+                json=body,
+                headers={"Authorization": f"Bearer {key}"},
+                timeout=300,
             )
         except httpx.TimeoutException as error:
             raise ContainerFailedError(
@@ -3149,8 +3283,8 @@ class HttpProbes:
         if answer.is_success:
             return True
         raise ContainerFailedError(
-            f"{seen.name} is up but refuses a {model_type} request with {answer.status_code}: "
-            f"{_last_line(answer.text)}.",
+            f"{seen.name} is up but refuses a {wanted.model_type} request "
+            f"with {answer.status_code}: {_last_line(answer.text)}.",
             advice="Check that the model's type is right.",
         )
 
@@ -3166,10 +3300,10 @@ class LiteLlmApi:
             trust_env=False,
         )
 
-    def create_key(self, request: Json) -> tuple[pydantic.SecretStr, str]:
-        """The new key's secret and its hash."""
+    def create_key(self, request: Json) -> pydantic.SecretStr:
+        """The new key's secret, which LiteLLM tells only now."""
         answer = self._call("POST", "/key/generate", json=request | {"key_type": "llm_api"})
-        return pydantic.SecretStr(answer["key"]), str(answer["token"])
+        return pydantic.SecretStr(answer["key"])
 
     def list_keys(self) -> list[VirtualKey]:
         """Every key, page by page."""
@@ -3240,35 +3374,49 @@ class Gpu:
 
 
 def read_gpus() -> tuple[Gpu, ...]:
-    """The GPUs of this server; empty where there is no driver."""
+    """The GPUs of this server; empty only where there is no driver at all."""
     try:
         pynvml.nvmlInit()
-    except pynvml.NVMLError:
+    except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded):
         return ()
-    try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        return tuple(
-            Gpu(
-                uuid=GpuUuid(str(pynvml.nvmlDeviceGetUUID(handle))),
-                name=str(pynvml.nvmlDeviceGetName(handle)),
-                memory_mib=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) // 1024**2,
-            )
-            for handle in handles
-        )
     except pynvml.NVMLError as error:
-        raise ManagerError(
-            f"The NVIDIA driver does not answer: {error}.", advice="Look at `nvidia-smi`."
-        ) from error
+        raise _driver_fault(error) from error
+    try:
+        return tuple(_read_gpu(index) for index in range(pynvml.nvmlDeviceGetCount()))
+    except pynvml.NVMLError as error:
+        raise _driver_fault(error) from error
     finally:
         pynvml.nvmlShutdown()
 
 
+def _read_gpu(index: int) -> Gpu:
+    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+    memory_mib: int | None = None
+    with contextlib.suppress(pynvml.NVMLError):  # "Not Supported" where memory is shared
+        memory_mib = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) // 1024**2
+    return Gpu(
+        uuid=GpuUuid(str(pynvml.nvmlDeviceGetUUID(handle))),
+        name=str(pynvml.nvmlDeviceGetName(handle)),
+        memory_mib=memory_mib,
+    )
+
+
+def _driver_fault(error: Exception) -> ManagerError:
+    return ManagerError(
+        f"The NVIDIA driver does not answer: {error}.",
+        advice="Look at `nvidia-smi`; after a driver upgrade, reboot.",
+    )
+
+
 def port_is_free(address: str, port: int) -> bool:
-    """Whether this process could listen there now; None-like doubt counts as free."""
-    with socket.socket() as probe:
+    """Whether nobody listens there; without the right to bind, whether nobody answers."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((address, port))
+        except PermissionError:
+            return probe.connect_ex((address, port)) != 0
         except OSError as error:
             return error.errno != errno.EADDRINUSE
     return True
@@ -3316,12 +3464,19 @@ class Control:
     def check(self) -> None:
         """Raise where the operator has cancelled; called only where undoing is safe."""
         if self._cancelled.is_set():
-            raise CancelledError("The change was cancelled and undone.", advice="Start it again.")
+            raise CancelledError(
+                "The change was cancelled, and its wish withdrawn.",
+                advice="What it had finished before is in the plan, to be taken back.",
+            )
 
 
 def observe(tools: Tools) -> Observed:
     """One whole look at the world."""
-    seen = replace(tools.containers.observe(), files=tools.files.read_generated())
+    seen = replace(
+        tools.containers.observe(),
+        files=tools.files.read_generated(),
+        taken_at=tools.clock.utc_now(),
+    )
     return tools.probes.fill(seen)
 
 
@@ -3343,18 +3498,20 @@ def converge(
         faults = [*database, *(fault for faults in attempts for fault in faults)]
     if not database:
         faults += _turn_endpoint(state, site, tools, control, only)
+    else:  # what is wished stopped must stop all the same
+        faults += _attempt([plan_retirement(state, observe(tools), None, only)], tools, control)
     _raise_all(faults)
 
 
 def _turn_endpoint(
     state: State, site: Site, tools: Tools, control: Control, only: ModelName | None
 ) -> list[ManagerError]:
-    """Route what is ready now; retire the rest only where that succeeded."""
+    """Route what is ready now, then retire what nobody wants any more."""
     endpoint, kept = plan_endpoint(state, observe(tools), site)
     faults = _attempt([endpoint], tools, control)
-    if faults:
-        return faults
-    return _attempt([plan_retirement(state, observe(tools), kept, only)], tools, control)
+    turned = kept if not faults else None
+    retirement = plan_retirement(state, observe(tools), turned, only)
+    return faults + _attempt([retirement], tools, control)
 
 
 def _attempt(stages: Sequence[Stage], tools: Tools, control: Control) -> list[ManagerError]:
@@ -3650,20 +3807,14 @@ def container_checks(state: State, observed: Observed) -> list[Check]:
 LOW_DISK_BYTES: Final = 20 * 1024**3
 
 
-def server_checks(state: State, home: Path, gpus: Sequence[Gpu]) -> list[Check]:
-    """The state, the disk, the GPUs."""
+def disk_check(home: Path) -> Check:
     free = free_bytes(home)
-    names = ", ".join(gpu.name or gpu.uuid for gpu in gpus)
-    return [
-        Check(name="state", ok=True, text=f"{len(state.models)} models, {home}"),
-        Check(
-            name="disk",
-            ok=free > LOW_DISK_BYTES,
-            text=f"{format_size(free)} free",
-            advice="Free some space: images and weights are large.",
-        ),
-        Check(name="GPUs", ok=True, text=names or "none; models run on the CPU"),
-    ]
+    return Check(
+        name="disk",
+        ok=free > LOW_DISK_BYTES,
+        text=f"{format_size(free)} free",
+        advice="Free some space: images and weights are large.",
+    )
 
 
 class Manager:
@@ -3693,7 +3844,10 @@ class Manager:
         return self._store.load()
 
     def gpus(self) -> tuple[Gpu, ...]:
-        return self._gpus()
+        """The GPUs to choose from; a broken driver offers none, and the doctor says why."""
+        with contextlib.suppress(ManagerError):
+            return self._gpus()
+        return ()
 
     def observe(self) -> Observed:
         return observe(self._tools)
@@ -3731,18 +3885,24 @@ class Manager:
         """Save the wish and make it so, as a job; refused at once while another change runs."""
         release = self._store.acquire(change.title)
         try:
+            before = self._store.load()
             state = self._saved(change)
         except BaseException:
             release()
             raise
         job = Job(change.title, change.hint)
         self._jobs.append(job)
-        return job.run(
-            lambda control: converge(
-                state, self._site, self._tools, control, only=change.only, restart=change.restart
-            ),
-            at_end=release,
-        )
+        return job.run(lambda control: self._work(change, before, state, control), at_end=release)
+
+    def _work(self, change: Change, before: State, after: State, control: Control) -> None:
+        try:
+            converge(
+                after, self._site, self._tools, control, only=change.only, restart=change.restart
+            )
+        except CancelledError:
+            if after != before:
+                self._store.save(before)
+            raise
 
     def register(self, raw: Json) -> Model:
         """A new model from what the operator typed; where it goes is chosen when not said."""
@@ -3754,11 +3914,7 @@ class Manager:
 
     def revise(self, name: str, changes: Json) -> Model:
         """A registered model with some settings changed; it takes effect with the next plan."""
-        state = self._store.load()
-        raw = asdict(state.model(name)) | changes
-        model = parse_model(raw, state.images, self._options)
-        self.save(revising(model))
-        return model
+        return self.save(revising(name, changes, self._options)).model(name)
 
     def returning(self, number: int | None) -> Change:
         """The change back to an earlier version; without a number, the one before this."""
@@ -3808,7 +3964,14 @@ class Manager:
             docker_checks = container_checks(state, self.observe())
         except ManagerError as error:
             docker_checks = [Check(name="Docker", ok=False, text=error.fact, advice=error.advice)]
-        return [*docker_checks, *server_checks(state, self.home, self._gpus())]
+        return [*docker_checks, disk_check(self.home), self._gpu_check()]
+
+    def _gpu_check(self) -> Check:
+        try:
+            names = ", ".join(gpu.name or gpu.uuid for gpu in self._gpus())
+        except ManagerError as error:
+            return Check(name="GPUs", ok=False, text=error.fact, advice=error.advice)
+        return Check(name="GPUs", ok=True, text=names or "none; models run on the CPU")
 
     def create_key(self, request: KeyRequest) -> pydantic.SecretStr:
         """A new virtual key; this is the only time its secret is seen."""
@@ -3825,8 +3988,7 @@ class Manager:
                 f"There is a key called {request.alias!r} already.",
                 advice="Choose another name, or revoke that one first.",
             )
-        secret, _ = api.create_key(request.as_litellm())
-        return secret
+        return api.create_key(request.as_litellm())
 
     def list_keys(self) -> list[VirtualKey]:
         return self._gateway(self._store.load()).list_keys()
@@ -3869,9 +4031,18 @@ class Watch:
         while True:
             time.sleep(self._seconds)
             try:
-                self._latest = self._manager.snapshot()
+                before, self._latest = self._latest, self._manager.snapshot()
+                if before.observed is None and self._latest.observed is not None:
+                    self._restore()
             except Exception:  # boundary: a bug in one look must not freeze every page for ever
                 log.exception("snapshot failed")
+
+    def _restore(self) -> None:
+        """Docker is back: it starts no engine by itself, and nobody may be looking."""
+        state = self._latest.state
+        if state is not None and state.endpoint == "running" and self._latest.plan:
+            with contextlib.suppress(BusyError):
+                self._manager.start(restoring())
 
 
 # =============================================================================
@@ -4319,29 +4490,31 @@ def build_endpoint_form(desk: Desk) -> None:
 
     def on_save(*values: Any) -> str:
         with shown_to_operator():
-            desk.manager.save(configuring_edge(edge_settings(desk.manager.state().edge, *values)))
+            desk.manager.save(configuring_edge(edge_settings(*values)))
             return "Saved. Review **What is planned** above, then apply it."
 
-    edge = desk.manager.state().edge
-    own = edge.tls if isinstance(edge.tls, OwnCertificate) else None
+    def stored(component: Any, view: Callable[[Edge], Any]) -> Any:
+        # Follows the stored state, which the command line may change; typing is left alone.
+        return live(desk, component, lambda seen: seen.state and view(seen.state.edge))
+
     with gr.Accordion("HTTPS endpoint", open=False):
         with gr.Row():
-            names = gr.Textbox(", ".join(edge.hostnames), label="Host names")
-            https = gr.Number(edge.https_port, label="HTTPS port", precision=0)
-            http = gr.Number(edge.http_port, label="HTTP port", precision=0)
+            names = stored(gr.Textbox(label="Host names"), lambda edge: ", ".join(edge.hostnames))
+            https = stored(gr.Number(label="HTTPS port", precision=0), lambda edge: edge.https_port)
+            http = stored(gr.Number(label="HTTP port", precision=0), lambda edge: edge.http_port)
         with gr.Row():
             tls = gr.Dropdown(
-                list(TLS_CHOICES), value=edge.tls.kind, label="Certificate",
-                info="internal: Caddy's own authority; own: files below; acme: Let's Encrypt",
+                list(TLS_CHOICES), label="Certificate",
+                info="internal: Caddy's own authority; own: files of this server; acme: by e-mail",
             )  # fmt: skip
-            certificate = gr.Textbox(own.certificate_path if own else "", label="Certificate file")
-            key = gr.Textbox(own.key_path if own else "", label="Key file")
-            email = gr.Textbox(
-                edge.tls.email if isinstance(edge.tls, AcmeTls) else "", label="E-mail for ACME"
-            )
+            stored(tls, lambda edge: edge.tls.kind)
+            details = [
+                stored(gr.Textbox(label=label), partial(tls_detail, key))
+                for key, label in TLS_DETAILS.items()
+            ]
         save = gr.Button("Save")
         said = gr.Markdown()
-    save.click(on_save, [names, https, http, tls, certificate, key, email], said, **PRIVATE)
+    save.click(on_save, [names, https, http, tls, *details], said, **PRIVATE)
 
 
 def build_job_panel(desk: Desk) -> None:
@@ -4436,6 +4609,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(arguments.command(arguments))
     except ManagerError as error:
         _say(str(error))
+        return FAILED
+    except KeyboardInterrupt:
+        _say("Interrupted. What was under way is healed by the next `apply`.")
         return FAILED
     except BrokenPipeError:
         # `status | head`: nobody reads on. The interpreter would complain when it flushes.
@@ -4538,6 +4714,7 @@ def _add_model_options(sub: argparse.ArgumentParser, *, required: bool) -> None:
     sub.add_argument("--image", help="instead of the pinned engine image")
     sub.add_argument("--replicas", type=int)
     sub.add_argument("--gpu", action="append", metavar="UUID", help="repeat for several")
+    sub.add_argument("--memory-fraction", type=float, help="of each GPU, at most 1")
     sub.add_argument("--cpu-kv-cache", type=int, metavar="MIB", help="place it on the CPU")
     sub.add_argument("--json", action="store_true")
 
@@ -4580,6 +4757,7 @@ def add_system_commands(commands: Any, add: Callable[..., Any]) -> None:
     edge.add_argument("--certificate", default="")
     edge.add_argument("--key", default="")
     edge.add_argument("--email", default="")
+    edge.add_argument("--acme-directory", default="", help="a company's own ACME server")
     token = config.add_parser("token", help="the Hugging Face token, from standard input")
     token.set_defaults(command=command_config_token)
     image = commands.add_parser("image", help="the pinned images").add_subparsers(
@@ -4599,10 +4777,9 @@ def add_system_commands(commands: Any, add: Callable[..., Any]) -> None:
 
 def open_manager() -> Manager:
     """The installation of this environment, wired up."""
-    home = find_home()
-    store = StateStore(home)
-    state = store.ensure("" if home in DEFAULT_HOMES else "*-")
-    cache = Path(state.hugging_face_home or home / "huggingface")
+    store = StateStore(find_home())
+    state = store.ensure(fixed_names=store.home == SYSTEM_HOME)
+    cache = Path(state.hugging_face_home or store.home / "huggingface")
     with file_errors("make the weights' directory"):
         cache.mkdir(parents=True, exist_ok=True)
     docker_url = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
@@ -4617,7 +4794,6 @@ def open_manager() -> Manager:
 
 
 SYSTEM_HOME: Final = Path("/var/lib/llm-manager")
-DEFAULT_HOMES: Final = (SYSTEM_HOME, Path("~/.llm-manager").expanduser())
 
 
 def find_home() -> Path:
@@ -4625,7 +4801,7 @@ def find_home() -> Path:
     named = os.environ.get("LLM_MANAGER_HOME")
     if named:
         return Path(named).resolve()
-    return SYSTEM_HOME if os.geteuid() == 0 else DEFAULT_HOMES[1]
+    return SYSTEM_HOME if os.geteuid() == 0 else Path("~/.llm-manager").expanduser()
 
 
 def out(text: str) -> None:
@@ -4687,8 +4863,11 @@ def command_serve(arguments: argparse.Namespace) -> int:
         out(f"LLM Manager: {console_url(state, arguments.port)}")
     else:
         out(f"LLM Manager listens on {CONSOLE_HOST}:{arguments.port}; `url` prints its address.")
-    uvicorn.Server(config).run(sockets=[listener])
-    return DONE
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[listener])
+    # A job may wait an hour for an engine; systemd must not. The next plan heals it.
+    logging.shutdown()
+    os._exit(DONE)
 
 
 def listen(port: int) -> socket.socket:
@@ -4805,7 +4984,11 @@ def model_options(arguments: argparse.Namespace) -> Json:
     if arguments.path:
         given["source"] = {"kind": "local", "path": arguments.path}
     if arguments.gpu:
-        given["placement"] = {"kind": "gpu", "gpu_uuids": arguments.gpu}
+        given["placement"] = {
+            "kind": "gpu",
+            "gpu_uuids": arguments.gpu,
+            "memory_fraction": arguments.memory_fraction,
+        }
     if arguments.cpu_kv_cache:
         given["placement"] = {"kind": "cpu", "kv_cache_mib": arguments.cpu_kv_cache}
     return {key: value for key, value in given.items() if value is not None}
@@ -4872,19 +5055,22 @@ def command_config_check(_: argparse.Namespace) -> int:
 
 
 def command_config_set(arguments: argparse.Namespace) -> int:
-    manager = open_manager()
-    edge = manager.state().edge
     given = {
         "hostnames": arguments.hostname,
         "address": arguments.address,
         "https_port": arguments.https_port,
         "http_port": arguments.http_port,
-        "tls": tls_settings(
-            arguments.tls, arguments.certificate, arguments.key, arguments.email
-        ) if arguments.tls else None,
-    }  # fmt: skip
+    }
+    if arguments.tls:
+        given["tls"] = tls_settings(
+            arguments.tls,
+            arguments.certificate,
+            arguments.key,
+            arguments.email,
+            arguments.acme_directory,
+        )
     changes = {key: value for key, value in given.items() if value is not None}
-    manager.save(configuring_edge(asdict(edge) | changes))
+    open_manager().save(configuring_edge(changes))
     out("Saved. Next: llm_manager.py plan")
     return DONE
 
@@ -4927,10 +5113,9 @@ def command_install(arguments: argparse.Namespace) -> int:
     home = find_home()
     with file_errors("write the systemd unit"):
         unit.parent.mkdir(parents=True, exist_ok=True)
-        unit.write_text(render_unit(template, python=str(ENVIRONMENT / "bin" / "python"),
+        unit.write_text(render_unit(template, python=sys.executable,
                                     program=str(PROGRAM), home=str(home)))  # fmt: skip
-    StateStore(home).ensure("" if home in DEFAULT_HOMES else "*-")
-    out(f"Wrote {unit}; state lives in {home}.")
+    out(f"Wrote {unit}; state will live in {home}.")
     if arguments.no_start:
         return DONE
     for command in (["daemon-reload"], ["enable", "--now", "llm-manager.service"]):

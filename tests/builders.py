@@ -28,6 +28,7 @@ def some_secrets(**changes: Any) -> lm.Secrets:
         "master_key": a_secret("master"),
         "salt_key": a_secret("salt"),
         "database_password": a_secret("database"),
+        "engine_key": a_secret("engine"),
         "console_key": a_secret("console"),
         "hugging_face_token": a_secret("hub"),
     }
@@ -81,6 +82,8 @@ def seen(spec: lm.ContainerSpec, **changes: Any) -> lm.ObservedContainer:
         "image": spec.image,
         "started_at": NOW,
         "model_name": spec.labels.get(lm.LABEL_MODEL_NAME),
+        "model_type": spec.labels.get(lm.LABEL_MODEL_TYPE),
+        "served_model_name": spec.labels.get(lm.LABEL_SERVED_NAME),
         "docker_health": "healthy" if spec.healthcheck else None,
     }
     return lm.ObservedContainer(**given | changes)
@@ -113,11 +116,13 @@ def as_wished(state: lm.State, slot: lm.Slot = "a", **changes: Any) -> lm.Observ
     files: dict[str, str] = {}
     edge = None
     if state.endpoint == "running":
-        gateway = lm.render_gateway(state, slot, models, site)
+        gateway = lm.render_gateway(state, slot, lm.served_models(state, models), site)
         specs += [lm.render_database(state), gateway, lm.render_edge(state, site)]
         text = lm.render_caddyfile(state, slot)
         files = {
-            f"litellm-{slot}/config.yaml": lm.render_litellm_config(state, models),
+            f"litellm-{slot}/config.yaml": lm.render_litellm_config(
+                lm.served_models(state, models)
+            ),
             lm.CADDYFILE: text,
         }
         edge = lm.LoadedCaddyfile(slot, lm.caddyfile_hash(text))

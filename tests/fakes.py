@@ -10,13 +10,14 @@ import contextlib
 import threading
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 
 import yaml
 
 import llm_manager as lm
 
-EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
+# The fake clock begins now: an observation carries the real time beside the simulated starts.
+EPOCH = lm.utc_now()
 
 
 class Crash(BaseException):
@@ -36,7 +37,7 @@ class FakeClock:
     def sleep(self, seconds: float) -> None:
         self.now += seconds * self.pace
 
-    def today(self) -> datetime:
+    def utc_now(self) -> datetime:
         return EPOCH + timedelta(seconds=self.now)
 
 
@@ -272,6 +273,8 @@ class FakeContainers:
             if container.running
             else None,
             model_name=spec.labels.get(lm.LABEL_MODEL_NAME),
+            model_type=spec.labels.get(lm.LABEL_MODEL_TYPE),
+            served_model_name=spec.labels.get(lm.LABEL_SERVED_NAME),
             docker_health=healthy if spec.healthcheck and container.running else None,
         )
 

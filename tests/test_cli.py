@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
+from builders import a_model
 
 import llm_manager as lm
 
@@ -82,8 +83,13 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 @pytest.fixture
-def with_chat(run: Run) -> Run:
-    assert run("model", "add", "chat", *HUB).status == lm.DONE
+def with_chat(run: Run, tmp_path: Path) -> Run:
+    """The same on a home that has a model, which was never deployed."""
+    store = lm.StateStore(tmp_path / "home")
+    source = lm.HubSource(repository="Qwen/Qwen3-0.6B")
+    store.save(
+        lm.registering(a_model(source=source, wish="stopped")).edit(store.ensure(fixed_names=True))
+    )
     return run
 
 
@@ -165,7 +171,7 @@ def test_a_browser_that_goes_away_in_mid_answer_ends_nothing(console: tuple[int,
 
 
 def test_output_that_nobody_reads_is_no_failure(tmp_path: Path) -> None:
-    lm.StateStore(tmp_path).ensure("")
+    lm.StateStore(tmp_path).ensure(fixed_names=True)
     process = program(tmp_path, "config", "show")
     assert process.stdout is not None
     process.stdout.close()  # as `| head` does
@@ -177,8 +183,10 @@ def test_output_that_nobody_reads_is_no_failure(tmp_path: Path) -> None:
 # --- models ------------------------------------------------------------------------------------
 
 
-def test_a_model_is_added_listed_shown_changed_and_removed(with_chat: Run) -> None:
-    run = with_chat
+def test_a_model_is_added_listed_shown_changed_and_removed(run: Run) -> None:
+    assert run("model", "add", "chat", *HUB).out == (
+        "Registered chat. Next: llm_manager.py deploy chat\n"
+    )
     (row,) = facts(run("model", "list", "--json"))
     assert (row["name"], row["phase"], row["source"]) == ("chat", "unknown", "Qwen/Qwen3-0.6B")
     assert run("model", "set", "chat", "--replicas", "2", "--arguments", "--seed 1").out == (
@@ -221,11 +229,12 @@ def test_a_model_is_added_listed_shown_changed_and_removed(with_chat: Run) -> No
     ids=str,
 )
 def test_what_cannot_be_done_is_one_sentence_and_changes_nothing(
-    with_chat: Run, arguments: tuple[str, ...], said: str
+    with_chat: Run, tmp_path: Path, arguments: tuple[str, ...], said: str
 ) -> None:
-    before = facts(with_chat("config", "show"))
+    config = tmp_path / "home" / "config.json"
+    before = config.read_text()
     assert said in with_chat(*arguments).refusal()
-    assert facts(with_chat("config", "show")) == before
+    assert config.read_text() == before
 
 
 @pytest.mark.parametrize(
@@ -292,7 +301,7 @@ def test_status_without_docker_still_lists_the_models(with_chat: Run) -> None:
 
 
 def test_no_secret_is_printed_but_by_the_command_that_is_for_it(run: Run, tmp_path: Path) -> None:
-    secrets = lm.StateStore(tmp_path / "home").ensure("").secrets
+    secrets = lm.StateStore(tmp_path / "home").ensure(fixed_names=True).secrets
     values = [lm.reveal(getattr(secrets, name)) for name in
               ("master_key", "salt_key", "database_password", "console_key")]  # fmt: skip
     for command in (["config", "show"], ["status"], ["status", "--json"], ["plan"], ["doctor"]):
@@ -359,10 +368,11 @@ def test_the_installed_unit_names_this_copy_and_its_home(run: Run, tmp_path: Pat
     ended = run("install", "--root", str(tmp_path / "root"), "--no-start")
     assert ended.status == lm.DONE, ended
     unit = (tmp_path / "root/etc/systemd/system/llm-manager.service").read_text()
-    assert f"ExecStart={lm.ENVIRONMENT}/bin/python {lm.PROGRAM} serve\n" in unit
+    assert f"ExecStart={sys.executable} {lm.PROGRAM} serve\n" in unit
     assert f"LLM_MANAGER_HOME={tmp_path}/home" in unit
     assert f"ReadWritePaths={tmp_path}/home" in unit
-    assert "/opt/llm-manager/llm_manager.py" not in unit
+    assert "/opt/llm-manager" not in unit
+    assert not (tmp_path / "home").exists(), "a packager's machine gets no secrets"
 
 
 def test_systemd_finds_nothing_wrong_with_the_unit(

@@ -195,7 +195,7 @@ def test_every_answer_forbids_frames_and_referrers(cookie: str) -> None:
 @pytest.fixture(scope="module")
 def manager(tmp_path_factory: pytest.TempPathFactory) -> lm.Manager:
     store = lm.StateStore(tmp_path_factory.mktemp("home"))
-    store.ensure("")
+    store.ensure(fixed_names=True)
     store.save(a_state(a_model(), hugging_face_home="/hub", secrets=a_state().secrets))
     site = lm.Site(generated=str(store.generated), hugging_face_home="/hub")
     gpu = lm.Gpu(uuid=GPU_0, name="<b>H200</b>", memory_mib=None)
@@ -544,10 +544,9 @@ def test_no_limit_is_none_in_a_key_request() -> None:
 
 
 def test_https_settings_come_from_their_form() -> None:
-    raw = lm.edge_settings(
-        lm.Edge(address="10.0.0.5"), "a.org, b.org", 8443, 8080, "acme", "", "", " a@b.c "
-    )
-    assert lm.parse_edge(raw) == lm.Edge(
+    state = a_state(edge=lm.Edge(address="10.0.0.5"))
+    raw = lm.edge_settings("a.org, b.org", 8443, 8080, "acme", "", "", " a@b.c ", None)
+    assert lm.configuring_edge(raw).edit(state).edge == lm.Edge(
         address="10.0.0.5",
         hostnames=("a.org", "b.org"),
         https_port=8443,
@@ -555,7 +554,8 @@ def test_https_settings_come_from_their_form() -> None:
         tls=lm.AcmeTls(email="a@b.c"),
     )
     with pytest.raises(lm.RefusedError, match="certificate_path"):
-        lm.configuring_edge(lm.edge_settings(lm.Edge(), "a.org", 443, 80, "own", "", "", ""))
+        own = lm.edge_settings("a.org", 443, 80, "own", "", "", "", "")
+        lm.configuring_edge(own).edit(state)
 
 
 def test_the_facts_of_status_are_keyed_like_the_table() -> None:

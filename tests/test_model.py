@@ -6,7 +6,7 @@ import copy
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pydantic
 import pytest
@@ -87,7 +87,7 @@ SOURCES = st.one_of(
 MODELS = st.builds(
     lm.Model,
     name=NAMES.map(lm.ModelName),
-    type=st.sampled_from(lm.MODEL_TYPES),
+    type=st.sampled_from(get_args(lm.ModelType)),
     source=SOURCES,
     served_model_name=SERVED,
     engine_arguments=st.lists(TEXTS, max_size=3).map(tuple),
@@ -120,6 +120,7 @@ FIELDS = st.fixed_dictionaries(
             master_key=SECRETS,
             salt_key=SECRETS,
             database_password=SECRETS,
+            engine_key=SECRETS,
             console_key=SECRETS,
             hugging_face_token=st.none() | SECRETS,
         ),
@@ -269,7 +270,7 @@ def test_no_secret_is_in_any_printed_form_of_a_state() -> None:
     shown = json.dumps(asdict(state), default=str)
     for text in (repr(state), str(state), f"{state}", shown, repr(asdict(state))):
         assert SECRET_MARK not in text
-    assert lm.render_state(state).count(SECRET_MARK) == 8
+    assert lm.render_state(state).count(SECRET_MARK) == 9
 
 
 @pytest.mark.parametrize(
@@ -293,7 +294,7 @@ def test_a_new_installation_draws_every_secret_anew() -> None:
     drawn = iter(f"token{n}" for n in range(9))
     state = lm.new_state(instance="ab12", name_prefix="", token=lambda: next(drawn))
     values = [lm.reveal(v) for v in asdict(state.secrets).values() if v is not None]
-    assert len(set(values)) == len(values) == 4
+    assert len(set(values)) == len(values) == 5
     assert values[0].startswith("sk-")  # LiteLLM takes no other
     assert lm.parse_state(lm.render_state(state)) == state
 

@@ -41,6 +41,7 @@ CHAT = a_model(
 SMALL = a_model("embed", type="embedding", source=lm.LocalSource(path="/srv/models/bge m3"))
 RANK = a_model("rank", type="rerank", served_model_name="BAAI/rank:v2")
 FULL = a_state(CHAT, SMALL, RANK)
+SERVED_BY_FULL = lm.served_models(FULL, FULL.models)
 
 
 def edge_of(**changes: Any) -> lm.State:
@@ -56,7 +57,7 @@ def as_json(spec: lm.ContainerSpec) -> str:
 
 
 def test_the_gateways_configuration(golden: Golden) -> None:
-    golden("litellm.yaml", lm.render_litellm_config(FULL, FULL.models))
+    golden("litellm.yaml", lm.render_litellm_config(lm.served_models(FULL, FULL.models)))
 
 
 def test_the_caddyfile_with_caddys_own_authority(golden: Golden) -> None:
@@ -87,7 +88,10 @@ def test_the_database(golden: Golden) -> None:
 
 
 def test_the_gateway(golden: Golden) -> None:
-    golden("gateway.json", as_json(lm.render_gateway(FULL, "a", FULL.models, a_site())))
+    golden(
+        "gateway.json",
+        as_json(lm.render_gateway(FULL, "a", lm.served_models(FULL, FULL.models), a_site())),
+    )
 
 
 def test_the_edge(golden: Golden) -> None:
@@ -115,7 +119,7 @@ AWKWARD = st.sampled_from(["true", "null", "1.0", "1e3", "0x1", "yes", "2026-01-
 @given(SERVED | AWKWARD)
 def test_no_served_name_can_break_the_yaml(name: str) -> None:
     model = a_model(served_model_name=name)
-    text = lm.render_litellm_config(a_state(model), [model])
+    text = lm.render_litellm_config(lm.served_models(a_state(model), [model]))
     (entry,) = yaml.safe_load(text)["model_list"]
     assert entry["model_name"] == name
     assert entry["litellm_params"]["model"] == f"hosted_vllm/{name}"
@@ -125,20 +129,24 @@ def test_no_served_name_can_break_the_yaml(name: str) -> None:
 @given(st.permutations(FULL.models))
 def test_the_order_of_models_changes_no_file(models: list[lm.Model]) -> None:
     state = replace(FULL, models=tuple(models))
-    assert lm.render_litellm_config(state, models) == lm.render_litellm_config(FULL, FULL.models)
-    one, other = (lm.render_gateway(s, "a", s.models, a_site()) for s in (state, FULL))
+    assert lm.render_litellm_config(lm.served_models(state, models)) == lm.render_litellm_config(
+        lm.served_models(FULL, FULL.models)
+    )
+    one, other = (
+        lm.render_gateway(s, "a", lm.served_models(s, s.models), a_site()) for s in (state, FULL)
+    )
     assert one.hash == other.hash
 
 
 def test_no_secret_is_in_any_generated_file_or_printed_container() -> None:
     specs = [
         lm.render_database(FULL),
-        lm.render_gateway(FULL, "a", FULL.models, a_site()),
+        lm.render_gateway(FULL, "a", lm.served_models(FULL, FULL.models), a_site()),
         lm.render_edge(FULL, a_site()),
         *(spec for model in FULL.models for spec in lm.render_engines(FULL, model, a_site())),
     ]
     texts = [
-        lm.render_litellm_config(FULL, FULL.models),
+        lm.render_litellm_config(lm.served_models(FULL, FULL.models)),
         *(lm.render_caddyfile(edge_of(tls=tls), "a") for tls in (lm.InternalTls(), OWN, ACME)),
         *(form(spec) for spec in specs for form in (repr, str, as_json)),
         *("".join((*spec.command, *spec.labels.values(), spec.hash)) for spec in specs),
@@ -151,7 +159,7 @@ def test_no_secret_is_in_any_generated_file_or_printed_container() -> None:
 
 def test_content_logging_is_off_whatever_is_served() -> None:
     for models in ([], FULL.models):
-        config = yaml.safe_load(lm.render_litellm_config(FULL, models))
+        config = yaml.safe_load(lm.render_litellm_config(lm.served_models(FULL, models)))
         settings_of = config["litellm_settings"] | config["general_settings"]
         assert {
             key: settings_of[key]
@@ -195,7 +203,7 @@ def test_only_the_edge_publishes_ports_and_only_where_it_is_told() -> None:
     assert [(p.address, p.host_port) for p in edge.ports] == [("10.0.0.5", 8443), ("10.0.0.5", 80)]
     others = [
         lm.render_database(FULL),
-        lm.render_gateway(FULL, "a", FULL.models, a_site()),
+        lm.render_gateway(FULL, "a", lm.served_models(FULL, FULL.models), a_site()),
         *lm.render_engines(FULL, CHAT, a_site()),
     ]
     assert not [spec for spec in others if spec.ports]
@@ -212,7 +220,9 @@ def test_every_name_of_an_installation_carries_its_prefix() -> None:
         *lm.replica_names(state, CHAT),
     ]
     assert all(name.startswith("a1b2-llm-") for name in names)
-    text = lm.render_litellm_config(state, state.models) + lm.render_caddyfile(state, "a")
+    text = lm.render_litellm_config(lm.served_models(state, state.models)) + lm.render_caddyfile(
+        state, "a"
+    )
     for spec in (lm.render_database(state), lm.render_edge(state, a_site())):
         text += as_json(spec)
     assert "//llm-" not in text
@@ -355,16 +365,20 @@ def test_the_order_of_an_environment_replaces_no_container() -> None:
 
 
 def test_another_secret_is_another_container() -> None:
-    for changed in ("master_key", "salt_key", "database_password"):
+    for changed in ("master_key", "salt_key", "database_password", "engine_key"):
         secrets = some_secrets(**{changed: pydantic.SecretStr("sk-other")})
         state = replace(FULL, secrets=secrets)
-        gateways = [lm.render_gateway(s, "a", s.models, a_site()) for s in (FULL, state)]
+        gateways = [
+            lm.render_gateway(s, "a", lm.served_models(s, s.models), a_site())
+            for s in (FULL, state)
+        ]
         assert gateways[0].hash != gateways[1].hash
 
 
 def test_what_is_routed_is_part_of_the_gateways_hash() -> None:
     few, all_of_them = (
-        lm.render_gateway(FULL, "a", models, a_site()) for models in (FULL.models[:1], FULL.models)
+        lm.render_gateway(FULL, "a", lm.served_models(FULL, models), a_site())
+        for models in (FULL.models[:1], FULL.models)
     )
     assert few.hash != all_of_them.hash
     assert all_of_them.readiness == lm.GatewayServes(

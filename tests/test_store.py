@@ -24,7 +24,7 @@ CHAT = lm.ContainerName("llm-model-chat-0")
 def store(tmp_path: Path) -> lm.StateStore:
     """A home as the first start leaves it."""
     store = lm.StateStore(tmp_path / "home")
-    store.ensure("")
+    store.ensure(fixed_names=True)
     return store
 
 
@@ -64,15 +64,15 @@ def everything_in(home: Path) -> dict[str, str]:
 
 
 def test_the_first_start_makes_secrets_once(tmp_path: Path) -> None:
-    first = lm.StateStore(tmp_path).ensure("")
-    again = lm.StateStore(tmp_path).ensure("")
+    first = lm.StateStore(tmp_path).ensure(fixed_names=True)
+    again = lm.StateStore(tmp_path).ensure(fixed_names=True)
     assert lm.render_state(first) == lm.render_state(again)
     assert first.models == ()
     assert first.endpoint == "stopped"
 
 
 def test_two_installations_have_different_names_and_secrets(tmp_path: Path) -> None:
-    one, other = (lm.StateStore(tmp_path / name).ensure("*-") for name in "ab")
+    one, other = (lm.StateStore(tmp_path / name).ensure(fixed_names=False) for name in "ab")
     assert one.name_prefix == f"{one.instance}-"
     assert one.name_prefix != other.name_prefix
     assert one.secrets != other.secrets
@@ -89,7 +89,7 @@ def test_nobody_else_may_read_anything(store: lm.StateStore) -> None:
 
 def test_a_home_that_others_could_read_is_closed(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
-    lm.StateStore(tmp_path).ensure("")
+    lm.StateStore(tmp_path).ensure(fixed_names=True)
     assert mode(tmp_path) == 0o700
 
 
@@ -98,7 +98,7 @@ def test_a_home_without_config_but_with_history_is_refused(store: lm.StateStore)
     store.save(a_state())
     store.config_path.unlink()
     with pytest.raises(lm.StateUnreadableError, match=r"config\.json is gone.* from history/"):
-        lm.StateStore(store.home).ensure("")
+        lm.StateStore(store.home).ensure(fixed_names=True)
     assert not store.config_path.exists()
 
 
@@ -108,14 +108,14 @@ def test_an_unreadable_state_is_refused_and_left_as_it_is(
 ) -> None:
     store.config_path.write_bytes(content)
     with pytest.raises(lm.StateUnreadableError):
-        store.ensure("")
+        store.ensure(fixed_names=True)
     assert store.config_path.read_bytes() == content
 
 
 def test_a_home_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(lm.ManagerError, match="could not open its home"):
-        lm.StateStore(tmp_path / "file" / "home").ensure("")
+        lm.StateStore(tmp_path / "file" / "home").ensure(fixed_names=True)
 
 
 # --- saving ------------------------------------------------------------------------------------
