@@ -1758,7 +1758,7 @@ def plan_container(
     if left is not None:
         drop_left = (Discard(left.name, wanted.stop_seconds, "left by an interrupted change"),)
     pull = _pull_if_absent(wanted, observed)
-    if left is not None and left.spec_hash == wanted.hash and _differs(seen, wanted):
+    if left is not None and left.spec_hash == wanted.hash and _may_go(seen, wanted):
         drop: tuple[Step, ...] = ()
         if seen is not None:
             drop = (Discard(seen.name, wanted.stop_seconds, "the one set aside is wanted"),)
@@ -1781,8 +1781,9 @@ def plan_container(
     return Replacement(wait, drop_left)
 
 
-def _differs(seen: ObservedContainer | None, wanted: ContainerSpec) -> bool:
-    return seen is None or seen.spec_hash != wanted.hash
+def _may_go(seen: ObservedContainer | None, wanted: ContainerSpec) -> bool:
+    """Whether a container can make way for one set aside; a database is never the one to go."""
+    return seen is None or (seen.spec_hash != wanted.hash and wanted.role != "database")
 
 
 def _hangs(wanted: ContainerSpec, seen: ObservedContainer, now: datetime | None) -> bool:
@@ -2318,10 +2319,11 @@ def summary_line(snapshot: Snapshot) -> str:
 
 
 def last_error_line(log_text: str) -> str | None:
-    """The engine's own cause: vLLM's last line only points upwards to it."""
+    """The engine's own cause: vLLM's last lines only point upwards to it."""
     pattern = re.compile(r"(?:\b\w*(?:Error|Exception)\b: .+|vllm: error: .+|error: .+)$")
     lines = [m[0] for line in log_text.splitlines() if (m := pattern.search(line.strip()))]
-    causes = [line for line in lines if "Engine core initialization failed" not in line]
+    pointers = ("Engine core initialization failed", "WorkerProc initialization failed")
+    causes = [line for line in lines if not any(pointer in line for pointer in pointers)]
     return causes[-1][:400] if causes else None
 
 

@@ -116,6 +116,15 @@ def test_an_engine_that_never_answers_is_given_up_and_removed() -> None:
     assert CHAT not in world.containers
 
 
+def test_fewer_replicas_leave_no_route_to_a_dead_one() -> None:
+    world = a_server_with(a_state(a_model(replicas=2)))
+    fewer = a_state(a_model())
+    assert run(fewer, world).error is None
+    assert plan_for(fewer, world) == ""
+    loaded = [c.loaded for c in world.containers.values() if c.spec.role == "gateway"]
+    assert ["llm-model-chat-1" in text for text in loaded] == [False]
+
+
 def test_two_engines_on_two_gpus_are_both_made(two_models: World) -> None:
     state = a_state(a_model(placement=on_gpus(GPU_0)), a_model("other", placement=on_gpus(GPU_1)))
     world = two_models.copy()
@@ -244,6 +253,19 @@ def test_a_database_that_does_not_come_up_leaves_the_endpoint_alone() -> None:
     outcome = run(state, world)
     assert isinstance(outcome.error, lm.ContainerFailedError)
     assert world.running() == {CHAT, OTHER}
+
+
+@pytest.mark.parametrize("images", [{"postgres": "postgres:99"}, {"litellm": "litellm:99"}])
+def test_a_stopped_model_frees_its_gpu_even_while_the_endpoint_is_broken(
+    two_models: World, images: dict[str, str]
+) -> None:
+    world = two_models.copy()
+    world.broken |= {*images.values()}
+    stopped = TWO.with_model(a_model(wish="stopped"))
+    outcome = run(replace(stopped, images=replace(TWO.images, **images)), world)
+    assert outcome.error is not None
+    assert CHAT not in world.containers
+    assert {OTHER, "llm-postgres", "llm-litellm-a", "llm-caddy"} <= world.running()
 
 
 def test_a_database_image_that_fails_brings_the_old_database_back(two_models: World) -> None:

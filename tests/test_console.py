@@ -553,9 +553,9 @@ def test_https_settings_come_from_their_form() -> None:
         http_port=8080,
         tls=lm.AcmeTls(email="a@b.c"),
     )
+    incomplete = lm.configuring_edge(lm.edge_settings("a.org", 443, 80, "own", "", "", "", ""))
     with pytest.raises(lm.RefusedError, match="certificate_path"):
-        own = lm.edge_settings("a.org", 443, 80, "own", "", "", "", "")
-        lm.configuring_edge(own).edit(state)
+        incomplete.edit(state)
 
 
 def test_the_facts_of_status_are_keyed_like_the_table() -> None:

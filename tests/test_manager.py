@@ -29,10 +29,11 @@ class Server:
         self.store.ensure(fixed_names=True)
         self.world = a_world(self.store)
         self.trouble = Trouble()
+        self.site = lm.Site(generated=str(self.store.generated), hugging_face_home="/hub")
         self.manager = lm.Manager(
             self.store,
             some_tools(self.world, self.trouble),
-            lm.Site(generated=str(self.store.generated), hugging_face_home="/hub"),
+            self.site,
             engine_options={},
             gpus=lambda: gpus,
         )
@@ -45,6 +46,12 @@ class Server:
         for name in names:
             self.manager.register(CHAT | {"name": name})
             self.do(lm.deploying(name))
+
+
+def until(holds: Callable[[], bool]) -> bool:
+    """Whether another thread makes it true; it has five seconds, and needs none of them."""
+    never = threading.Event()
+    return any(holds() or never.wait(0.005) for _ in range(1000))
 
 
 @pytest.fixture
@@ -199,6 +206,8 @@ def test_a_cancelled_deployment_is_undone_and_listed(server: Server) -> None:
         list(job.follow())
     assert "llm-model-chat-0" not in server.world.containers
     assert server.manager.jobs()[0].fault is not None
+    assert server.manager.state().model("chat").wish == "stopped"
+    assert server.manager.state().endpoint == "stopped"
 
 
 def test_jobs_are_listed_newest_first(server: Server) -> None:
@@ -303,6 +312,32 @@ def test_the_doctor_sees_the_rest_where_docker_does_not_answer(server: Server) -
     assert {"disk", "GPUs"} <= set(checks)
 
 
+def test_a_broken_driver_offers_no_gpu_and_the_doctor_says_why(server: Server) -> None:
+    def broken() -> tuple[lm.Gpu, ...]:
+        raise lm.ManagerError("The NVIDIA driver does not answer.", advice="Reboot.")
+
+    tools, site = some_tools(server.world), server.site
+    manager = lm.Manager(server.store, tools, site, engine_options={}, gpus=broken)
+    assert manager.gpus() == ()
+    with pytest.raises(lm.ManagerError, match="driver does not answer"):
+        manager.register(CHAT)  # not silently onto the CPU of a GPU server
+    (gpus,) = [check for check in manager.doctor() if check.name == "GPUs"]
+    assert (gpus.ok, gpus.advice) == (False, "Reboot.")
+
+
+def test_docker_coming_back_restores_what_was_wished(server: Server) -> None:
+    server.serve("chat")
+    for name in server.world.running():
+        server.world.end(name, 137)
+    server.world.docker_answers = False
+    manager = watched(server)
+    watch = lm.Watch(manager, seconds=0.001)
+    server.world.docker_answers = True
+    assert until(lambda: server.world.routed() == {"chat"})
+    manager.rests_after = 0
+    assert watch.latest().jobs[0].title == "Restore"
+
+
 def test_keys_need_an_endpoint_and_known_names(server: Server) -> None:
     with pytest.raises(lm.GatewayError, match="endpoint is not running"):
         server.manager.list_keys()
@@ -310,22 +345,32 @@ def test_keys_need_an_endpoint_and_known_names(server: Server) -> None:
         server.manager.create_key(lm.KeyRequest(alias="Ada", models=("gpt-9",)))
 
 
+class Watched(lm.Manager):
+    """Looks only as often as it is told to, and then rests for ever."""
+
+    looks = 0
+    faulty_look = 0
+    rests_after = 10**9
+
+    def snapshot(self) -> lm.Snapshot:
+        if self.looks >= self.rests_after:
+            threading.Event().wait()
+        self.looks += 1
+        if self.looks == self.faulty_look:
+            raise KeyError("a bug")
+        return super().snapshot()
+
+
+def watched(server: Server) -> Watched:
+    return Watched(server.store, some_tools(server.world), server.site, engine_options={})
+
+
 def test_a_bug_in_one_look_does_not_end_the_watch(server: Server) -> None:
     """A page that stops changing would be taken for the truth."""
-    looks, again = [0], threading.Event()
-
-    class Faulty(lm.Manager):
-        def snapshot(self) -> lm.Snapshot:
-            looks[0] += 1
-            if looks[0] == 2:
-                raise KeyError("a bug")
-            if looks[0] > 2:
-                again.set()
-            return super().snapshot()
-
-    faulty = Faulty(server.store, server.manager._tools, server.manager._site, engine_options={})
-    watch = lm.Watch(faulty, seconds=0.001)
-    assert again.wait(5)
+    manager = watched(server)
+    manager.faulty_look, manager.rests_after = 2, 3
+    watch = lm.Watch(manager, seconds=0.001)
+    assert until(lambda: manager.looks == 3)
     assert watch.latest().faults == ()
 
 

@@ -369,6 +369,10 @@ def test_a_typed_model_is_refused_with_all_its_faults() -> None:
             {"placement": lm.MigPlacement(gpu_uuid=lm.GpuUuid("G"), profile="1g", start=0)},
             "cannot place a model on a MIG slice yet",
         ),
+        (
+            {"placement": on_gpus(), "replicas": 2},
+            "cannot run two replicas on a GPU whose memory they do not share out",
+        ),
         ({"host": "second"}, "cannot reach the host 'second' yet"),
         ({"recipe": "speech"}, "cannot build the recipe 'speech' yet"),
     ],

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from textwrap import dedent
 
 import pytest
 from builders import (
     GPU_0,
     GPU_1,
+    NOW,
     a_model,
     a_site,
     a_state,
@@ -211,6 +213,28 @@ def test_what_is_left_aside_makes_room_before_the_next_is_set_aside() -> None:
     ]
 
 
+def test_an_interrupted_change_that_is_taken_back_brings_the_old_container_back() -> None:
+    world = as_wished(CHANGED)
+    left = set_aside(seen(an_engine(a_state(a_model()))))
+    assert planned(a_state(a_model()), but(world, left)).splitlines()[1:4] == [
+        "  discard llm-model-chat-0: the one set aside is wanted",
+        "  bring back llm-model-chat-0: an interrupted change set it aside",
+        "  wait until llm-model-chat-0 is ready: it starts",
+    ]
+
+
+def test_a_container_that_never_answers_is_replaced_after_its_time_to_start() -> None:
+    state = a_state(a_model())
+    world = as_wished(state)
+    world = but(world, replace(the(world, CHAT), ready=False))
+    limit = timedelta(seconds=an_engine(state).start_seconds)
+    in_time = planned(state, replace(world, taken_at=NOW + limit))
+    too_late = planned(state, replace(world, taken_at=NOW + limit + timedelta(seconds=1)))
+    assert "wait until llm-model-chat-0 is ready: it does not answer yet" in in_time
+    assert "set aside llm-model-chat-0: it runs, but has not answered" in too_late
+    assert planned(state, replace(as_wished(state), taken_at=NOW + 9 * limit)) == "\n"
+
+
 def test_what_is_left_aside_of_a_stopped_model_is_discarded() -> None:
     state = a_state(a_model(wish="stopped"))
     left = set_aside(seen(an_engine(state)))
@@ -348,6 +372,13 @@ def test_an_engine_that_misses_one_health_check_keeps_its_route() -> None:
     assert endpoint.steps == ()
 
 
+def test_a_saved_but_unapplied_name_of_another_model_changes_no_route() -> None:
+    before = a_state(a_model(), a_model("other"))
+    state = before.with_model(a_model("other", served_model_name="renamed"))
+    assert planned(state, as_wished(before), only="chat") == "\n"
+    assert "renamed" in lm.plan_state(state, as_wished(before), a_site()).diff()
+
+
 def test_an_engine_that_is_not_ready_and_not_routed_gets_no_route() -> None:
     before = a_state(a_model("other"))
     state = before.with_model(a_model())
@@ -383,6 +414,13 @@ def test_only_running_models_are_called_interrupted() -> None:
     world = but(world, ended(the(world, "llm-model-other-0")))
     state = replace(before, models=())
     assert lm.plan_state(state, world, a_site()).interrupted == ("chat",)
+
+
+def test_without_its_edge_every_running_model_is_interrupted() -> None:
+    before = a_state(a_model(), a_model("other"))
+    state = replace(before, edge=replace(before.edge, https_port=8443))
+    plan = lm.plan_state(state, as_wished(before), a_site())
+    assert plan.interrupted == ("chat", "other")
 
 
 def test_the_diff_shows_what_changes_in_the_generated_files() -> None:
@@ -479,7 +517,9 @@ def test_models_on_different_gpus_start_side_by_side_and_all_on_the_cpu_in_turn(
         a_model("e"),
     )
     stages = lm.plan_state(state, lm.Observed(), a_site()).models
-    lanes = {tuple(stage.title.removeprefix("model ") for stage in lane) for lane in lm.lanes(stages)}
+    lanes = {
+        tuple(stage.title.removeprefix("model ") for stage in lane) for lane in lm.lanes(stages)
+    }
     assert lanes == {("a", "c"), ("b",), ("d", "e")}
 
 

@@ -6,15 +6,13 @@ No `__init__.py` here: as a package, this folder would hide the Docker SDK from 
 from __future__ import annotations
 
 import contextlib
-import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import docker
 import pytest
-from installation import DOCKER_URL, ENGINE, Installation
+from installation import DOCKER_URL, Install, Installation, copied_models
 
-Install = Callable[..., Installation]
 TIMINGS = pytest.StashKey[list[tuple[str, float]]]()
 
 
@@ -29,18 +27,7 @@ def docker_client() -> Iterator[docker.DockerClient]:
 def tiny_models(
     docker_client: docker.DockerClient, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The tiny models as directories of this host, copied out of the image that made them."""
-    folder = tmp_path_factory.mktemp("weights")
-    container = docker_client.containers.create(ENGINE, network_mode="none")
-    try:
-        chunks, _ = container.get_archive("/models")
-        with (folder / "models.tar").open("wb") as file:
-            file.writelines(chunks)
-    finally:
-        container.remove(v=True)
-    with tarfile.open(folder / "models.tar") as archive:
-        archive.extractall(folder, filter="data")
-    return folder / "models"
+    return copied_models(docker_client, tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,8 +36,7 @@ TEST_IMAGES = {
     "postgres": "llm-manager-test/postgres:latest",
     "vllm_cpu": ENGINE,
 }
-# No compiling and one process less: a start takes about 30 s.
-CHEAP = "--enforce-eager --distributed-executor-backend uni"
+CHEAP = "--enforce-eager"  # a start takes about 35 s
 
 
 log = logging.getLogger("tests")
@@ -110,6 +109,13 @@ class Installation:
             stderr=subprocess.PIPE,
             text=True,
         )
+
+    def lines(self, *arguments: str, **variables: str) -> Iterator[str]:
+        """What it prints, line by line; its end must be a good one."""
+        with self.popen(*arguments, **variables) as running:
+            assert running.stdout is not None
+            yield from running.stdout
+            assert running.wait(60) == 0, running.stderr and running.stderr.read()
 
     def manager(self) -> Manager:
         """The same installation inside this process."""
@@ -210,3 +216,20 @@ def remove_labelled(client: docker.DockerClient, instance: str) -> None:
         network.remove()
     for volume in client.volumes.list(filters=mine):
         volume.remove(force=True)
+
+
+Install = Callable[..., Installation]  # the fixtures `install` and `install_for_module`
+
+
+def copied_models(client: docker.DockerClient, folder: Path) -> Path:
+    """The tiny models as directories of this host, copied out of the image that made them."""
+    container = client.containers.create(ENGINE, network_mode="none")
+    try:
+        chunks, _ = container.get_archive("/models")
+        with (folder / "models.tar").open("wb") as file:
+            file.writelines(chunks)
+    finally:
+        container.remove(v=True)
+    with tarfile.open(folder / "models.tar") as archive:
+        archive.extractall(folder, filter="data")
+    return folder / "models"

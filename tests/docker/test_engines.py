@@ -1,0 +1,128 @@
+"""Every kind of model answers through the edge; one that cannot start harms no other."""
+
+from __future__ import annotations
+
+import base64
+import shutil
+import struct
+import zlib
+from pathlib import Path
+
+import httpx
+import pytest
+from installation import CHEAP, Install, Installation
+
+import llm_manager as lm
+
+pytestmark = pytest.mark.docker
+# name: type; each is one of the tiny models
+KINDS = {"embed": "embedding", "rerank": "rerank", "vision": "vision"}
+MORE = {"vision": "--max-model-len 512"}
+
+
+@pytest.fixture(scope="module")
+def served(install_for_module: Install, tiny_models: Path) -> Installation:
+    """An installation that serves one model of every kind but chat, brought up by one `apply`."""
+    here = install_for_module()
+    manager = here.manager()
+    for name, kind in KINDS.items():
+        here.add(name, tiny_models / f"tiny-{name}", kind, more=MORE.get(name, ""))
+        manager.save(lm.deploying(name))
+    with here.step("three kinds of models in one apply"):
+        here.cli("apply")
+    assert here.cli("plan") == "Nothing to do.\n"
+    return here
+
+
+@pytest.fixture(scope="module")
+def colleague(served: Installation) -> httpx.Client:
+    return served.http(served.create_key("Ada"))
+
+
+def white_png(side: int) -> str:
+    """The smallest picture that a vision model takes, as a data URL."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    rows = zlib.compress((b"\0" + b"\xff" * 3 * side) * side)
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return "data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n\x1a\n" + parts).decode()
+
+
+def test_an_embedding_model_answers_through_the_edge(colleague: httpx.Client) -> None:
+    answer = colleague.post("/v1/embeddings", json={"model": "embed", "input": ["a", "b"]})
+    assert answer.status_code == 200, answer.text
+    vectors = [entry["embedding"] for entry in answer.json()["data"]]
+    assert len(vectors) == 2
+    assert all(isinstance(number, float) for number in vectors[0])
+
+
+def test_a_rerank_model_answers_through_the_edge(colleague: httpx.Client) -> None:
+    body = {"model": "rerank", "query": "a cat", "documents": ["a dog", "a cat", "a tree"]}
+    answer = colleague.post("/v1/rerank", json=body)
+    assert answer.status_code == 200, answer.text
+    results = answer.json()["results"]
+    assert {result["index"] for result in results} == {0, 1, 2}
+    assert all(0 <= result["relevance_score"] <= 1 for result in results)
+
+
+def test_a_vision_model_answers_about_a_picture_through_the_edge(colleague: httpx.Client) -> None:
+    content = [
+        {"type": "text", "text": "What is this?"},
+        {"type": "image_url", "image_url": {"url": white_png(56)}},
+    ]
+    body = {"model": "vision", "messages": [{"role": "user", "content": content}], "max_tokens": 9}
+    answer = colleague.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"][0]["message"]["content"]
+
+
+# --- engines that cannot start -------------------------------------------------
+
+
+def refused(here: Installation, name: str) -> str:
+    """`deploy` fails with one sentence; its container is gone, and all else runs on."""
+    before = {n: c.id for n, c in here.containers().items() if c.status == "running"}
+    ended = here.run("deploy", name)
+    assert ended.returncode == lm.FAILED
+    assert "Traceback" not in ended.stderr
+    assert {n: c.id for n, c in here.containers().items()} == before
+    return ended.stderr
+
+
+def test_weights_that_are_missing_are_named_by_the_engines_own_words(
+    served: Installation, colleague: httpx.Client, tiny_models: Path, tmp_path: Path
+) -> None:
+    empty = tmp_path / "without-weights"
+    shutil.copytree(
+        tiny_models / "tiny-chat", empty, ignore=shutil.ignore_patterns("*.safetensors")
+    )
+    served.add("hollow", empty)
+    with served.step("an engine without weights"):
+        assert "Cannot find any model weights" in refused(served, "hollow")
+    assert "Cannot find any model weights" in served.cli("logs", "hollow"), "its log is kept"
+    test_an_embedding_model_answers_through_the_edge(colleague)
+    served.cli("model", "remove", "hollow")
+
+
+def test_an_argument_that_the_engine_refuses_is_named(
+    served: Installation, tiny_models: Path
+) -> None:
+    served.add("picky", tiny_models / "tiny-chat", more="--no-such-option 3")
+    with served.step("an engine with an unknown argument"):
+        said = refused(served, "picky")
+    assert "unrecognized arguments: --no-such-option" in said
+    served.cli("model", "set", "picky", "--arguments", f"{CHEAP} --dtype float7")
+    with served.step("an engine with a bad value"):
+        assert "argument --dtype: invalid choice: 'float7'" in refused(served, "picky")
+    served.cli("model", "remove", "picky")
+
+
+def test_a_directory_that_is_not_there_is_named(served: Installation, tmp_path: Path) -> None:
+    served.add("nowhere", tmp_path / "absent")
+    assert "a path it mounts is not there" in refused(served, "nowhere")
+    served.cli("model", "remove", "nowhere")
