@@ -3187,7 +3187,8 @@ class HttpProbes:
 
     def __init__(self) -> None:
         # trust_env off: a proxy of this host must not see requests to the bridge.
-        self._client = httpx.Client(timeout=2, trust_env=False)
+        # No certificates are read: it speaks plain HTTP, and that costs every command 17 ms.
+        self._client = httpx.Client(timeout=2, trust_env=False, verify=False)  # noqa: S501
 
     def fill(self, observed: Observed) -> Observed:
         """The same observation with `ready` asked of every running container, side by side."""
