@@ -64,7 +64,8 @@ def _make_environment(stamp: str) -> None:
             _install_ensurepip()
         _run_or_give_up([sys.executable, "-m", "venv", "--clear", str(ENVIRONMENT)])
     pip = str(ENVIRONMENT / "bin" / "pip")
-    quiet = ["--quiet", "--disable-pip-version-check"]
+    # Twice quiet: errors alone, no warnings about this machine's own pip settings.
+    quiet = ["-qq", "--disable-pip-version-check"]
     _run_or_give_up([pip, "install", *quiet, "-r", str(REQUIREMENTS)])
     STAMP.write_text(stamp)
     _say("Installed.")
