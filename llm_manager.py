@@ -2859,10 +2859,6 @@ class DockerContainers:
             self._client = docker.DockerClient(base_url=self._base_url, timeout=120)
         return self._client
 
-    def version(self) -> str:
-        with docker_errors("ask the engine's version"):
-            return str(self._connected().version()["Version"])
-
     def observe(self) -> Observed:
         with docker_errors("look at its containers"):
             client = self._connected()
