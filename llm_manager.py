@@ -5,14 +5,23 @@ Outline (search for "§5"; tests/test_layout.py keeps it true):
   §1  Start-up           effects  its own virtual environment, before anything else
   §2  Foundations        pure     names, constants, errors
   §3  Data model         pure     config.json as typed dataclasses, its rules and migrations
-  §4  Config generation  pure     containers, LiteLLM's YAML, the Caddyfile
-  §5  Planning           pure     desired + observed -> Plan
-  §6  Views              pure     what the operator reads
-  §7  Adapters           effects  files, Docker, HTTP, NVML: the only doors out
-  §8  Orchestration      effects  Plan -> world, undo, jobs
-  §9  Manager            effects  the use cases; all that console and command line may call
-  §10 Console            effects  one builder per tab, and who may open it
-  §11 Main               effects  arguments, wiring, systemd
+  §4  Hardware           pure     GPUs as values: what they are, how they are joined, who holds them
+  §5  MIG layouts        pure     every way to cut a card, and the one that serves a wish
+  §6  Placement          pure     who gets which GPU or slice, and whether it is theirs alone
+  §7  Config generation  pure     containers, LiteLLM's YAML, the Caddyfile
+  §8  Steps              pure     what is observed, and all that can be done about it
+  §9  Planning           pure     desired + observed -> Plan
+  §10 Changes            pure     what an operator can ask for
+  §11 Views              pure     what the operator reads
+  §12 Hardware views     pure     GPUs, slices and restores as the operator sees them
+  §13 Home               effects  time, and the state and files on the disk
+  §14 Containers         effects  Docker
+  §15 Requests           effects  HTTP to containers on the bridge, LiteLLM's management API
+  §16 Drivers            effects  NVML, and what the system knows about GPUs
+  §17 Orchestration      effects  Plan -> world, undo, jobs
+  §18 Manager            effects  the use cases; all that console and command line may call
+  §19 Console            effects  one builder per tab, and who may open it
+  §20 Main               effects  arguments, wiring, systemd
 """
 
 from __future__ import annotations
@@ -116,6 +125,7 @@ if __name__ == "__main__":
 import argparse
 import concurrent.futures
 import contextlib
+import ctypes
 import difflib
 import errno
 import fcntl
@@ -125,6 +135,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import re
 import secrets
 import shlex
@@ -134,11 +145,11 @@ import tarfile
 import threading
 import time
 import uuid
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from getpass import getpass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NewType, Protocol, TypeVar, assert_never
 from urllib.parse import parse_qs
@@ -196,6 +207,9 @@ ENGINE_START_SECONDS: Final = 3600.0  # a 400 GB model over a slow disk
 SLOT_PAUSE_SECONDS: Final = 2.0
 DRAIN_SECONDS: Final = 300
 
+# libyaml's dumper writes the same text six times faster; 200 models are a real size.
+YAML_DUMPER: Final = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
 log = logging.getLogger("llm_manager")
 
 
@@ -230,6 +244,10 @@ class ContainerFailedError(ManagerError):
 
 class ContainerGoneError(ContainerFailedError):
     """The container that was meant is not there."""
+
+
+class HardwareError(ManagerError):
+    """The NVIDIA driver refused, or what it has is not what was asked for."""
 
 
 class GatewayError(ManagerError):
@@ -477,7 +495,10 @@ class Edge:
 @_strict
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MigLayout:
-    """The wished slices of one GPU: (profile, start) pairs."""
+    """The wished slices of one GPU as (profile, start); none means MIG off.
+
+    A GPU without a layout is left as it is found.
+    """
 
     gpu_uuid: GpuUuid
     slices: tuple[tuple[str, int], ...]
@@ -537,6 +558,9 @@ class State:
     @property
     def wished_models(self) -> tuple[Model, ...]:
         return tuple(model for model in self.models if model.wish == "running")
+
+    def layout_of(self, gpu_uuid: str) -> MigLayout | None:
+        return next((wish for wish in self.mig_layouts if wish.gpu_uuid == gpu_uuid), None)
 
 
 _STATE: Final = pydantic.TypeAdapter(State)
@@ -628,6 +652,7 @@ def check_state(state: State) -> None:
         *_doubles("served model name", [m.served_model_name for m in state.models]),
         *_doubles("provider", [p.name for p in state.providers]),
         *_doubles("direct key", [k.name for k in state.direct_keys]),
+        *_doubles("MIG layout", [layout.gpu_uuid for layout in state.mig_layouts]),
     ]
     if state.edge.https_port == state.edge.http_port:
         faults.append(f"HTTP and HTTPS cannot both use port {state.edge.http_port}")
@@ -714,7 +739,857 @@ class KeyRequest:
 
 
 # =============================================================================
-# §4 Config generation — pure: containers, LiteLLM's YAML, the Caddyfile
+# §4 Hardware — pure: GPUs as values: what they are, how they are joined, who holds them
+# =============================================================================
+
+ROUNDING: Final = 1e-6  # of memory fractions that add up
+Slice = tuple[str, int]  # profile name and first unit: what a slice is after every reboot
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MigProfile:
+    """One way to cut: how large the slice is, and where on the memory axis it may begin."""
+
+    name: str
+    driver_id: int
+    most: int
+    memory_mib: int | None
+    multiprocessors: int | None
+    size: int
+    starts: tuple[int, ...]
+
+    @property
+    def compute_slices(self) -> int:
+        return int(self.name.partition("g")[0])
+
+    @property
+    def variant(self) -> str:
+        """What follows the size: `+me`, `+me.all`, `-me`, `+gfx`, or nothing."""
+        return re.sub(r"^\d+g\.\d+gb", "", self.name)
+
+    @property
+    def usable_mib(self) -> int:
+        """Its memory; where nobody published it, what such slices have of their name's size."""
+        if self.memory_mib is not None:
+            return self.memory_mib
+        large = 3  # compute slices from which on 97 % of the named GiB are there, else 88 %
+        part = 0.97 if self.compute_slices >= large else 0.88
+        return int(int(re.findall(r"(\d+)gb", self.name)[0]) * 1024 * part)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MigGeometry:
+    """How one card can be cut; `memory_units` is the length of the axis that starts count on."""
+
+    card: str
+    compute_slices: int
+    memory_units: int
+    profiles: tuple[MigProfile, ...]
+
+    def profile(self, name: str) -> MigProfile:
+        """The profile of that name, or a refusal that lists what there is."""
+        for profile in self.profiles:
+            if profile.name == name:
+                return profile
+        names = [profile.name for profile in self.profiles]
+        near = difflib.get_close_matches(name, names, n=1)
+        meant = f"Did you mean {near[0]}? " if near else ""
+        raise RefusedError(
+            f"{self.card} has no MIG profile {name!r}.", advice=f"{meant}It has {', '.join(names)}."
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MigDevice:
+    """A slice as the driver has it now; without a UUID its compute instance is missing."""
+
+    profile: str
+    start: int
+    uuid: str | None
+    memory_mib: int | None = None
+
+    @property
+    def slice(self) -> Slice:
+        return self.profile, self.start
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GpuClient:
+    """Somebody who holds a GPU open: a process, and the container it runs in if any."""
+
+    pid: int
+    name: str
+    container_id: str | None = None
+    slice: Slice | None = None
+    computes: bool = True  # False: it only has the device open, as monitors and daemons do
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gpu:
+    """A GPU at one moment; None is unknown, and never zero."""
+
+    uuid: GpuUuid
+    index: int = 0
+    name: str | None = None
+    memory_mib: int | None = None
+    memory_used_mib: int | None = None
+    architecture: str | None = None
+    compute_capability: str | None = None
+    pci_bus_id: str | None = None
+    pci_device: str | None = None
+    numa_node: int | None = None
+    temperature_c: int | None = None
+    utilisation_percent: int | None = None
+    power_w: float | None = None
+    power_limit_w: float | None = None
+    power_range_w: tuple[float, float] | None = None
+    energy_j: float | None = None
+    ecc_enabled: bool | None = None
+    ecc_uncorrected: int | None = None
+    xids: tuple[int, ...] | None = None
+    persistence: bool | None = None
+    mig_enabled: bool | None = None  # None: this GPU cannot be cut
+    mig_pending: bool | None = None
+    geometry: MigGeometry | None = None
+    slices: tuple[MigDevice, ...] | None = ()  # None: not allowed to see them
+    clients: tuple[GpuClient, ...] | None = ()  # None: nobody could be asked
+
+    @property
+    def title(self) -> str:
+        return f"GPU {self.index}"
+
+    @property
+    def layout(self) -> frozenset[Slice]:
+        return frozenset(device.slice for device in self.slices or ())
+
+    def device(self, wanted: Slice) -> MigDevice | None:
+        return next((d for d in self.slices or () if d.slice == wanted), None)
+
+
+LinkKind = Literal["NVSwitch", "NVLink", "board", "PIX", "PXB", "PHB", "NODE", "SYS"]
+# From the best joined to the worst, with what each means between two GPUs.
+LINK_MEANINGS: Final[Mapping[LinkKind, str]] = {
+    "NVSwitch": "NVLink through NVSwitch",
+    "NVLink": "a direct NVLink bridge",
+    "board": "one board",
+    "PIX": "one PCIe switch",
+    "PXB": "several PCIe switches",
+    "PHB": "the processor's PCIe root",
+    "NODE": "one NUMA node, two PCIe roots",
+    "SYS": "the bus between processors",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """How two GPUs are joined; `lanes` counts active NVLinks."""
+
+    kind: LinkKind
+    lanes: int = 0
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Smaller is better joined."""
+        return list(LINK_MEANINGS).index(self.kind), -self.lanes
+
+    def __str__(self) -> str:
+        return f"NV{self.lanes}" if self.kind in {"NVLink", "NVSwitch"} else self.kind
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hardware:
+    """One look at the GPUs; `fault` says why there is nothing to see where that is so."""
+
+    gpus: tuple[Gpu, ...] = ()
+    links: Mapping[frozenset[GpuUuid], Link] = field(default_factory=dict)
+    lost: tuple[str, ...] = ()
+    driver_version: str | None = None
+    cuda_version: str | None = None
+    kernel_version: str | None = None  # of the loaded module
+    library_version: str | None = None  # of the files that a container started now would get
+    fault: ManagerError | None = None
+    uses_cdi: bool = False  # the container toolkit keeps a list of devices for Docker
+    cdi_stale: bool = False  # and today's slices are not all in it
+    mig_manager: bool = False  # NVIDIA's own service, which cuts GPUs at boot
+
+    @property
+    def reboot_pending(self) -> bool:
+        """Whether the driver was upgraded under the running kernel module."""
+        known = self.kernel_version is not None and self.library_version is not None
+        return known and self.kernel_version != self.library_version
+
+    def gpu(self, gpu_uuid: str) -> Gpu | None:
+        return next((gpu for gpu in self.gpus if gpu.uuid == gpu_uuid), None)
+
+    def named(self, text: str) -> Gpu:
+        """The GPU meant by its index, its UUID or the beginning of it."""
+        digits = 8  # shorter numbers are indices, and a UUID's first part is not shorter
+        for gpu in self.gpus:
+            if text in {str(gpu.index), gpu.uuid}:
+                return gpu
+        start = text.removeprefix("GPU-")
+        found = [gpu for gpu in self.gpus if gpu.uuid.removeprefix("GPU-").startswith(start)]
+        if len(found) == 1 and start and not (start.isdigit() and len(start) < digits):
+            return found[0]
+        if self.fault is not None:
+            raise self.fault
+        known = ", ".join(f"{gpu.index} ({gpu.uuid[:12]}…)" for gpu in self.gpus) or "none"
+        raise RefusedError(f"No GPU, or more than one, is {text!r}.", advice=f"GPUs: {known}.")
+
+
+def parse_geometries(text: str) -> dict[str, MigGeometry]:
+    """The tables of `recipes/mig.yaml`, by PCI device id and by part of a product's name."""
+    tables = yaml.safe_load(text)
+    found: dict[str, MigGeometry] = {}
+    for card in tables["cards"]:
+        geometry = MigGeometry(
+            card=card["card"],
+            compute_slices=card["compute_slices"],
+            memory_units=card["memory_units"],
+            profiles=tuple(_profile_of(row) for row in card["profiles"]),
+        )
+        found |= dict.fromkeys([*card["devices"], *card.get("names", ())], geometry)
+    return found
+
+
+def _profile_of(row: Sequence[Any]) -> MigProfile:
+    name, driver_id, most, memory_gib, multiprocessors, size, starts = row
+    return MigProfile(
+        name=name,
+        driver_id=driver_id,
+        most=most,
+        memory_mib=None if memory_gib is None else int(memory_gib * 1024),
+        multiprocessors=multiprocessors,
+        size=size,
+        starts=tuple(starts),
+    )
+
+
+def table_geometry(
+    geometries: Mapping[str, MigGeometry], pci_device: str | None, name: str | None
+) -> MigGeometry | None:
+    """A card's table, for where its driver does not tell."""
+    if pci_device is not None and pci_device in geometries:
+        return geometries[pci_device]
+    parts = [part for part in geometries if " " in part and part in (name or "")]
+    return geometries[parts[0]] if parts else None
+
+
+def profile_name(compute_slices: int, memory_mib: int, total_mib: int, variant: str) -> str:
+    """The name NVIDIA gives a profile: its memory in eighths of the card's, in whole gigabytes.
+
+    For drivers (before R530) that tell a profile's numbers and not its name.
+    """
+    eighths = -(-memory_mib * 8 // total_mib)
+    gigabytes = -(-total_mib // 1024)
+    return f"{compute_slices}g.{(eighths * gigabytes + 4) // 8}gb{variant}"
+
+
+# NVML's numbers for profiles (nvml.h, NVML_GPU_INSTANCE_PROFILE_*) that mean a variant.
+PROFILE_VARIANTS: Final[Mapping[int, str]] = {
+    7: "+me", 8: "+me", 10: "+gfx", 11: "+gfx", 12: "+gfx", 13: "-me", 14: "-me",
+    15: "+me.all", 16: "+me.all", 17: "+gfx",
+}  # fmt: skip
+
+
+def parse_visible_devices(text: str) -> frozenset[str]:
+    """The UUIDs in what `nvidia-smi -L` prints; beside MIG devices no GPU counts.
+
+    A container of ours has either whole GPUs or one slice, and then its card is listed as well.
+    """
+    migs = re.findall(r"\(UUID: (MIG-[^)\s]+)\)", text)
+    return frozenset(migs or re.findall(r"\(UUID: (GPU-[^)\s]+)\)", text))
+
+
+def parse_xids(kernel_log: str) -> dict[str, tuple[int, ...]]:
+    """The driver's error numbers in a kernel log by PCI bus id, in the order they came."""
+    found: dict[str, list[int]] = {}
+    for bus, number in re.findall(r"NVRM: Xid \(PCI:([0-9a-fA-F:.]+)[^)]*\): (\d+)", kernel_log):
+        found.setdefault(short_bus_id(bus), []).append(int(number))
+    return {bus: tuple(numbers) for bus, numbers in found.items()}
+
+
+def short_bus_id(bus_id: str) -> str:
+    """`00000000:3B:00.0` of NVML and `0000:3b:00` of the kernel as the same text."""
+    return bus_id.lower().partition(".")[0][-10:]
+
+
+SERVICES: Final[Mapping[str, tuple[str, str]]] = {
+    # program -> what it is, how to stop it
+    "nv-hostengine": ("NVIDIA DCGM", "systemctl stop nvidia-dcgm"),
+    "dcgm-exporter": ("the DCGM exporter", "docker stop its container"),
+    "nvidia-persistenced": ("the persistence daemon", "systemctl stop nvidia-persistenced"),
+    "nvidia-cuda-mps-server": ("CUDA MPS", "echo quit | nvidia-cuda-mps-control"),
+    "nvsm_core": ("NVIDIA System Management", "systemctl stop nvsm"),
+    "Xorg": ("a display server", "systemctl isolate multi-user.target"),
+    "Xwayland": ("a display server", "systemctl isolate multi-user.target"),
+    "gnome-shell": ("a desktop", "systemctl isolate multi-user.target"),
+}
+
+
+def describe_client(client: GpuClient) -> str:
+    """`python (process 4711)`, and what a known service is."""
+    known = SERVICES.get(client.name)
+    return f"{client.name} (process {client.pid}{f', {known[0]}' if known else ''})"
+
+
+def release_advice(clients: Sequence[GpuClient]) -> str:
+    """How to make these let go; LLM Manager never ends what is not its own."""
+    commands = [f"`{SERVICES[c.name][1]}`" for c in clients if c.name in SERVICES]
+    if commands:
+        return f"Stop it yourself: {', '.join(dict.fromkeys(commands))}."
+    return "Ask who runs it, or stop it yourself; LLM Manager ends only what is its own."
+
+
+# =============================================================================
+# §5 MIG layouts — pure: every way to cut a card, and the one that serves a wish
+# =============================================================================
+
+
+@cache
+def layouts(geometry: MigGeometry) -> Mapping[tuple[str, ...], tuple[frozenset[Slice], ...]]:
+    """Every valid layout of a card, by the sorted names of its slices."""
+    found: dict[tuple[str, ...], list[frozenset[Slice]]] = {}
+    for slices in _grow(geometry, 0, ()):
+        found.setdefault(tuple(sorted(name for name, _ in slices)), []).append(frozenset(slices))
+    return {names: tuple(several) for names, several in found.items()}
+
+
+def _grow(
+    geometry: MigGeometry, unit: int, before: tuple[Slice, ...]
+) -> Iterator[tuple[Slice, ...]]:
+    """Each way to go on from one unit of the axis: leave it free, or begin a slice there."""
+    if unit >= geometry.memory_units:
+        yield before
+        return
+    yield from _grow(geometry, unit + 1, before)
+    for profile in geometry.profiles:
+        if unit in profile.starts and _may_join(geometry, profile, before):
+            yield from _grow(geometry, unit + profile.size, (*before, (profile.name, unit)))
+
+
+def _may_join(geometry: MigGeometry, joining: MigProfile, before: Sequence[Slice]) -> bool:
+    """Whether a slice may be beside these, whatever their places."""
+    others = [geometry.profile(name) for name, _ in before]
+    compute = joining.compute_slices + sum(other.compute_slices for other in others)
+    same = sum(other.name == joining.name for other in others)
+    if compute > geometry.compute_slices or same >= joining.most:
+        return False
+    return _media_agree([joining.variant, *(other.variant for other in others)])
+
+
+def _media_agree(variants: Sequence[str]) -> bool:
+    """nvml.h: `+me` at most once; `+me.all` takes every media engine, so only `-me` beside it."""
+    if "+me.all" in variants:
+        return all(v == "-me" for v in variants if v != "+me.all") and variants.count("+me.all") < 2  # noqa: PLR2004
+    return variants.count("+me") < 2  # noqa: PLR2004
+
+
+def is_valid(geometry: MigGeometry, slices: Collection[Slice]) -> bool:
+    """Whether the card can be cut exactly so."""
+    names = tuple(sorted(name for name, _ in slices))
+    return frozenset(slices) in layouts(geometry).get(names, ())
+
+
+def full_layouts(geometry: MigGeometry) -> list[tuple[str, ...]]:
+    """The layouts to offer: plain profiles, nothing left that a plain slice would fit into."""
+    plain = [p for p in geometry.profiles if not p.variant]
+    offered = [
+        names
+        for names, several in layouts(geometry).items()
+        if all(not geometry.profile(name).variant for name in names)
+        and any(not _room(geometry, slices, plain) for slices in several)
+    ]
+    return sorted(offered, key=lambda names: (len(names), [-_size(geometry, n) for n in names]))
+
+
+def _size(geometry: MigGeometry, name: str) -> int:
+    return geometry.profile(name).usable_mib
+
+
+def _room(
+    geometry: MigGeometry, slices: frozenset[Slice], profiles: Sequence[MigProfile]
+) -> list[MigProfile]:
+    """Which of the profiles would still fit beside these slices."""
+    names = tuple(name for name, _ in slices)
+    return [
+        profile
+        for profile in profiles
+        for joined in (layouts(geometry).get(tuple(sorted((*names, profile.name))), ()),)
+        if any(slices < layout for layout in joined)
+    ]
+
+
+def choose_layout(
+    geometry: MigGeometry,
+    wished: Sequence[str],
+    *,
+    existing: Collection[Slice] = (),
+    staying: Collection[Slice] = (),
+) -> frozenset[Slice]:
+    """A layout of the wished profiles with explicit starts, so that no order matters.
+
+    What is `staying` never moves; of what is `existing` as much stays as can. Among equals the
+    one that leaves the largest room for what may come. Refused with the reason and what is near.
+    """
+    candidates = [
+        layout
+        for layout in layouts(geometry).get(tuple(sorted(wished)), ())
+        if layout >= {*staying}
+    ]
+    if not candidates:
+        raise _unable(geometry, wished, frozenset(staying))
+
+    def worth(layout: frozenset[Slice]) -> tuple[int, int, int, list[int]]:
+        room = _room(geometry, layout, geometry.profiles)
+        largest = max((profile.size for profile in room), default=0)
+        return (
+            len(layout & {*existing}),
+            largest,
+            len(room),
+            [-start for _, start in sorted(layout)],
+        )
+
+    return max(candidates, key=worth)
+
+
+def _unable(
+    geometry: MigGeometry, wished: Sequence[str], staying: frozenset[Slice]
+) -> RefusedError:
+    """Why no layout holds the wished slices, and the nearest one that there is."""
+    for name in wished:
+        geometry.profile(name)
+    nearest = _nearest(geometry, wished, staying)
+    advice = (
+        f"The nearest that fits: {format_profiles(nearest)}." if nearest else "Free some first."
+    )
+    return RefusedError(
+        f"{geometry.card} cannot hold {format_profiles(wished)}: "
+        f"{_obstacle(geometry, wished, staying)}.",
+        advice=advice,
+    )
+
+
+def _nearest(
+    geometry: MigGeometry, wished: Sequence[str], staying: frozenset[Slice]
+) -> tuple[str, ...]:
+    """The layout that gives up least: no slice larger than wished, then the most memory."""
+
+    def measured(names: Sequence[str]) -> list[tuple[int, int]]:
+        profiles = [geometry.profile(name) for name in names]
+        return sorted(((p.usable_mib, p.compute_slices) for p in profiles), reverse=True)
+
+    ceiling = measured(wished)
+    possible = (
+        (measured(names), names)
+        for names, several in layouts(geometry).items()
+        if len(names) <= len(wished) and any(layout >= staying for layout in several)
+    )
+    near = [
+        (
+            sum(memory for memory, _ in sizes),
+            sum(g for _, g in sizes),
+            -_strangers(names, wished),
+            names,
+        )
+        for sizes, names in possible
+        if all(m <= top and g <= most for (m, g), (top, most) in zip(sizes, ceiling, strict=False))
+    ]
+    return max(near)[-1] if near else ()
+
+
+def _strangers(names: Sequence[str], wished: Sequence[str]) -> int:
+    return (Counter(names) - Counter(wished)).total()
+
+
+def _obstacle(geometry: MigGeometry, wished: Sequence[str], staying: frozenset[Slice]) -> str:
+    profiles = [geometry.profile(name) for name in wished]
+    for profile in sorted(profiles, key=lambda profile: profile.name):
+        if wished.count(profile.name) > profile.most:
+            return f"at most {profile.most} of {profile.name} fit"
+    compute = sum(profile.compute_slices for profile in profiles)
+    if compute > geometry.compute_slices:
+        return f"that is {compute} compute slices, and it has {geometry.compute_slices}"
+    if not _media_agree([profile.variant for profile in profiles]):
+        return "its media engines go to one slice only"
+    units = sum(profile.size for profile in profiles)
+    if units > geometry.memory_units:
+        return f"that is {units} memory slices, and it has {geometry.memory_units}"
+    if tuple(sorted(wished)) in layouts(geometry):
+        return f"it would fit if {format_slices(staying)} could move"
+    return "their allowed places overlap"
+
+
+def format_profiles(names: Sequence[str]) -> str:
+    """`3g.20gb + 2x 1g.5gb`, the largest first."""
+    counted = sorted(Counter(names).items(), key=lambda item: (-int(item[0][0]), item[0]))
+    return " + ".join(f"{count}x {name}" if count > 1 else name for name, count in counted)
+
+
+def format_slices(slices: Collection[Slice]) -> str:
+    """`3g.20gb at 0, 1g.5gb at 4`, along the card."""
+    return ", ".join(f"{profile} at {start}" for profile, start in along(slices)) or "no slices"
+
+
+def along(slices: Collection[Slice]) -> list[Slice]:
+    """Slices in the order in which they lie on the card."""
+    return sorted(slices, key=lambda wanted: (wanted[1], wanted[0]))
+
+
+def parse_wish(text: str) -> list[str]:
+    """Profiles as an operator types them: `3g.20gb, 2x 1g.5gb` or `3g.20gb + 1g.5gb`."""
+    names: list[str] = []
+    counted = re.sub(r"(?i)(\d)\s*[x\u00d7*]\s*", r"\1x", text)
+    for part in filter(None, re.split(r"(?:\s\+\s|[,;\s])+", counted)):
+        several = re.fullmatch(r"(\d{1,9})\d*x(.+)", part)
+        # More than any card has is refused later, with what is near; a typo must not fill memory.
+        names += [several[2]] * min(int(several[1]), 65) if several else [part]
+    return names
+
+
+def parse_needs(text: str) -> dict[str, int]:
+    """`chat=15, embed=3.5` in GiB as MiB by model."""
+    pairs = [part.split("=") for part in re.split(r"[\s,;]+", text) if part]
+    try:
+        needs = {name: math.ceil(float(gib) * 1024) for name, gib in pairs}
+    except (ValueError, OverflowError):
+        needs = {}
+    if len(needs) < max(len(pairs), 1) or min(needs.values()) <= 0:
+        raise RefusedError(
+            f"{text!r} does not say how much memory each model needs.",
+            advice="Write it in GiB, each model once: chat=15, embed=3.5",
+        )
+    return needs
+
+
+def slices_for_needs(
+    geometry: MigGeometry,
+    needs: Mapping[str, int],
+    *,
+    existing: Collection[Slice] = (),
+    bound: Mapping[str, Slice] | None = None,
+) -> dict[str, Slice]:
+    """A slice for each model by the MiB it needs: the least memory, then the most compute.
+
+    `bound` models keep the slices they have. Refused with the models that would fit.
+    """
+    bound = bound or {}
+    free = sorted(set(needs) - set(bound), key=lambda model: (-needs[model], model))
+    best: tuple[tuple[int, int], tuple[str, ...]] | None = None
+    for names in layouts(geometry):
+        score = _serves(geometry, names, [needs[model] for model in free], bound)
+        if score is not None and (best is None or score < best[0]):
+            best = score, names
+    if best is None:
+        raise _too_much(geometry, needs, bound, free)
+    staying = frozenset(bound.values())
+    layout = choose_layout(geometry, best[1], existing=existing, staying=staying)
+    rest = sorted(layout - staying, key=lambda s: (-_size(geometry, s[0]), s[1]))
+    return {**bound, **dict(zip(free, rest, strict=True))}
+
+
+def _serves(
+    geometry: MigGeometry, names: Sequence[str], needs: Sequence[int], bound: Mapping[str, Slice]
+) -> tuple[int, int] | None:
+    """What these profiles cost as (memory units, minus compute), if they hold these needs."""
+    fixed = frozenset(bound.values())
+    rest = Counter(names) - Counter(name for name, _ in fixed)
+    if rest.total() != len(needs) or len(names) != len(needs) + len(fixed):
+        return None
+    profiles = [geometry.profile(name) for name in rest.elements()]
+    sizes = sorted((profile.usable_mib for profile in profiles), reverse=True)
+    if any(profile.variant for profile in profiles):
+        return None
+    if any(size < need for size, need in zip(sizes, needs, strict=True)):
+        return None
+    if not any(layout >= fixed for layout in layouts(geometry)[tuple(sorted(names))]):
+        return None
+    return sum(p.size for p in profiles), -sum(p.compute_slices for p in profiles)
+
+
+def _too_much(
+    geometry: MigGeometry, needs: Mapping[str, int], bound: Mapping[str, Slice], free: Sequence[str]
+) -> RefusedError:
+    largest = max(geometry.profiles, key=lambda profile: profile.usable_mib)
+    for model in free:
+        if needs[model] > largest.usable_mib:
+            return RefusedError(
+                f"{model} needs {needs[model] / 1024:.1f} GiB, and the largest slice of "
+                f"{geometry.card} has {largest.usable_mib / 1024:.1f} GiB.",
+                advice="Give it whole GPUs.",
+            )
+    # The smallest first: as many models as can.
+    for count in range(len(free) - 1, 0, -1):
+        kept = free[-count:]
+        with contextlib.suppress(RefusedError):
+            chosen = slices_for_needs(geometry, {m: needs[m] for m in kept}, bound=bound)
+            return RefusedError(
+                f"{geometry.card} has no layout for {', '.join(free)} together.",
+                advice=f"Without {', '.join(free[:-count])} it would be "
+                f"{format_profiles([name for name, _ in chosen.values()])}.",
+            )
+    return RefusedError(
+        f"{geometry.card} has no room beside {format_slices(bound.values())}.",
+        advice="Move one of them to another GPU first.",
+    )
+
+
+# --- mig-parted's format -----------------------------------------------------
+
+MigWishes = dict[GpuUuid, list[str]]
+
+
+def parse_mig_parted(text: str, label: str | None, gpus: Sequence[Gpu]) -> MigWishes:
+    """The wished profiles per GPU of one configuration in a mig-parted file; [] is MIG off."""
+    try:
+        loaded = yaml.safe_load(text)
+        configs = {
+            str(name): list(entries or ()) for name, entries in loaded["mig-configs"].items()
+        }
+    except (yaml.YAMLError, TypeError, KeyError, ValueError, AttributeError) as error:
+        raise RefusedError(
+            "That is no mig-parted file: it has no `mig-configs`.",
+            advice="See `mig export` for what one looks like.",
+        ) from error
+    chosen = label or next(iter(configs), "")
+    if chosen not in configs or (label is None and len(configs) > 1):
+        raise RefusedError(
+            f"The file has {', '.join(configs) or 'no configurations'}.",
+            advice="Name one of them with --label.",
+        )
+    wishes: MigWishes = {}
+    for entry in configs[chosen]:
+        wishes |= _wishes_of(entry, gpus)
+    return wishes
+
+
+def _wishes_of(entry: Json, gpus: Sequence[Gpu]) -> MigWishes:
+    try:
+        parsed = _MIG_PARTED.validate_python(entry)
+    except pydantic.ValidationError as error:
+        raise RefusedError(
+            f"An entry of that file has {describe_faults(error, entry)}.",
+            advice="Correct the file; `mig export` shows the format.",
+        ) from None
+    filters = parsed.device_filter
+    wanted = {filters.upper()} if isinstance(filters, str) else {one.upper() for one in filters}
+    meant = [
+        gpu
+        for gpu in gpus
+        if (parsed.devices == "all" or gpu.index in parsed.devices)
+        and (not wanted or f"0X{gpu.pci_device}10DE" in wanted)
+    ]
+    names = [name for name, count in parsed.mig_devices.items() for _ in range(count)]
+    if parsed.mig_enabled and not names:
+        raise RefusedError(
+            "That file enables MIG without any slices, and nothing could run there.",
+            advice="List `mig-devices`, or set `mig-enabled: false`.",
+        )
+    return {gpu.uuid: names if parsed.mig_enabled else [] for gpu in meant}
+
+
+@pydantic.with_config(pydantic.ConfigDict(extra="forbid"))
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _MigPartedEntry:
+    """One entry of a mig-parted configuration, checked before it is believed."""
+
+    devices: Annotated[Literal["all"] | tuple[int, ...], pydantic.Field(alias="devices")]
+    mig_enabled: Annotated[bool, pydantic.Field(alias="mig-enabled")]
+    mig_devices: Annotated[
+        dict[str, Annotated[int, pydantic.Field(ge=0, le=64)]], pydantic.Field(alias="mig-devices")
+    ] = field(default_factory=dict)
+    device_filter: Annotated[str | tuple[str, ...], pydantic.Field(alias="device-filter")] = ()
+
+
+_MIG_PARTED: Final = pydantic.TypeAdapter(_MigPartedEntry)
+
+
+def render_mig_parted(layouts_of: Mapping[int, Collection[Slice]], label: str) -> str:
+    """Layouts by GPU index as mig-parted's YAML; that format knows no starts."""
+    entries = [
+        {
+            "devices": [index],
+            "mig-enabled": bool(slices),
+            **({"mig-devices": dict(Counter(n for n, _ in sorted(slices)))} if slices else {}),
+        }
+        for index, slices in sorted(layouts_of.items())
+    ]
+    return yaml.dump(
+        {"version": "v1", "mig-configs": {label: entries}}, Dumper=YAML_DUMPER, sort_keys=False
+    )
+
+
+# =============================================================================
+# §6 Placement — pure: who gets which GPU or slice, and whether it is theirs alone
+# =============================================================================
+
+
+def gpus_of(model: Model) -> frozenset[GpuUuid]:
+    """The GPUs that a model sits on, in whole or in part."""
+    match model.placement:
+        case GpuPlacement(gpu_uuids=uuids):
+            return frozenset(uuids)
+        case MigPlacement(gpu_uuid=gpu_uuid):
+            return frozenset({gpu_uuid})
+        case _:
+            return frozenset()
+
+
+def gpu_share(model: Model) -> float:
+    """How much of each of its GPUs a model takes; without a memory fraction all of it."""
+    fraction = (
+        model.placement.memory_fraction if isinstance(model.placement, GpuPlacement) else None
+    )
+    return (fraction or 1.0) * model.replicas
+
+
+def placement_faults(state: State) -> list[str]:
+    """Every GPU or slice that the wished models book twice, and slices that no layout has."""
+    cut = {layout.gpu_uuid: {*layout.slices} for layout in state.mig_layouts if layout.slices}
+    wished = state.wished_models
+    faults = [
+        f"{m.name} is bound to the slice {format_slices([s])} of {p.gpu_uuid}, "
+        "which is not in that GPU's wished layout"
+        for m in wished
+        if isinstance(p := m.placement, MigPlacement)
+        and (s := (p.profile, p.start)) not in cut.get(p.gpu_uuid, set())
+    ]
+    faults += [
+        f"{m.name} wants the whole of {gpu_uuid}, which is cut into MIG slices"
+        for m in wished
+        if isinstance(m.placement, GpuPlacement)
+        for gpu_uuid in m.placement.gpu_uuids
+        if gpu_uuid in cut
+    ]
+    return [*faults, *_booked_twice(wished)]
+
+
+def _booked_twice(wished: Sequence[Model]) -> list[str]:
+    """A model that names no memory fraction takes its GPU whole."""
+    shares: dict[str, list[tuple[str, float]]] = {}
+    for m in wished:
+        match m.placement:
+            case GpuPlacement(gpu_uuids=uuids):
+                for gpu_uuid in uuids:
+                    shares.setdefault(gpu_uuid, []).append((m.name, gpu_share(m)))
+            case MigPlacement(gpu_uuid=gpu_uuid, profile=profile, start=start):
+                where = f"{profile} at {start} of {gpu_uuid}"
+                shares.setdefault(where, []).append((m.name, gpu_share(m)))
+            case _:
+                pass
+    return [
+        f"{' and '.join(name for name, _ in several)} {'book' if len(several) > 1 else 'books'} "
+        f"{100 * sum(share for _, share in several):.4g} % of {where}"
+        for where, several in sorted(shares.items())
+        if sum(share for _, share in several) > 1 + ROUNDING
+    ]
+
+
+def placements(state: State) -> frozenset[tuple[str, Placement, int]]:
+    """Who is wished where."""
+    return frozenset((m.name, m.placement, m.replicas) for m in state.wished_models)
+
+
+def check_placements(state: State, *, known: Collection[str] = ()) -> None:
+    """Refuse a wish in which a GPU would be booked twice unawares; `known` faults are old."""
+    faults = [fault for fault in placement_faults(state) if fault not in known]
+    if faults:
+        raise RefusedError(
+            f"{'; '.join(faults)}.",
+            advice="Stop one, choose another GPU or slice, or give each a memory fraction.",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class GpuChoice:
+    """GPUs for one model, and why these."""
+
+    gpu_uuids: tuple[GpuUuid, ...]
+    reason: str
+
+
+def choose_gpus(hardware: Hardware, count: int, taken: Collection[GpuUuid] = ()) -> GpuChoice:
+    """The best joined GPUs of one kind that nobody has; NVLink before PCIe."""
+    free = [g for g in hardware.gpus if g.uuid not in taken and not g.mig_enabled]
+    groups = [
+        group
+        for group in itertools.combinations(free, count)
+        if len({(gpu.name, gpu.memory_mib) for gpu in group}) == 1
+    ]
+    if not groups:
+        raise RefusedError(
+            f"{count} free GPUs of one kind are not here; free are "
+            f"{', '.join(gpu.title for gpu in free) or 'none'}.",
+            advice="Stop a model, or name the GPUs yourself.",
+        )
+    best = min(groups, key=lambda group: _distance(hardware, group))
+    return GpuChoice(tuple(gpu.uuid for gpu in best), why_together(hardware, best))
+
+
+def _distance(hardware: Hardware, group: Sequence[Gpu]) -> list[tuple[int, int]]:
+    """The worst pair first: tensor parallelism is as fast as its slowest link."""
+    pairs = (frozenset({a.uuid, b.uuid}) for a, b in itertools.combinations(group, 2))
+    unknown = (len(LINK_MEANINGS), 0)
+    return sorted(
+        (hardware.links[pair].rank if pair in hardware.links else unknown for pair in pairs),
+        reverse=True,
+    )
+
+
+def why_together(hardware: Hardware, group: Sequence[Gpu]) -> str:
+    """How well these GPUs are joined, which is how fast tensor parallelism is."""
+    names = " and ".join(gpu.title for gpu in group)
+    links = [hardware.links.get(frozenset({a.uuid, b.uuid}))
+             for a, b in itertools.combinations(group, 2)]  # fmt: skip
+    if not links:
+        return f"{names} is free"
+    known = [link for link in links if link is not None]
+    if len(known) < len(links):
+        return f"{names}; how they are joined is unknown"
+    worst = max(known, key=lambda link: link.rank)
+    return f"{names} are joined by {LINK_MEANINGS[worst.kind]}"
+
+
+def format_placement(placement: Placement, hardware: Hardware) -> str:
+    """Where a model sits, by the GPUs' numbers."""
+    match placement:
+        case CpuPlacement(kv_cache_mib=mib):
+            return f"CPU, {mib} MiB KV cache"
+        case GpuPlacement(gpu_uuids=uuids, memory_fraction=fraction):
+            share = "" if fraction is None else f"{fraction:.0%} of "
+            return share + " and ".join(title_of(hardware, gpu_uuid) for gpu_uuid in uuids)
+        case MigPlacement(gpu_uuid=gpu_uuid, profile=profile, start=start):
+            return f"{profile} at {start} of {title_of(hardware, gpu_uuid)}"
+        case _:
+            assert_never(placement)
+
+
+def title_of(hardware: Hardware, gpu_uuid: str) -> str:
+    gpu = hardware.gpu(gpu_uuid)
+    return gpu.title if gpu else gpu_uuid[:12]
+
+
+def device_ids(placement: Placement, hardware: Hardware | None) -> tuple[str, ...]:
+    """What Docker is asked for: UUIDs; `ABSENT …` where today's MIG UUID is not known."""
+    match placement:
+        case GpuPlacement(gpu_uuids=uuids):
+            return tuple(uuids)
+        case MigPlacement(gpu_uuid=gpu_uuid, profile=profile, start=start):
+            gpu = hardware.gpu(gpu_uuid) if hardware else None
+            device = gpu.device((profile, start)) if gpu else None
+            known = device.uuid if device is not None else None
+            return (known or f"{ABSENT} {profile} at {start} of {gpu_uuid}",)
+        case CpuPlacement():
+            return ()
+        case _:
+            assert_never(placement)
+
+
+ABSENT: Final = "absent:"
+
+
+# =============================================================================
+# §7 Config generation — pure: containers, LiteLLM's YAML, the Caddyfile
 # =============================================================================
 
 
@@ -778,7 +1653,7 @@ class ContainerSpec:
     mounts: tuple[Mount, ...] = ()
     ports: tuple[PublishedPort, ...] = ()
     labels: Mapping[str, str] = field(default_factory=dict)
-    gpu_uuids: tuple[GpuUuid, ...] = ()
+    devices: tuple[str, ...] = ()  # UUIDs of GPUs or of one MIG device
     shm_mib: int = 64
     healthcheck: str | None = None
     restart: Literal["no", "unless-stopped"] = "unless-stopped"
@@ -790,9 +1665,16 @@ class ContainerSpec:
 
     @property
     def hash(self) -> SpecHash:
-        """Changes exactly when the container must be replaced."""
+        """Changes exactly when the container must be replaced.
+
+        What has its default is left out: a later version's new field replaces nobody's containers.
+        """
         ignored = {"start_seconds", "readiness", "stop_seconds"}
-        canonical = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ignored}
+        canonical = {
+            f.name: value
+            for f in fields(self)
+            if f.name not in ignored and (value := getattr(self, f.name)) not in (f.default, (), {})
+        }
         text = json.dumps(canonical, sort_keys=True, default=_canonical)
         return SpecHash(sha256(text.encode()).hexdigest()[:16])
 
@@ -855,6 +1737,12 @@ RESERVED_OPTIONS: Final = frozenset({
 })  # fmt: skip
 
 
+PARALLEL_OPTIONS: Final = frozenset({
+    "--pipeline-parallel-size", "-pp", "--data-parallel-size", "-dp",
+    "--decode-context-parallel-size", "-dcp", "--prefill-context-parallel-size", "-pcp",
+})  # fmt: skip
+
+
 def parse_recipe_options(text: str) -> dict[str, frozenset[str]]:
     """The options a recipe lists for its images; switches get their `--no-` form too."""
     recipe = yaml.safe_load(text)
@@ -882,6 +1770,11 @@ def check_engine_arguments(model: Model, images: Images, options: EngineOptions)
             raise RefusedError(
                 f"The engine argument {option} is set by LLM Manager itself.",
                 advice="Leave it out.",
+            )
+        if isinstance(model.placement, MigPlacement) and option in PARALLEL_OPTIONS:
+            raise RefusedError(
+                f"{option} needs several GPUs that reach each other's memory; a MIG slice is one.",
+                advice="Place the model on whole GPUs.",
             )
         if known is not None and option not in known:
             offered = sorted(known - _reserved_options(model))
@@ -937,13 +1830,19 @@ def _parsed(kind: type[T], raw: Json, fact: str) -> T:
 
 def check_model(model: Model, images: Images, options: EngineOptions) -> None:
     """What an engine would refuse minutes later is refused now."""
+    if isinstance(model.placement, GpuPlacement) and any(
+        gpu_uuid.startswith("MIG-") for gpu_uuid in model.placement.gpu_uuids
+    ):
+        raise RefusedError(
+            "A MIG device was named among GPUs by its UUID, which changes when it is made anew; "
+            "and tensor parallelism needs GPUs that reach each other's memory, as slices cannot.",
+            advice="Place the model on one slice by GPU, profile and start.",
+        )
     unserved = (
         (model.type not in SERVED_TYPES, f"serve {model.type} models",
          f"It serves {', '.join(SERVED_TYPES)}."),
-        (isinstance(model.placement, MigPlacement), "place a model on a MIG slice",
-         "Choose whole GPUs or the CPU."),
         (model.host != "local", f"reach the host {model.host!r}", "Leave the host at `local`."),
-        (_crowded(model), "run two replicas on a GPU whose memory they do not share out",
+        (_crowded(model), "run several replicas on a GPU or slice whose memory they do not share",
          "Give the placement a memory fraction below 0.5, or run one replica."),
         (model.recipe is not None, f"build the recipe {model.recipe!r}", "Name an image instead."),
     )  # fmt: skip
@@ -954,10 +1853,7 @@ def check_model(model: Model, images: Images, options: EngineOptions) -> None:
 
 
 def _crowded(model: Model) -> bool:
-    placement = model.placement
-    if not isinstance(placement, GpuPlacement) or model.replicas == 1:
-        return False
-    return model.replicas * (placement.memory_fraction or 1.0) > 1
+    return model.replicas > 1 and bool(gpus_of(model)) and gpu_share(model) > 1 + ROUNDING
 
 
 def split_arguments(text: str) -> list[str]:
@@ -970,18 +1866,11 @@ def split_arguments(text: str) -> list[str]:
         ) from error
 
 
-def default_placement(
-    gpu_uuids: Sequence[GpuUuid], models: Sequence[Model]
-) -> CpuPlacement | GpuPlacement:
-    """The first GPU that no model has, else the first GPU; the CPU where there is none."""
-    taken = {
-        gpu
-        for model in models
-        if isinstance(model.placement, GpuPlacement)
-        for gpu in model.placement.gpu_uuids
-    }
-    free = [gpu for gpu in gpu_uuids if gpu not in taken]
-    chosen = (free or list(gpu_uuids))[:1]
+def default_placement(hardware: Hardware, models: Sequence[Model]) -> CpuPlacement | GpuPlacement:
+    """The first whole GPU that no model has, else the first whole one; the CPU without any."""
+    taken = {gpu_uuid for model in models for gpu_uuid in gpus_of(model)}
+    whole = [gpu.uuid for gpu in hardware.gpus if not gpu.mig_enabled]
+    chosen = ([gpu_uuid for gpu_uuid in whole if gpu_uuid not in taken] or whole)[:1]
     return GpuPlacement(gpu_uuids=tuple(chosen)) if chosen else CpuPlacement()
 
 
@@ -998,9 +1887,11 @@ MODEL_MOUNT: Final = "/model"
 CACHE_MOUNT: Final = "/root/.cache/huggingface"
 
 
-def render_engines(state: State, model: Model, site: Site) -> tuple[ContainerSpec, ...]:
+def render_engines(
+    state: State, model: Model, site: Site, hardware: Hardware | None = None
+) -> tuple[ContainerSpec, ...]:
     """The engine containers of one model, one per replica."""
-    gpu_uuids = model.placement.gpu_uuids if isinstance(model.placement, GpuPlacement) else ()
+    devices = device_ids(model.placement, hardware)
     return tuple(
         ContainerSpec(
             name=name,
@@ -1017,9 +1908,9 @@ def render_engines(state: State, model: Model, site: Site) -> tuple[ContainerSpe
                 LABEL_MODEL_TYPE: model.type,
                 LABEL_SERVED_NAME: model.served_model_name,
             },
-            gpu_uuids=gpu_uuids,
+            devices=devices,
             # vLLM refuses Docker's 64 MiB; tensor parallelism shares tensors through it.
-            shm_mib=8192 if gpu_uuids else 1024,
+            shm_mib=8192 if devices else 1024,
             # Docker would start it before MIG slices exist, and vLLM exits 0 when it dies.
             restart="no",
             start_seconds=ENGINE_START_SECONDS,
@@ -1252,10 +2143,6 @@ def render_litellm_config(served: Sequence[ServedModel]) -> str:
     return GENERATED_BANNER + yaml.dump(config, Dumper=YAML_DUMPER, sort_keys=False)
 
 
-# libyaml's dumper writes the same text six times faster; 200 models are a real size.
-YAML_DUMPER: Final = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-
-
 def _model_entries(model: ServedModel) -> list[Json]:
     modes = {"embedding": {"mode": "embedding"}, "rerank": {"mode": "rerank"}}
     return [
@@ -1416,7 +2303,7 @@ def render_unit(template: str, *, python: str, program: str, home: str) -> str:
 
 
 # =============================================================================
-# §5 Planning — pure: desired + observed -> Plan
+# §8 Steps — pure: what is observed, and all that can be done about it
 # =============================================================================
 
 
@@ -1437,6 +2324,20 @@ class ObservedContainer:
     model_type: str | None = None
     served_model_name: str | None = None
     docker_health: str | None = None
+    container_id: str = ""
+    devices: tuple[str, ...] = ()  # what Docker was asked for
+    devices_seen: frozenset[str] | None = None  # what is visible inside; None: could not be asked
+
+
+@dataclass(frozen=True, slots=True)
+class GpuRef:
+    """A GPU by what never changes, and by what the operator calls it."""
+
+    uuid: GpuUuid
+    title: str
+
+    def __str__(self) -> str:
+        return self.title
 
 
 @dataclass(frozen=True, slots=True)
@@ -1458,6 +2359,63 @@ class Observed:
     files: Mapping[str, str] = field(default_factory=dict)
     edge: LoadedCaddyfile | None = None
     taken_at: datetime | None = None
+    hardware: Hardware | None = None  # None: not looked at
+    start_seconds: Mapping[str, float] = field(default_factory=dict)  # last time, by container
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """What cannot be done, in the place where it would have been; applying raises it."""
+
+    fact: str
+    advice: str
+
+
+@dataclass(frozen=True, slots=True)
+class CheckClients:
+    """Nobody but these containers of ours computes on the slices, or on the GPU where None."""
+
+    gpu: GpuRef
+    slices: frozenset[Slice] | None
+    ours: frozenset[str]
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class SetMigMode:
+    gpu: GpuRef
+    enabled: bool
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class DestroySlice:
+    gpu: GpuRef
+    slice: Slice
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class CreateSlice:
+    gpu: GpuRef
+    slice: Slice
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyLayout:
+    """Read back what the driver really has; what it answered before is not believed."""
+
+    gpu: GpuRef
+    slices: frozenset[Slice]
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class RefreshCdi:
+    """Have the toolkit list today's devices where Docker injects them by that list."""
+
+    cause: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -1557,7 +2515,14 @@ class Discard:
 
 
 Step = (
-    PullImage
+    Refuse
+    | CheckClients
+    | SetMigMode
+    | DestroySlice
+    | CreateSlice
+    | VerifyLayout
+    | RefreshCdi
+    | PullImage
     | CreateNetwork
     | CreateVolume
     | WriteFile
@@ -1576,6 +2541,20 @@ Step = (
 def describe(step: Step) -> str:  # noqa: C901, PLR0911, PLR0912 - one line per kind of step
     """One line for the log, the preview and the tests."""
     match step:
+        case Refuse(fact, advice):
+            return f"cannot be done: {fact} {advice}"
+        case CheckClients(gpu, _, _, cause):
+            return f"check that nobody else uses {gpu}: {cause}"
+        case SetMigMode(gpu, enabled, cause):
+            return f"turn {'on' if enabled else 'off'} MIG of {gpu}: {cause}"
+        case DestroySlice(gpu, (profile, start), cause):
+            return f"remove the slice {profile} at {start} of {gpu}: {cause}"
+        case CreateSlice(gpu, (profile, start), cause):
+            return f"create the slice {profile} at {start} of {gpu}: {cause}"
+        case VerifyLayout(gpu, slices, cause):
+            return f"read back that {gpu} has {format_slices(slices)}: {cause}"
+        case RefreshCdi(cause):
+            return f"refresh the CDI specification: {cause}"
         case PullImage(image, cause):
             return f"pull image {image}: {cause}"
         case CreateNetwork(name, cause):
@@ -1619,18 +2598,29 @@ class Stage:
 class Plan:
     """Stages in the order of design §5; an empty plan means nothing to do."""
 
+    layouts: tuple[Stage, ...] = ()
+    devices: Stage
     foundation: Stage
     database: Stage
     models: tuple[Stage, ...]
     endpoint: Stage
     retirement: Stage
     interrupted: tuple[ModelName, ...] = ()
+    start_seconds: Mapping[str, float] = field(default_factory=dict)  # of models, last time
 
     @property
     def stages(self) -> tuple[Stage, ...]:
         """Those that have something to do."""
-        every = (self.foundation, self.database, *self.models, self.endpoint, self.retirement)
+        before = (*self.layouts, self.devices, self.foundation, self.database)
+        every = (*before, *self.models, self.endpoint, self.retirement)
         return tuple(stage for stage in every if stage.steps)
+
+    def raise_refusal(self) -> None:
+        """Raise the first thing that cannot be done, before anything is touched for the rest."""
+        for stage in self.stages:
+            for step in stage.steps:
+                if isinstance(step, Refuse):
+                    raise RefusedError(step.fact, advice=step.advice)
 
     def __bool__(self) -> bool:
         return bool(self.stages)
@@ -1642,9 +2632,13 @@ class Plan:
             for line in (f"{stage.title}:", *(f"  {describe(step)}" for step in stage.steps))
         ]
         if self.interrupted:
-            names = ", ".join(self.interrupted)
+            names = ", ".join(self._with_duration(name) for name in self.interrupted)
             lines.append(f"Interrupted until its new container is ready, or for good: {names}.")
         return "\n".join(lines)
+
+    def _with_duration(self, name: ModelName) -> str:
+        seconds = self.start_seconds.get(name)
+        return name if seconds is None else f"{name} (its last start took {seconds:.0f} s)"
 
     def diff(self) -> str:
         """What changes in the generated files; they hold no secrets."""
@@ -1670,35 +2664,244 @@ def aside(name: ContainerName) -> ContainerName:
     return ContainerName(name + ASIDE)
 
 
+# =============================================================================
+# §9 Planning — pure: desired + observed -> Plan
+# =============================================================================
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scope:
+    """How far a change reaches: these models, and all that is on these GPUs; None, None: all."""
+
+    models: frozenset[ModelName] | None = None
+    gpus: frozenset[GpuUuid] | None = None
+
+    def has(self, model: Model) -> bool:
+        if self.models is None and self.gpus is None:
+            return True
+        return model.name in (self.models or ()) or bool(
+            gpus_of(model) & (self.gpus or frozenset())
+        )
+
+    def names(self, state: State) -> frozenset[str] | None:
+        """Whose containers may be touched, models that are gone included; None is everybody's."""
+        if self.models is None and self.gpus is None:
+            return None
+        known = frozenset(model.name for model in state.models if self.has(model))
+        return known | (self.models or frozenset())
+
+
+EVERYTHING: Final = Scope()
+
+
 def plan_state(
     state: State,
     observed: Observed,
     site: Site,
     *,
-    only: ModelName | None = None,
+    scope: Scope = EVERYTHING,
     restart: ModelName | None = None,
+    despite_driver: bool = False,
 ) -> Plan:
     """Compare what is wished with what is; decide everything, do nothing.
 
-    `only` leaves every other model as it is, `restart` replaces a model that needs no change.
-    The endpoint's stage assumes that the models' stages succeed; `plan_endpoint` after they ran
-    says what is true then.
+    `scope` leaves every other model as it is, `restart` replaces a model that needs no change,
+    `despite_driver` makes GPU containers although the driver waits for a reboot. The endpoint's
+    stage assumes that the models' stages succeed; `plan_endpoint` after they ran says what is
+    true then. Slices that a layout's stage will make have no UUID yet: plan again after it.
     """
-    in_scope = [m for m in state.wished_models if only in {None, m.name}]
-    models = tuple(
+    in_scope = [model for model in state.wished_models if scope.has(model)]
+    stages = [
         _plan_model(state, m, observed, site, "a restart was asked for" * (m.name == restart))
         for m in in_scope
+    ]
+    if not despite_driver:
+        stages = [_held_back(stage, observed) for stage in stages]
+    gpus = scope.gpus
+    if gpus is None and scope.models is not None:
+        gpus = frozenset(gpu_uuid for model in in_scope for gpu_uuid in gpus_of(model))
+    layouts_first = plan_layouts(state, observed, gpus)
+    coming = frozenset[str]().union(
+        *(cut.resources for cut in layouts_first if not isinstance(cut.steps[0], Refuse))
     )
+    stages = [
+        stage if stage.resources <= coming else _refused_by_layout(stage, m, observed.hardware)
+        for stage, m in zip(stages, in_scope, strict=True)
+    ]
     endpoint, kept = plan_endpoint(state, observed, site, assumed=tuple(in_scope))
-    retirement = plan_retirement(state, observed, kept, only)
+    retirement = plan_retirement(state, observed, kept, scope.names(state))
     return Plan(
+        layouts=layouts_first,
+        devices=_plan_devices(observed, bool(layouts_first), gpus),
         foundation=_plan_foundation(state, observed),
         database=_plan_database(state, observed),
-        models=models,
+        models=tuple(stages),
         endpoint=endpoint,
         retirement=retirement,
-        interrupted=_interrupted((*models, endpoint, retirement), observed),
+        interrupted=_interrupted((*layouts_first, *stages, endpoint, retirement), observed),
+        start_seconds=last_starts(state, observed),
     )
+
+
+def last_starts(state: State, observed: Observed) -> dict[str, float]:
+    """How long each model's slowest replica took to become ready, where that is known."""
+    return {
+        model.name: max(known)
+        for model in state.models
+        if (known := [observed.start_seconds[name] for name in replica_names(state, model)
+                      if name in observed.start_seconds])
+    }  # fmt: skip
+
+
+def _held_back(stage: Stage, observed: Observed) -> Stage:
+    """No container that needs a GPU is made between a driver's upgrade and its reboot."""
+    hardware = observed.hardware
+    makes = any(
+        isinstance(step, CreateContainer) and step.spec.devices for step in stage.steps
+    ) or any(isinstance(step, StartContainer | BringBack) for step in stage.steps)
+    if hardware is None or not hardware.reboot_pending or "cpu" in stage.resources or not makes:
+        return stage
+    refuse = Refuse(
+        f"The NVIDIA driver was upgraded to {hardware.library_version} while "
+        f"{hardware.kernel_version} is loaded, so no new container would reach its GPU.",
+        "Reboot; what runs goes on until then. `apply --despite-driver` tries all the same.",
+    )
+    return replace(stage, steps=(refuse,))
+
+
+def _refused_by_layout(stage: Stage, model: Model, hardware: Hardware | None) -> Stage:
+    """Nothing is stopped for a container whose slice is not there, or whose GPU is cut."""
+    made = [step.spec for step in stage.steps if isinstance(step, CreateContainer)]
+    cut = [gpu.title for gpu in hardware.gpus if gpu.mig_enabled and gpu.uuid in gpus_of(model)] \
+        if hardware else []  # fmt: skip
+    refuse: Refuse | None = None
+    if any(device.startswith(ABSENT) for spec in made for device in spec.devices):
+        refuse = Refuse(
+            f"{model.name} is bound to "
+            f"{format_placement(model.placement, hardware or Hardware())}, which is not there.",
+            "Cut the GPU so that it has that slice, or place the model elsewhere.",
+        )
+    elif made and cut and isinstance(model.placement, GpuPlacement):
+        refuse = Refuse(
+            f"{model.name} wants {' and '.join(cut)} whole, and MIG is on there.",
+            "Make it whole with `mig apply GPU off`, or place the model elsewhere.",
+        )
+    return replace(stage, steps=(refuse,)) if refuse else stage
+
+
+def plan_layouts(
+    state: State, observed: Observed, gpus: frozenset[GpuUuid] | None
+) -> tuple[Stage, ...]:
+    """The GPUs that are not cut as wished, one stage each."""
+    if observed.hardware is None:
+        return ()
+    stages = (
+        _plan_layout(wish, observed, observed.hardware)
+        for wish in state.mig_layouts
+        if gpus is None or wish.gpu_uuid in gpus
+    )
+    return tuple(stage for stage in stages if stage.steps)
+
+
+def _plan_devices(observed: Observed, recut: bool, gpus: frozenset[GpuUuid] | None) -> Stage:
+    """The toolkit's list of devices, where Docker goes by it; NVIDIA's service forgets slices."""
+    hardware = observed.hardware or Hardware()
+    due = hardware.uses_cdi and (recut or (hardware.cdi_stale and gpus != frozenset()))
+    steps = (RefreshCdi("it does not list today's slices"),) if due else ()
+    return Stage(title="CDI specification", steps=steps)
+
+
+def _plan_layout(wish: MigLayout, observed: Observed, hardware: Hardware) -> Stage:
+    gpu = hardware.gpu(wish.gpu_uuid)
+    title = f"MIG layout of {gpu.title if gpu else wish.gpu_uuid}"
+    impossible = _layout_obstacle(wish, gpu, hardware)
+    steps = (impossible,) if impossible else _cut(wish, gpu, observed) if gpu else ()
+    return Stage(title=title, steps=steps, resources=frozenset({wish.gpu_uuid}))
+
+
+def _layout_obstacle(wish: MigLayout, gpu: Gpu | None, hardware: Hardware) -> Refuse | None:
+    if hardware.fault is not None:
+        return Refuse(hardware.fault.fact, hardware.fault.advice)
+    if gpu is None:
+        lost = " ".join(hardware.lost)
+        return Refuse(
+            f"{wish.gpu_uuid}, which has a wished layout, is not in this server. {lost}".strip(),
+            "Look at `nvidia-smi`; if it is gone for good: `mig forget`.",
+        )
+    if gpu.slices is None:
+        return Refuse(f"The driver does not show the slices of {gpu.title}.", "Run this as root.")
+    if gpu.mig_enabled is None:
+        return None if not wish.slices else Refuse(
+            f"{gpu.title} ({gpu.name}) cannot be cut into MIG slices.", "Use it whole."
+        )  # fmt: skip
+    if gpu.geometry is not None and not is_valid(gpu.geometry, wish.slices):
+        return Refuse(
+            f"{gpu.title} cannot hold {format_slices(wish.slices)}.",
+            "`mig layouts` lists what it can.",
+        )
+    return None
+
+
+def _cut(wish: MigLayout, gpu: Gpu, observed: Observed) -> tuple[Step, ...]:
+    """From the slices there are to those wished; who is in the way comes first."""
+    there = gpu.slices or ()
+    whole = {device.slice for device in there if device.uuid is not None}
+    wanted, enable = {*wish.slices}, bool(wish.slices)
+    turn, pending = gpu.mig_enabled != enable, gpu.mig_pending not in {None, enable}
+    if gpu.mig_enabled is None or (not turn and not pending and gpu.layout == wanted == whole):
+        return ()
+    # A slice without its compute instance was left by somebody half-way: it is made anew.
+    going = {d.slice for d in there if turn or d.slice not in wanted or d.uuid is None}
+    touched = None if turn else frozenset(going)
+    ref = GpuRef(gpu.uuid, gpu.title)
+    foreign = foreign_clients(gpu, our_ids(observed), touched)
+    if foreign:
+        who = ", ".join(map(describe_client, foreign))
+        return (Refuse(f"{who} uses {gpu.title}.", release_advice(foreign)),)
+    cause = f"{gpu.title} changes its MIG mode" if turn else "its slice goes"
+    mode = "it will be cut" if enable else "it is wished whole"
+    if not turn:
+        mode = "the other mode waits for a reset"
+    check = CheckClients(ref, touched, our_ids(observed), "slices in use cannot be changed")
+    return (
+        *((check,) if turn or going else ()),
+        *(StopContainer(c.name, 30, cause) for c in _users(gpu, going, observed, whole_gpu=turn)),
+        *(DestroySlice(ref, s, "not in the wished layout") for s in along(going)),
+        *((SetMigMode(ref, enable, mode),) if turn or pending else ()),
+        *(CreateSlice(ref, s, "wished") for s in along(wanted - ({*gpu.layout} - going))),
+        VerifyLayout(ref, frozenset(wanted), "the driver's word alone is not believed"),
+    )
+
+
+def our_ids(observed: Observed) -> frozenset[str]:
+    return frozenset(c.container_id for c in observed.containers.values() if c.container_id)
+
+
+def foreign_clients(
+    gpu: Gpu, ours: Collection[str], slices: Collection[Slice] | None
+) -> list[GpuClient]:
+    """Who else computes on these slices, or on the whole GPU where None."""
+    return [
+        client
+        for client in gpu.clients or ()
+        if client.computes
+        and client.container_id not in ours
+        and (slices is None or client.slice is None or client.slice in slices)
+    ]
+
+
+def _users(
+    gpu: Gpu, going: Collection[Slice], observed: Observed, *, whole_gpu: bool
+) -> list[ObservedContainer]:
+    """Our running containers on the slices that go, or anywhere on the GPU."""
+    uuids: set[str | None] = {d.uuid for d in gpu.slices or () if d.slice in going} | (
+        {str(gpu.uuid)} if whole_gpu else set()
+    )
+    return [
+        seen
+        for _, seen in sorted(observed.containers.items())
+        if seen.running and uuids & {*seen.devices}
+    ]
 
 
 def _plan_foundation(state: State, observed: Observed) -> Stage:
@@ -1724,10 +2927,10 @@ def _plan_database(state: State, observed: Observed) -> Stage:
 def _plan_model(
     state: State, model: Model, observed: Observed, site: Site, restart_cause: str
 ) -> Stage:
-    placement = model.placement
-    resources = placement.gpu_uuids if isinstance(placement, GpuPlacement) else ("cpu",)
+    resources = frozenset[str](gpus_of(model)) or frozenset({"cpu"})
+    specs = render_engines(state, model, site, observed.hardware)
     replacements = [
-        plan_container(spec, observed, restart_cause) for spec in render_engines(state, model, site)
+        plan_container(_as_it_runs(spec, observed), observed, restart_cause) for spec in specs
     ]
     # What cannot be undone comes last: a later replica may fail, and then all come back.
     steps = [step for replacement in replacements for step in replacement.steps]
@@ -1735,6 +2938,14 @@ def _plan_model(
     return Stage(
         title=f"model {model.name}", steps=(*steps, *farewell), resources=frozenset(resources)
     )
+
+
+def _as_it_runs(spec: ContainerSpec, observed: Observed) -> ContainerSpec:
+    """While nobody can tell today's MIG UUIDs, a container keeps the one it was made with."""
+    hardware, seen = observed.hardware, observed.containers.get(spec.name)
+    blind = hardware is None or hardware.fault is not None
+    unknown = any(device.startswith(ABSENT) for device in spec.devices)
+    return replace(spec, devices=seen.devices) if blind and unknown and seen else spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -1768,8 +2979,8 @@ def plan_container(
     if seen is None:
         return Replacement((*pull, *_create(wanted, "not there")), drop_left)
     stale = "its settings changed" if seen.spec_hash != wanted.hash else restart_cause
-    if not stale and _hangs(wanted, seen, observed.taken_at):
-        stale = "it runs, but has not answered for longer than it may take to start"
+    if not stale:
+        stale = _sees_other_devices(wanted, seen) or _hangs(wanted, seen, observed.taken_at)
     if stale:
         away = SetAside(wanted.name, wanted.stop_seconds, stale)
         drop_old = Discard(aside(wanted.name), wanted.stop_seconds, stale)
@@ -1787,10 +2998,20 @@ def _may_go(seen: ObservedContainer | None, wanted: ContainerSpec) -> bool:
     return seen is None or (seen.spec_hash != wanted.hash and wanted.role != "database")
 
 
-def _hangs(wanted: ContainerSpec, seen: ObservedContainer, now: datetime | None) -> bool:
+def _sees_other_devices(wanted: ContainerSpec, seen: ObservedContainer) -> str:
+    """A `systemctl daemon-reload` takes the GPU from containers that the toolkit's hook gave it."""
+    if not seen.running or not wanted.devices or seen.devices_seen is None:
+        return ""
+    if seen.devices_seen == {*wanted.devices}:
+        return ""
+    return "it sees other GPUs than its own" if seen.devices_seen else "it lost its GPU"
+
+
+def _hangs(wanted: ContainerSpec, seen: ObservedContainer, now: datetime | None) -> str:
     if not seen.running or seen.ready or seen.started_at is None or now is None:
-        return False
-    return (now - seen.started_at).total_seconds() > wanted.start_seconds
+        return ""
+    late = (now - seen.started_at).total_seconds() > wanted.start_seconds
+    return "it runs, but has not answered for longer than it may take to start" if late else ""
 
 
 def _pull_if_absent(wanted: ContainerSpec, observed: Observed) -> tuple[Step, ...]:
@@ -1933,12 +3154,16 @@ def _write(path: str, text: str, observed: Observed, cause: str) -> list[Step]:
 
 
 def plan_retirement(
-    state: State, observed: Observed, kept: frozenset[ContainerName] | None, only: ModelName | None
+    state: State,
+    observed: Observed,
+    kept: frozenset[ContainerName] | None,
+    scope: frozenset[str] | None,
 ) -> Stage:
     """What nobody wants any more goes last, after no request can reach it.
 
     `kept` names the gateway and edge that serve; None where turning to them failed, and then
     only engines go: a stopped model must free its GPU even while the endpoint is broken.
+    `scope` names the models whose containers may go; None is all.
     """
     wanted = {*(kept or ())}
     if state.endpoint == "running":
@@ -1949,7 +3174,7 @@ def plan_retirement(
         base = ContainerName(name.removesuffix(ASIDE))
         if base in wanted or (kept is None and seen.role != "engine"):
             continue
-        if seen.model_name is not None and only not in {None, seen.model_name}:
+        if seen.model_name is not None and scope is not None and seen.model_name not in scope:
             continue
         if seen.role == "database":
             # Data depend on it: it is stopped, never removed.
@@ -1995,15 +3220,23 @@ def lanes(stages: Sequence[Stage]) -> list[list[Stage]]:
     return [members for _, members in result]
 
 
+# =============================================================================
+# §10 Changes — pure: what an operator can ask for
+# =============================================================================
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
     """What the operator asks for: an edit of the state, and how far acting on it reaches."""
 
     title: str
     edit: Callable[[State], State]
-    only: ModelName | None = None
+    scope: Scope = EVERYTHING
     restart: ModelName | None = None
     hint: str = ""  # what the operator does next
+    whole: bool = False  # a failure anywhere takes all of it back, the wish included
+    despite_driver: bool = False
+    accounts: bool = False  # ends with a result for every step of a restore
 
 
 def deploying(name: str) -> Change:
@@ -2012,14 +3245,18 @@ def deploying(name: str) -> Change:
         return replace(state.with_model(model), endpoint="running")
 
     hint = "Next: a key for a colleague, in the tab Keys."
-    return Change(title=f"Deploy {name}", edit=edit, only=ModelName(name), hint=hint)
+    return Change(title=f"Deploy {name}", edit=edit, scope=_only(name), hint=hint)
+
+
+def _only(name: str) -> Scope:
+    return Scope(models=frozenset({ModelName(name)}))
 
 
 def stopping(name: str) -> Change:
     def edit(state: State) -> State:
         return state.with_model(replace(state.model(name), wish="stopped"))
 
-    return Change(title=f"Stop {name}", edit=edit, only=ModelName(name))
+    return Change(title=f"Stop {name}", edit=edit, scope=_only(name))
 
 
 def restarting(name: str) -> Change:
@@ -2028,8 +3265,7 @@ def restarting(name: str) -> Change:
             raise RefusedError(f"{name} is stopped.", advice="Deploy it instead.")
         return state
 
-    wanted = ModelName(name)
-    return Change(title=f"Restart {name}", edit=edit, only=wanted, restart=wanted)
+    return Change(title=f"Restart {name}", edit=edit, scope=_only(name), restart=ModelName(name))
 
 
 def removing(name: str) -> Change:
@@ -2037,7 +3273,7 @@ def removing(name: str) -> Change:
         gone = state.model(name)
         return replace(state, models=tuple(m for m in state.models if m is not gone))
 
-    return Change(title=f"Remove {name}", edit=edit, only=ModelName(name))
+    return Change(title=f"Remove {name}", edit=edit, scope=_only(name))
 
 
 def registering(model: Model) -> Change:
@@ -2090,18 +3326,205 @@ def returning_to(number: int, earlier: State) -> Change:
     return Change(title=f"Roll back to version {number}", edit=lambda _: earlier)
 
 
-def applying() -> Change:
+def cutting(
+    title: str,
+    wished: Mapping[GpuUuid, Collection[Slice]],
+    bindings: Mapping[str, Placement] | None = None,
+) -> Change:
+    """Cut GPUs as wished, with models bound to the new slices; one transaction."""
+
+    def edit(state: State) -> State:
+        for name, placement in (bindings or {}).items():
+            state = state.with_model(replace(state.model(name), placement=placement))
+        kept = [layout for layout in state.mig_layouts if layout.gpu_uuid not in wished]
+        new = [MigLayout(gpu_uuid=gpu_uuid, slices=tuple(along(slices)))
+               for gpu_uuid, slices in wished.items()]  # fmt: skip
+        return replace(state, mig_layouts=(*kept, *new))
+
+    moved = frozenset(ModelName(name) for name in bindings or ())
+    scope = Scope(models=moved, gpus=frozenset(wished))
+    return Change(title=title, edit=edit, scope=scope, whole=True)
+
+
+def _cutting_one(
+    gpu: Gpu, slices: Collection[Slice], bindings: Mapping[str, Placement] | None = None
+) -> Change:
+    title = f"Cut {gpu.title} into {format_slices(slices)}" if slices else f"Make {gpu.title} whole"
+    return cutting(title, {gpu.uuid: slices}, bindings)
+
+
+def recutting(state: State, gpu: Gpu, names: Sequence[str]) -> Change:
+    """The change to a layout of these profiles; slices in use stay where they are if they can."""
+    if not names:
+        return _cutting_one(gpu, ())
+    geometry = _known_geometry(gpu)
+    wish = state.layout_of(gpu.uuid)
+    existing = gpu.layout | {*(wish.slices if wish else ())}
+    used = bound_slices(state, gpu.uuid)
+    staying = [s for s in used.values() if s[0] in names]
+    try:
+        layout = choose_layout(geometry, names, existing=existing, staying=staying)
+    except RefusedError:
+        layout = choose_layout(geometry, names, existing=existing)
+    return _cutting_one(gpu, layout, _moved(gpu.uuid, used, layout))
+
+
+def recutting_for(state: State, gpu: Gpu, needs: Mapping[str, int]) -> Change:
+    """The change to a slice for each of these models by the MiB it needs."""
+    for name in needs:
+        state.model(name)
+    others = {n: s for n, s in bound_slices(state, gpu.uuid).items() if n not in needs}
+    places = slices_for_needs(_known_geometry(gpu), needs, existing=gpu.layout, bound=others)
+    bindings = {name: _bound(gpu.uuid, places[name]) for name in needs}
+    return _cutting_one(gpu, {*places.values()}, bindings)
+
+
+def cutting_as_typed(state: State, gpu: Gpu, text: str) -> Change:
+    """What an operator wishes for a GPU: profiles, `MODEL=GIB …`, `keep` or `off`."""
+    match text.strip().lower():
+        case "":
+            raise RefusedError(
+                f"No slices are wished for {gpu.title}.",
+                advice="Name profiles, or models with their GiB, or `keep` or `off`.",
+            )
+        case "off":
+            return recutting(state, gpu, [])
+        case "keep":
+            return _cutting_one(gpu, gpu.layout)
+        case _ if "=" in text:
+            return recutting_for(state, gpu, parse_needs(text))
+        case _:
+            return recutting(state, gpu, parse_wish(text))
+
+
+def importing_layouts(state: State, hardware: Hardware, text: str, label: str | None) -> Change:
+    """The layouts of a mig-parted file as one change."""
+    wishes = parse_mig_parted(text, label, hardware.gpus)
+    gpus = [gpu for gpu_uuid in wishes if (gpu := hardware.gpu(gpu_uuid)) is not None]
+    if not gpus:
+        raise RefusedError("That file names no GPU of this server.", advice="Check its `devices`.")
+    wished: dict[GpuUuid, Collection[Slice]] = {}
+    bindings: dict[str, Placement] = {}
+    for gpu in gpus:
+        names = wishes[gpu.uuid]
+        layout = recutting(state, gpu, names).edit(state) if names else None
+        chosen = layout.layout_of(gpu.uuid) if layout else None
+        wished[gpu.uuid] = chosen.slices if chosen else ()
+        bindings |= _moved(gpu.uuid, bound_slices(state, gpu.uuid), wished[gpu.uuid])
+    return cutting(f"Cut {', '.join(gpu.title for gpu in gpus)} as in the file", wished, bindings)
+
+
+def _known_geometry(gpu: Gpu) -> MigGeometry:
+    if gpu.geometry is None:
+        raise RefusedError(
+            f"{gpu.title} ({gpu.name or UNKNOWN_CARD}) cannot be cut into MIG slices.",
+            advice="Use it whole, with a memory fraction for each model.",
+        )
+    return gpu.geometry
+
+
+UNKNOWN_CARD: Final = "of unknown name"
+
+
+def bound_slices(state: State, gpu_uuid: str) -> dict[str, Slice]:
+    """The slices of a GPU that wished models are bound to."""
+    return {
+        model.name: (place.profile, place.start)
+        for model in state.wished_models
+        if isinstance(place := model.placement, MigPlacement) and place.gpu_uuid == gpu_uuid
+    }
+
+
+def _bound(gpu_uuid: GpuUuid, wanted: Slice) -> MigPlacement:
+    return MigPlacement(gpu_uuid=gpu_uuid, profile=wanted[0], start=wanted[1])
+
+
+def _moved(
+    gpu_uuid: GpuUuid, used: Mapping[str, Slice], layout: Collection[Slice]
+) -> dict[str, Placement]:
+    """Models whose slice goes, on a free one of the same profile where there is one."""
+    free = along({*layout} - {*used.values()})
+    moved: dict[str, Placement] = {}
+    for name, (profile, start) in used.items():
+        other = next((s for s in free if s[0] == profile), None)
+        if (profile, start) not in layout and other is not None:
+            free.remove(other)
+            moved[name] = _bound(gpu_uuid, other)
+    return moved
+
+
+def find_slice(state: State, hardware: Hardware, text: str) -> MigPlacement:
+    """The slice meant by `3g.20gb` (a free one), or by `GPU:3g.20gb:4`."""
+    parts = text.split(":")
+    if len(parts) == 3:  # noqa: PLR2004 - GPU, profile, start
+        if not parts[2].isdigit():
+            raise RefusedError(f"{parts[2]!r} is no start.", advice="Write it as 0:3g.20gb:4.")
+        return _bound(hardware.named(parts[0]).uuid, (parts[1], int(parts[2])))
+    taken = {
+        (model.placement.gpu_uuid, model.placement.profile, model.placement.start)
+        for model in state.models
+        if isinstance(model.placement, MigPlacement)
+    }
+    for wish in state.mig_layouts:
+        for profile, start in wish.slices:
+            if profile == text and (wish.gpu_uuid, profile, start) not in taken:
+                return _bound(wish.gpu_uuid, (profile, start))
+    raise RefusedError(
+        f"No free slice {text!r} is wished on any GPU.",
+        advice="`mig show` lists the slices; `mig plan` cuts new ones.",
+    )
+
+
+def forgetting_layout(state: State, hardware: Hardware, text: str) -> Change:
+    """Leave a GPU, which may be gone, as it is from now on; nothing on it changes."""
+    known = any(wish.gpu_uuid == text for wish in state.mig_layouts)
+    gpu_uuid = GpuUuid(text) if known else hardware.named(text).uuid
+
+    def edit(state: State) -> State:
+        if state.layout_of(gpu_uuid) is None:
+            raise RefusedError(f"{gpu_uuid} has no wished layout.", advice="See `mig show`.")
+        rest = tuple(layout for layout in state.mig_layouts if layout.gpu_uuid != gpu_uuid)
+        return replace(state, mig_layouts=rest)
+
+    return Change(title="Forget a MIG layout", edit=edit, scope=Scope(gpus=frozenset({gpu_uuid})))
+
+
+def way_back(before: State, change: Change, hardware: Hardware) -> State:
+    """What a change that fails returns to.
+
+    A cut of a GPU that nobody wished cut so far returns to the slices it has now; MIG that was
+    on without any slices is off then, and nothing could have run in that.
+    """
+    if not change.whole:
+        return before
+    found = [
+        MigLayout(gpu_uuid=gpu.uuid, slices=tuple(along(gpu.layout)))
+        for gpu in hardware.gpus
+        if gpu.uuid in (change.scope.gpus or ()) and before.layout_of(gpu.uuid) is None
+    ]
+    return replace(before, mig_layouts=(*before.mig_layouts, *found))
+
+
+def applying(*, despite_driver: bool = False) -> Change:
     """Do whatever is planned."""
-    return Change(title="Apply the plan", edit=lambda state: state)
+    return Change(title="Apply the plan", edit=lambda state: state, despite_driver=despite_driver)
 
 
-def restoring() -> Change:
+def restoring(*, despite_driver: bool = False) -> Change:
     """The same machinery after a reboot: everything wished comes back."""
-    return Change(title="Restore", edit=lambda state: state)
+    return Change(
+        title="Restore", edit=lambda state: state, despite_driver=despite_driver, accounts=True
+    )
+
+
+def repairing(names: Collection[ModelName]) -> Change:
+    """Containers that lost their GPU get a new one."""
+    title = f"Give {', '.join(sorted(names))} its GPU back"
+    return Change(title=title, edit=lambda state: state, scope=Scope(models=frozenset(names)))
 
 
 # =============================================================================
-# §6 Views — pure: what the operator reads
+# §11 Views — pure: what the operator reads
 # =============================================================================
 
 Phase = Literal["stopped", "pending", "starting", "ready", "failed", "stopping"]
@@ -2128,6 +3551,7 @@ class Snapshot:
     state: State | None
     observed: Observed | None
     plan: Plan | None
+    hardware: Hardware = field(default_factory=Hardware)
     faults: tuple[ManagerError, ...] = ()
     jobs: tuple[JobView, ...] = ()
 
@@ -2165,7 +3589,7 @@ def model_rows(snapshot: Snapshot) -> list[list[str]]:
             phase_of(state, model, observed, busy) if observed else "unknown",
             model.served_model_name,
             format_source(model.source),
-            format_placement(model.placement),
+            format_placement(model.placement, snapshot.hardware),
             _running_since(state, model, observed, snapshot.taken_at),
         ]
         for model in state.models
@@ -2190,18 +3614,6 @@ def format_source(source: HubSource | LocalSource) -> str:
             return path
         case _:
             assert_never(source)
-
-
-def format_placement(placement: CpuPlacement | GpuPlacement | MigPlacement) -> str:
-    match placement:
-        case CpuPlacement(kv_cache_mib=mib):
-            return f"CPU, {mib} MiB KV cache"
-        case GpuPlacement(gpu_uuids=uuids):
-            return ", ".join(gpu[:12] for gpu in uuids)
-        case MigPlacement(profile=profile, start=start):
-            return f"MIG {profile} at {start}"
-        case _:
-            assert_never(placement)
 
 
 def format_duration(seconds: float) -> str:
@@ -2269,6 +3681,7 @@ class Attention:
 def attention(snapshot: Snapshot) -> list[Attention]:
     """What needs the operator now; empty when all is well."""
     found = [Attention(str(fault), "System") for fault in snapshot.faults]
+    found += [Attention(text, "Hardware") for text in hardware_matters(snapshot.hardware)]
     state, observed = snapshot.state, snapshot.observed
     if state is None or observed is None:
         return found
@@ -2288,6 +3701,17 @@ def attention(snapshot: Snapshot) -> list[Attention]:
             )
         )
     return found
+
+
+def hardware_matters(hardware: Hardware) -> list[str]:
+    """What is wrong with the GPUs of a server that has some."""
+    found = [str(hardware.fault)] if hardware.fault else []
+    if hardware.reboot_pending:
+        found.append(
+            f"Reboot pending: the NVIDIA driver was upgraded to {hardware.library_version}. "
+            "No container that needs a GPU is made anew until then."
+        )
+    return [*found, *hardware.lost]
 
 
 def next_step(snapshot: Snapshot) -> Attention | None:
@@ -2409,13 +3833,13 @@ def status_facts(snapshot: Snapshot) -> Json:
     """What `status --json` prints: rows keyed by their headers, and what needs attention."""
     return {
         "summary": summary_line(snapshot),
-        "models": _keyed(MODEL_HEADERS, model_rows(snapshot)),
-        "containers": _keyed(COMPONENT_HEADERS, component_rows(snapshot)),
+        "models": keyed(MODEL_HEADERS, model_rows(snapshot)),
+        "containers": keyed(COMPONENT_HEADERS, component_rows(snapshot)),
         "attention": [matter.text for matter in attention(snapshot)],
     }
 
 
-def _keyed(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Json]:
+def keyed(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Json]:
     keys = [header.lower().replace(" ", "_") for header in headers]
     return [dict(zip(keys, row, strict=True)) for row in rows]
 
@@ -2528,7 +3952,8 @@ ORIGINS: Final = ("Hugging Face hub", "a directory of this server")
 def registration(  # noqa: PLR0913, PLR0917 - one argument per field of the form
     name: str | None, kind: str, origin: str, source: str | None, arguments: str | None,
     served: str | None, revision: str | None, image: str | None,
-    kv_cache_mib: float | None, gpus: Sequence[str] | None, replicas: float | None,
+    kv_cache_mib: float | None, replicas: float | None, gpus: Sequence[str] | None = None,
+    mig_slice: str | None = None, memory_fraction: float | None = None,
 ) -> Json:  # fmt: skip
     """The form's fields in the shape of a stored model; what is not there is left to defaults.
 
@@ -2536,7 +3961,13 @@ def registration(  # noqa: PLR0913, PLR0917 - one argument per field of the form
     """
     place = typed(source)
     hub = {"kind": "hub", "repository": place, "revision": typed(revision) or None}
-    cpu = {"kind": "cpu"} | ({"kv_cache_mib": kv_cache_mib} if kv_cache_mib else {})
+    placement: Json = {"kind": "cpu"} | ({"kv_cache_mib": kv_cache_mib} if kv_cache_mib else {})
+    if mig_slice:
+        gpu_uuid, profile, start = mig_slice.rsplit(":", 2)
+        placement = {"kind": "mig", "gpu_uuid": gpu_uuid, "profile": profile, "start": int(start)}
+    elif gpus:
+        fraction = memory_fraction or None
+        placement = {"kind": "gpu", "gpu_uuids": list(gpus), "memory_fraction": fraction}
     return {
         "name": typed(name),
         "type": kind,
@@ -2545,7 +3976,8 @@ def registration(  # noqa: PLR0913, PLR0917 - one argument per field of the form
         "engine_arguments": split_arguments(typed(arguments)),
         "image": typed(image) or None,
         "replicas": replicas or 1,
-    } | ({"placement": {"kind": "gpu", "gpu_uuids": list(gpus)}} if gpus else {"placement": cpu})
+        "placement": placement,
+    }
 
 
 def typed(text: str | None) -> str:
@@ -2605,7 +4037,500 @@ def edge_settings(  # noqa: PLR0913, PLR0917 - one argument per field of the for
 
 
 # =============================================================================
-# §7 Adapters — effects: files, Docker, HTTP, NVML: the only doors out
+# §12 Hardware views — pure: GPUs, slices and restores as the operator sees them
+# =============================================================================
+
+
+def restore_rows(
+    state: State, observed: Observed, faults: Mapping[str, ManagerError]
+) -> list[list[str]]:
+    """What a restore reached, judged by looking: a row per step of design §5, and per model."""
+    hardware = observed.hardware or Hardware()
+    database, edge = [database_name(state)], [edge_name(state)]
+    slot = serving_slot(observed)
+    gateway = [gateway_name(state, slot)] if slot else []
+    turning = faults.get("endpoint")
+    rows = [_layout_row(wish, hardware, faults) for wish in state.mig_layouts]
+    rows = rows or [["1 MIG layout", "none wished"]]
+    if state.endpoint == "running":
+        rows.append(["2 PostgreSQL", _reached(database, observed, faults.get("database"))])
+    rows += [
+        [
+            f"3 {model.name}",
+            _reached(replica_names(state, model), observed, faults.get(f"model {model.name}")),
+        ]
+        for model in state.wished_models
+    ]
+    if state.endpoint == "running":
+        rows.append(["4 LiteLLM", _reached(gateway, observed, turning)])
+        rows.append(["5 Caddy", _reached(edge, observed, turning)])
+    return [*rows, ["6 monitoring", "on" if state.monitoring else "off"]]
+
+
+def _layout_row(
+    wish: MigLayout, hardware: Hardware, faults: Mapping[str, ManagerError]
+) -> list[str]:
+    gpu = hardware.gpu(wish.gpu_uuid)
+    title = gpu.title if gpu else wish.gpu_uuid
+    if gpu is not None and gpu.layout == {*wish.slices}:
+        return [f"1 MIG layout of {title}", f"as wished: {format_slices(wish.slices)}"]
+    fault = faults.get(f"MIG layout of {title}")
+    return [f"1 MIG layout of {title}", f"failed: {fault}" if fault else "not as wished"]
+
+
+def _reached(names: Sequence[ContainerName], observed: Observed, fault: ManagerError | None) -> str:
+    found = [observed.containers.get(name) for name in names]
+    if found and all(seen is not None and seen.ready for seen in found):
+        known = [observed.start_seconds[name] for name in names if name in observed.start_seconds]
+        return "ready" + (f" (its last start took {format_duration(max(known))})" if known else "")
+    return f"failed: {fault}" if fault else "not ready"
+
+
+REBOOT_HEADERS: Final = ("Step", "What comes back", "Took last time")
+
+
+def reboot_rows(state: State, observed: Observed) -> list[list[str]]:
+    """What a reboot would be followed by, in order, and how long each took the last time."""
+    hardware = observed.hardware or Hardware()
+    rows = [
+        ["1 MIG layout", f"{title_of(hardware, wish.gpu_uuid)}: {format_slices(wish.slices)}", ""]
+        for wish in state.mig_layouts
+    ]
+    running = state.endpoint == "running"
+    if running:
+        rows.append(["2 PostgreSQL", "keys and usage", _took([database_name(state)], observed)])
+    rows += [
+        [
+            f"3 {model.name}",
+            format_placement(model.placement, hardware),
+            _took(replica_names(state, model), observed),
+        ]
+        for model in state.wished_models
+    ]
+    if running:
+        gateways = [gateway_name(state, slot) for slot in SLOTS]
+        rows.append(["4 LiteLLM", base_url(state.edge), _took(gateways, observed)])
+        rows.append(["5 Caddy", base_url(state.edge), _took([edge_name(state)], observed)])
+    return rows
+
+
+def _took(names: Sequence[ContainerName], observed: Observed) -> str:
+    known = [observed.start_seconds[name] for name in names if name in observed.start_seconds]
+    return format_duration(max(known)) if known else "unknown"
+
+
+def reboot_warnings(
+    state: State, observed: Observed, enabled: Mapping[str, bool | None]
+) -> list[str]:
+    """Why not everything that runs now would come back; empty when it is safe to reboot."""
+    hardware = observed.hardware or Hardware()
+    found = [
+        f"{unit} does not start at boot. {advice}"
+        for unit, advice in BOOT_UNITS.items()
+        if enabled.get(unit) is False
+    ]
+    found += [
+        f"{gpu.title} is cut, and no layout is wished for it: its slices would be gone. "
+        f"Keep them with `mig apply {gpu.index} keep`."
+        for gpu in hardware.gpus
+        if gpu.slices and state.layout_of(gpu.uuid) is None
+    ]
+    found += [
+        f"{gpu.title} has {format_slices(gpu.layout)}; a reboot would bring what is wished: "
+        f"{format_slices(wish.slices)}."
+        for gpu in hardware.gpus
+        if (wish := state.layout_of(gpu.uuid)) and gpu.layout != {*wish.slices}
+    ]
+    found += [
+        f"{model.name} is not ready now, so nobody knows whether it would be then."
+        for model in state.wished_models
+        if phase_of(state, model, observed, busy=False) != "ready"
+    ]
+    if hardware.mig_manager and state.mig_layouts:
+        found.append(
+            "nvidia-mig-manager cuts GPUs at boot by its own file, by default to nothing. "
+            "Run `systemctl disable --now nvidia-mig-manager`."
+        )
+    return found
+
+
+BOOT_UNITS: Final[Mapping[str, str]] = {
+    "llm-manager.service": "Run `llm_manager.py install`.",
+    "docker.service": "Run `systemctl enable docker`.",
+}
+
+
+def reboot_text(state: State, observed: Observed, enabled: Mapping[str, bool | None]) -> str:
+    """The verdict in one line, then every doubt."""
+    warnings = reboot_warnings(state, observed, enabled)
+    if warnings:
+        return "Not everything would come back:\n" + "\n".join(f"- {line}" for line in warnings)
+    if not any(enabled.values()):
+        return (
+            "Everything would come back, if LLM Manager and Docker start at boot (no systemd here)."
+        )
+    return "Safe to reboot: everything that is wished comes back."
+
+
+GPU_HEADERS: Final = ("GPU", "Name", "Memory", "Load", "Heat", "Power", "MIG", "On it")
+UNKNOWN: Final = "unknown"
+
+
+def gpu_rows(state: State | None, hardware: Hardware) -> list[list[str]]:
+    """One row per GPU; what the driver does not tell is called unknown."""
+    return [
+        [
+            gpu.title,
+            gpu.name or UNKNOWN,
+            memory_text(gpu),
+            _known(gpu.utilisation_percent, "%"),
+            _known(gpu.temperature_c, "°C"),
+            power_text(gpu),
+            mig_text(gpu),
+            ", ".join(m.name for m in state.models if gpu.uuid in gpus_of(m)) if state else "",
+        ]
+        for gpu in hardware.gpus
+    ]
+
+
+def _known(value: float | None, unit: str) -> str:
+    return UNKNOWN if value is None else f"{value:.0f} {unit}"
+
+
+def memory_text(gpu: Gpu) -> str:
+    if gpu.memory_mib is None:
+        return UNKNOWN
+    used = "" if gpu.memory_used_mib is None else f"{gpu.memory_used_mib / 1024:.1f} of "
+    return f"{used}{gpu.memory_mib / 1024:.1f} GiB"
+
+
+def power_text(gpu: Gpu) -> str:
+    limit = "" if gpu.power_limit_w is None else f" of {gpu.power_limit_w:.0f} W"
+    return UNKNOWN if gpu.power_w is None else f"{gpu.power_w:.0f} W{limit}"
+
+
+def mig_text(gpu: Gpu) -> str:
+    """Whether it is cut, and how."""
+    if gpu.mig_enabled is None:
+        return "cannot be cut"
+    waiting = "" if gpu.mig_pending in {None, gpu.mig_enabled} else ", a reset is pending"
+    if not gpu.mig_enabled:
+        return f"off{waiting}"
+    if gpu.slices is None:
+        return f"on, slices not visible{waiting}"
+    return format_slices(gpu.layout) + waiting
+
+
+def topology_rows(hardware: Hardware) -> list[list[str]]:
+    """The matrix of links, as `nvidia-smi topo -m` names them."""
+    return [
+        [one.title, *(_joined(hardware, one, other) for other in hardware.gpus)]
+        for one in hardware.gpus
+    ]
+
+
+def _joined(hardware: Hardware, one: Gpu, other: Gpu) -> str:
+    if one is other:
+        return "X"
+    return str(hardware.links.get(frozenset({one.uuid, other.uuid}), UNKNOWN))
+
+
+def topology_headers(hardware: Hardware) -> list[str]:
+    return ["", *(gpu.title for gpu in hardware.gpus)]
+
+
+SLICE_HEADERS: Final = ("GPU", "Slice", "Memory", "Wished", "Now", "Model")
+
+
+def slice_rows(state: State, hardware: Hardware) -> list[list[str]]:
+    """Every slice that there is or that is wished, along each card."""
+    rows: list[list[str]] = []
+    for gpu in hardware.gpus:
+        wish = state.layout_of(gpu.uuid)
+        wished = {*wish.slices} if wish else set()
+        for profile, start in along(gpu.layout | wished):
+            device = gpu.device((profile, start))
+            on_it = [m.name for m in state.models if is_on(m, gpu, (profile, start))]
+            rows.append([
+                gpu.title,
+                f"{profile} at {start}",
+                slice_memory(gpu, profile),
+                "yes" if (profile, start) in wished else "no",
+                (device.uuid or "incomplete") if device else "missing",
+                ", ".join(on_it),
+            ])  # fmt: skip
+    return rows
+
+
+def is_on(model: Model, gpu: Gpu, wanted: Slice) -> bool:
+    """Whether a model is bound to this slice of this GPU."""
+    place = model.placement
+    return isinstance(place, MigPlacement) and (place.gpu_uuid, place.profile, place.start) == (
+        gpu.uuid, *wanted,
+    )  # fmt: skip
+
+
+def slice_memory(gpu: Gpu, profile: str) -> str:
+    known = (
+        [p.memory_mib for p in gpu.geometry.profiles if p.name == profile] if gpu.geometry else []
+    )
+    return f"{known[0] / 1024:.1f} GiB" if known and known[0] is not None else UNKNOWN
+
+
+def hardware_facts(state: State, hardware: Hardware) -> Json:
+    """What `gpu list --json` prints: measured values as numbers, null where unknown."""
+    hidden = {"geometry", "clients"}
+    return {
+        "driver_version": hardware.driver_version,
+        "cuda_version": hardware.cuda_version,
+        "kernel_version": hardware.kernel_version,
+        "library_version": hardware.library_version,
+        "reboot_pending": hardware.reboot_pending,
+        "fault": str(hardware.fault) if hardware.fault else None,
+        "lost": list(hardware.lost),
+        "gpus": [
+            {
+                **{key: value for key, value in asdict(gpu).items() if key not in hidden},
+                "clients": [asdict(client) for client in gpu.clients or ()],
+                "models": [m.name for m in state.models if gpu.uuid in gpus_of(m)],
+            }
+            for gpu in hardware.gpus
+        ],
+        "links": [
+            {"gpus": sorted(pair), "kind": link.kind, "lanes": link.lanes}
+            for pair, link in hardware.links.items()
+        ],
+    }
+
+
+def driver_text(hardware: Hardware) -> str:
+    """What the driver is, or why there is nothing to see."""
+    lines = [str(hardware.fault)] if hardware.fault else []
+    if hardware.reboot_pending:
+        lines.append(
+            f"**Reboot pending:** the driver was upgraded to {hardware.library_version}, and "
+            f"{hardware.kernel_version} is loaded. What runs goes on; no container that needs a "
+            "GPU is made anew until then."
+        )
+    lines += hardware.lost
+    if hardware.gpus:
+        cuda = f", CUDA {hardware.cuda_version}" if hardware.cuda_version else ""
+        lines.append(f"NVIDIA driver {hardware.driver_version or UNKNOWN}{cuda}.")
+    elif not lines:
+        lines.append("No NVIDIA GPU is in this server; models run on the processor.")
+    if hardware.mig_manager:
+        lines.append(
+            "nvidia-mig-manager is enabled: it cuts GPUs at boot by its own file, by default to "
+            "nothing. Disable it, or leave the cutting to it."
+        )
+    return "\n\n".join(lines)
+
+
+# --- the picture of a card ---------------------------------------------------
+
+
+Look = Literal["ready", "busy", "failed", "empty", "free"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Block:
+    """One part of a card: from where to where, in parts of the whole, and what sits there."""
+
+    start: float
+    size: float
+    title: str
+    text: str
+    look: Look
+
+
+_LOOKS: Final[Mapping[Phase, Look]] = {
+    "ready": "ready", "starting": "busy", "pending": "busy", "stopping": "busy",
+    "failed": "failed", "stopped": "empty",
+}  # fmt: skip
+
+
+def card_blocks(gpu: Gpu, state: State, observed: Observed | None) -> list[Block]:
+    """A card from its first memory slice to its last; a whole GPU by its models' fractions."""
+    if gpu.mig_enabled and gpu.geometry is not None:
+        return _slice_blocks(gpu, gpu.geometry, state, observed)
+    blocks: list[Block] = []
+    here = 0.0
+    mine = [
+        m for m in state.models if isinstance(m.placement, GpuPlacement) and gpu.uuid in gpus_of(m)
+    ]
+    for model in sorted(mine, key=lambda m: m.wish):  # running before stopped
+        share = min(gpu_share(model), 1.0)
+        if here + share <= 1 + ROUNDING:
+            blocks.append(_model_block(here, share, f"{share:.0%}", [model], state, observed))
+            here += share
+    if here < 1 - ROUNDING:
+        blocks.append(Block(start=here, size=1 - here, title="free", text="", look="free"))
+    return blocks
+
+
+def _slice_blocks(
+    gpu: Gpu, geometry: MigGeometry, state: State, observed: Observed | None
+) -> list[Block]:
+    whole, blocks = geometry.memory_units, []
+    here = 0
+    for device in gpu.slices or ():
+        size = geometry.profile(device.profile).size
+        if device.start > here:
+            blocks.append(_gap(here, device.start, whole))
+        models = [m for m in state.models if is_on(m, gpu, device.slice)]
+        start, part = device.start / whole, size / whole
+        blocks.append(_model_block(start, part, device.profile, models, state, observed))
+        here = device.start + size
+    return [*blocks, *([_gap(here, whole, whole)] if here < whole else [])]
+
+
+def _gap(start: int, end: int, whole: int) -> Block:
+    return Block(
+        start=start / whole, size=(end - start) / whole, title="not cut", text="", look="free"
+    )
+
+
+def _model_block(
+    start: float, size: float, title: str, models: Sequence[Model], state: State,
+    observed: Observed | None,
+) -> Block:  # fmt: skip
+    running = [m for m in models if m.wish == "running"] or list(models)
+    if not running:
+        return Block(start=start, size=size, title=title, text="empty", look="empty")
+    if observed is None:
+        names = ", ".join(m.name for m in running)
+        look: Look = "busy" if running[0].wish == "running" else "empty"
+        return Block(start=start, size=size, title=title, text=names, look=look)
+    phases = [phase_of(state, m, observed, busy=False) for m in running]
+    text = ", ".join(f"{m.name}: {phase}" for m, phase in zip(running, phases, strict=True))
+    return Block(start=start, size=size, title=title, text=text, look=_LOOKS[phases[0]])
+
+
+def card_html(gpu: Gpu, blocks: Sequence[Block], note: str = "") -> str:
+    """A card as a picture; every text in it is escaped."""
+    parts = "".join(
+        f'<div class="slice {block.look}" style="left:{block.start:.2%};width:{block.size:.2%}" '
+        f'title="{html.escape(f"{block.title} {block.text}".strip(), quote=True)}">'
+        f"<b>{html.escape(block.title)}</b><span>{html.escape(block.text)}</span></div>"
+        for block in blocks
+    )
+    facts = " · ".join(
+        (memory_text(gpu), f"load {_known(gpu.utilisation_percent, '%')}",
+         _known(gpu.temperature_c, "°C"), power_text(gpu))
+    )  # fmt: skip
+    head = f"<b>{html.escape(gpu.title)}</b> {html.escape(gpu.name or UNKNOWN)}"
+    foot = f'<div class="card-foot">{html.escape(note)}</div>' if note else ""
+    return (
+        f'<div class="gpu-card" role="img" aria-label="{html.escape(gpu.title, quote=True)}">'
+        f'<div class="card-head"><span>{head}</span><span>{html.escape(facts)}</span></div>'
+        f'<div class="card-bar">{parts}</div>{foot}</div>'
+    )
+
+
+def cards_html(snapshot: Snapshot) -> str:
+    """Every GPU with what sits on it; nothing where there is none."""
+    state, observed = snapshot.state, snapshot.observed
+    if state is None:
+        return ""
+    return "".join(
+        card_html(gpu, card_blocks(gpu, state, observed), card_note(gpu, state, observed))
+        for gpu in snapshot.hardware.gpus
+    )
+
+
+def card_note(gpu: Gpu, state: State, observed: Observed | None) -> str:
+    """What the picture does not show: drift from the wish, foreign clients, trouble."""
+    wish = state.layout_of(gpu.uuid)
+    notes = []
+    if wish is not None and gpu.layout != {*wish.slices}:
+        notes.append(f"wished: {format_slices(wish.slices)}")
+    if gpu.slices and wish is None:
+        notes.append("cut by somebody else; its slices do not survive a reboot")
+    foreign = foreign_clients(gpu, our_ids(observed), None) if observed else []
+    if foreign:
+        notes.append(f"also here: {', '.join(map(describe_client, foreign))}")
+    daemons = [client for client in gpu.clients or () if not client.computes]
+    if daemons:
+        notes.append(f"held open by {', '.join(map(describe_client, daemons))}")
+    if gpu.xids:
+        notes.append(f"driver errors: {', '.join(f'Xid {n}' for n in dict.fromkeys(gpu.xids))}")
+    return "; ".join(notes)
+
+
+def planned_card(change: Change, state: State, hardware: Hardware) -> str:
+    """The cards as they would be after a change of layouts."""
+    after = change.edit(state)
+    pictures = []
+    for gpu in hardware.gpus:
+        wish = after.layout_of(gpu.uuid)
+        if change.scope.gpus is not None and gpu.uuid in change.scope.gpus and wish is not None:
+            slices = tuple(MigDevice(profile=p, start=s, uuid=None) for p, s in wish.slices)
+            cut = replace(gpu, mig_enabled=bool(slices), slices=slices)
+            pictures.append(card_html(cut, card_blocks(cut, after, None), "after the change"))
+    return "".join(pictures)
+
+
+def driver_view(snapshot: Snapshot) -> str:
+    return driver_text(snapshot.hardware)
+
+
+def topology_text(snapshot: Snapshot) -> str:
+    """The matrix of links as a Markdown table, and what its words mean."""
+    hardware = snapshot.hardware
+    if len(hardware.gpus) < 2:  # noqa: PLR2004
+        return "There is one GPU at most."
+    lines = [topology_headers(hardware), ["---"] * (len(hardware.gpus) + 1)]
+    body = [f"| {' | '.join(row)} |" for row in [*lines, *topology_rows(hardware)]]
+    meanings = "; ".join(f"{kind}: {text}" for kind, text in LINK_MEANINGS.items())
+    return (
+        "\n".join(body)
+        + f"\n\nNV*n*: n NVLinks; {meanings}. A cut GPU reaches others by PCIe alone."
+    )
+
+
+def gpu_choices(snapshot: Snapshot) -> Json:
+    """The GPUs that can be cut, as a dropdown takes them."""
+    cuttable = [gpu for gpu in snapshot.hardware.gpus if gpu.geometry is not None]
+    return {"choices": [(short_title(gpu), gpu.uuid) for gpu in cuttable]}
+
+
+def placement_note(model: Model, hardware: Hardware) -> str:
+    """For several GPUs: how they are joined."""
+    group = [gpu for gpu in hardware.gpus if gpu.uuid in gpus_of(model)]
+    return f"; {why_together(hardware, group)}" if len(group) > 1 else ""
+
+
+def short_title(gpu: Gpu) -> str:
+    return f"{gpu.title} {(gpu.name or UNKNOWN).removeprefix('NVIDIA ')}"
+
+
+def layout_choices(gpu: Gpu | None) -> list[str]:
+    """Every full layout of a card in the words that the planner takes."""
+    if gpu is None or gpu.geometry is None:
+        return []
+    full = [format_profiles(names).replace(" + ", ", ") for names in full_layouts(gpu.geometry)]
+    return ["keep", *full, "off"]
+
+
+def slice_choices(snapshot: Snapshot) -> Json:
+    """The wished slices that no model is bound to."""
+    state, hardware = snapshot.state, snapshot.hardware
+    if state is None:
+        return {"choices": []}
+    return {
+        "choices": [
+            (f"{gpu.title}: {profile} at {start} ({slice_memory(gpu, profile)})",
+             f"{gpu.uuid}:{profile}:{start}")
+            for gpu in hardware.gpus
+            if (wish := state.layout_of(gpu.uuid))
+            for profile, start in wish.slices
+            if not any(is_on(model, gpu, (profile, start)) for model in state.models)
+        ]
+    }  # fmt: skip
+
+
+# =============================================================================
+# §13 Home — effects: time, and the state and files on the disk
 # =============================================================================
 
 
@@ -2639,6 +4564,7 @@ class StateStore:
         self.home = home
         self.config_path = home / "config.json"
         self.generated = home / "generated"
+        self._noting = threading.Lock()
 
     def ensure(self, *, fixed_names: bool) -> State:
         """The stored state; a first one only where there never was any.
@@ -2781,6 +4707,20 @@ class StateStore:
         with file_errors("read a log"):
             return path.read_text() if path.exists() else ""
 
+    def read_starts(self) -> dict[str, float]:
+        """Seconds until ready at each container's last start; what cannot be read is unknown."""
+        try:
+            found = json.loads((self.home / "starts.json").read_text())
+            return {str(name): float(seconds) for name, seconds in found.items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            return {}
+
+    def note_start(self, name: ContainerName, seconds: float) -> None:
+        """Remember how long a container took to become ready."""
+        with self._noting, file_errors("note a start"):
+            starts = self.read_starts() | {name: round(seconds, 1)}
+            write_atomic(self.home / "starts.json", json.dumps(starts, indent=2, sort_keys=True))
+
 
 def _private_opener(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
@@ -2821,6 +4761,29 @@ def file_errors(action: str) -> Iterator[None]:
         ) from error
 
 
+def port_is_free(address: str, port: int) -> bool:
+    """Whether nobody listens there; without the right to bind, whether nobody answers."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+        except PermissionError:
+            return probe.connect_ex((address, port)) != 0
+        except OSError as error:
+            return error.errno != errno.EADDRINUSE
+    return True
+
+
+def free_bytes(path: Path) -> int:
+    return shutil.disk_usage(path).free
+
+
+# =============================================================================
+# §14 Containers — effects: Docker
+# =============================================================================
+
+
 class Containers(Protocol):
     """What the manager needs from a container engine; touches only what it labelled."""
 
@@ -2839,6 +4802,7 @@ class Containers(Protocol):
     def reload_caddyfile(self, name: ContainerName) -> None: ...
     def logs(self, name: ContainerName, tail: int) -> str: ...
     def follow(self, name: ContainerName) -> Iterator[str]: ...
+    def visible_devices(self, seen: ObservedContainer) -> frozenset[str] | None: ...
 
 
 class DockerContainers:
@@ -2848,6 +4812,7 @@ class DockerContainers:
         self._base_url = base_url
         self._instance = instance
         self._client: docker.DockerClient | None = None
+        self._visible: dict[str, tuple[float, frozenset[str] | None]] = {}
         self._labels = {LABEL_OWNER: OWNER, LABEL_INSTANCE: instance}
         self._filter: dict[str, str | list[str] | bool] = {
             "label": [f"{key}={value}" for key, value in self._labels.items()]
@@ -3011,6 +4976,31 @@ class DockerContainers:
             if rest:
                 yield rest.decode(errors="replace")
 
+    def visible_devices(self, seen: ObservedContainer) -> frozenset[str] | None:
+        """The GPUs or MIG devices that are visible inside, at most a minute old.
+
+        Asked by the `nvidia-smi` that the container toolkit puts there; None where it is not.
+        """
+        now = time.monotonic()
+        asked, known = self._visible.get(seen.container_id, (-math.inf, None))
+        if now - asked > VISIBLE_SECONDS:
+            known = self._ask_inside(seen.name)
+            self._visible[seen.container_id] = now, known
+        return known
+
+    def _ask_inside(self, name: ContainerName) -> frozenset[str] | None:
+        with contextlib.suppress(ManagerError), docker_errors(f"ask {name} for its GPU"):
+            answer = self._ours(name).exec_run(["nvidia-smi", "-L"])
+            said = (
+                answer.output.decode(errors="replace") if isinstance(answer.output, bytes) else ""
+            )
+            if answer.exit_code == 0 or "Failed to initialize NVML: Unknown Error" in said:
+                return parse_visible_devices(said)
+        return None
+
+
+VISIBLE_SECONDS: Final = 60.0
+
 
 def _observed(attributes: Json) -> ObservedContainer:
     """A container's inspection as values."""
@@ -3030,6 +5020,12 @@ def _observed(attributes: Json) -> ObservedContainer:
         model_type=labels.get(LABEL_MODEL_TYPE),
         served_model_name=labels.get(LABEL_SERVED_NAME),
         docker_health=(state.get("Health") or {}).get("Status"),
+        container_id=attributes["Id"],
+        devices=tuple(
+            device
+            for request in attributes["HostConfig"].get("DeviceRequests") or ()
+            for device in request.get("DeviceIDs") or ()
+        ),
     )
 
 
@@ -3062,9 +5058,10 @@ def docker_arguments(spec: ContainerSpec, owner: Mapping[str, str]) -> Json:
     }  # fmt: skip
     if spec.entrypoint:
         arguments["entrypoint"] = list(spec.entrypoint)
-    if spec.gpu_uuids:
+    if spec.devices:
+        # Never CUDA_VISIBLE_DEVICES=MIG-…: the container is to see its own device and no other.
         arguments["device_requests"] = [
-            docker.types.DeviceRequest(device_ids=list(spec.gpu_uuids), capabilities=[["gpu"]])
+            docker.types.DeviceRequest(device_ids=list(spec.devices), capabilities=[["gpu"]])
         ]
     if spec.healthcheck:
         second = 1_000_000_000
@@ -3124,9 +5121,34 @@ DOCKER_CAUSES: Final = (
         "Another installation uses the same names: give one of them a home of its own.",
     ),
     (
-        r"could not select device driver",
+        r"could not select device driver|unknown or invalid runtime name: nvidia",
         "the NVIDIA container toolkit is not set up",
-        "Install nvidia-container-toolkit and restart Docker.",
+        "Install nvidia-container-toolkit: `nvidia-ctk runtime configure`; then restart Docker.",
+    ),
+    (
+        r"unknown device|unresolvable CDI devices",
+        "its GPU or MIG slice is not there, or not known to the container toolkit",
+        "Look at `mig show`; then `systemctl restart nvidia-cdi-refresh`, and apply the plan.",
+    ),
+    (
+        r"no CDI specification directories",
+        "CDI is switched off in Docker",
+        "Remove `cdi: false` from /etc/docker/daemon.json and restart Docker.",
+    ),
+    (
+        r"driver/library version mismatch|driver (not loaded|rpc error)|failed to process request",
+        "the NVIDIA driver is not loaded, or was upgraded without a reboot",
+        "Reboot, then look at `nvidia-smi`.",
+    ),
+    (
+        r"unsatisfied condition: cuda",
+        "the NVIDIA driver is too old for this image",
+        "Update the driver, or pin an older image.",
+    ),
+    (
+        r"lstat /dev/nvidia",
+        "the GPU's device files are not there yet",
+        "Run `nvidia-smi` once, and enable nvidia-persistenced.",
     ),
     (r"no space left on device", "the disk is full", "Free some space, then try again."),
     (
@@ -3170,6 +5192,11 @@ def _docker_fault(action: str, said: str) -> ContainerFailedError:
         f"Docker could not {action}: {_last_line(said)}.",
         advice="`journalctl -u docker` has the engine's side.",
     )
+
+
+# =============================================================================
+# §15 Requests — effects: HTTP to containers on the bridge, LiteLLM's management API
+# =============================================================================
 
 
 class Probes(Protocol):
@@ -3364,70 +5391,703 @@ def _virtual_key(entry: Json) -> VirtualKey:
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Gpu:
-    """A GPU as the driver names it; None is unknown."""
-
-    uuid: GpuUuid
-    name: str | None
-    memory_mib: int | None
+# =============================================================================
+# §16 Drivers — effects: NVML, and what the system knows about GPUs
+# =============================================================================
 
 
-def read_gpus() -> tuple[Gpu, ...]:
-    """The GPUs of this server; empty only where there is no driver at all."""
-    try:
-        pynvml.nvmlInit()
-    except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded):
-        return ()
-    except pynvml.NVMLError as error:
-        raise _driver_fault(error) from error
-    try:
-        return tuple(_read_gpu(index) for index in range(pynvml.nvmlDeviceGetCount()))
-    except pynvml.NVMLError as error:
-        raise _driver_fault(error) from error
-    finally:
-        pynvml.nvmlShutdown()
+class GpuDriver(Protocol):
+    """What the manager needs from the NVIDIA driver; every answer is a value."""
+
+    def read(self, *, fresh: bool = False) -> Hardware: ...
+    def set_mig_mode(self, gpu: GpuUuid, *, enabled: bool) -> None: ...
+    def create_slice(self, gpu: GpuUuid, wanted: Slice) -> None: ...
+    def destroy_slice(self, gpu: GpuUuid, wanted: Slice) -> None: ...
+    def refresh_cdi(self) -> None: ...
 
 
-def _read_gpu(index: int) -> Gpu:
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-    memory_mib: int | None = None
-    with contextlib.suppress(pynvml.NVMLError):  # "Not Supported" where memory is shared
-        memory_mib = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) // 1024**2
-    return Gpu(
-        uuid=GpuUuid(str(pynvml.nvmlDeviceGetUUID(handle))),
-        name=str(pynvml.nvmlDeviceGetName(handle)),
-        memory_mib=memory_mib,
-    )
+HARDWARE_SECONDS: Final = 5.0
+ARCHITECTURES: Final = {
+    2: "Kepler", 3: "Maxwell", 4: "Pascal", 5: "Volta", 6: "Turing", 7: "Ampere", 8: "Ada",
+    9: "Hopper", 10: "Blackwell",
+}  # fmt: skip
+ANCESTORS: Final[Mapping[int, LinkKind]] = {
+    0: "board", 10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "SYS"
+}  # fmt: skip
+MOST_PROFILES: Final = 64  # NVML knows 18; the end of the list is an error we wait for
+MOST_LINKS: Final = 36
+NO_INSTANCE: Final = 0xFFFFFFFF
+MODE_ATTEMPTS: Final = 3
 
 
-def _driver_fault(error: Exception) -> ManagerError:
-    return ManagerError(
-        f"The NVIDIA driver does not answer: {error}.",
-        advice="Look at `nvidia-smi`; after a driver upgrade, reboot.",
-    )
+class NvmlGpus:
+    """GPUs through NVML.
 
+    The library is open only while it is asked: an open one is a client of every GPU, and would
+    itself keep an Ampere card from the reset that its MIG mode needs.
+    """
 
-def port_is_free(address: str, port: int) -> bool:
-    """Whether nobody listens there; without the right to bind, whether nobody answers."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    def __init__(
+        self, geometries: Mapping[str, MigGeometry], system: GpuSystem, *, pause: float = 1.0
+    ) -> None:
+        self._tables = geometries
+        self._system = system
+        self._pause = pause  # seconds before a mode is tried once more
+        self._geometries: dict[str, MigGeometry] = {}
+        self._lock = threading.RLock()
+        self._latest: Hardware | None = None
+        self._taken = 0.0
+
+    def read(self, *, fresh: bool = False) -> Hardware:
+        """What there is now, at most some seconds old unless it must be fresh; never raises."""
+        with self._lock:
+            now = time.monotonic()
+            if fresh or self._latest is None or now - self._taken > HARDWARE_SECONDS:
+                self._latest, self._taken = self._look(), now
+            return self._latest
+
+    def _look(self) -> Hardware:
+        system = self._system
+        hardware = Hardware(
+            kernel_version=system.kernel_version(),
+            library_version=system.library_version(),
+            uses_cdi=bool(system.cdi_files()),
+        )
         try:
-            probe.bind((address, port))
-        except PermissionError:
-            return probe.connect_ex((address, port)) != 0
-        except OSError as error:
-            return error.errno != errno.EADDRINUSE
-    return True
+            pynvml.nvmlInit()
+        except pynvml.NVMLError as error:
+            return replace(hardware, fault=_why_no_driver(error, self._system))
+        try:
+            return self._fill(hardware)
+        except pynvml.NVMLError as error:
+            return replace(hardware, fault=_nvml_fault("be read", error))
+        finally:
+            pynvml.nvmlShutdown()
+
+    def _fill(self, hardware: Hardware) -> Hardware:
+        holders, xids = self._system.holders(), self._system.xids()
+        gpus: list[Gpu] = []
+        lost: list[str] = []
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            try:
+                handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+                gpus.append(self._gpu(handle, index, holders, xids))
+            except pynvml.NVMLError as error:
+                lost.append(f"GPU {index} does not answer: {error}.")
+        slices = [device.uuid for gpu in gpus for device in gpu.slices or () if device.uuid]
+        return replace(
+            hardware,
+            gpus=tuple(gpus),
+            links=_links(gpus),
+            mig_manager=self._system.enabled("nvidia-mig-manager.service") is True,
+            cdi_stale=hardware.uses_cdi and not self._system.cdi_lists(slices),
+            lost=tuple(lost),
+            driver_version=_text(_ask(pynvml.nvmlSystemGetDriverVersion)),
+            cuda_version=_cuda_version(_ask(pynvml.nvmlSystemGetCudaDriverVersion_v2)),
+        )
+
+    def _gpu(
+        self, handle: Any, index: int, holders: Mapping[int, Sequence[int]],
+        xids: Mapping[str, tuple[int, ...]] | None,
+    ) -> Gpu:  # fmt: skip
+        uuid = GpuUuid(_text(pynvml.nvmlDeviceGetUUID(handle)) or "")
+        memory = _ask(pynvml.nvmlDeviceGetMemoryInfo, handle)
+        pci = _ask(pynvml.nvmlDeviceGetPciInfo, handle)
+        bus = _text(pci.busId) if pci else None
+        gpu = Gpu(
+            uuid=uuid,
+            index=index,
+            name=_text(_ask(pynvml.nvmlDeviceGetName, handle)),
+            memory_mib=_mib(memory.total) if memory else None,
+            memory_used_mib=_mib(memory.used) if memory else None,
+            pci_bus_id=bus,
+            pci_device=f"{pci.pciDeviceId >> 16:04X}" if pci else None,
+            numa_node=self._system.numa_node(bus) if bus else None,
+            xids=None if xids is None or bus is None else xids.get(short_bus_id(bus), ()),
+            **_measures(handle),
+            **_traits(handle),
+        )
+        with_mig = self._with_mig(handle, gpu)
+        minor = _ask(pynvml.nvmlDeviceGetMinorNumber, handle)
+        return replace(
+            with_mig, clients=_clients(handle, with_mig, holders.get(minor, ()), self._system)
+        )
+
+    def _with_mig(self, handle: Any, gpu: Gpu) -> Gpu:
+        mode = _ask(pynvml.nvmlDeviceGetMigMode, handle)
+        if mode is None:
+            return gpu
+        geometry = self._geometry(handle, gpu)
+        return replace(
+            gpu,
+            mig_enabled=bool(mode[0]),
+            mig_pending=bool(mode[1]),
+            geometry=geometry,
+            slices=_slices(handle, geometry) if mode[0] and geometry else (),
+        )
+
+    def _geometry(self, handle: Any, gpu: Gpu) -> MigGeometry | None:
+        """As the driver tells it, which never changes; else the card's table."""
+        if gpu.uuid not in self._geometries:
+            told = _told_geometry(
+                handle, gpu, table_geometry(self._tables, gpu.pci_device, gpu.name)
+            )
+            if told is None:
+                return table_geometry(self._tables, gpu.pci_device, gpu.name)
+            self._geometries[gpu.uuid] = told
+        return self._geometries[gpu.uuid]
+
+    @contextlib.contextmanager
+    def _changing(self, gpu: GpuUuid, action: str) -> Iterator[Any]:
+        """The handle of a GPU to change; what was read before is forgotten."""
+        with self._lock, nvml_errors(action, lambda: self._in_the_way(gpu)):
+            pynvml.nvmlInit()
+            try:
+                yield pynvml.nvmlDeviceGetHandleByUUID(gpu)
+            finally:
+                self._latest = None
+                pynvml.nvmlShutdown()
+
+    def _in_the_way(self, uuid: GpuUuid) -> tuple[GpuClient, ...]:
+        gpu = self.read(fresh=True).gpu(uuid)
+        return gpu.clients or () if gpu else ()
+
+    def set_mig_mode(self, gpu: GpuUuid, *, enabled: bool) -> None:
+        """Turn MIG on or off; what counts is the mode that is read back.
+
+        Tried some times: whoever only looks at a GPU, as another LLM Manager or `nvidia-smi`
+        does, is in the way for a moment.
+        """
+        action = f"turn MIG {'on' if enabled else 'off'}"
+        now: Gpu | None = None
+        for attempt in range(MODE_ATTEMPTS):
+            if attempt:
+                time.sleep(self._pause)
+            with self._changing(gpu, action) as handle:
+                said = pynvml.nvmlDeviceSetMigMode(handle, int(enabled))
+            now = self.read(fresh=True).gpu(gpu)  # a new handle: the driver may have rebound it
+            if now is not None and now.mig_enabled == now.mig_pending == enabled:
+                return
+            if said == pynvml.NVML_ERROR_RESET_REQUIRED:
+                raise HardwareError(
+                    f"The driver could not {action}: the GPU must be reset first.",
+                    advice="Reboot this server (inside a virtual machine: that one).",
+                )
+        raise _in_use(action, now.clients or () if now else ())
+
+    def create_slice(self, gpu: GpuUuid, wanted: Slice) -> None:
+        """A GPU instance at its explicit start, and one compute instance that takes all of it."""
+        profile_of, start = wanted
+        with self._changing(gpu, f"create {profile_of} at {start}") as handle:
+            profile = self._profile(gpu, handle, profile_of)
+            place = pynvml.c_nvmlGpuInstancePlacement_t(start=start, size=profile.size)
+            instance = pynvml.nvmlDeviceCreateGpuInstanceWithPlacement(
+                handle, profile.driver_id, ctypes.byref(place)
+            )
+            try:
+                _fill_instance(instance, profile)
+            except pynvml.NVMLError:
+                pynvml.nvmlGpuInstanceDestroy(instance)
+                raise
+
+    def destroy_slice(self, gpu: GpuUuid, wanted: Slice) -> None:
+        """Its compute instances, then itself; one that is not there is no fault."""
+        profile_of, start = wanted
+        with self._changing(gpu, f"remove {profile_of} at {start}") as handle:
+            profile = self._profile(gpu, handle, profile_of)
+            for instance in _gpu_instances(handle, profile):
+                if pynvml.nvmlGpuInstanceGetInfo(instance).placement.start == start:
+                    for compute in _compute_instances(instance):
+                        pynvml.nvmlComputeInstanceDestroy(compute)
+                    pynvml.nvmlGpuInstanceDestroy(instance)
+
+    def _profile(self, uuid: GpuUuid, handle: Any, name: str) -> MigProfile:
+        found = self._geometry(handle, Gpu(uuid=uuid))
+        if found is None:
+            gpu = self.read(fresh=True).gpu(uuid)
+            found = gpu.geometry if gpu else None
+        if found is None:
+            raise HardwareError("How this GPU can be cut is unknown.", advice="Update the driver.")
+        return found.profile(name)
+
+    def refresh_cdi(self) -> None:
+        """Rewrite the toolkit's list of devices; each of today's slices must be in it then."""
+        files = self._system.cdi_files()
+        if files:
+            self._system.refresh_cdi(files[0])
+        if self.read(fresh=True).cdi_stale:
+            raise HardwareError(
+                f"{', '.join(files)} still does not list every MIG slice.",
+                advice="Run `systemctl restart nvidia-cdi-refresh`, and read its journal.",
+            )
 
 
-def free_bytes(path: Path) -> int:
-    return shutil.disk_usage(path).free
+def _why_no_driver(error: Any, system: GpuSystem) -> ManagerError | None:
+    """No fault where there is neither driver nor GPU: models run on the processor."""
+    absent = {pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_DRIVER_NOT_LOADED}
+    if error.value not in absent:
+        return _nvml_fault("be opened", error)
+    if not system.has_nvidia_gpu():
+        return None
+    return ManagerError(
+        "This server has an NVIDIA GPU, and its driver is not installed or not loaded.",
+        advice="Install the driver, then look at `nvidia-smi`.",
+    )
+
+
+def _ask(question: Callable[..., Any], *arguments: Any) -> Any:
+    """The answer, or None where this GPU or driver has none; a lost GPU is no answer either."""
+    try:
+        return question(*arguments)
+    except pynvml.NVMLError as error:
+        if error.value in {pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_RESET_REQUIRED}:
+            raise
+        return None
+
+
+def _clients(
+    handle: Any, gpu: Gpu, holders: Sequence[int], system: GpuSystem
+) -> tuple[GpuClient, ...]:
+    """Who computes on the GPU, and who else has it open."""
+    computing: dict[int, Slice | None] = {}
+    by_instance = _instances(handle, gpu.geometry) if gpu.slices else {}
+    for asked in (handle, *_mig_handles(handle).values()):
+        for process in _processes(asked):
+            instance = getattr(process, "gpuInstanceId", NO_INSTANCE)
+            computing[process.pid] = by_instance.get(instance) or computing.get(process.pid)
+    return tuple(
+        replace(client, slice=computing.get(pid), computes=pid in computing)
+        for pid in sorted({*holders, *computing})
+        if (client := system.client(pid)) is not None
+    )
+
+
+def _processes(handle: Any) -> list[Any]:
+    """Who computes or draws on a device.
+
+    By versioned names: where a driver lacks one, pynvml's others raise what is no NVMLError.
+    """
+    found: list[Any] = []
+    for kind in ("Compute", "Graphics"):
+        for version in ("_v3", "_v2"):
+            listed = _ask(getattr(pynvml, f"nvmlDeviceGet{kind}RunningProcesses{version}"), handle)
+            if listed is not None:
+                found += listed
+                break
+    return found
+
+
+def _text(value: str | bytes | None) -> str | None:
+    """NVML's bindings answer str or bytes, depending on the function."""
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
+
+
+def _mib(size: int) -> int:
+    return int(size) // 1024**2
+
+
+def _watts(milliwatts: int | None) -> float | None:
+    return None if milliwatts is None else milliwatts / 1000
+
+
+def _cuda_version(number: int | None) -> str | None:
+    return None if number is None else f"{number // 1000}.{number % 1000 // 10}"
+
+
+def _measures(handle: Any) -> Json:
+    """What changes from one look to the next."""
+    rates = _ask(pynvml.nvmlDeviceGetUtilizationRates, handle)
+    energy = _ask(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle)
+    return {
+        "temperature_c": _ask(pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU),
+        "utilisation_percent": rates.gpu if rates else None,
+        "power_w": _watts(_ask(pynvml.nvmlDeviceGetPowerUsage, handle)),
+        "energy_j": _watts(energy),  # mJ to J
+        "ecc_uncorrected": _ask(
+            pynvml.nvmlDeviceGetTotalEccErrors, handle,
+            pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, pynvml.NVML_VOLATILE_ECC,
+        ),
+    }  # fmt: skip
+
+
+def _traits(handle: Any) -> Json:
+    """What the GPU is, and how it is set."""
+    capability = _ask(pynvml.nvmlDeviceGetCudaComputeCapability, handle)
+    ecc = _ask(pynvml.nvmlDeviceGetEccMode, handle)
+    limits = _ask(pynvml.nvmlDeviceGetPowerManagementLimitConstraints, handle)
+    persistence = _ask(pynvml.nvmlDeviceGetPersistenceMode, handle)
+    return {
+        "architecture": ARCHITECTURES.get(_ask(pynvml.nvmlDeviceGetArchitecture, handle)),
+        "compute_capability": ".".join(map(str, capability)) if capability else None,
+        "power_limit_w": _watts(_ask(pynvml.nvmlDeviceGetEnforcedPowerLimit, handle)),
+        "power_range_w": (limits[0] / 1000, limits[1] / 1000) if limits else None,
+        "ecc_enabled": bool(ecc[0]) if ecc else None,
+        "persistence": None if persistence is None else bool(persistence),
+    }
+
+
+def _links(gpus: Sequence[Gpu]) -> dict[frozenset[GpuUuid], Link]:
+    """How each pair is joined; MIG takes peer access away, so a cut GPU has PCIe alone."""
+    handles = {gpu.uuid: pynvml.nvmlDeviceGetHandleByUUID(gpu.uuid) for gpu in gpus}
+    found: dict[frozenset[GpuUuid], Link] = {}
+    for one, other in itertools.combinations(gpus, 2):
+        link: Link | None = None
+        if not one.mig_enabled and not other.mig_enabled:
+            link = _nvlink(handles[one.uuid], handles[other.uuid], other.pci_bus_id)
+        if link is None:
+            ancestor = _ask(
+                pynvml.nvmlDeviceGetTopologyCommonAncestor, handles[one.uuid], handles[other.uuid]
+            )
+            link = Link(ANCESTORS[ancestor]) if ancestor in ANCESTORS else None
+        if link is not None:
+            found[frozenset({one.uuid, other.uuid})] = link
+    return found
+
+
+def _nvlink(one: Any, other: Any, bus_of_other: str | None) -> Link | None:
+    # The index as a number: pynvml 13.615 defines NVML_P2P_CAPS_INDEX_READ as a tuple.
+    nvlink = 2
+    if _ask(pynvml.nvmlDeviceGetP2PStatus, one, other, nvlink) != pynvml.NVML_P2P_STATUS_OK:
+        return None
+    direct = switched = 0
+    for lane in range(MOST_LINKS):
+        if _ask(pynvml.nvmlDeviceGetNvLinkState, one, lane) != 1:
+            continue
+        if (
+            _ask(pynvml.nvmlDeviceGetNvLinkRemoteDeviceType, one, lane)
+            == pynvml.NVML_NVLINK_DEVICE_TYPE_SWITCH
+        ):
+            switched += 1
+            continue
+        remote = _ask(pynvml.nvmlDeviceGetNvLinkRemotePciInfo, one, lane)
+        bus = _text(remote.busId) if remote else None
+        direct += bus is not None and short_bus_id(bus) == short_bus_id(bus_of_other or "")
+    return Link("NVSwitch", switched) if switched else Link("NVLink", direct)
+
+
+def _told_geometry(handle: Any, gpu: Gpu, table: MigGeometry | None) -> MigGeometry | None:
+    """The profiles and places that the driver lists; it does so while MIG is off, too."""
+    named = {profile.driver_id: profile.name for profile in table.profiles} if table else {}
+    profiles: list[MigProfile] = []
+    for number in range(MOST_PROFILES):
+        try:
+            info = _profile_info(handle, number)
+        except pynvml.NVMLError_InvalidArgument:
+            break
+        places = _places(handle, info.id) if info is not None else []
+        if info is None or not places:
+            continue
+        name = (_text(getattr(info, "name", b"")) or "").removeprefix("MIG ")
+        variant = PROFILE_VARIANTS.get(number, "")
+        made = profile_name(info.sliceCount, info.memorySizeMB, gpu.memory_mib or 0, variant) \
+            if gpu.memory_mib else ""  # fmt: skip
+        profiles.append(
+            MigProfile(
+                name=name or named.get(info.id) or made,
+                driver_id=info.id,
+                most=info.instanceCount,
+                memory_mib=info.memorySizeMB,
+                multiprocessors=info.multiprocessorCount,
+                size=places[0].size,
+                starts=tuple(sorted(place.start for place in places)),
+            )
+        )
+    if not profiles or not all(re.match(r"\d+g\.\d+gb", profile.name) for profile in profiles):
+        return None
+    return MigGeometry(
+        card=gpu.name or (table.card if table else "this card"),
+        compute_slices=max(profile.compute_slices for profile in profiles),
+        memory_units=max(max(p.starts) + p.size for p in profiles),
+        profiles=tuple(profiles),
+    )
+
+
+def _profile_info(handle: Any, number: int) -> Any:
+    """With its name where the driver tells it; drivers tell that only while MIG is on."""
+    named = _ask_profile(handle, number, 2)
+    return named if named is not None else _ask_profile(handle, number, 1)
+
+
+def _ask_profile(handle: Any, number: int, version: int) -> Any:
+    try:
+        return pynvml.nvmlDeviceGetGpuInstanceProfileInfo(handle, number, version)
+    except pynvml.NVMLError_InvalidArgument:
+        raise
+    except pynvml.NVMLError:
+        return None
+
+
+def _places(handle: Any, driver_id: int) -> list[Any]:
+    count = ctypes.c_uint()
+    ask = pynvml.nvmlDeviceGetGpuInstancePossiblePlacements
+    if _ask(ask, handle, driver_id, None, ctypes.byref(count)) is None or not count.value:
+        return []
+    places = (pynvml.c_nvmlGpuInstancePlacement_t * count.value)()
+    return (
+        list(places)[: count.value]
+        if _ask(ask, handle, driver_id, places, ctypes.byref(count)) is not None
+        else []
+    )
+
+
+def _gpu_instances(handle: Any, profile: MigProfile) -> list[Any]:
+    """The GPU instances of one profile; raises where the caller may not see them."""
+    found = (pynvml.c_nvmlGpuInstance_t * profile.most)()
+    count = ctypes.c_uint(profile.most)
+    pynvml.nvmlDeviceGetGpuInstances(handle, profile.driver_id, found, ctypes.byref(count))
+    return list(found)[: count.value]
+
+
+def _compute_instances(instance: Any) -> list[Any]:
+    found: list[Any] = []
+    for number in range(pynvml.NVML_COMPUTE_INSTANCE_PROFILE_COUNT):
+        info = _compute_profile(instance, number)
+        if info is not None:
+            several = (pynvml.c_nvmlComputeInstance_t * info.instanceCount)()
+            count = ctypes.c_uint(info.instanceCount)
+            pynvml.nvmlGpuInstanceGetComputeInstances(
+                instance, info.id, several, ctypes.byref(count)
+            )
+            found += list(several)[: count.value]
+    return found
+
+
+def _compute_profile(instance: Any, number: int) -> Any:
+    ask = pynvml.nvmlGpuInstanceGetComputeInstanceProfileInfo
+    named = _ask(ask, instance, number, 0, 2)
+    return named if named is not None else _ask(ask, instance, number, 0, 1)
+
+
+def _fill_instance(instance: Any, profile: MigProfile) -> None:
+    """The compute instance that takes the whole slice."""
+    for number in range(pynvml.NVML_COMPUTE_INSTANCE_PROFILE_COUNT):
+        info = _compute_profile(instance, number)
+        if info is not None and info.sliceCount == profile.compute_slices:
+            pynvml.nvmlGpuInstanceCreateComputeInstance(instance, info.id)
+            return
+    raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+
+def _instances(handle: Any, geometry: MigGeometry | None) -> dict[int, Slice]:
+    """GPU instance id -> what it is."""
+    found: dict[int, Slice] = {}
+    for profile in geometry.profiles if geometry else ():
+        for instance in _ask(_gpu_instances, handle, profile) or ():
+            info = pynvml.nvmlGpuInstanceGetInfo(instance)
+            found[info.id] = (profile.name, info.placement.start)
+    return found
+
+
+def _mig_handles(handle: Any) -> dict[int, Any]:
+    """GPU instance id -> handle of its first MIG device; their indices have holes."""
+    found: dict[int, Any] = {}
+    for index in range(_ask(pynvml.nvmlDeviceGetMaxMigDeviceCount, handle) or 0):
+        device = _ask(pynvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, index)
+        if device is not None:
+            found.setdefault(pynvml.nvmlDeviceGetGpuInstanceId(device), device)
+    return found
+
+
+def _slices(handle: Any, geometry: MigGeometry) -> tuple[MigDevice, ...] | None:
+    """Today's slices along the card; None where only root may see them."""
+    try:
+        for profile in geometry.profiles:
+            _gpu_instances(handle, profile)
+    except pynvml.NVMLError_NoPermission:
+        return None
+    devices = _mig_handles(handle)
+    found = []
+    for instance, (name, start) in _instances(handle, geometry).items():
+        device = devices.get(instance)
+        memory = _ask(pynvml.nvmlDeviceGetMemoryInfo, device) if device is not None else None
+        found.append(
+            MigDevice(
+                profile=name,
+                start=start,
+                uuid=_text(_ask(pynvml.nvmlDeviceGetUUID, device)) if device is not None else None,
+                memory_mib=_mib(memory.total) if memory else None,
+            )
+        )
+    return tuple(sorted(found, key=lambda device: device.start))
+
+
+@contextlib.contextmanager
+def nvml_errors(action: str, clients: Callable[[], Sequence[GpuClient]]) -> Iterator[None]:
+    """Turn NVML's errors into one sentence of fact and one of advice."""
+    try:
+        yield
+    except pynvml.NVMLError as error:
+        if error.value == pynvml.NVML_ERROR_IN_USE:
+            raise _in_use(action, clients()) from error
+        raise _nvml_fault(action, error) from error
+
+
+def _in_use(action: str, clients: Sequence[GpuClient]) -> HardwareError:
+    who = ", ".join(map(describe_client, clients)) or "somebody who does not show"
+    advice = release_advice(clients)
+    return HardwareError(f"The driver could not {action}: {who} uses the GPU.", advice=advice)
+
+
+def _nvml_fault(action: str, error: Any) -> HardwareError:
+    causes = {
+        pynvml.NVML_ERROR_NO_PERMISSION: ("this needs root", "Run LLM Manager as root."),
+        pynvml.NVML_ERROR_GPU_IS_LOST: ("the GPU is lost", "Reboot; look at its seat and power."),
+        pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: (
+            "its files are newer than the loaded kernel module", "Reboot to finish the upgrade.",
+        ),
+        pynvml.NVML_ERROR_FUNCTION_NOT_FOUND: ("it is too old for that", "Update the driver."),
+        pynvml.NVML_ERROR_INSUFFICIENT_RESOURCES: (
+            "there is no room for it", "Look at `mig show`: somebody else may have cut this GPU.",
+        ),
+    }  # fmt: skip
+    fact, advice = causes.get(
+        error.value, (str(error), "Look at `nvidia-smi` and the kernel's log.")
+    )
+    return HardwareError(f"The NVIDIA driver could not {action}: {fact}.", advice=advice)
+
+
+class GpuSystem:
+    """What the kernel, systemd and the container toolkit know about GPUs."""
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._root = root
+        self._xids: tuple[float, dict[str, tuple[int, ...]] | None] = (-math.inf, None)
+        self._enabled: dict[str, tuple[float, bool | None]] = {}
+
+    def read_text(self, path: str | Path) -> str | None:
+        try:
+            return (self._root / str(path).lstrip("/")).read_text(errors="replace")
+        except OSError:
+            return None
+
+    def kernel_version(self) -> str | None:
+        """Of the module that is loaded now."""
+        text = self.read_text("sys/module/nvidia/version")
+        return text.strip() if text else None
+
+    def library_version(self) -> str | None:
+        """Of the library on the disk: a process that runs for weeks has the old one open."""
+        folders = ("usr/lib/*-linux-gnu", "usr/lib64", "usr/lib", "usr/local/nvidia/lib64")
+        for folder in folders:
+            for library in sorted(self._root.glob(f"{folder}/libnvidia-ml.so.1")):
+                found = re.search(r"\.so\.(\d+\.\d[\d.]*)$", str(library.resolve()))
+                if found:
+                    return found[1]
+        return None
+
+    def has_nvidia_gpu(self) -> bool:
+        """Whether the PCI bus shows one, driver or not."""
+        return any(
+            (self.read_text(device.relative_to(self._root) / "vendor") or "").strip() == "0x10de"
+            and (self.read_text(device.relative_to(self._root) / "class") or "").startswith("0x03")
+            for device in self._root.glob("sys/bus/pci/devices/*")
+        )
+
+    def numa_node(self, bus_id: str) -> int | None:
+        """Of the PCI slot: NVML tells it only where the GPU's memory is a node of its own."""
+        text = self.read_text(f"sys/bus/pci/devices/{bus_id.lower()[-12:]}/numa_node") or "-1"
+        return int(text) if int(text) >= 0 else None
+
+    def holders(self) -> dict[int, list[int]]:
+        """GPU minor number -> processes that have its device open; as root, all of them."""
+        found: dict[int, set[int]] = {}
+        for entry in (self._root / "proc").glob("[0-9]*/fd/*"):
+            with contextlib.suppress(OSError, ValueError):
+                target = re.fullmatch(r"/dev/nvidia(\d+)", str(entry.readlink()))
+                if target:
+                    found.setdefault(int(target[1]), set()).add(int(entry.parts[-3]))
+        return {minor: sorted(pids) for minor, pids in found.items()}
+
+    def client(self, pid: int) -> GpuClient | None:
+        """A process by its program; None for LLM Manager itself."""
+        words = (self.read_text(f"proc/{pid}/cmdline") or "").split("\0")
+        if pid == os.getpid() or any(PurePath(word).name == PROGRAM.name for word in words):
+            return None
+        name = PurePath(words[0].split(" ")[0].rstrip(":")).name
+        name = name or (self.read_text(f"proc/{pid}/comm") or "a process").strip()
+        inside = re.search(r"\b[0-9a-f]{64}\b", self.read_text(f"proc/{pid}/cgroup") or "")
+        return GpuClient(pid=pid, name=name, container_id=inside[0] if inside else None)
+
+    def xids(self) -> dict[str, tuple[int, ...]] | None:
+        """The driver's errors since boot by PCI bus id; None where the kernel's log is closed."""
+        now = time.monotonic()
+        if now - self._xids[0] > SLOW_SECONDS:
+            text = kernel_log(self._root / "dev/kmsg")
+            self._xids = now, None if text is None else parse_xids(text)
+        return self._xids[1]
+
+    def enabled(self, unit: str) -> bool | None:
+        """Whether systemd starts it at boot; None where there is no systemd."""
+        asked, known = self._enabled.get(unit, (-math.inf, None))
+        if time.monotonic() - asked > SLOW_SECONDS:
+            known = self._ask_systemd(unit)
+            self._enabled[unit] = time.monotonic(), known
+        return known
+
+    def _ask_systemd(self, unit: str) -> bool | None:
+        if not (self._root / "run/systemd/system").is_dir():
+            return None
+        answer = run_tool(["systemctl", "is-enabled", unit])
+        return answer is not None and answer.stdout.strip() in {"enabled", "enabled-runtime"}
+
+    def cdi_files(self) -> list[str]:
+        """The specifications that list NVIDIA devices, newest place first."""
+        folders = ("var/run/cdi", "run/cdi", "etc/cdi")
+        files = [f"/{folder}/{path.name}" for folder in folders
+                 for path in sorted((self._root / folder).glob("*"))]  # fmt: skip
+        return [path for path in files if "nvidia.com/gpu" in (self.read_text(path) or "")]
+
+    def cdi_lists(self, uuids: Sequence[str]) -> bool:
+        """Whether every one of these devices is in the specifications."""
+        listed = "".join(self.read_text(path) or "" for path in self.cdi_files())
+        return all(uuid in listed for uuid in uuids)
+
+    def refresh_cdi(self, path: str) -> None:
+        """By the toolkit's own service, else by its tool."""
+        for command in (
+            ["systemctl", "restart", "nvidia-cdi-refresh.service"],
+            ["nvidia-ctk", "cdi", "generate", f"--output={path}"],
+        ):
+            answer = run_tool(command)
+            if answer is not None and answer.returncode == 0:
+                return
+
+
+SLOW_SECONDS: Final = 60.0
+
+
+def run_tool(command: Sequence[str]) -> subprocess.CompletedProcess[str] | None:
+    """What a system's tool answers; None where it is not here or hangs."""
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        return subprocess.run(  # noqa: S603 - fixed words
+            command, capture_output=True, text=True, timeout=120, check=False
+        )
+    return None
+
+
+def kernel_log(device: Path) -> str | None:
+    """All that the kernel still remembers saying; None where this user may not read it."""
+    lines: list[bytes] = []
+    try:
+        handle = os.open(device, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        while True:
+            lines.append(os.read(handle, 8192))
+            if not lines[-1]:
+                break
+    except BlockingIOError:
+        pass  # the end of what there is
+    except OSError:
+        return None
+    finally:
+        os.close(handle)
+    return b"".join(lines).decode(errors="replace")
 
 
 # =============================================================================
-# §8 Orchestration — effects: Plan -> world, undo, jobs
+# §17 Orchestration — effects: Plan -> world, undo, jobs
 # =============================================================================
 
 Report = Callable[[str], None]
@@ -3439,6 +6099,8 @@ class Files(Protocol):
     def read_generated(self) -> dict[str, str]: ...
     def write_generated(self, path: str, text: str | None) -> None: ...
     def keep_log(self, name: ContainerName, text: str) -> None: ...
+    def read_starts(self) -> dict[str, float]: ...
+    def note_start(self, name: ContainerName, seconds: float) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -3449,6 +6111,7 @@ class Tools:
     probes: Probes
     files: Files
     clock: Clock
+    gpus: GpuDriver
 
 
 class Control:
@@ -3456,6 +6119,7 @@ class Control:
 
     def __init__(self, report: Report) -> None:
         self.report = report
+        self.faults: dict[str, ManagerError] = {}  # of stages, by their titles
         self._cancelled = threading.Event()
 
     def cancel(self) -> None:
@@ -3472,45 +6136,81 @@ class Control:
 
 def observe(tools: Tools) -> Observed:
     """One whole look at the world."""
+    found = tools.containers.observe()
     seen = replace(
-        tools.containers.observe(),
+        found,
+        containers={name: _with_sight(c, tools) for name, c in found.containers.items()},
         files=tools.files.read_generated(),
         taken_at=tools.clock.utc_now(),
+        hardware=tools.gpus.read(),
+        start_seconds=tools.files.read_starts(),
     )
     return tools.probes.fill(seen)
 
 
+def _with_sight(seen: ObservedContainer, tools: Tools) -> ObservedContainer:
+    if not seen.running or not seen.devices:
+        return seen
+    return replace(seen, devices_seen=tools.containers.visible_devices(seen))
+
+
 def converge(
-    state: State,
-    site: Site,
-    tools: Tools,
-    control: Control,
-    *,
-    only: ModelName | None = None,
-    restart: ModelName | None = None,
+    state: State, site: Site, tools: Tools, control: Control, change: Change | None = None
 ) -> None:
     """Make the world as wished; what fails is undone alone, reported, and raised at the end."""
-    plan = plan_state(state, observe(tools), site, only=only, restart=restart)
+    reach = change or applying()
+
+    def planned() -> Plan:
+        return plan_state(
+            state, observe(tools), site, scope=reach.scope, restart=reach.restart,
+            despite_driver=reach.despite_driver,
+        )  # fmt: skip
+
+    plan = planned()
+    if reach.whole:
+        plan.raise_refusal()
+    faults = _side_by_side(plan.layouts, tools, control)
+    if faults and reach.whole:
+        _raise_all(faults)
+    if plan.layouts:
+        plan = _without_uncut(planned(), plan.layouts, control)  # only now slices have UUIDs
+    faults += _attempt([plan.devices], tools, control)
     apply_stage(plan.foundation, tools, control)
     database = _attempt([plan.database], tools, control)
-    with concurrent.futures.ThreadPoolExecutor(max_workers=len(plan.models) or 1) as pool:
-        attempts = pool.map(lambda lane: _attempt(lane, tools, control), lanes(plan.models))
-        faults = [*database, *(fault for faults in attempts for fault in faults)]
+    faults += database + _side_by_side(plan.models, tools, control)
+    names = reach.scope.names(state)
     if not database:
-        faults += _turn_endpoint(state, site, tools, control, only)
+        faults += _turn_endpoint(state, site, tools, control, names)
     else:  # what is wished stopped must stop all the same
-        faults += _attempt([plan_retirement(state, observe(tools), None, only)], tools, control)
+        faults += _attempt([plan_retirement(state, observe(tools), None, names)], tools, control)
     _raise_all(faults)
 
 
+def _without_uncut(plan: Plan, layouts_first: Sequence[Stage], control: Control) -> Plan:
+    """The plan without models on a GPU whose layout failed: what ran there runs again already."""
+    failed = [layout for layout in layouts_first if layout.title in control.faults]
+    uncut = frozenset[str]().union(*(layout.resources for layout in failed))
+    for stage in plan.models:
+        if stage.steps and stage.resources & uncut:
+            control.report(f"{stage.title} is left as it is: its GPU could not be cut")
+    return replace(plan, models=tuple(m for m in plan.models if not m.resources & uncut))
+
+
+def _side_by_side(stages: Sequence[Stage], tools: Tools, control: Control) -> list[ManagerError]:
+    """Stages that share nothing at the same time, the others one after another."""
+    with concurrent.futures.ThreadPoolExecutor(max_workers=len(stages) or 1) as pool:
+        attempts = list(pool.map(lambda lane: _attempt(lane, tools, control), lanes(stages)))
+    return [fault for faults in attempts for fault in faults]
+
+
 def _turn_endpoint(
-    state: State, site: Site, tools: Tools, control: Control, only: ModelName | None
+    state: State, site: Site, tools: Tools, control: Control, names: frozenset[str] | None
 ) -> list[ManagerError]:
     """Route what is ready now, then retire what nobody wants any more."""
     endpoint, kept = plan_endpoint(state, observe(tools), site)
     faults = _attempt([endpoint], tools, control)
     turned = kept if not faults else None
-    retirement = plan_retirement(state, observe(tools), turned, only)
+    retirement = plan_retirement(state, observe(tools), turned, names)
     return faults + _attempt([retirement], tools, control)
 
 
@@ -3524,6 +6224,7 @@ def _attempt(stages: Sequence[Stage], tools: Tools, control: Control) -> list[Ma
             raise
         except ManagerError as error:
             control.report(f"{stage.title} failed: {error}")
+            control.faults[stage.title] = error
             faults.append(error)
     return faults
 
@@ -3563,6 +6264,20 @@ def apply_step(  # noqa: C901, PLR0912, PLR0915 - one line per kind of step
     """One step, one call."""
     containers = tools.containers
     match step:
+        case Refuse(fact, advice):
+            raise RefusedError(fact, advice=advice)
+        case CheckClients(gpu, slices, ours, _):
+            _check_clients(gpu, slices, ours, tools)
+        case SetMigMode(gpu, enabled, _):
+            tools.gpus.set_mig_mode(gpu.uuid, enabled=enabled)
+        case DestroySlice(gpu, wanted, _):
+            tools.gpus.destroy_slice(gpu.uuid, wanted)
+        case CreateSlice(gpu, wanted, _):
+            tools.gpus.create_slice(gpu.uuid, wanted)
+        case VerifyLayout(gpu, slices, _):
+            _verify_layout(gpu, slices, tools)
+        case RefreshCdi():
+            tools.gpus.refresh_cdi()
         case PullImage(image, _):
             _pull(image, containers, control)
         case CreateNetwork(name, _):
@@ -3596,6 +6311,28 @@ def apply_step(  # noqa: C901, PLR0912, PLR0915 - one line per kind of step
             assert_never(step)
 
 
+def _check_clients(
+    gpu: GpuRef, slices: frozenset[Slice] | None, ours: frozenset[str], tools: Tools
+) -> None:
+    now = tools.gpus.read(fresh=True).gpu(gpu.uuid)
+    foreign = foreign_clients(now, ours, slices) if now else []
+    if foreign:
+        who = ", ".join(map(describe_client, foreign))
+        raise RefusedError(f"{who} uses {gpu}.", advice=release_advice(foreign))
+
+
+def _verify_layout(gpu: GpuRef, slices: frozenset[Slice], tools: Tools) -> None:
+    now = tools.gpus.read(fresh=True).gpu(gpu.uuid)
+    if now is None:
+        raise HardwareError(f"{gpu} is gone after its change.", advice="Reboot this server.")
+    complete = all(device.uuid is not None for device in now.slices or ())
+    if now.layout != slices or bool(now.mig_enabled) != bool(slices) or not complete:
+        raise HardwareError(
+            f"{gpu} has {format_slices(now.layout)} now, and not {format_slices(slices)}.",
+            advice="Look at `mig show` and at the kernel's log; somebody else may cut it too.",
+        )
+
+
 def undo_step(step: Step, tools: Tools, report: Report) -> None:
     """Take back one attempted step; report trouble instead of raising it."""
     try:
@@ -3605,10 +6342,16 @@ def undo_step(step: Step, tools: Tools, report: Report) -> None:
         report(f"could not undo {describe(step)}: {error}")
 
 
-def _undo(step: Step, tools: Tools) -> bool:
+def _undo(step: Step, tools: Tools) -> bool:  # noqa: C901, PLR0912 - one line per kind of step
     """Whether there was anything to take back."""
     containers = tools.containers
     match step:
+        case SetMigMode(gpu, enabled, _):
+            tools.gpus.set_mig_mode(gpu.uuid, enabled=not enabled)
+        case DestroySlice(gpu, wanted, _):
+            _bring_slice_back(gpu, wanted, tools)
+        case CreateSlice(gpu, wanted, _):
+            tools.gpus.destroy_slice(gpu.uuid, wanted)
         case WriteFile(path, _, before, _):
             tools.files.write_generated(path, before)
         case LoadCaddyfile(spec, _, before, reload, _):
@@ -3626,6 +6369,12 @@ def _undo(step: Step, tools: Tools) -> bool:
         case _:
             return False  # done for good, harmless to keep, or nothing was changed
     return True
+
+
+def _bring_slice_back(gpu: GpuRef, wanted: Slice, tools: Tools) -> None:
+    now = tools.gpus.read(fresh=True).gpu(gpu.uuid)
+    if now is not None and wanted not in now.layout:
+        tools.gpus.create_slice(gpu.uuid, wanted)
 
 
 def _undo_set_aside(name: ContainerName, containers: Containers) -> None:
@@ -3658,7 +6407,10 @@ def wait_until_ready(spec: ContainerSpec, tools: Tools, control: Control) -> Non
             if seen is None or not seen.running:
                 raise _start_failure(spec, seen, tools)
             if tools.probes.is_ready(spec, seen):
+                _check_sight(spec, seen, tools)
                 control.report(f"  {spec.name} is ready after {format_duration(now - started)}")
+                with contextlib.suppress(ManagerError):  # a full disk is no reason to fail
+                    tools.files.note_start(spec.name, now - started)
                 return
             if now - started > spec.start_seconds:
                 raise ContainerFailedError(
@@ -3672,6 +6424,17 @@ def wait_until_ready(spec: ContainerSpec, tools: Tools, control: Control) -> Non
             tools.clock.sleep(0.2)
     finally:
         _keep_log(spec, tools)
+
+
+def _check_sight(spec: ContainerSpec, seen: ObservedContainer, tools: Tools) -> None:
+    """An engine that sees another device than its own would disturb whoever has that one."""
+    visible = tools.containers.visible_devices(seen) if spec.devices else None
+    if visible is not None and visible != {*spec.devices}:
+        raise ContainerFailedError(
+            f"{spec.name} sees {', '.join(sorted(visible)) or 'no GPU'} "
+            f"instead of {', '.join(spec.devices)}.",
+            advice="Check the container toolkit: `nvidia-ctk cdi list`, `docker info`.",
+        )
 
 
 STARTING_LINE_SECONDS: Final = 10.0
@@ -3773,8 +6536,65 @@ class Job:
 
 
 # =============================================================================
-# §9 Manager — effects: the use cases; all that console and command line may call
+# §18 Manager — effects: the use cases; all that console and command line may call
 # =============================================================================
+
+
+def gpu_checks(state: State, hardware: Hardware) -> list[Check]:
+    """The driver, every GPU, and whatever would undo a layout behind the operator's back."""
+    checks = [_driver_check(hardware), *(_gpu_check(gpu) for gpu in hardware.gpus)]
+    checks += [
+        Check(name="GPU", ok=False, text=text, advice="Reboot; look at the kernel's log.")
+        for text in hardware.lost
+    ]
+    if hardware.mig_manager:
+        checks.append(
+            Check(
+                name="nvidia-mig-manager",
+                ok=not state.mig_layouts,
+                text="cuts GPUs at boot by its own file; its default switches MIG off",
+                advice="Run: systemctl disable --now nvidia-mig-manager",
+            )
+        )
+    return checks
+
+
+def _driver_check(hardware: Hardware) -> Check:
+    if hardware.fault is not None:
+        return Check(
+            name="driver", ok=False, text=hardware.fault.fact, advice=hardware.fault.advice
+        )
+    if hardware.reboot_pending:
+        return Check(
+            name="driver",
+            ok=False,
+            text=f"{hardware.library_version} is installed, {hardware.kernel_version} is loaded",
+            advice="Reboot to finish the upgrade; no new container reaches a GPU before.",
+        )
+    return Check(
+        name="driver", ok=True, text=hardware.driver_version or "none; models run on the CPU"
+    )
+
+
+def _gpu_check(gpu: Gpu) -> Check:
+    troubles = [f"Xid {number}" for number in dict.fromkeys(gpu.xids or ())]
+    if gpu.ecc_uncorrected:
+        troubles.append(f"{gpu.ecc_uncorrected} uncorrected memory errors since boot")
+    if gpu.mig_enabled is not None and gpu.mig_pending != gpu.mig_enabled:
+        troubles.append("its MIG mode waits for a reset")
+    if gpu.persistence is False:
+        return Check(
+            name=gpu.title,
+            ok=False,
+            text=", ".join([*troubles, "persistence is off: every look wakes the card up"]),
+            advice="Run: systemctl enable --now nvidia-persistenced",
+        )
+    return Check(
+        name=gpu.title,
+        ok=not troubles,
+        text=", ".join(troubles) or gpu.name or gpu.uuid,
+        advice="Look up the number in NVIDIA's Xid list; a reboot resets the GPU.",
+    )
 
 
 def container_checks(state: State, observed: Observed) -> list[Check]:
@@ -3817,6 +6637,54 @@ def disk_check(home: Path) -> Check:
     )
 
 
+class Keys:
+    """The virtual keys of colleagues, which live in LiteLLM's database."""
+
+    def __init__(self, store: StateStore, tools: Tools) -> None:
+        self._store = store
+        self._tools = tools
+
+    def create(self, request: KeyRequest) -> pydantic.SecretStr:
+        """A new virtual key; this is the only time its secret is seen."""
+        state = self._store.load()
+        unknown = sorted({*request.models} - {model.served_model_name for model in state.models})
+        if unknown:
+            raise RefusedError(
+                f"No model is served as {', '.join(unknown)}.",
+                advice="Allow served names from `model list`, or none to allow all.",
+            )
+        api = self._gateway(state)
+        if any(key.alias == request.alias for key in api.list_keys()):
+            raise RefusedError(
+                f"There is a key called {request.alias!r} already.",
+                advice="Choose another name, or revoke that one first.",
+            )
+        return api.create_key(request.as_litellm())
+
+    def all(self) -> list[VirtualKey]:
+        return self._gateway(self._store.load()).list_keys()
+
+    def revoke(self, alias: str) -> None:
+        """The key of that name stops working; what it used stays accounted for."""
+        api = self._gateway(self._store.load())
+        found = [key for key in api.list_keys() if alias in {key.alias, key.key_hash}]
+        if not found:
+            raise RefusedError(f"There is no key called {alias!r}.", advice="See `key list`.")
+        api.delete_key(found[0].key_hash)
+
+    def _gateway(self, state: State) -> LiteLlmApi:
+        observed = observe(self._tools)
+        order = [observed.edge.slot] if observed.edge else SLOTS
+        for slot in order:
+            seen = observed.containers.get(gateway_name(state, slot))
+            if seen is not None and seen.ready and seen.address is not None:
+                return LiteLlmApi(seen.address, state.secrets.master_key)
+        raise GatewayError(
+            "The endpoint is not running, and keys live in its database.",
+            advice="Deploy a model, or run `apply`, first.",
+        )
+
+
 class Manager:
     """Every change of this installation, first as a plan, then as a job."""
 
@@ -3827,14 +6695,15 @@ class Manager:
         site: Site,
         *,
         engine_options: EngineOptions,
-        gpus: Callable[[], tuple[Gpu, ...]] = read_gpus,
+        enabled: Callable[[str], bool | None] = lambda _: None,
     ) -> None:
+        self._enabled = enabled
         self._store = store
         self._tools = tools
         self._site = site
         self._options = engine_options
-        self._gpus = gpus
         self._jobs: deque[Job] = deque(maxlen=50)
+        self.keys = Keys(store, tools)
 
     @property
     def home(self) -> Path:
@@ -3843,11 +6712,9 @@ class Manager:
     def state(self) -> State:
         return self._store.load()
 
-    def gpus(self) -> tuple[Gpu, ...]:
-        """The GPUs to choose from; a broken driver offers none, and the doctor says why."""
-        with contextlib.suppress(ManagerError):
-            return self._gpus()
-        return ()
+    def hardware(self, *, fresh: bool = False) -> Hardware:
+        """The GPUs as they are; where nothing can be seen, its `fault` says why."""
+        return self._tools.gpus.read(fresh=fresh)
 
     def observe(self) -> Observed:
         return observe(self._tools)
@@ -3863,11 +6730,20 @@ class Manager:
 
     def plan(self, change: Change) -> Plan:
         """What the change would do; nothing is saved."""
-        state = change.edit(self._store.load())
-        check_state(state)
+        state = self._edited(change, self._store.load())
         return plan_state(
-            state, self.observe(), self._site, only=change.only, restart=change.restart
-        )
+            state, self.observe(), self._site, scope=change.scope, restart=change.restart,
+            despite_driver=change.despite_driver,
+        )  # fmt: skip
+
+    def _edited(self, change: Change, before: State) -> State:
+        """What would be wished then; a wish that books a GPU twice is refused."""
+        after = change.edit(before)
+        check_state(after)
+        # A hand-written double booking must be mendable step by step: taking away is allowed.
+        if placements(after) - placements(before) or after.mig_layouts != before.mig_layouts:
+            check_placements(after, known=placement_faults(before))
+        return after
 
     def save(self, change: Change) -> State:
         """Write the wish down without acting on it."""
@@ -3876,7 +6752,7 @@ class Manager:
 
     def _saved(self, change: Change) -> State:
         before = self._store.load()
-        after = change.edit(before)
+        after = self._edited(change, before)
         if after != before:
             self._store.save(after)
         return after
@@ -3895,20 +6771,52 @@ class Manager:
         return job.run(lambda control: self._work(change, before, state, control), at_end=release)
 
     def _work(self, change: Change, before: State, after: State, control: Control) -> None:
+        former = way_back(before, change, self.hardware(fresh=True))
         try:
-            converge(
-                after, self._site, self._tools, control, only=change.only, restart=change.restart
-            )
-        except CancelledError:
-            if after != before:
-                self._store.save(before)
+            converge(after, self._site, self._tools, control, change)
+        except ManagerError as error:
+            if isinstance(error, CancelledError) or change.whole:
+                self._withdraw(change, before, former, control)
             raise
+        finally:
+            if change.accounts:
+                self._account(after, control)
+
+    def _withdraw(self, change: Change, before: State, former: State, control: Control) -> None:
+        """Take the wish back; where the change is whole, the world as well."""
+        self._save_changed(former)  # a kill from here on heals back, and not half-way forward
+        if change.whole:
+            control.report("Taking all of it back: the layout and the containers from before.")
+            # Not cancellable: half-way back is nowhere.
+            converge(former, self._site, self._tools, Control(control.report), change)
+            self._save_changed(before)
+
+    def _save_changed(self, state: State) -> None:
+        if self._store.load() != state:
+            self._store.save(state)
+
+    def _account(self, state: State, control: Control) -> None:
+        for row in restore_rows(state, self.observe(), control.faults):
+            control.report(": ".join(row))
+
+    def cutting(self, gpu: str, wish: str) -> Change:
+        """The change of one GPU to what was typed; see `cutting_as_typed`."""
+        found = self.hardware(fresh=True).named(gpu)
+        return cutting_as_typed(self._store.load(), found, wish)
+
+    def boot_units(self) -> dict[str, bool | None]:
+        """Which of the services that a restore needs start at boot; None: cannot be told."""
+        return {unit: self._enabled(unit) for unit in BOOT_UNITS}
 
     def register(self, raw: Json) -> Model:
         """A new model from what the operator typed; where it goes is chosen when not said."""
         state = self._store.load()
-        chosen = asdict(default_placement([gpu.uuid for gpu in self._gpus()], state.models))
-        model = parse_model({"placement": chosen} | raw, state.images, self._options)
+        if "placement" not in raw:
+            hardware = self.hardware()
+            if hardware.fault is not None:  # not silently onto the processor of a GPU server
+                raise hardware.fault
+            raw = raw | {"placement": asdict(default_placement(hardware, state.models))}
+        model = parse_model(raw, state.images, self._options)
         self.save(registering(model))
         return model
 
@@ -3953,6 +6861,7 @@ class Manager:
             state=state,
             observed=observed,
             plan=plan,
+            hardware=self.hardware(),
             faults=tuple(faults),
             jobs=tuple(self.jobs()),
         )
@@ -3964,54 +6873,11 @@ class Manager:
             docker_checks = container_checks(state, self.observe())
         except ManagerError as error:
             docker_checks = [Check(name="Docker", ok=False, text=error.fact, advice=error.advice)]
-        return [*docker_checks, disk_check(self.home), self._gpu_check()]
-
-    def _gpu_check(self) -> Check:
-        try:
-            names = ", ".join(gpu.name or gpu.uuid for gpu in self._gpus())
-        except ManagerError as error:
-            return Check(name="GPUs", ok=False, text=error.fact, advice=error.advice)
-        return Check(name="GPUs", ok=True, text=names or "none; models run on the CPU")
-
-    def create_key(self, request: KeyRequest) -> pydantic.SecretStr:
-        """A new virtual key; this is the only time its secret is seen."""
-        state = self._store.load()
-        unknown = sorted({*request.models} - {model.served_model_name for model in state.models})
-        if unknown:
-            raise RefusedError(
-                f"No model is served as {', '.join(unknown)}.",
-                advice="Allow served names from `model list`, or none to allow all.",
-            )
-        api = self._gateway(state)
-        if any(key.alias == request.alias for key in api.list_keys()):
-            raise RefusedError(
-                f"There is a key called {request.alias!r} already.",
-                advice="Choose another name, or revoke that one first.",
-            )
-        return api.create_key(request.as_litellm())
-
-    def list_keys(self) -> list[VirtualKey]:
-        return self._gateway(self._store.load()).list_keys()
-
-    def revoke_key(self, alias: str) -> None:
-        """The key of that name stops working; what it used stays accounted for."""
-        api = self._gateway(self._store.load())
-        found = [key for key in api.list_keys() if alias in {key.alias, key.key_hash}]
-        if not found:
-            raise RefusedError(f"There is no key called {alias!r}.", advice="See `key list`.")
-        api.delete_key(found[0].key_hash)
-
-    def _gateway(self, state: State) -> LiteLlmApi:
-        observed = self.observe()
-        order = [observed.edge.slot] if observed.edge else SLOTS
-        for slot in order:
-            seen = observed.containers.get(gateway_name(state, slot))
-            if seen is not None and seen.ready and seen.address is not None:
-                return LiteLlmApi(seen.address, state.secrets.master_key)
-        raise GatewayError(
-            "The endpoint is not running, and keys live in its database.",
-            advice="Deploy a model, or run `apply`, first.",
-        )
+        return [
+            *docker_checks,
+            disk_check(self.home),
+            *gpu_checks(state, self.hardware(fresh=True)),
+        ]
 
 
 class Watch:
@@ -4021,6 +6887,7 @@ class Watch:
         self._manager = manager
         self._seconds = seconds
         self._latest = manager.snapshot()
+        self._repaired: set[str] = set()
         threading.Thread(target=self._run, name="watch", daemon=True).start()
 
     def latest(self) -> Snapshot:
@@ -4034,6 +6901,7 @@ class Watch:
                 before, self._latest = self._latest, self._manager.snapshot()
                 if before.observed is None and self._latest.observed is not None:
                     self._restore()
+                self._repair()
             except Exception:  # boundary: a bug in one look must not freeze every page for ever
                 log.exception("snapshot failed")
 
@@ -4044,9 +6912,25 @@ class Watch:
             with contextlib.suppress(BusyError):
                 self._manager.start(restoring())
 
+    def _repair(self) -> None:
+        """Replace containers that lost their GPU, each once: a second loss is the operator's."""
+        state, observed = self._latest.state, self._latest.observed
+        if state is None or observed is None:
+            return
+        blind = {
+            seen.container_id: seen
+            for seen in observed.containers.values()
+            if seen.devices_seen == frozenset() and seen.container_id not in self._repaired
+        }
+        names = {ModelName(c.model_name) for c in blind.values() if c.model_name}
+        if names & {model.name for model in state.wished_models}:
+            with contextlib.suppress(BusyError):
+                self._manager.start(repairing(names))
+                self._repaired |= set(blind)
+
 
 # =============================================================================
-# §10 Console — effects: one builder per tab, and who may open it
+# §19 Console — effects: one builder per tab, and who may open it
 # =============================================================================
 
 LOOPBACK_HOSTS: Final = frozenset({"127.0.0.1", "localhost", "[::1]"})
@@ -4207,6 +7091,7 @@ def build_overview_tab(desk: Desk) -> None:
     """Is all well, and if not, what to do."""
     with gr.Tab("Overview"):
         live(desk, gr.Markdown(), overview_text)
+        live(desk, gr.HTML(), cards_html)
         gr.Markdown("### Models")
         live(desk, table(MODEL_HEADERS), model_rows)
         gr.Markdown("### Containers")
@@ -4218,6 +7103,7 @@ class PlanCard:
     """The place where a change is shown before it is done."""
 
     group: gr.Group
+    picture: gr.HTML
     text: gr.Markdown
     pending: gr.State
 
@@ -4232,6 +7118,7 @@ def build_plan_card(desk: Desk, changes: Mapping[str, Callable[[str], Change]]) 
             return gr.update(visible=False), None
 
     with gr.Group(visible=False, elem_classes="plan-card") as group:
+        picture = gr.HTML(visible=False)
         text = gr.Markdown(padding=True)
         with gr.Row():
             confirm = gr.Button("Do it", variant="primary")
@@ -4239,7 +7126,7 @@ def build_plan_card(desk: Desk, changes: Mapping[str, Callable[[str], Change]]) 
     pending = gr.State(None)
     confirm.click(on_confirm, pending, [group, pending], concurrency_id="change", **PRIVATE)
     leave.click(lambda: (gr.update(visible=False), None), None, [group, pending], **PRIVATE)
-    return PlanCard(group, text, pending)
+    return PlanCard(group, picture, text, pending)
 
 
 def wire_plan(
@@ -4301,9 +7188,10 @@ def build_registration_form(desk: Desk, chosen: gr.Dropdown) -> None:
         with shown_to_operator():
             model = desk.manager.register(registration(*values))
             names = [known.name for known in desk.manager.state().models]
+            joined = placement_note(model, desk.manager.hardware())
             return (
                 gr.Dropdown(choices=names, value=model.name),
-                f"Registered **{model.name}**. Now press **Deploy** above.",
+                f"Registered **{model.name}**{joined}. Now press **Deploy** above.",
             )
 
     with gr.Accordion("Register a model", open=not desk.watch.latest().state_has_models):
@@ -4325,10 +7213,7 @@ def build_registration_form(desk: Desk, chosen: gr.Dropdown) -> None:
             image = gr.Textbox(label="Engine image", info="empty: the pinned vLLM image")
             kv_cache = gr.Number(4096, label="KV cache on the CPU (MiB)", precision=0, minimum=16)
             replicas = gr.Number(1, label="Replicas", precision=0, minimum=1, maximum=16)
-        gpus = gr.CheckboxGroup(
-            [(f"{gpu.name} {gpu.uuid}", gpu.uuid) for gpu in desk.manager.gpus()],
-            label="GPUs", visible=bool(desk.manager.gpus()),
-        )  # fmt: skip
+        placement = build_placement_fields(desk)
         register = gr.Button("Register", variant="primary")
         said = gr.Markdown()
     inputs = [
@@ -4341,10 +7226,29 @@ def build_registration_form(desk: Desk, chosen: gr.Dropdown) -> None:
         revision,
         image,
         kv_cache,
-        gpus,
         replicas,
+        *placement,
     ]
     register.click(on_register, inputs, [chosen, said], **PRIVATE)
+
+
+def build_placement_fields(desk: Desk) -> tuple[gr.CheckboxGroup, gr.Dropdown, gr.Number]:
+    """Whole GPUs, or a slice, or a share; hidden where there is no GPU."""
+    found = desk.manager.hardware().gpus
+    with gr.Row(visible=bool(found)):
+        gpus = gr.CheckboxGroup(
+            [(short_title(gpu), gpu.uuid) for gpu in found],
+            label="Whole GPUs", info="several: tensor parallelism; none: the processor",
+        )  # fmt: skip
+        mig_slice = gr.Dropdown(
+            label="or a MIG slice", info="free slices; cut more in the tab Hardware"
+        )
+        live(desk, mig_slice, slice_choices)
+        fraction = gr.Number(
+            0, label="Share of the GPU's memory", minimum=0, maximum=1, step=0.05,
+            info="0: all of it; needed where several models share a GPU",
+        )  # fmt: skip
+    return gpus, mig_slice, fraction
 
 
 def build_log_view(desk: Desk, chosen: gr.Dropdown) -> None:
@@ -4363,6 +7267,68 @@ def build_log_view(desk: Desk, chosen: gr.Dropdown) -> None:
     show.click(on_show, chosen, text, **PRIVATE)
 
 
+def build_hardware_tab(desk: Desk) -> None:
+    """The GPUs as pictures, how to cut them, how they are joined, and what a reboot would do."""
+    with gr.Tab("Hardware"):
+        live(desk, gr.Markdown(), driver_view)
+        live(desk, gr.HTML(), cards_html)
+        build_mig_planner(desk)
+        with gr.Accordion("How the GPUs are joined", open=False):
+            live(desk, gr.Markdown(), topology_text)
+        build_reboot_view(desk)
+
+
+def build_mig_planner(desk: Desk) -> None:
+    """Choose slices, see the card as it would be and the plan, then do it."""
+
+    def change(subject: str) -> Change:
+        gpu, _, wish = subject.partition("|")
+        return desk.manager.cutting(gpu, wish)
+
+    def on_gpu(uuid: str | None) -> Any:
+        gpu = desk.manager.hardware().gpu(uuid) if uuid else None
+        return gr.Dropdown(choices=layout_choices(gpu))
+
+    def on_plan(uuid: str | None, wish: str | None) -> tuple[Any, ...]:
+        with shown_to_operator():
+            if not uuid:
+                raise RefusedError("No GPU is chosen yet.", advice="Choose one first.")
+            subject = f"{uuid}|{wish or ''}"
+            wished = change(subject)
+            text = plan_markdown(wished.title, desk.manager.plan(wished))
+            picture = planned_card(wished, desk.manager.state(), desk.manager.hardware())
+            return gr.HTML(picture, visible=True), gr.update(visible=True), text, ("cut", subject)
+
+    with gr.Accordion("Cut a GPU into MIG slices", open=False):
+        with gr.Row(elem_classes="actions"):
+            gpu = live(desk, gr.Dropdown(label="GPU", scale=1, min_width=240), gpu_choices)
+            wish = gr.Dropdown(
+                label="Slices", allow_custom_value=True, scale=3, min_width=320,
+                info="choose, or type 3g.20gb, 2x 1g.5gb, or GiB by model: chat=15, embed=4",
+            )  # fmt: skip
+            plan = gr.Button("Plan", variant="primary", scale=0, min_width=110)
+        card = build_plan_card(desk, {"cut": change})
+    gpu.change(on_gpu, gpu, wish, **PRIVATE)
+    outputs = [card.picture, card.group, card.text, card.pending]
+    plan.click(on_plan, [gpu, wish], outputs, **PRIVATE)
+
+
+def build_reboot_view(desk: Desk) -> None:
+    """What would come back after a reboot, in which order, and how long it took last time."""
+
+    def on_check() -> tuple[str, list[list[str]]]:
+        with shown_to_operator():
+            state, observed = desk.manager.state(), desk.manager.observe()
+            text = reboot_text(state, observed, desk.manager.boot_units())
+            return text, reboot_rows(state, observed)
+
+    with gr.Accordion("Safe to reboot?", open=False):
+        check = gr.Button("Look")
+        verdict = gr.Markdown()
+        rows = table(REBOOT_HEADERS)
+    check.click(on_check, None, [verdict, rows], **PRIVATE)
+
+
 def build_keys_tab(desk: Desk) -> None:
     """A key per colleague: made, shown once, revoked."""
 
@@ -4370,7 +7336,7 @@ def build_keys_tab(desk: Desk) -> None:
         # Opening a tab must not shout: without an endpoint there simply are no keys yet.
         keys: list[VirtualKey] = []
         with contextlib.suppress(ManagerError):
-            keys = desk.manager.list_keys()
+            keys = desk.manager.keys.all()
         return key_rows(keys), gr.Dropdown(choices=[key.alias for key in keys], value=None)
 
     with gr.Tab("Keys") as tab:
@@ -4393,7 +7359,7 @@ def build_revocation(desk: Desk) -> tuple[gr.Dropdown, gr.Markdown]:
 
     def on_confirm(alias: str) -> tuple[Any, str]:
         with shown_to_operator():
-            desk.manager.revoke_key(alias)
+            desk.manager.keys.revoke(alias)
             return gr.update(visible=False), f"Revoked the key of {plain(alias)}."
 
     with gr.Row(elem_classes="actions"):
@@ -4419,7 +7385,7 @@ def build_key_form(desk: Desk) -> gr.Textbox:
     ) -> tuple[Any, Any]:
         with shown_to_operator():
             request = key_request(alias, models, days, rpm, tpm)
-            secret = desk.manager.create_key(request).get_secret_value()
+            secret = desk.manager.keys.create(request).get_secret_value()
             return gr.update(
                 value=hand_out(desk.manager.state(), request, secret), visible=True
             ), ""
@@ -4545,6 +7511,25 @@ button.lg { align-self: flex-start; flex-grow: 0 !important; min-width: 130px; }
 .plan-card pre { max-height: 32em; overflow: auto; white-space: pre-wrap; }
 #job textarea, #new-key textarea, .log textarea { font-family: var(--font-mono); font-size: 12px; }
 footer { display: none !important; }
+.gpu-card { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 10px 14px;
+  margin-bottom: 10px; background: var(--background-fill-primary); }
+.card-head { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 4px 24px;
+  margin-bottom: 8px; color: var(--body-text-color); }
+.card-bar { position: relative; height: 56px; border-radius: 4px; overflow: hidden;
+  background: repeating-linear-gradient(45deg, transparent 0 6px,
+    var(--border-color-primary) 6px 7px); }
+.card-bar .slice { position: absolute; top: 0; bottom: 0; box-sizing: border-box; padding: 6px 8px;
+  overflow: hidden; white-space: nowrap; border: 2px solid var(--background-fill-primary);
+  border-radius: 6px; font-size: 13px; line-height: 1.5; }
+.card-bar .slice b, .card-bar .slice span { display: block; overflow: hidden;
+  text-overflow: ellipsis; }
+.card-bar .ready { background: #166534; color: #fff; } .card-bar .ready * { color: #fff; }
+.card-bar .busy { background: #1d4ed8; } .card-bar .busy * { color: #fff; }
+.card-bar .failed { background: #b91c1c; } .card-bar .failed * { color: #fff; }
+.card-bar .empty { background: var(--background-fill-secondary);
+  border-color: var(--border-color-primary); }
+.card-bar .free { border: none; opacity: 0.75; }
+.card-foot { margin-top: 6px; font-size: 13px; color: var(--body-text-color-subdued); }
 """
 # Fonts of the operator's own machine: the console must not ask the internet for any.
 FONTS: Final = ("system-ui", "sans-serif")
@@ -4562,6 +7547,7 @@ def build_console(manager: Manager, watch: Watch) -> gr.Blocks:
         with gr.Tabs():
             build_overview_tab(desk)
             build_models_tab(desk)
+            build_hardware_tab(desk)
             build_keys_tab(desk)
             build_system_tab(desk)
         wire_live(desk, app)
@@ -4595,7 +7581,7 @@ def build_app(manager: Manager, watch: Watch) -> Guard:
 
 
 # =============================================================================
-# §11 Main — effects: arguments, wiring, systemd
+# §20 Main — effects: arguments, wiring, systemd
 # =============================================================================
 
 DONE, FAILED, WRONG_USAGE, TO_DO = range(4)
@@ -4655,8 +7641,14 @@ def build_parser() -> argparse.ArgumentParser:
     url.add_argument("--port", type=int, default=CONSOLE_PORT)
     add("status", command_status, "models and containers as they are")
     add("plan", command_plan, "what would be done; exit status 3 if anything")
-    add("apply", _changes(lambda _m, _a: applying()), "do what is planned")
-    add("restore", _changes(lambda _m, _a: restoring()), "bring everything back after a reboot")
+    apply = add("apply", _changes(_applying), "do what is planned")
+    restore = add("restore", command_restore, "bring everything back after a reboot")
+    restore.add_argument("--plan", action="store_true", help="what a reboot would bring back")
+    for sub in (apply, restore):
+        sub.add_argument(
+            "--despite-driver", action="store_true",
+            help="make GPU containers although the driver waits for a reboot",
+        )  # fmt: skip
     add("doctor", command_doctor, "check everything this needs from its server")
     rollback = add(
         "rollback", _changes(lambda m, a: m.returning(a.number)), "return to an earlier state"
@@ -4664,9 +7656,14 @@ def build_parser() -> argparse.ArgumentParser:
     rollback.add_argument("number", type=int, nargs="?", help="from history/; default: the last")
     rollback.add_argument("--plan", action="store_true", help="show the plan only")
     add_model_commands(commands, add)
+    add_gpu_commands(commands)
     add_key_commands(commands)
     add_system_commands(commands, add)
     return parser
+
+
+def _applying(_: Manager, arguments: argparse.Namespace) -> Change:
+    return applying(despite_driver=arguments.despite_driver)
 
 
 def add_model_commands(commands: Any, add: Callable[..., Any]) -> None:
@@ -4713,10 +7710,61 @@ def _add_model_options(sub: argparse.ArgumentParser, *, required: bool) -> None:
     sub.add_argument("--arguments", help='for the engine: "--max-model-len 8192"')
     sub.add_argument("--image", help="instead of the pinned engine image")
     sub.add_argument("--replicas", type=int)
-    sub.add_argument("--gpu", action="append", metavar="UUID", help="repeat for several")
+    sub.add_argument("--gpu", action="append", metavar="GPU", help="index or UUID; repeatable")
+    sub.add_argument("--gpus", type=int, metavar="N", help="so many free GPUs, the best joined")
+    sub.add_argument("--mig", metavar="SLICE", help="3g.20gb, or GPU:3g.20gb:START")
     sub.add_argument("--memory-fraction", type=float, help="of each GPU, at most 1")
     sub.add_argument("--cpu-kv-cache", type=int, metavar="MIB", help="place it on the CPU")
     sub.add_argument("--json", action="store_true")
+
+
+def add_gpu_commands(commands: Any) -> None:
+    """`gpu …` and `mig …`."""
+    group = commands.add_parser("gpu", help="the GPUs of this server").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    for verb, command in (("list", command_gpu_list), ("topology", command_gpu_topology)):
+        sub = group.add_parser(verb)
+        sub.set_defaults(command=command)
+        sub.add_argument("--json", action="store_true")
+    mig = commands.add_parser("mig", help="cut GPUs into slices").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    show = mig.add_parser("show", help="slices as they are and as they are wished")
+    show.set_defaults(command=command_mig_show)
+    show.add_argument("--json", action="store_true")
+    choices = mig.add_parser("layouts", help="every way to cut a GPU")
+    choices.set_defaults(command=command_mig_layouts)
+    choices.add_argument("gpu", help="index or UUID")
+    for verb, text in (("plan", "what a cut would do"), ("apply", "cut a GPU; all or nothing")):
+        sub = mig.add_parser(verb, help=text)
+        sub.set_defaults(command=_changes(lambda m, a: m.cutting(a.gpu, " ".join(a.wish))))
+        sub.add_argument("gpu", help="index or UUID")
+        sub.add_argument("wish", nargs="+", help="3g.20gb 2x1g.5gb | MODEL=GIB … | keep | off")
+        sub.set_defaults(plan=verb == "plan")
+    _add_layout_files(mig)
+
+
+def _add_layout_files(mig: Any) -> None:
+    forget = mig.add_parser("forget", help="leave a GPU as it is from now on")
+    forget.set_defaults(
+        command=_changes(lambda m, a: forgetting_layout(m.state(), m.hardware(), a.gpu))
+    )
+    forget.add_argument("gpu", help="index or UUID")
+    taking = mig.add_parser("import", help="the layouts of a mig-parted file")
+    taking.set_defaults(command=_changes(_importing))
+    taking.add_argument("file", type=Path)
+    taking.add_argument("--label", help="which of its configurations")
+    taking.add_argument("--plan", action="store_true", help="show the plan only")
+    export = mig.add_parser("export", help="the wished layouts in mig-parted's format")
+    export.set_defaults(command=command_mig_export)
+    export.add_argument("--label", default="llm-manager")
+
+
+def _importing(manager: Manager, arguments: argparse.Namespace) -> Change:
+    with file_errors(f"read {arguments.file}"):
+        text = arguments.file.read_text(errors="replace")
+    return importing_layouts(manager.state(), manager.hardware(), text, arguments.label)
 
 
 def add_key_commands(commands: Any) -> None:
@@ -4783,13 +7831,17 @@ def open_manager() -> Manager:
     with file_errors("make the weights' directory"):
         cache.mkdir(parents=True, exist_ok=True)
     docker_url = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
-    tools = Tools(DockerContainers(docker_url, state.instance), HttpProbes(), store, SystemClock())
-    recipe = (PROGRAM.parent / "recipes" / "vllm.yaml").read_text()
+    recipes = PROGRAM.parent / "recipes"
+    system = GpuSystem()
+    gpus = NvmlGpus(parse_geometries((recipes / "mig.yaml").read_text()), system)
+    containers = DockerContainers(docker_url, state.instance)
+    tools = Tools(containers, HttpProbes(), store, SystemClock(), gpus)
     return Manager(
         store,
         tools,
         Site(generated=str(store.generated), hugging_face_home=str(cache)),
-        engine_options=parse_recipe_options(recipe),
+        engine_options=parse_recipe_options((recipes / "vllm.yaml").read_text()),
+        enabled=system.enabled,
     )
 
 
@@ -4929,6 +7981,72 @@ def command_plan(arguments: argparse.Namespace) -> int:
     return TO_DO if plan else DONE
 
 
+def command_restore(arguments: argparse.Namespace) -> int:
+    """Bring everything back, or say what would come back."""
+    manager = open_manager()
+    if not arguments.plan:
+        return follow(manager.start(restoring(despite_driver=arguments.despite_driver)))
+    state, observed = manager.state(), manager.observe()
+    out_table(REBOOT_HEADERS, reboot_rows(state, observed))
+    enabled = manager.boot_units()
+    out(reboot_text(state, observed, enabled))
+    return TO_DO if reboot_warnings(state, observed, enabled) else DONE
+
+
+def command_gpu_list(arguments: argparse.Namespace) -> int:
+    manager = open_manager()
+    state, hardware = manager.state(), manager.hardware()
+    if arguments.json:
+        out_json(hardware_facts(state, hardware))
+    else:
+        out(driver_text(hardware).replace("**", ""))
+        out_table(GPU_HEADERS, gpu_rows(state, hardware))
+    return FAILED if hardware.fault or hardware.lost else DONE
+
+
+def command_gpu_topology(arguments: argparse.Namespace) -> int:
+    manager = open_manager()
+    hardware = manager.hardware()
+    if arguments.json:
+        out_json(hardware_facts(manager.state(), hardware)["links"])
+    else:
+        out_table(topology_headers(hardware), topology_rows(hardware))
+    return DONE
+
+
+def command_mig_show(arguments: argparse.Namespace) -> int:
+    manager = open_manager()
+    state, hardware = manager.state(), manager.hardware()
+    rows = slice_rows(state, hardware)
+    if arguments.json:
+        out_json(keyed(SLICE_HEADERS, rows))
+        return DONE
+    for gpu in hardware.gpus:
+        out(f"{gpu.title} ({gpu.name or UNKNOWN}): MIG {mig_text(gpu)}")
+    if not hardware.gpus:
+        out(driver_text(hardware))
+    out_table(SLICE_HEADERS, rows)
+    return DONE
+
+
+def command_mig_layouts(arguments: argparse.Namespace) -> int:
+    gpu = open_manager().hardware().named(arguments.gpu)
+    for line in layout_choices(gpu):
+        out(line)
+    return DONE
+
+
+def command_mig_export(arguments: argparse.Namespace) -> int:
+    manager = open_manager()
+    state, hardware = manager.state(), manager.hardware()
+    wished = {gpu.index: wish.slices for gpu in hardware.gpus
+              if (wish := state.layout_of(gpu.uuid))}  # fmt: skip
+    if not wished:
+        raise RefusedError("No layout is wished.", advice="Cut a GPU first: `mig plan`.")
+    out(render_mig_parted(wished, arguments.label))
+    return DONE
+
+
 def command_doctor(arguments: argparse.Namespace) -> int:
     checks = open_manager().doctor()
     if arguments.json:
@@ -4950,19 +8068,24 @@ def command_logs(arguments: argparse.Namespace) -> int:
 
 
 def command_model_add(arguments: argparse.Namespace) -> int:
-    model = open_manager().register(model_options(arguments) | {"name": arguments.name})
-    out(f"Registered {model.name}. Next: llm_manager.py deploy {model.name}")
+    manager = open_manager()
+    given = model_options(arguments) | placement_option(manager, arguments)
+    model = manager.register(given | {"name": arguments.name})
+    where = format_placement(model.placement, manager.hardware())
+    out(f"Registered {model.name} on {where}. Next: llm_manager.py deploy {model.name}")
     return DONE
 
 
 def command_model_set(arguments: argparse.Namespace) -> int:
-    model = open_manager().revise(arguments.name, model_options(arguments))
+    manager = open_manager()
+    given = model_options(arguments) | placement_option(manager, arguments)
+    model = manager.revise(arguments.name, given)
     out(f"Saved {model.name}. Next: llm_manager.py plan")
     return DONE
 
 
 def model_options(arguments: argparse.Namespace) -> Json:
-    """What was given on the command line, in the shape of a stored model."""
+    """What was given on the command line, in the shape of a stored model; without its place."""
     given: Json = {
         "type": arguments.type,
         "served_model_name": arguments.served_as,
@@ -4983,15 +8106,37 @@ def model_options(arguments: argparse.Namespace) -> Json:
         }  # fmt: skip
     if arguments.path:
         given["source"] = {"kind": "local", "path": arguments.path}
-    if arguments.gpu:
-        given["placement"] = {
-            "kind": "gpu",
-            "gpu_uuids": arguments.gpu,
-            "memory_fraction": arguments.memory_fraction,
-        }
-    if arguments.cpu_kv_cache:
-        given["placement"] = {"kind": "cpu", "kv_cache_mib": arguments.cpu_kv_cache}
     return {key: value for key, value in given.items() if value is not None}
+
+
+def placement_option(manager: Manager, arguments: argparse.Namespace) -> Json:
+    """Where the model goes, in the one way that was given; says why where it chose."""
+    given = [
+        option
+        for option, value in (
+            ("--gpu", arguments.gpu), ("--gpus", arguments.gpus), ("--mig", arguments.mig),
+            ("--cpu-kv-cache", arguments.cpu_kv_cache),
+        )
+        if value
+    ]  # fmt: skip
+    if len(given) > 1:
+        raise RefusedError(
+            f"{' and '.join(given)} place one model twice.", advice="Give one of them."
+        )
+    if arguments.cpu_kv_cache:
+        return {"placement": {"kind": "cpu", "kv_cache_mib": arguments.cpu_kv_cache}}
+    if arguments.mig:
+        return {"placement": asdict(find_slice(manager.state(), manager.hardware(), arguments.mig))}
+    uuids = [manager.hardware().named(text).uuid for text in arguments.gpu or ()]
+    if arguments.gpus:
+        taken = {uuid for model in manager.state().models for uuid in gpus_of(model)}
+        choice = choose_gpus(manager.hardware(), arguments.gpus, taken)
+        out(f"Chosen: {choice.reason}.")
+        uuids = list(choice.gpu_uuids)
+    if not uuids:
+        return {}
+    fraction = arguments.memory_fraction
+    return {"placement": {"kind": "gpu", "gpu_uuids": uuids, "memory_fraction": fraction}}
 
 
 def command_model_list(arguments: argparse.Namespace) -> int:
@@ -5019,7 +8164,7 @@ def command_key_create(arguments: argparse.Namespace) -> int:
         tpm_limit=arguments.tpm,
     )
     manager = open_manager()
-    secret = manager.create_key(request).get_secret_value()
+    secret = manager.keys.create(request).get_secret_value()
     if arguments.json:
         out_json({"name": request.alias, "key": secret})
     else:
@@ -5028,7 +8173,7 @@ def command_key_create(arguments: argparse.Namespace) -> int:
 
 
 def command_key_list(arguments: argparse.Namespace) -> int:
-    keys = open_manager().list_keys()
+    keys = open_manager().keys.all()
     if arguments.json:
         out_json([asdict(key) for key in keys])
     else:
@@ -5037,7 +8182,7 @@ def command_key_list(arguments: argparse.Namespace) -> int:
 
 
 def command_key_revoke(arguments: argparse.Namespace) -> int:
-    open_manager().revoke_key(arguments.name)
+    open_manager().keys.revoke(arguments.name)
     out(f"Revoked {arguments.name}.")
     return DONE
 

@@ -62,6 +62,20 @@ def on_gpus(*uuids: lm.GpuUuid, memory_fraction: float | None = None) -> lm.GpuP
     return lm.GpuPlacement(gpu_uuids=uuids or (GPU_0,), memory_fraction=memory_fraction)
 
 
+def on_slice(profile: str, start: int, gpu: lm.GpuUuid = GPU_0) -> lm.MigPlacement:
+    return lm.MigPlacement(gpu_uuid=gpu, profile=profile, start=start)
+
+
+def a_layout(*slices: lm.Slice, gpu: lm.GpuUuid = GPU_0) -> lm.MigLayout:
+    """The wished slices of a GPU; none means MIG off."""
+    return lm.MigLayout(gpu_uuid=gpu, slices=slices)
+
+
+def only(name: str | None) -> lm.Scope:
+    """A change of that model, or of everything."""
+    return lm.Scope(models=frozenset({lm.ModelName(name)})) if name else lm.EVERYTHING
+
+
 def a_site() -> lm.Site:
     return lm.Site(generated="/home/llm/generated", hugging_face_home="/home/llm/huggingface")
 
@@ -85,6 +99,7 @@ def seen(spec: lm.ContainerSpec, **changes: Any) -> lm.ObservedContainer:
         "model_type": spec.labels.get(lm.LABEL_MODEL_TYPE),
         "served_model_name": spec.labels.get(lm.LABEL_SERVED_NAME),
         "docker_health": "healthy" if spec.healthcheck else None,
+        "devices": spec.devices,
     }
     return lm.ObservedContainer(**given | changes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from builders import Golden
 from hypothesis import HealthCheck, settings
 
 GOLDEN = Path(__file__).parent / "golden"
+DOCKER_SOCKET = "unix:///var/run/docker.sock"
 
 # Two busy cores are slow enough for Hypothesis's deadlines to lie, and a wall clock is no verdict.
 settings.register_profile(
@@ -54,6 +56,8 @@ def why_absent(kind: str) -> str | None:
         case "browser":
             found = any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
             return None if found else "no Chromium is installed"
+        case "container toolkit":
+            return why_absent("docker") or _why_no_toolkit()
         case "gpu" | "mig":
             return None if Path("/dev/nvidiactl").exists() else "no NVIDIA GPU"
         case _:  # a server program, such as promtool
@@ -61,7 +65,7 @@ def why_absent(kind: str) -> str | None:
 
 
 def _why_no_engine() -> str | None:
-    url = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
+    url = os.environ.get("DOCKER_HOST") or DOCKER_SOCKET
     try:
         client = docker.DockerClient(base_url=url, timeout=20)
         client.ping()
@@ -69,6 +73,25 @@ def _why_no_engine() -> str | None:
     except docker.errors.DockerException:
         return f"no Docker engine answers at {url}"
     return None
+
+
+def _why_no_toolkit() -> str | None:
+    """Whether the container toolkit of this Docker engine is the one in tests/standin/bin."""
+    url = os.environ.get("DOCKER_HOST") or DOCKER_SOCKET
+    with contextlib.closing(docker.DockerClient(base_url=url, timeout=60)) as client:
+        # To NVIDIA's own, this would mean a container without a GPU.
+        none = docker.types.DeviceRequest(device_ids=["none"], capabilities=[["gpu"]])
+        container = client.containers.create(
+            "llm-manager-test/base:latest", "true", device_requests=[none], network_mode="none"
+        )
+        try:
+            container.start()
+        except docker.errors.APIError as error:
+            if "none: unknown device" in str(error.explanation):
+                return None
+        finally:
+            container.remove(force=True)
+    return "this Docker engine has no simulated GPUs (tests/run starts one that has)"
 
 
 def need(kind: str, *, listed_as: str = "") -> None:
@@ -85,6 +108,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     for kind in ("docker", "browser", "gpu", "mig"):
         if item.get_closest_marker(kind):
             need(kind)
+
+
+@pytest.fixture(scope="session")
+def simulated_gpus() -> None:
+    """Programs and containers may use the GPUs of nvml_standin.py."""
+    need("cc", listed_as="tools")
+    need("container toolkit", listed_as="docker")
 
 
 @pytest.fixture

@@ -7,12 +7,17 @@ test to assert on; what a test looks at is the world that is left behind.
 from __future__ import annotations
 
 import contextlib
+import itertools
+import shutil
 import threading
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from pathlib import Path
 
 import yaml
+from builders import a_site
+from fake_gpus import SimulatedGpus
 
 import llm_manager as lm
 
@@ -45,11 +50,13 @@ class FakeClock:
 class Trouble:
     """Strikes at some of the effects on the world, counted from 1: just before, or just after.
 
-    `watch` is called after every effect: what must hold all the time is checked there.
+    With `lie` the driver says that it did what it did not do. `watch` is called after every
+    effect: what must hold all the time is checked there.
     """
 
     at: Collection[int] = ()
     after: bool = False
+    lie: bool = False
     error: Callable[[], BaseException] = Crash
     watch: Callable[[], None] = lambda: None
     count: int = 0
@@ -57,17 +64,17 @@ class Trouble:
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     @contextlib.contextmanager
-    def around(self) -> Iterator[None]:
-        """Surround one effect; effects never overlap."""
+    def around(self) -> Iterator[bool]:
+        """Surround one effect, which takes place unless it is a lie; effects never overlap."""
         with self.lock:
             self.alive()
             self.count += 1
             strikes = self.count in self.at
-            if strikes and not self.after:
+            if strikes and not self.after and not self.lie:
                 self._strike()
-            yield
+            yield not (strikes and self.lie)
             self.watch()
-            if strikes and self.after:
+            if strikes and self.after and not self.lie:
                 self._strike()
 
     def alive(self) -> None:
@@ -86,6 +93,7 @@ class FakeFiles:
     def __init__(self) -> None:
         self.generated: dict[str, str] = {}
         self.kept: dict[str, str] = {}
+        self.starts: dict[str, float] = {}
         self.trouble = Trouble()
 
     def read_generated(self) -> dict[str, str]:
@@ -103,6 +111,17 @@ class FakeFiles:
         if not self.trouble.dead:
             self.kept[name] = text
 
+    def read_starts(self) -> dict[str, float]:
+        return {**self.starts}
+
+    def note_start(self, name: lm.ContainerName, seconds: float) -> None:
+        if not self.trouble.dead:
+            self.starts[name] = seconds
+
+
+# Docker gives every container an id of 64 hexadecimal digits, and none twice.
+IDS = (f"{number:064x}" for number in itertools.count(1))
+
 
 @dataclass
 class FakeContainer:
@@ -115,6 +134,7 @@ class FakeContainer:
     started_at: float = 0.0
     loaded: str = ""
     log: list[str] = field(default_factory=list)
+    container_id: str = field(default_factory=lambda: next(IDS))
 
 
 @dataclass
@@ -122,6 +142,7 @@ class World:
     """What Docker has: it outlives every connection, and so every crash of the manager."""
 
     files: lm.Files
+    gpus: SimulatedGpus = field(default_factory=SimulatedGpus)
     clock: FakeClock = field(default_factory=FakeClock)
     containers: dict[lm.ContainerName, FakeContainer] = field(default_factory=dict)
     images: set[str] = field(default_factory=set)
@@ -130,12 +151,39 @@ class World:
     absent_images: set[str] = field(default_factory=set)  # no registry has these
     broken: set[str] = field(default_factory=set)  # an image or argument; such engines exit
     deaf: set[str] = field(default_factory=set)  # containers that miss their health checks
+    blind: set[str] = field(default_factory=set)  # that lost their GPU, as by a daemon-reload
+    needs: dict[str, int] = field(default_factory=dict)  # MiB of a GPU, by container
     rejected: str = "\0"  # Caddy rejects a Caddyfile with this in it
     start_seconds: float = 0.0
     docker_answers: bool = True
 
     def boot(self, container: FakeContainer) -> None:
         """Start it: it reads its files now, and ends at once if it is broken."""
+        spec = container.spec
+        self._refuse_to_start(container)
+        self.blind.discard(container.name)
+        container.running, container.exit_code = True, None
+        container.started_at = self.clock.now
+        container.loaded = self.file_of(spec)
+        container.log.append(f"{container.name} starts")
+        for device in spec.devices:
+            self.gpus.open(device, "VLLM::EngineCore", container_id=container.container_id)
+        if self.is_broken(spec) or self.finds_its_volume_taken(container):
+            container.log.append("ValueError: The model does not fit.")
+            self.end(container.name, 1)
+        elif not all(map(self.gpus.computes, spec.devices)):
+            container.log.append("RuntimeError: No CUDA GPUs are available.")
+            self.end(container.name, 1)
+        elif self.is_too_large(container):
+            container.log.append("ValueError: No available memory for the cache blocks.")
+            self.end(container.name, 1)
+
+    def is_too_large(self, container: FakeContainer) -> bool:
+        needed = self.needs.get(container.name, 0)
+        return any(self.gpus.memory_mib(device) < needed for device in container.spec.devices)
+
+    def _refuse_to_start(self, container: FakeContainer) -> None:
+        """What Docker, the kernel and the container toolkit would say."""
         spec = container.spec
         for other in self.containers.values():
             if other.running and other is not container and {*other.spec.ports} & {*spec.ports}:
@@ -148,13 +196,8 @@ class World:
                 f"Docker could not start {container.name}: network {spec.network} not found.",
                 advice="Apply the plan.",
             )
-        container.running, container.exit_code = True, None
-        container.started_at = self.clock.now
-        container.loaded = self.file_of(spec)
-        container.log.append(f"{container.name} starts")
-        if self.is_broken(spec) or self.finds_its_volume_taken(container):
-            container.log.append("ValueError: The model does not fit.")
-            self.end(container.name, 1)
+        for said in filter(None, map(self.gpus.why_not, spec.devices)):
+            raise lm._docker_fault(f"start {container.name}", said)
 
     def finds_its_volume_taken(self, container: FakeContainer) -> bool:
         """Two servers on one database would destroy it; PostgreSQL refuses by its lock file."""
@@ -169,6 +212,17 @@ class World:
     def end(self, name: str, exit_code: int = 0) -> None:
         container = self.containers[lm.ContainerName(name)]
         container.running, container.exit_code = False, exit_code
+        self.gpus.close(container_id=container.container_id)
+
+    def reboot(self) -> None:
+        """The server is switched off and on; Docker starts again what it may."""
+        again = [c for c in self.containers.values() if c.running and c.spec.restart != "no"]
+        for name in self.running():
+            self.end(name, 137)
+        self.gpus.reboot()
+        for container in again:
+            with contextlib.suppress(lm.ContainerFailedError):
+                self.boot(container)
 
     def file_of(self, spec: lm.ContainerSpec) -> str:
         paths = {"edge": lm.CADDYFILE, "gateway": f"litellm-{spec.name[-1]}/config.yaml"}
@@ -213,6 +267,7 @@ class World:
         return replace(
             self,
             files=files,
+            gpus=self.gpus.copy(),
             clock=FakeClock(),
             containers={n: replace(c, log=[*c.log]) for n, c in self.containers.items()},
             images={*self.images},
@@ -220,6 +275,8 @@ class World:
             volumes={*self.volumes},
             broken={*self.broken},
             deaf={*self.deaf},
+            blind={*self.blind},
+            needs={**self.needs},
         )
 
     def running(self) -> set[str]:
@@ -276,6 +333,8 @@ class FakeContainers:
             model_type=spec.labels.get(lm.LABEL_MODEL_TYPE),
             served_model_name=spec.labels.get(lm.LABEL_SERVED_NAME),
             docker_health=healthy if spec.healthcheck and container.running else None,
+            container_id=container.container_id,
+            devices=spec.devices,
         )
 
     def _connected(self) -> None:
@@ -397,6 +456,14 @@ class FakeContainers:
     def follow(self, name: lm.ContainerName) -> Iterator[str]:
         yield from self._known(name).log
 
+    def visible_devices(self, seen: lm.ObservedContainer) -> frozenset[str] | None:
+        container = self.world.containers.get(seen.name)
+        if container is None or not container.running:
+            return None
+        if seen.name in self.world.blind:
+            return frozenset()
+        return frozenset(filter(self.world.gpus.exists, container.spec.devices))
+
 
 class FakeProbes:
     """The `Probes` protocol over a world: what answers is what the world says does."""
@@ -433,9 +500,9 @@ class FakeProbes:
                 return True
 
 
-def a_world(files: lm.Files | None = None) -> World:
+def a_world(files: lm.Files | None = None, gpus: SimulatedGpus | None = None) -> World:
     """A server with Docker and nothing in it."""
-    return World(files if files is not None else FakeFiles())
+    return World(files if files is not None else FakeFiles(), gpus or SimulatedGpus())
 
 
 def some_tools(world: World, trouble: Trouble | None = None) -> lm.Tools:
@@ -443,4 +510,35 @@ def some_tools(world: World, trouble: Trouble | None = None) -> lm.Tools:
     trouble = trouble or Trouble()
     if isinstance(world.files, FakeFiles):
         world.files.trouble = trouble
-    return lm.Tools(FakeContainers(world, trouble), FakeProbes(world), world.files, world.clock)
+    world.gpus.trouble = trouble
+    containers = FakeContainers(world, trouble)
+    return lm.Tools(containers, FakeProbes(world), world.files, world.clock, world.gpus)
+
+
+class Server:
+    """A manager with a real home directory, and the simulated world that it manages."""
+
+    def __init__(self, home: Path, gpus: SimulatedGpus | None = None) -> None:
+        self.store = lm.StateStore(home)
+        self.store.ensure(fixed_names=True)
+        self.world = a_world(self.store, gpus)
+        self.restart()
+
+    def restart(self, trouble: Trouble | None = None) -> None:
+        """Another life of the manager."""
+        self.trouble = trouble or Trouble()
+        tools = some_tools(self.world, self.trouble)
+        self.manager = lm.Manager(self.store, tools, a_site(), engine_options={})
+
+    def twin(self, home: Path) -> Server:
+        """The same server once more, with a home of its own."""
+        shutil.copytree(self.store.home, home)
+        twin = Server(home)
+        twin.world = self.world.copy()
+        twin.world.files = twin.store
+        twin.restart()
+        return twin
+
+    def do(self, change: lm.Change) -> list[str]:
+        """A change from its start to its end."""
+        return list(self.manager.start(change).follow())

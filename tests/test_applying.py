@@ -1,4 +1,4 @@
-"""§8: a plan becomes the world; what fails is undone, and what is killed is healed."""
+"""Orchestration: a plan becomes the world; what fails is undone, and what is killed is healed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import pytest
-from builders import GPU_0, GPU_1, a_model, a_site, a_state, an_engine, on_gpus
+from builders import GPU_0, GPU_1, a_model, a_site, a_state, an_engine, on_gpus, only
+from fake_gpus import SimulatedGpus, a_card
 from fakes import Crash, FakeFiles, Trouble, World, a_world, some_tools
 
 import llm_manager as lm
@@ -39,7 +40,7 @@ def run(
     world: World,
     trouble: Trouble | None = None,
     *,
-    only: str | None = None,
+    model: str | None = None,
     cancel_at: str = "nowhere",
 ) -> Outcome:
     """Converge to the end, bitter or not; `cancel_at`: the operator cancels at this line."""
@@ -51,12 +52,16 @@ def run(
             control.cancel()
 
     control = lm.Control(report)
-    name = lm.ModelName(only) if only else None
+    change = replace(lm.applying(), scope=only(model))
     try:
-        lm.converge(state, a_site(), some_tools(world, trouble), control, only=name)
+        lm.converge(state, a_site(), some_tools(world, trouble), control, change)
     except (lm.ManagerError, Crash) as error:
         outcome.error = error
     return outcome
+
+
+def two_gpus() -> SimulatedGpus:
+    return SimulatedGpus([a_card("H100 80 GB")] * 2)
 
 
 def a_server_with(state: lm.State) -> World:
@@ -128,6 +133,7 @@ def test_fewer_replicas_leave_no_route_to_a_dead_one() -> None:
 def test_two_engines_on_two_gpus_are_both_made(two_models: World) -> None:
     state = a_state(a_model(placement=on_gpus(GPU_0)), a_model("other", placement=on_gpus(GPU_1)))
     world = two_models.copy()
+    world.gpus = two_gpus()
     assert run(state, world).error is None
     assert plan_for(state, world) == ""
 
@@ -163,7 +169,7 @@ def test_another_model_is_routed_at_every_moment_of_a_change(
 def test_a_failed_replacement_brings_the_old_container_back(two_models: World) -> None:
     world = two_models.copy()
     before = shape(world)
-    outcome = run(BREAKING, world, only="chat")
+    outcome = run(BREAKING, world, model="chat")
     assert str(outcome.error) == (
         "llm-model-chat-0 ended with status 1 before it was ready: "
         "ValueError: The model does not fit. Mend that, then deploy again; its whole log is kept."
@@ -173,7 +179,7 @@ def test_a_failed_replacement_brings_the_old_container_back(two_models: World) -
 
 
 def test_what_fails_is_undone_newest_first(two_models: World) -> None:
-    outcome = run(BREAKING, two_models.copy(), only="chat")
+    outcome = run(BREAKING, two_models.copy(), model="chat")
     image = TWO.images.vllm_cpu
     assert [line for line in outcome.lines if "undo" in line] == [
         f"undone: create llm-model-chat-0 from {image}: its settings changed",
@@ -183,11 +189,11 @@ def test_what_fails_is_undone_newest_first(two_models: World) -> None:
 
 def test_an_undo_that_fails_is_reported_and_the_next_still_runs(two_models: World) -> None:
     smooth = Trouble()
-    run(BREAKING, two_models.copy(), smooth, only="chat")
+    run(BREAKING, two_models.copy(), smooth, model="chat")
     # stop, rename, create, start; then the undo: stop, remove, rename, start
     assert smooth.count == 8
     world = two_models.copy()
-    outcome = run(BREAKING, world, Trouble((3, 4), error=a_failure), only="chat")
+    outcome = run(BREAKING, world, Trouble((3, 4), error=a_failure), model="chat")
     assert [line for line in outcome.lines if "undo" in line] == [
         f"could not undo create llm-model-chat-0 from {TWO.images.vllm_cpu}: its settings changed: "
         + str(a_failure()),
@@ -199,7 +205,7 @@ def test_an_undo_that_fails_is_reported_and_the_next_still_runs(two_models: Worl
 def test_a_stop_that_fails_half_way_leaves_the_model_running(two_models: World) -> None:
     world = two_models.copy()
     before = shape(world)
-    run(CHANGED, world, Trouble((1,), after=True, error=a_failure), only="chat")
+    run(CHANGED, world, Trouble((1,), after=True, error=a_failure), model="chat")
     assert shape(world) == before
 
 
@@ -227,7 +233,7 @@ def test_an_image_that_no_registry_has_interrupts_nothing(two_models: World) -> 
     world = two_models.copy()
     world.absent_images.add("example/none:v1")
     before = shape(world)
-    error = run(TWO.with_model(a_model(image="example/none:v1")), world, only="chat").error
+    error = run(TWO.with_model(a_model(image="example/none:v1")), world, model="chat").error
     assert isinstance(error, lm.ContainerFailedError)
     assert "could not pull example/none:v1" in error.fact
     assert shape(world) == before
@@ -324,7 +330,7 @@ def test_a_failure_at_any_moment_drops_no_model_that_was_routed(
 def test_cancelling_undoes_what_was_begun(two_models: World, line: str) -> None:
     world = two_models.copy()
     before = shape(world)
-    outcome = run(CHANGED, world, only="chat", cancel_at=line)
+    outcome = run(CHANGED, world, model="chat", cancel_at=line)
     assert isinstance(outcome.error, lm.CancelledError)
     assert shape(world) == before
     assert world.routed() == {"chat", "other"}
@@ -341,7 +347,7 @@ def test_a_pull_can_be_cancelled_between_its_events(two_models: World) -> None:
     world = two_models.copy()
     before = shape(world)
     state = TWO.with_model(a_model(image="example/engine:v2"))
-    outcome = run(state, world, only="chat", cancel_at="10 B of 100 B")
+    outcome = run(state, world, model="chat", cancel_at="10 B of 100 B")
     assert isinstance(outcome.error, lm.CancelledError)
     assert shape(world) == before
     assert "example/engine:v2" not in world.images
@@ -349,7 +355,7 @@ def test_a_pull_can_be_cancelled_between_its_events(two_models: World) -> None:
 
 def test_cancelling_stops_every_lane() -> None:
     state = a_state(a_model(placement=on_gpus(GPU_0)), a_model("other", placement=on_gpus(GPU_1)))
-    world = a_world()
+    world = a_world(gpus=two_gpus())
     world.start_seconds = 25
     outcome = run(state, world, cancel_at="wait until llm-model")
     assert isinstance(outcome.error, lm.CancelledError)

@@ -1,4 +1,4 @@
-"""§6 and §10: what the operator reads, and who may read it."""
+"""Views and console: what the operator reads, and who may read it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import httpx
 import pytest
 from builders import (
     GPU_0,
+    GPU_1,
     NOW,
     SECRET_MARK,
     a_model,
@@ -28,6 +29,7 @@ from builders import (
     seen,
     the,
 )
+from fake_gpus import Card, SimulatedGpus
 from fakes import a_world, some_tools
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -198,10 +200,8 @@ def manager(tmp_path_factory: pytest.TempPathFactory) -> lm.Manager:
     store.ensure(fixed_names=True)
     store.save(a_state(a_model(), hugging_face_home="/hub", secrets=a_state().secrets))
     site = lm.Site(generated=str(store.generated), hugging_face_home="/hub")
-    gpu = lm.Gpu(uuid=GPU_0, name="<b>H200</b>", memory_mib=None)
-    return lm.Manager(
-        store, some_tools(a_world(store)), site, engine_options={}, gpus=lambda: (gpu,)
-    )
+    gpus = SimulatedGpus([Card("<b>H200</b>", "Hopper", 143771)])
+    return lm.Manager(store, some_tools(a_world(store, gpus)), site, engine_options={})
 
 
 @pytest.fixture(scope="module")
@@ -447,9 +447,12 @@ def test_a_size_is_read_in_its_unit(size: float, text: str) -> None:
 
 
 def test_placements_and_sources_are_read_at_a_glance() -> None:
-    assert lm.format_placement(on_gpus(GPU_0)) == GPU_0[:12]
-    mig = lm.MigPlacement(gpu_uuid=GPU_0, profile="1g.18gb", start=2)
-    assert lm.format_placement(mig) == "MIG 1g.18gb at 2"
+    hardware = lm.Hardware(gpus=(lm.Gpu(uuid=GPU_1, index=1),))
+    gone, there = on_gpus(GPU_0), on_gpus(GPU_1, memory_fraction=0.3)
+    assert lm.format_placement(gone, hardware) == GPU_0[:12]
+    assert lm.format_placement(there, hardware) == "30% of GPU 1"
+    mig = lm.MigPlacement(gpu_uuid=GPU_1, profile="1g.18gb", start=2)
+    assert lm.format_placement(mig, hardware) == "1g.18gb at 2 of GPU 1"
     assert lm.format_source(lm.HubSource(repository="a/b", revision="main")) == "a/b@main"
     assert lm.format_source(lm.LocalSource(path="/srv/x")) == "/srv/x"
 
@@ -512,9 +515,7 @@ def test_a_pull_says_one_line_per_tenth() -> None:
 
 
 def test_a_filled_form_is_a_model() -> None:
-    raw = lm.registration(
-        " chat ", "chat", lm.ORIGINS[0], " a/b ", "--seed 1", "", "", "", 64, [], 2
-    )
+    raw = lm.registration(" chat ", "chat", lm.ORIGINS[0], " a/b ", "--seed 1", "", "", "", 64, 2)
     model = lm.parse_model(raw, lm.Images(), {})
     assert (model.name, model.served_model_name, model.replicas) == ("chat", "chat", 2)
     assert model.source == lm.HubSource(repository="a/b")
@@ -524,16 +525,26 @@ def test_a_filled_form_is_a_model() -> None:
 
 def test_a_form_can_name_a_directory_and_gpus() -> None:
     raw = lm.registration(
-        "chat", "chat", lm.ORIGINS[1], "/srv/x", "", "q", "", "x/y:1", None, [GPU_0], 1
+        "chat", "chat", lm.ORIGINS[1], "/srv/x", "", "q", "", "x/y:1", None, 1, [GPU_0], None, 0.4
     )
     model = lm.parse_model(raw, lm.Images(), {})
     assert model.source == lm.LocalSource(path="/srv/x")
-    assert model.placement == on_gpus(GPU_0)
+    assert model.placement == on_gpus(GPU_0, memory_fraction=0.4)
     assert (model.served_model_name, model.image) == ("q", "x/y:1")
 
 
+def test_a_form_can_name_a_slice_and_then_no_gpu_counts() -> None:
+    raw = lm.registration(
+        *("chat", "chat", lm.ORIGINS[0], "a/b", "", "", "", "", 64, 1),
+        gpus=[GPU_1],
+        mig_slice=f"{GPU_0}:3g.20gb:4",
+    )
+    model = lm.parse_model(raw, lm.Images(), {})
+    assert model.placement == lm.MigPlacement(gpu_uuid=GPU_0, profile="3g.20gb", start=4)
+
+
 def test_an_empty_form_is_refused_with_what_is_missing() -> None:
-    raw = lm.registration("", "chat", lm.ORIGINS[0], "", "", "", "", "", None, [], 1)
+    raw = lm.registration("", "chat", lm.ORIGINS[0], "", "", "", "", "", None, 1)
     with pytest.raises(lm.RefusedError, match=r"name: .*source\.repository: "):
         lm.parse_model(raw, lm.Images(), {})
 

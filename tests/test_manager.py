@@ -1,4 +1,4 @@
-"""§9: the use cases, over a simulated server and a real home directory."""
+"""Manager: the use cases, over a simulated server and a real home directory."""
 
 from __future__ import annotations
 
@@ -9,43 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import GPU_0, GPU_1, SECRET_MARK, on_gpus
-from fakes import Trouble, a_world, some_tools
+from builders import GPU_0, GPU_1, SECRET_MARK, a_site, on_gpus
+from fake_gpus import Card, SimulatedGpus, a_card
+from fakes import Server, some_tools
 
 import llm_manager as lm
 
-GPUS = (
-    lm.Gpu(uuid=GPU_0, name="NVIDIA H200", memory_mib=143771),
-    lm.Gpu(uuid=GPU_1, name=None, memory_mib=None),
-)
+L40S = Card("NVIDIA L40S", "Ada", 46068)
 CHAT = {"name": "chat", "type": "chat", "source": {"kind": "hub", "repository": "a/b"}}
 
 
-class Server:
-    """A manager, and the world it manages."""
-
-    def __init__(self, home: Path, gpus: tuple[lm.Gpu, ...] = ()) -> None:
-        self.store = lm.StateStore(home)
-        self.store.ensure(fixed_names=True)
-        self.world = a_world(self.store)
-        self.trouble = Trouble()
-        self.site = lm.Site(generated=str(self.store.generated), hugging_face_home="/hub")
-        self.manager = lm.Manager(
-            self.store,
-            some_tools(self.world, self.trouble),
-            self.site,
-            engine_options={},
-            gpus=lambda: gpus,
-        )
-
-    def do(self, change: lm.Change) -> list[str]:
-        """A change from its start to its end."""
-        return list(self.manager.start(change).follow())
-
-    def serve(self, *names: str) -> None:
-        for name in names:
-            self.manager.register(CHAT | {"name": name})
-            self.do(lm.deploying(name))
+def serve(server: Server, *names: str) -> None:
+    for name in names:
+        server.manager.register(CHAT | {"name": name})
+        server.do(lm.deploying(name))
 
 
 def until(holds: Callable[[], bool]) -> bool:
@@ -61,7 +38,7 @@ def server(tmp_path: Path) -> Server:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Callable[..., Server]:
-    return lambda *gpus: Server(tmp_path, gpus)
+    return lambda *cards: Server(tmp_path, SimulatedGpus(cards))
 
 
 # --- from registering to removing ---------------------------------------------------------------
@@ -95,7 +72,7 @@ def test_a_plan_changes_nothing(server: Server) -> None:
 
 
 def test_a_revised_model_takes_effect_with_the_next_plan(server: Server) -> None:
-    server.serve("chat")
+    serve(server, "chat")
     server.manager.revise("chat", {"replicas": 2})
     assert server.world.running() >= {"llm-model-chat-0"}
     assert "create llm-model-chat-1" in str(server.manager.plan(lm.applying()))
@@ -104,7 +81,7 @@ def test_a_revised_model_takes_effect_with_the_next_plan(server: Server) -> None
 
 
 def test_a_rollback_brings_the_earlier_state_back(server: Server) -> None:
-    server.serve("chat")
+    serve(server, "chat")
     server.manager.revise("chat", {"engine_arguments": ["--seed", "1"]})
     server.do(lm.applying())
     server.do(server.manager.returning(None))
@@ -120,7 +97,7 @@ def test_without_history_there_is_no_way_back(server: Server) -> None:
 
 
 def test_after_a_power_cut_everything_wished_comes_back(server: Server) -> None:
-    server.serve("chat", "other")
+    serve(server, "chat", "other")
     for name in server.world.running():
         server.world.end(name, 137)
     server.do(lm.restoring())
@@ -211,7 +188,7 @@ def test_a_cancelled_deployment_is_undone_and_listed(server: Server) -> None:
 
 
 def test_jobs_are_listed_newest_first(server: Server) -> None:
-    server.serve("chat")
+    serve(server, "chat")
     server.do(lm.stopping("chat"))
     assert [job.title for job in server.manager.jobs()] == ["Stop chat", "Deploy chat"]
 
@@ -220,7 +197,7 @@ def test_jobs_are_listed_newest_first(server: Server) -> None:
 
 
 def test_models_go_to_free_gpus_first(start: Callable[..., Server]) -> None:
-    manager = start(*GPUS).manager
+    manager = start(L40S, L40S).manager
     placements = [manager.register(CHAT | {"name": name}).placement for name in ("a", "b", "c")]
     assert placements == [on_gpus(GPU_0), on_gpus(GPU_1), on_gpus(GPU_0)]
 
@@ -231,7 +208,7 @@ def test_without_a_gpu_a_model_goes_to_the_cpu(server: Server) -> None:
 
 def test_where_the_operator_says_where_that_is_where(start: Callable[..., Server]) -> None:
     chosen = {"placement": {"kind": "cpu", "kv_cache_mib": 64}}
-    model = start(*GPUS).manager.register(CHAT | chosen)
+    model = start(L40S, L40S).manager.register(CHAT | chosen)
     assert model.placement == lm.CpuPlacement(kv_cache_mib=64)
 
 
@@ -239,7 +216,7 @@ def test_where_the_operator_says_where_that_is_where(start: Callable[..., Server
 
 
 def test_a_snapshot_holds_everything_a_page_shows(server: Server) -> None:
-    server.serve("chat")
+    serve(server, "chat")
     snapshot = server.manager.snapshot()
     assert snapshot.faults == ()
     assert snapshot.state == server.manager.state()
@@ -269,7 +246,7 @@ def test_a_snapshot_of_an_unreadable_state_holds_the_fault(server: Server) -> No
 
 @pytest.mark.parametrize("text", ["", "[]", "model_list: [{}]", "{", "model_list: 7"])
 def test_a_spoilt_generated_file_is_written_anew(server: Server, text: str) -> None:
-    server.serve("chat")
+    serve(server, "chat")
     server.store.write_generated("litellm-a/config.yaml", text)
     assert server.manager.snapshot().faults == ()
     server.do(lm.applying())
@@ -278,7 +255,7 @@ def test_a_spoilt_generated_file_is_written_anew(server: Server, text: str) -> N
 
 
 def test_the_log_of_a_model_is_its_containers_or_what_was_kept(server: Server) -> None:
-    server.serve("chat")
+    serve(server, "chat")
     assert server.manager.log_of("chat") == "llm-model-chat-0 starts"
     assert list(server.manager.follow_log("chat")) == ["llm-model-chat-0 starts"]
     server.do(lm.stopping("chat"))
@@ -286,16 +263,17 @@ def test_the_log_of_a_model_is_its_containers_or_what_was_kept(server: Server) -
 
 
 def test_the_doctor_finds_a_well_server_well(start: Callable[..., Server]) -> None:
-    server = start(*GPUS)
-    server.serve("chat")
+    server = start(L40S, L40S)
+    serve(server, "chat")
     checks = {check.name: check for check in server.manager.doctor()}
     assert {name for name, check in checks.items() if not check.ok} <= {"disk"}
     assert checks["llm-model-chat-0"].text == "ready"
-    assert checks["GPUs"].text == f"NVIDIA H200, {GPU_1}"
+    assert checks["driver"].text == "580.95.05"
+    assert (checks["GPU 0"].text, checks["GPU 1"].text) == ("NVIDIA L40S", "NVIDIA L40S")
 
 
 def test_the_doctor_names_what_is_not_ready_and_what_to_do(server: Server) -> None:
-    server.serve("chat")
+    serve(server, "chat")
     server.world.end("llm-model-chat-0", 137)
     (bad,) = [c for c in server.manager.doctor() if not c.ok and c.name.startswith("llm-")]
     assert (bad.name, bad.text, bad.advice) == (
@@ -309,24 +287,22 @@ def test_the_doctor_sees_the_rest_where_docker_does_not_answer(server: Server) -
     server.world.docker_answers = False
     checks = {check.name: check.ok for check in server.manager.doctor()}
     assert checks["Docker"] is False
-    assert {"disk", "GPUs"} <= set(checks)
+    assert {"disk", "driver"} <= set(checks)
 
 
-def test_a_broken_driver_offers_no_gpu_and_the_doctor_says_why(server: Server) -> None:
-    def broken() -> tuple[lm.Gpu, ...]:
-        raise lm.ManagerError("The NVIDIA driver does not answer.", advice="Reboot.")
-
-    tools, site = some_tools(server.world), server.site
-    manager = lm.Manager(server.store, tools, site, engine_options={}, gpus=broken)
-    assert manager.gpus() == ()
+def test_a_broken_driver_offers_no_gpu_and_the_doctor_says_why(
+    start: Callable[..., Server],
+) -> None:
+    server = start(L40S)
+    server.world.gpus.fault = lm.ManagerError("The driver does not answer.", advice="Reboot.")
     with pytest.raises(lm.ManagerError, match="driver does not answer"):
-        manager.register(CHAT)  # not silently onto the CPU of a GPU server
-    (gpus,) = [check for check in manager.doctor() if check.name == "GPUs"]
-    assert (gpus.ok, gpus.advice) == (False, "Reboot.")
+        server.manager.register(CHAT)  # not silently onto the CPU of a GPU server
+    (driver,) = [check for check in server.manager.doctor() if check.name == "driver"]
+    assert (driver.ok, driver.advice) == (False, "Reboot.")
 
 
 def test_docker_coming_back_restores_what_was_wished(server: Server) -> None:
-    server.serve("chat")
+    serve(server, "chat")
     for name in server.world.running():
         server.world.end(name, 137)
     server.world.docker_answers = False
@@ -338,11 +314,35 @@ def test_docker_coming_back_restores_what_was_wished(server: Server) -> None:
     assert watch.latest().jobs[0].title == "Restore"
 
 
+def test_a_container_that_lost_its_gpu_gets_it_back_by_itself_and_only_once(
+    start: Callable[..., Server],
+) -> None:
+    server = start(L40S)
+    serve(server, "chat")
+    before = server.world.containers[lm.ContainerName("llm-model-chat-0")].container_id
+    server.world.blind.add("llm-model-chat-0")
+    manager = watched(server)
+    watch = lm.Watch(manager, seconds=0.001)
+    assert until(lambda: not server.world.blind and server.world.routed() == {"chat"})
+    manager.rests_after = 0
+    assert server.world.containers[lm.ContainerName("llm-model-chat-0")].container_id != before
+    assert [job.title for job in watch.latest().jobs] == ["Give chat its GPU back"]
+
+
+def test_the_doctor_warns_of_whoever_would_undo_a_layout(start: Callable[..., Server]) -> None:
+    server = start(a_card("H100 80 GB"))
+    server.world.gpus.mig_manager = True
+    assert all(check.ok for check in server.manager.doctor() if "mig" in check.name)
+    server.do(lm.cutting("Cut GPU 0", {GPU_0: [("3g.40gb", 0)]}))
+    (bad,) = [check for check in server.manager.doctor() if "mig" in check.name]
+    assert (bad.ok, bad.advice) == (False, "Run: systemctl disable --now nvidia-mig-manager")
+
+
 def test_keys_need_an_endpoint_and_known_names(server: Server) -> None:
     with pytest.raises(lm.GatewayError, match="endpoint is not running"):
-        server.manager.list_keys()
+        server.manager.keys.all()
     with pytest.raises(lm.RefusedError, match="No model is served as gpt-9"):
-        server.manager.create_key(lm.KeyRequest(alias="Ada", models=("gpt-9",)))
+        server.manager.keys.create(lm.KeyRequest(alias="Ada", models=("gpt-9",)))
 
 
 class Watched(lm.Manager):
@@ -362,7 +362,7 @@ class Watched(lm.Manager):
 
 
 def watched(server: Server) -> Watched:
-    return Watched(server.store, some_tools(server.world), server.site, engine_options={})
+    return Watched(server.store, some_tools(server.world), a_site(), engine_options={})
 
 
 def test_a_bug_in_one_look_does_not_end_the_watch(server: Server) -> None:
@@ -375,7 +375,7 @@ def test_a_bug_in_one_look_does_not_end_the_watch(server: Server) -> None:
 
 
 def test_what_the_operator_pins_is_what_is_planned(server: Server) -> None:
-    server.serve("chat")
+    serve(server, "chat")
     server.manager.save(lm.pinning_image("caddy", "caddy:2.12.0"))
     assert "create llm-caddy from caddy:2.12.0" in str(server.manager.plan(lm.applying()))
     with pytest.raises(lm.RefusedError, match=r"image.* pinned"):

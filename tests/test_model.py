@@ -1,4 +1,4 @@
-"""§3: config.json as typed values; what does not fit is refused with its path."""
+"""Data model: config.json as typed values; what does not fit is refused with its path."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import pydantic
 import pytest
-from builders import SECRET_MARK, a_model, a_state, on_gpus
+from builders import SECRET_MARK, a_model, a_state, on_gpus, on_slice
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -366,12 +366,12 @@ def test_a_typed_model_is_refused_with_all_its_faults() -> None:
     [
         ({"type": "image"}, "cannot serve image models yet"),
         (
-            {"placement": lm.MigPlacement(gpu_uuid=lm.GpuUuid("G"), profile="1g", start=0)},
-            "cannot place a model on a MIG slice yet",
+            {"placement": on_slice("1g.10gb", 0), "replicas": 2},
+            "cannot run several replicas on a GPU or slice whose memory they do not share",
         ),
         (
             {"placement": on_gpus(), "replicas": 2},
-            "cannot run two replicas on a GPU whose memory they do not share out",
+            "cannot run several replicas on a GPU or slice whose memory they do not share",
         ),
         ({"host": "second"}, "cannot reach the host 'second' yet"),
         ({"recipe": "speech"}, "cannot build the recipe 'speech' yet"),
@@ -386,12 +386,13 @@ def test_what_this_version_cannot_do_is_said_before_anything_starts(
 
 def test_a_new_model_goes_to_a_gpu_that_no_model_has() -> None:
     gpus = [lm.GpuUuid("G0"), lm.GpuUuid("G1")]
+    two = lm.Hardware(gpus=tuple(lm.Gpu(uuid=uuid) for uuid in gpus))
     on_first = a_model("first", placement=on_gpus(gpus[0]))
     on_second = a_model("second", placement=on_gpus(gpus[1]))
-    assert lm.default_placement(gpus, []) == on_gpus(gpus[0])
-    assert lm.default_placement(gpus, [on_first]) == on_gpus(gpus[1])
-    assert lm.default_placement(gpus, [on_first, on_second]) == on_gpus(gpus[0])
-    assert lm.default_placement([], [on_first]) == lm.CpuPlacement()
+    assert lm.default_placement(two, []) == on_gpus(gpus[0])
+    assert lm.default_placement(two, [on_first]) == on_gpus(gpus[1])
+    assert lm.default_placement(two, [on_first, on_second]) == on_gpus(gpus[0])
+    assert lm.default_placement(lm.Hardware(), [on_first]) == lm.CpuPlacement()
 
 
 # --- keys ------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""§5: what is decided, read as the text that the operator reads."""
+"""Planning: what is decided, read as the text that the operator reads."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ from builders import (
     but,
     ended,
     on_gpus,
+    only,
     seen,
     set_aside,
     the,
 )
+from fake_gpus import SimulatedGpus, a_card
 from fakes import Crash, FakeContainer, FakeFiles, Trouble, World, a_world, some_tools
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -37,14 +39,14 @@ CHANGED = a_state(a_model(engine_arguments=WITH_ARGUMENT))
 
 
 def planned(
-    state: lm.State, observed: lm.Observed, *, only: str | None = None, restart: str | None = None
+    state: lm.State, observed: lm.Observed, *, model: str | None = None, restart: str | None = None
 ) -> str:
     """The plan as text, ended by a line break like the expectations below."""
     plan = lm.plan_state(
         state,
         observed,
         a_site(),
-        only=lm.ModelName(only) if only else None,
+        scope=only(model),
         restart=lm.ModelName(restart) if restart else None,
     )
     return f"{plan}\n"
@@ -109,7 +111,7 @@ def test_a_changed_argument_replaces_the_container_and_says_who_is_interrupted()
 
 def test_a_restart_replaces_a_container_that_needs_no_change() -> None:
     state = a_state(a_model(), a_model("other"))
-    text = planned(state, as_wished(state), only="chat", restart="chat")
+    text = planned(state, as_wished(state), model="chat", restart="chat")
     assert "set aside llm-model-chat-0: a restart was asked for" in text
     assert "other" not in text
 
@@ -125,7 +127,7 @@ def test_a_missing_image_is_pulled_before_anything_is_set_aside() -> None:
 def test_a_stopped_model_loses_its_route_before_its_container() -> None:
     before = a_state(a_model(), a_model("other"))
     state = before.with_model(replace(before.model("chat"), wish="stopped"))
-    assert planned(state, as_wished(before), only="chat") == expect("""
+    assert planned(state, as_wished(before), model="chat") == expect("""
         endpoint:
           write litellm-b/config.yaml: what is routed changed
           create llm-litellm-b from ghcr.io/berriai/litellm:v1.109.1: what is routed changed
@@ -144,7 +146,7 @@ def test_a_removed_model_goes_the_same_way() -> None:
     removed = lm.removing("chat").edit(before)
     stopped = lm.stopping("chat").edit(before)
     world = as_wished(before)
-    assert planned(removed, world, only="chat") == planned(stopped, world, only="chat")
+    assert planned(removed, world, model="chat") == planned(stopped, world, model="chat")
 
 
 def test_a_container_that_ended_is_started_again() -> None:
@@ -246,7 +248,7 @@ def test_what_is_left_aside_of_a_stopped_model_is_discarded() -> None:
 def test_a_second_model_turns_the_gateway_to_its_other_slot() -> None:
     before = a_state(a_model())
     state = before.with_model(a_model("other"))
-    assert planned(state, as_wished(before, "b"), only="other") == expect("""
+    assert planned(state, as_wished(before, "b"), model="other") == expect("""
         model other:
           create llm-model-other-0 from vllm/vllm-openai-cpu:v0.30.0-x86_64: not there
           wait until llm-model-other-0 is ready: it starts
@@ -351,7 +353,7 @@ def test_a_change_of_one_model_leaves_every_other_as_it_is() -> None:
     world = but(world, replace(the(world, "llm-model-other-0"), spec_hash=lm.SpecHash("0ld")))
     world = but(world, set_aside(the(world, "llm-model-third-0")))
     state = before.with_model(a_model(engine_arguments=WITH_ARGUMENT))
-    text = planned(state, world, only="chat")
+    text = planned(state, world, model="chat")
     assert "other" not in text
     assert "third" not in text
     assert "set aside llm-model-chat-0" in text
@@ -360,7 +362,7 @@ def test_a_change_of_one_model_leaves_every_other_as_it_is() -> None:
 def test_a_change_of_one_model_removes_no_leftover_of_another() -> None:
     state = a_state(a_model(), a_model("other", wish="stopped"))
     world = but(as_wished(state), seen(an_engine(state, "other")))
-    assert planned(state, world, only="chat") == "\n"
+    assert planned(state, world, model="chat") == "\n"
     assert "discard llm-model-other-0" in planned(state, world)
 
 
@@ -375,7 +377,7 @@ def test_an_engine_that_misses_one_health_check_keeps_its_route() -> None:
 def test_a_saved_but_unapplied_name_of_another_model_changes_no_route() -> None:
     before = a_state(a_model(), a_model("other"))
     state = before.with_model(a_model("other", served_model_name="renamed"))
-    assert planned(state, as_wished(before), only="chat") == "\n"
+    assert planned(state, as_wished(before), model="chat") == "\n"
     assert "renamed" in lm.plan_state(state, as_wished(before), a_site()).diff()
 
 
@@ -616,7 +618,7 @@ DAMAGES = (
 @st.composite
 def worlds(draw: st.DrawFn) -> World:
     """A server that has seen other states, killed changes and misfortune."""
-    world = a_world()
+    world = a_world(gpus=SimulatedGpus([a_card("H100 80 GB")] * 2))
     for state in draw(st.lists(states(), max_size=2)):
         killed_at = draw(st.sampled_from([0, 1, 2, 3, 5, 8, 11, 14, 17, 20, 25]))
         make_so(state, world, Trouble((killed_at,), after=draw(st.booleans())))
@@ -666,11 +668,10 @@ def databases_over(plan: lm.Plan, observed: lm.Observed) -> list[set[str]]:
 @settings(max_examples=60)
 @given(states(), worlds(), st.sampled_from([None, "chat", "embed"]))
 def test_no_plan_discards_the_database_or_leaves_none(
-    state: lm.State, world: World, only: str | None
+    state: lm.State, world: World, model: str | None
 ) -> None:
     observed = lm.observe(some_tools(world))
-    name = lm.ModelName(only) if only else None
-    plan = lm.plan_state(state, observed, a_site(), only=name)
+    plan = lm.plan_state(state, observed, a_site(), scope=only(model))
     discarded = {
         step.name for stage in plan.stages for step in stage.steps if isinstance(step, lm.Discard)
     }
@@ -692,6 +693,6 @@ def test_a_plan_is_the_same_for_the_same_world(state: lm.State, world: World) ->
 def test_a_change_of_one_model_touches_no_container_of_another(
     state: lm.State, world: World
 ) -> None:
-    plan = lm.plan_state(state, lm.observe(some_tools(world)), a_site(), only=lm.ModelName("chat"))
+    plan = lm.plan_state(state, lm.observe(some_tools(world)), a_site(), scope=only("chat"))
     text = "\n".join(lm.describe(step) for stage in plan.stages for step in stage.steps)
     assert "llm-model-embed" not in text

@@ -1,4 +1,4 @@
-"""§4: what the containers are given; the golden files are read like code when they change."""
+"""Config generation: what containers are given; a golden file that changes is read like code."""
 
 from __future__ import annotations
 
@@ -337,7 +337,7 @@ def a_spec(**changes: Any) -> lm.ContainerSpec:
         {"mounts": ()},
         {"ports": (lm.PublishedPort(address="0.0.0.0", host_port=1, container_port=1),)},  # noqa: S104
         {"labels": {"model-name": "other"}},
-        {"gpu_uuids": (GPU_1,)},
+        {"devices": (GPU_1,)},
         {"shm_mib": 1},
         {"healthcheck": "true"},
         {"restart": "unless-stopped"},

@@ -1,4 +1,4 @@
-"""§7: the home directory, for real: what is on the disk, who may read it, who may change it."""
+"""Home: the home directory, for real: what is on the disk, who may read it, who may change it."""
 
 from __future__ import annotations
 
