@@ -2978,7 +2978,7 @@ def plan_container(
         return Replacement((*drop, back, WaitReady(wanted, "it starts")))
     if seen is None:
         return Replacement((*pull, *_create(wanted, "not there")), drop_left)
-    stale = "its settings changed" if seen.spec_hash != wanted.hash else restart_cause
+    stale = _what_changed(wanted, seen) if seen.spec_hash != wanted.hash else restart_cause
     if not stale:
         stale = _sees_other_devices(wanted, seen) or _hangs(wanted, seen, observed.taken_at)
     if stale:
@@ -2996,6 +2996,12 @@ def plan_container(
 def _may_go(seen: ObservedContainer | None, wanted: ContainerSpec) -> bool:
     """Whether a container can make way for one set aside; a database is never the one to go."""
     return seen is None or (seen.spec_hash != wanted.hash and wanted.role != "database")
+
+
+def _what_changed(wanted: ContainerSpec, seen: ObservedContainer) -> str:
+    if wanted.devices == seen.devices or not (wanted.devices and seen.devices):
+        return "its settings changed"
+    return "it was made for another GPU or slice"
 
 
 def _sees_other_devices(wanted: ContainerSpec, seen: ObservedContainer) -> str:

@@ -332,10 +332,10 @@ def test_a_new_cut_keeps_the_slices_that_stay_and_stops_only_who_is_on_a_slice_t
           read back that GPU 0 has 3g.20gb at 0, 2g.10gb at 4, 1g.5gb at 6: \
 the driver's word alone is not believed
         model embed:
-          set aside llm-model-embed-0: its settings changed
-          create llm-model-embed-0 from vllm/vllm-openai:v0.30.0: its settings changed
+          set aside llm-model-embed-0: it was made for another GPU or slice
+          create llm-model-embed-0 from vllm/vllm-openai:v0.30.0: it was made for another GPU or slice
           wait until llm-model-embed-0 is ready: it starts
-          discard llm-model-embed-0.aside: its settings changed
+          discard llm-model-embed-0.aside: it was made for another GPU or slice
         Interrupted until its new container is ready, or for good: \
 embed (its last start took 0 s).
     """)
@@ -402,7 +402,7 @@ def test_a_change_of_mode_stops_our_containers_of_that_gpu_alone() -> None:
     after = replace(bound, mig_layouts=(a_layout(*slices),))
     text = plan_for(after, world)
     assert "stop llm-model-chat-0: GPU 0 changes its MIG mode" in text
-    assert "other" not in text
+    assert "llm-model-other" not in text
 
 
 def test_a_layout_that_somebody_changed_by_hand_is_made_right() -> None:
