@@ -3967,13 +3967,7 @@ def registration(  # noqa: PLR0913, PLR0917 - one argument per field of the form
     """
     place = typed(source)
     hub = {"kind": "hub", "repository": place, "revision": typed(revision) or None}
-    placement: Json = {"kind": "cpu"} | ({"kv_cache_mib": kv_cache_mib} if kv_cache_mib else {})
-    if mig_slice:
-        gpu_uuid, profile, start = mig_slice.rsplit(":", 2)
-        placement = {"kind": "mig", "gpu_uuid": gpu_uuid, "profile": profile, "start": int(start)}
-    elif gpus:
-        fraction = memory_fraction or None
-        placement = {"kind": "gpu", "gpu_uuids": list(gpus), "memory_fraction": fraction}
+    chosen = _chosen_placement(kv_cache_mib, gpus or (), mig_slice, memory_fraction)
     return {
         "name": typed(name),
         "type": kind,
@@ -3982,8 +3976,22 @@ def registration(  # noqa: PLR0913, PLR0917 - one argument per field of the form
         "engine_arguments": split_arguments(typed(arguments)),
         "image": typed(image) or None,
         "replicas": replicas or 1,
-        "placement": placement,
-    }
+    } | ({"placement": chosen} if chosen else {})
+
+
+PROCESSOR: Final = "cpu"
+
+
+def _chosen_placement(
+    kv_cache_mib: float | None, gpus: Sequence[str], mig_slice: str | None, share: float | None
+) -> Json | None:
+    """None where nothing was chosen, and the program is to choose."""
+    if mig_slice:
+        gpu_uuid, profile, start = mig_slice.rsplit(":", 2)
+        return {"kind": "mig", "gpu_uuid": gpu_uuid, "profile": profile, "start": int(start)}
+    if PROCESSOR in gpus:
+        return {"kind": "cpu"} | ({"kv_cache_mib": kv_cache_mib} if kv_cache_mib else {})
+    return {"kind": "gpu", "gpu_uuids": [*gpus], "memory_fraction": share or None} if gpus else None
 
 
 def typed(text: str | None) -> str:
@@ -7243,8 +7251,9 @@ def build_placement_fields(desk: Desk) -> tuple[gr.CheckboxGroup, gr.Dropdown, g
     found = desk.manager.hardware().gpus
     with gr.Row(visible=bool(found)):
         gpus = gr.CheckboxGroup(
-            [(short_title(gpu), gpu.uuid) for gpu in found],
-            label="Whole GPUs", info="several: tensor parallelism; none: the processor",
+            [*((short_title(gpu), gpu.uuid) for gpu in found), ("the processor", PROCESSOR)],
+            value=[] if found else [PROCESSOR], label="Whole GPUs",
+            info="none: a free one; several: tensor parallelism",
         )  # fmt: skip
         mig_slice = gr.Dropdown(
             label="or a MIG slice", info="free slices; cut more in the tab Hardware"

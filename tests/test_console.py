@@ -515,7 +515,9 @@ def test_a_pull_says_one_line_per_tenth() -> None:
 
 
 def test_a_filled_form_is_a_model() -> None:
-    raw = lm.registration(" chat ", "chat", lm.ORIGINS[0], " a/b ", "--seed 1", "", "", "", 64, 2)
+    raw = lm.registration(
+        " chat ", "chat", lm.ORIGINS[0], " a/b ", "--seed 1", "", "", "", 64, 2, ["cpu"]
+    )
     model = lm.parse_model(raw, lm.Images(), {})
     assert (model.name, model.served_model_name, model.replicas) == ("chat", "chat", 2)
     assert model.source == lm.HubSource(repository="a/b")
@@ -545,6 +547,7 @@ def test_a_form_can_name_a_slice_and_then_no_gpu_counts() -> None:
 
 def test_an_empty_form_is_refused_with_what_is_missing() -> None:
     raw = lm.registration("", "chat", lm.ORIGINS[0], "", "", "", "", "", None, 1)
+    assert "placement" not in raw, "where nothing is chosen, the program chooses"
     with pytest.raises(lm.RefusedError, match=r"name: .*source\.repository: "):
         lm.parse_model(raw, lm.Images(), {})
 

@@ -333,7 +333,8 @@ def test_a_new_cut_keeps_the_slices_that_stay_and_stops_only_who_is_on_a_slice_t
 the driver's word alone is not believed
         model embed:
           set aside llm-model-embed-0: it was made for another GPU or slice
-          create llm-model-embed-0 from vllm/vllm-openai:v0.30.0: it was made for another GPU or slice
+          create llm-model-embed-0 from vllm/vllm-openai:v0.30.0: \
+it was made for another GPU or slice
           wait until llm-model-embed-0 is ready: it starts
           discard llm-model-embed-0.aside: it was made for another GPU or slice
         Interrupted until its new container is ready, or for good: \
