@@ -136,6 +136,7 @@ import itertools
 import json
 import logging
 import math
+import platform
 import re
 import secrets
 import shlex
@@ -149,7 +150,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
-from functools import cache, partial
+from functools import cache, partial, reduce
 from getpass import getpass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NewType, Protocol, TypeVar, assert_never
 from urllib.parse import parse_qs
@@ -249,6 +250,10 @@ class ContainerGoneError(ContainerFailedError):
 
 class HardwareError(ManagerError):
     """The NVIDIA driver refused, or what it has is not what was asked for."""
+
+
+class NotBegunError(HardwareError):
+    """A step was refused before it had any effect: there is nothing of it to undo."""
 
 
 class GatewayError(ManagerError):
@@ -560,6 +565,11 @@ class State:
     def wished_models(self) -> tuple[Model, ...]:
         return tuple(model for model in self.models if model.wish == "running")
 
+    @property
+    def wishes_anything(self) -> bool:
+        """Whether there is anything to bring back after a reboot."""
+        return self.endpoint == "running" or bool(self.mig_layouts) or bool(self.wished_models)
+
     def layout_of(self, gpu_uuid: str) -> MigLayout | None:
         return next((wish for wish in self.mig_layouts if wish.gpu_uuid == gpu_uuid), None)
 
@@ -823,6 +833,7 @@ class GpuClient:
     container_id: str | None = None
     slice: Slice | None = None
     computes: bool = True  # False: it only has the device open, as monitors and daemons do
+    is_manager: bool = False  # another LLM Manager, which looks at GPUs as this one does
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -862,6 +873,11 @@ class Gpu:
     @property
     def layout(self) -> frozenset[Slice]:
         return frozenset(device.slice for device in self.slices or ())
+
+    def is_cut_as(self, slices: Collection[Slice]) -> bool:
+        """Whether it has exactly these slices, each whole, and the mode they need."""
+        whole = all(device.uuid is not None for device in self.slices or ())
+        return self.layout == {*slices} and whole and bool(self.mig_enabled) == bool(slices)
 
     def device(self, wanted: Slice) -> MigDevice | None:
         return next((d for d in self.slices or () if d.slice == wanted), None)
@@ -910,7 +926,7 @@ class Hardware:
     library_version: str | None = None  # of the files that a container started now would get
     fault: ManagerError | None = None
     uses_cdi: bool = False  # the container toolkit keeps a list of devices for Docker
-    cdi_stale: bool = False  # and today's slices are not all in it
+    cdi_missing: frozenset[str] = frozenset()  # today's slices that are not in it
     mig_manager: bool = False  # NVIDIA's own service, which cuts GPUs at boot
 
     @property
@@ -1491,14 +1507,26 @@ def placements(state: State) -> frozenset[tuple[str, Placement, int]]:
     return frozenset((m.name, m.placement, m.replicas) for m in state.wished_models)
 
 
-def check_placements(state: State, *, known: Collection[str] = ()) -> None:
+def check_placements(
+    state: State, *, known: Collection[str] = (), hardware: Hardware | None = None
+) -> None:
     """Refuse a wish in which a GPU would be booked twice unawares; `known` faults are old."""
-    faults = [fault for fault in placement_faults(state) if fault not in known]
-    if faults:
+    said = "; ".join(fault for fault in placement_faults(state) if fault not in known)
+    for gpu in hardware.gpus if hardware else ():
+        said = said.replace(gpu.uuid, gpu.title)
+    if said:
         raise RefusedError(
-            f"{'; '.join(faults)}.",
-            advice="Stop one, choose another GPU or slice, or give each a memory fraction.",
+            f"{said}.",
+            advice="Stop one, place it elsewhere with `model set`, or give each a memory fraction.",
         )
+
+
+def whole_gpus(hardware: Hardware) -> list[Gpu]:
+    """GPUs that are not cut; those where strangers compute come last."""
+    return sorted(
+        (gpu for gpu in hardware.gpus if not gpu.mig_enabled),
+        key=lambda gpu: any(client.computes for client in gpu.clients or ()),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -1511,7 +1539,7 @@ class GpuChoice:
 
 def choose_gpus(hardware: Hardware, count: int, taken: Collection[GpuUuid] = ()) -> GpuChoice:
     """The best joined GPUs of one kind that nobody has; NVLink before PCIe."""
-    free = [g for g in hardware.gpus if g.uuid not in taken and not g.mig_enabled]
+    free = [gpu for gpu in whole_gpus(hardware) if gpu.uuid not in taken]
     groups = [
         group
         for group in itertools.combinations(free, count)
@@ -1870,7 +1898,12 @@ def split_arguments(text: str) -> list[str]:
 def default_placement(hardware: Hardware, models: Sequence[Model]) -> CpuPlacement | GpuPlacement:
     """The first whole GPU that no model has, else the first whole one; the CPU without any."""
     taken = {gpu_uuid for model in models for gpu_uuid in gpus_of(model)}
-    whole = [gpu.uuid for gpu in hardware.gpus if not gpu.mig_enabled]
+    whole = [gpu.uuid for gpu in whole_gpus(hardware)]
+    if hardware.gpus and not whole:
+        raise RefusedError(
+            "Every GPU of this server is cut into MIG slices.",
+            advice="Name a slice (`--mig 3g.20gb`), or place the model on the processor.",
+        )
     chosen = ([gpu_uuid for gpu_uuid in whole if gpu_uuid not in taken] or whole)[:1]
     return GpuPlacement(gpu_uuids=tuple(chosen)) if chosen else CpuPlacement()
 
@@ -2361,6 +2394,7 @@ class Observed:
     edge: LoadedCaddyfile | None = None
     taken_at: datetime | None = None
     hardware: Hardware | None = None  # None: not looked at
+    foreign_devices: Mapping[str, frozenset[str]] = field(default_factory=dict)  # by container
     start_seconds: Mapping[str, float] = field(default_factory=dict)  # last time, by container
 
 
@@ -2695,7 +2729,7 @@ class Scope:
 EVERYTHING: Final = Scope()
 
 
-def plan_state(
+def plan_state(  # noqa: PLR0913 - what is, what is wished, and how far to go
     state: State,
     observed: Observed,
     site: Site,
@@ -2703,25 +2737,29 @@ def plan_state(
     scope: Scope = EVERYTHING,
     restart: ModelName | None = None,
     despite_driver: bool = False,
+    recut: bool = True,
 ) -> Plan:
     """Compare what is wished with what is; decide everything, do nothing.
 
     `scope` leaves every other model as it is, `restart` replaces a model that needs no change,
     `despite_driver` makes GPU containers although the driver waits for a reboot. The endpoint's
     stage assumes that the models' stages succeed; `plan_endpoint` after they ran says what is
-    true then. Slices that a layout's stage will make have no UUID yet: plan again after it.
+    true then. Slices that a layout's stage will make have no UUID yet: plan again after it,
+    with `recut` off: what could not be cut then refuses those that need it, and nobody else.
     """
     in_scope = [model for model in state.wished_models if scope.has(model)]
     stages = [
         _plan_model(state, m, observed, site, "a restart was asked for" * (m.name == restart))
         for m in in_scope
     ]
+    layouts_first = (
+        plan_layouts(state, observed, _gpus_to_cut(scope, in_scope, stages, observed))
+        if recut
+        else ()
+    )
     if not despite_driver:
         stages = [_held_back(stage, observed) for stage in stages]
-    gpus = scope.gpus
-    if gpus is None and scope.models is not None:
-        gpus = frozenset(gpu_uuid for model in in_scope for gpu_uuid in gpus_of(model))
-    layouts_first = plan_layouts(state, observed, gpus)
+        layouts_first = tuple(_held_back(stage, observed) for stage in layouts_first)
     coming = frozenset[str]().union(
         *(cut.resources for cut in layouts_first if not isinstance(cut.steps[0], Refuse))
     )
@@ -2733,7 +2771,7 @@ def plan_state(
     retirement = plan_retirement(state, observed, kept, scope.names(state))
     return Plan(
         layouts=layouts_first,
-        devices=_plan_devices(observed, bool(layouts_first), gpus),
+        devices=_plan_devices(state, observed, bool(layouts_first)),
         foundation=_plan_foundation(state, observed),
         database=_plan_database(state, observed),
         models=tuple(stages),
@@ -2754,12 +2792,28 @@ def last_starts(state: State, observed: Observed) -> dict[str, float]:
     }  # fmt: skip
 
 
+def _gpus_to_cut(
+    scope: Scope, models: Sequence[Model], stages: Sequence[Stage], observed: Observed
+) -> frozenset[GpuUuid] | None:
+    """Whose layouts a change touches: of models, only where one has no place without a cut."""
+    if scope.gpus is not None or scope.models is None:
+        return scope.gpus
+    waiting = [
+        gpus_of(model)
+        for model, stage in zip(models, stages, strict=True)
+        if _refused_by_layout(stage, model, observed.hardware) is not stage
+    ]
+    return frozenset[GpuUuid]().union(*waiting)
+
+
 def _held_back(stage: Stage, observed: Observed) -> Stage:
-    """No container that needs a GPU is made between a driver's upgrade and its reboot."""
+    """Between a driver's upgrade and its reboot no GPU is cut, and no container made for one."""
     hardware = observed.hardware
+    touching = (StartContainer, BringBack, StopContainer, DestroySlice, CreateSlice, SetMigMode)
     makes = any(
-        isinstance(step, CreateContainer) and step.spec.devices for step in stage.steps
-    ) or any(isinstance(step, StartContainer | BringBack) for step in stage.steps)
+        isinstance(step, touching) or (isinstance(step, CreateContainer) and step.spec.devices)
+        for step in stage.steps
+    )
     if hardware is None or not hardware.reboot_pending or "cpu" in stage.resources or not makes:
         return stage
     refuse = Refuse(
@@ -2804,10 +2858,12 @@ def plan_layouts(
     return tuple(stage for stage in stages if stage.steps)
 
 
-def _plan_devices(observed: Observed, recut: bool, gpus: frozenset[GpuUuid] | None) -> Stage:
-    """The toolkit's list of devices, where Docker goes by it; NVIDIA's service forgets slices."""
+def _plan_devices(state: State, observed: Observed, recut: bool) -> Stage:
+    """The toolkit's list of devices, where Docker may go by it; NVIDIA's service forgets slices."""
     hardware = observed.hardware or Hardware()
-    due = hardware.uses_cdi and (recut or (hardware.cdi_stale and gpus != frozenset()))
+    ours = {device.uuid for gpu in hardware.gpus if state.layout_of(gpu.uuid)
+            for device in gpu.slices or ()}  # fmt: skip
+    due = hardware.uses_cdi and (recut or bool(ours & hardware.cdi_missing))
     steps = (RefreshCdi("it does not list today's slices"),) if due else ()
     return Stage(title="CDI specification", steps=steps)
 
@@ -2849,27 +2905,36 @@ def _cut(wish: MigLayout, gpu: Gpu, observed: Observed) -> tuple[Step, ...]:
     whole = {device.slice for device in there if device.uuid is not None}
     wanted, enable = {*wish.slices}, bool(wish.slices)
     turn, pending = gpu.mig_enabled != enable, gpu.mig_pending not in {None, enable}
-    if gpu.mig_enabled is None or (not turn and not pending and gpu.layout == wanted == whole):
+    if gpu.mig_enabled is None or (not pending and gpu.is_cut_as(wanted)):
         return ()
-    # A slice without its compute instance was left by somebody half-way: it is made anew.
-    going = {d.slice for d in there if turn or d.slice not in wanted or d.uuid is None}
-    touched = None if turn else frozenset(going)
+    going = {d.slice for d in there if turn or d.slice not in wanted}
+    # A slice without a whole compute instance was left by somebody half-way: it is filled.
+    making = wanted - (whole - going)
+    touched = None if turn else frozenset(going | (making & gpu.layout))
     ref = GpuRef(gpu.uuid, gpu.title)
     foreign = foreign_clients(gpu, our_ids(observed), touched)
     if foreign:
         who = ", ".join(map(describe_client, foreign))
         return (Refuse(f"{who} uses {gpu.title}.", release_advice(foreign)),)
+    holders = _foreign_holders(gpu, going, observed, whole_gpu=turn)
+    if holders:
+        return (
+            Refuse(
+                f"The container {' and '.join(holders)} was given what would go of {gpu.title}.",
+                "Ask whose it is, or stop it yourself; LLM Manager ends only what is its own.",
+            ),
+        )
     cause = f"{gpu.title} changes its MIG mode" if turn else "its slice goes"
     mode = "it will be cut" if enable else "it is wished whole"
     if not turn:
         mode = "the other mode waits for a reset"
     check = CheckClients(ref, touched, our_ids(observed), "slices in use cannot be changed")
     return (
-        *((check,) if turn or going else ()),
+        *((check,) if touched is None or touched else ()),
         *(StopContainer(c.name, 30, cause) for c in _users(gpu, going, observed, whole_gpu=turn)),
         *(DestroySlice(ref, s, "not in the wished layout") for s in along(going)),
         *((SetMigMode(ref, enable, mode),) if turn or pending else ()),
-        *(CreateSlice(ref, s, "wished") for s in along(wanted - ({*gpu.layout} - going))),
+        *(CreateSlice(ref, s, "wished") for s in along(making)),
         VerifyLayout(ref, frozenset(wanted), "the driver's word alone is not believed"),
     )
 
@@ -2895,14 +2960,25 @@ def _users(
     gpu: Gpu, going: Collection[Slice], observed: Observed, *, whole_gpu: bool
 ) -> list[ObservedContainer]:
     """Our running containers on the slices that go, or anywhere on the GPU."""
-    uuids: set[str | None] = {d.uuid for d in gpu.slices or () if d.slice in going} | (
-        {str(gpu.uuid)} if whole_gpu else set()
-    )
+    uuids = _uuids_of(gpu, going, whole_gpu=whole_gpu)
     return [
         seen
         for _, seen in sorted(observed.containers.items())
         if seen.running and uuids & {*seen.devices}
     ]
+
+
+def _foreign_holders(
+    gpu: Gpu, going: Collection[Slice], observed: Observed, *, whole_gpu: bool
+) -> list[str]:
+    """Others' containers that hold what goes, idle ones too: NVML lists only who computes."""
+    uuids = _uuids_of(gpu, going, whole_gpu=whole_gpu)
+    return sorted(name for name, given in observed.foreign_devices.items() if uuids & given)
+
+
+def _uuids_of(gpu: Gpu, going: Collection[Slice], *, whole_gpu: bool) -> set[str]:
+    slices = {d.uuid for d in gpu.slices or () if d.slice in going and d.uuid is not None}
+    return slices | ({str(gpu.uuid)} if whole_gpu else set())
 
 
 def _plan_foundation(state: State, observed: Observed) -> Stage:
@@ -3397,11 +3473,24 @@ def cutting_as_typed(state: State, gpu: Gpu, text: str) -> Change:
         case "off":
             return recutting(state, gpu, [])
         case "keep":
-            return _cutting_one(gpu, gpu.layout)
+            return _keeping(gpu)
         case _ if "=" in text:
             return recutting_for(state, gpu, parse_needs(text))
         case _:
             return recutting(state, gpu, parse_wish(text))
+
+
+def _keeping(gpu: Gpu) -> Change:
+    if gpu.slices is None or any(device.uuid is None for device in gpu.slices):
+        raise RefusedError(
+            f"Slices of {gpu.title} cannot be seen, or are split into compute instances.",
+            advice="Run this as root; what others split must be cut anew.",
+        )
+    if gpu.mig_enabled and not gpu.slices:
+        raise RefusedError(
+            f"{gpu.title} has no slices to keep.", advice="`off` makes it whole; or name slices."
+        )
+    return _cutting_one(gpu, gpu.layout)
 
 
 def importing_layouts(state: State, hardware: Hardware, text: str, label: str | None) -> Change:
@@ -3410,15 +3499,16 @@ def importing_layouts(state: State, hardware: Hardware, text: str, label: str | 
     gpus = [gpu for gpu_uuid in wishes if (gpu := hardware.gpu(gpu_uuid)) is not None]
     if not gpus:
         raise RefusedError("That file names no GPU of this server.", advice="Check its `devices`.")
-    wished: dict[GpuUuid, Collection[Slice]] = {}
-    bindings: dict[str, Placement] = {}
-    for gpu in gpus:
-        names = wishes[gpu.uuid]
-        layout = recutting(state, gpu, names).edit(state) if names else None
-        chosen = layout.layout_of(gpu.uuid) if layout else None
-        wished[gpu.uuid] = chosen.slices if chosen else ()
-        bindings |= _moved(gpu.uuid, bound_slices(state, gpu.uuid), wished[gpu.uuid])
-    return cutting(f"Cut {', '.join(gpu.title for gpu in gpus)} as in the file", wished, bindings)
+    changes = [recutting(state, gpu, wishes[gpu.uuid]) for gpu in gpus]
+    moved = (change.scope.models or frozenset() for change in changes)
+    return Change(
+        title=f"Cut {', '.join(gpu.title for gpu in gpus)} as in the file",
+        edit=lambda state: reduce(lambda done, change: change.edit(done), changes, state),
+        scope=Scope(
+            models=frozenset[ModelName]().union(*moved), gpus=frozenset(gpu.uuid for gpu in gpus)
+        ),
+        whole=True,
+    )
 
 
 def _known_geometry(gpu: Gpu) -> MigGeometry:
@@ -3496,18 +3586,17 @@ def forgetting_layout(state: State, hardware: Hardware, text: str) -> Change:
     return Change(title="Forget a MIG layout", edit=edit, scope=Scope(gpus=frozenset({gpu_uuid})))
 
 
-def way_back(before: State, change: Change, hardware: Hardware) -> State:
-    """What a change that fails returns to.
+def way_back(before: State, after: State, hardware: Hardware) -> State:
+    """What a change of layouts that fails returns to.
 
-    A cut of a GPU that nobody wished cut so far returns to the slices it has now; MIG that was
-    on without any slices is off then, and nothing could have run in that.
+    GPUs that nobody wished cut so far return to the slices they have now; MIG that was on without
+    any is off then, and nothing could have run in that.
     """
-    if not change.whole:
-        return before
+    wished = {layout.gpu_uuid for layout in after.mig_layouts if layout not in before.mig_layouts}
     found = [
         MigLayout(gpu_uuid=gpu.uuid, slices=tuple(along(gpu.layout)))
         for gpu in hardware.gpus
-        if gpu.uuid in (change.scope.gpus or ()) and before.layout_of(gpu.uuid) is None
+        if gpu.uuid in wished and before.layout_of(gpu.uuid) is None
     ]
     return replace(before, mig_layouts=(*before.mig_layouts, *found))
 
@@ -3561,6 +3650,12 @@ class Snapshot:
     hardware: Hardware = field(default_factory=Hardware)
     faults: tuple[ManagerError, ...] = ()
     jobs: tuple[JobView, ...] = ()
+    shown_at: datetime | None = None
+
+    @property
+    def seconds_old(self) -> float:
+        """How long ago the server was last looked at; much, where something in it hangs."""
+        return (self.shown_at - self.taken_at).total_seconds() if self.shown_at else 0.0
 
     @property
     def state_has_models(self) -> bool:
@@ -3688,6 +3783,9 @@ class Attention:
 def attention(snapshot: Snapshot) -> list[Attention]:
     """What needs the operator now; empty when all is well."""
     found = [Attention(str(fault), "System") for fault in snapshot.faults]
+    if snapshot.seconds_old > OLD_SECONDS:
+        age = format_duration(snapshot.seconds_old)
+        found.append(Attention(f"This page shows the server of {age} ago: it hangs.", "System"))
     found += [Attention(text, "Hardware") for text in hardware_matters(snapshot.hardware)]
     state, observed = snapshot.state, snapshot.observed
     if state is None or observed is None:
@@ -3704,10 +3802,15 @@ def attention(snapshot: Snapshot) -> list[Attention]:
         count = sum(len(stage.steps) for stage in snapshot.plan.stages)
         found.append(
             Attention(
-                f"{count} steps away from what is wished. Review and apply the plan.", "System"
+                f"{count} step{'s' * (count > 1)} away from what is wished. "
+                "Review and apply the plan.",
+                "System",
             )
         )
     return found
+
+
+OLD_SECONDS: Final = 30.0
 
 
 def hardware_matters(hardware: Hardware) -> list[str]:
@@ -4087,7 +4190,7 @@ def _layout_row(
 ) -> list[str]:
     gpu = hardware.gpu(wish.gpu_uuid)
     title = gpu.title if gpu else wish.gpu_uuid
-    if gpu is not None and gpu.layout == {*wish.slices}:
+    if gpu is not None and gpu.is_cut_as(wish.slices):
         return [f"1 MIG layout of {title}", f"as wished: {format_slices(wish.slices)}"]
     fault = faults.get(f"MIG layout of {title}")
     return [f"1 MIG layout of {title}", f"failed: {fault}" if fault else "not as wished"]
@@ -4154,7 +4257,7 @@ def reboot_warnings(
         f"{gpu.title} has {format_slices(gpu.layout)}; a reboot would bring what is wished: "
         f"{format_slices(wish.slices)}."
         for gpu in hardware.gpus
-        if (wish := state.layout_of(gpu.uuid)) and gpu.layout != {*wish.slices}
+        if (wish := state.layout_of(gpu.uuid)) and not gpu.is_cut_as(wish.slices)
     ]
     found += [
         f"{model.name} is not ready now, so nobody knows whether it would be then."
@@ -4169,10 +4272,7 @@ def reboot_warnings(
     return found
 
 
-BOOT_UNITS: Final[Mapping[str, str]] = {
-    "llm-manager.service": "Run `llm_manager.py install`.",
-    "docker.service": "Run `systemctl enable docker`.",
-}
+BOOT_UNITS: Final[Mapping[str, str]] = {"llm-manager.service": "Run `llm_manager.py install`."}
 
 
 def reboot_text(state: State, observed: Observed, enabled: Mapping[str, bool | None]) -> str:
@@ -4181,9 +4281,7 @@ def reboot_text(state: State, observed: Observed, enabled: Mapping[str, bool | N
     if warnings:
         return "Not everything would come back:\n" + "\n".join(f"- {line}" for line in warnings)
     if not any(enabled.values()):
-        return (
-            "Everything would come back, if LLM Manager and Docker start at boot (no systemd here)."
-        )
+        return "Everything would come back, if LLM Manager starts at boot (no systemd here)."
     return "Safe to reboot: everything that is wished comes back."
 
 
@@ -4457,7 +4555,7 @@ def card_note(gpu: Gpu, state: State, observed: Observed | None) -> str:
     """What the picture does not show: drift from the wish, foreign clients, trouble."""
     wish = state.layout_of(gpu.uuid)
     notes = []
-    if wish is not None and gpu.layout != {*wish.slices}:
+    if wish is not None and not gpu.is_cut_as(wish.slices):
         notes.append(f"wished: {format_slices(wish.slices)}")
     if gpu.slices and wish is None:
         notes.append("cut by somebody else; its slices do not survive a reboot")
@@ -4818,6 +4916,7 @@ class Containers(Protocol):
     def logs(self, name: ContainerName, tail: int) -> str: ...
     def follow(self, name: ContainerName) -> Iterator[str]: ...
     def visible_devices(self, seen: ObservedContainer) -> frozenset[str] | None: ...
+    def foreign_devices(self) -> dict[str, frozenset[str]]: ...
 
 
 class DockerContainers:
@@ -4827,7 +4926,9 @@ class DockerContainers:
         self._base_url = base_url
         self._instance = instance
         self._client: docker.DockerClient | None = None
-        self._visible: dict[str, tuple[float, frozenset[str] | None]] = {}
+        self._visible: dict[Sighting, tuple[float, frozenset[str] | None]] = {}
+        self._asking: dict[Sighting, concurrent.futures.Future[frozenset[str] | None]] = {}
+        self._requested: dict[str, tuple[str, frozenset[str]]] = {}
         self._labels = {LABEL_OWNER: OWNER, LABEL_INSTANCE: instance}
         self._filter: dict[str, str | list[str] | bool] = {
             "label": [f"{key}={value}" for key, value in self._labels.items()]
@@ -4994,26 +5095,61 @@ class DockerContainers:
     def visible_devices(self, seen: ObservedContainer) -> frozenset[str] | None:
         """The GPUs or MIG devices that are visible inside, at most a minute old.
 
-        Asked by the `nvidia-smi` that the container toolkit puts there; None where it is not.
+        Asked by the `nvidia-smi` that the container toolkit puts there; None where it is not, or
+        does not answer: on a sick GPU it hangs, and the SDK's exec knows no timeout.
         """
-        now = time.monotonic()
-        asked, known = self._visible.get(seen.container_id, (-math.inf, None))
-        if now - asked > VISIBLE_SECONDS:
-            known = self._ask_inside(seen.name)
-            self._visible[seen.container_id] = now, known
+        key = seen.container_id, seen.started_at
+        asked, known = self._visible.get(key, (-math.inf, None))
+        if time.monotonic() - asked <= VISIBLE_SECONDS:
+            return known
+        if key not in self._asking:  # one question at a time: a hanging one is not asked again
+            answer = self._asking[key] = concurrent.futures.Future()
+            ask = partial(self._ask_inside, seen.name, answer)
+            threading.Thread(target=ask, name=f"look into {seen.name}", daemon=True).start()
+        try:
+            known = self._asking[key].result(timeout=SIGHT_SECONDS)
+        except concurrent.futures.TimeoutError:
+            return None
+        self._asking.pop(key, None)
+        self._visible[key] = time.monotonic(), known
         return known
 
-    def _ask_inside(self, name: ContainerName) -> frozenset[str] | None:
+    def _ask_inside(
+        self, name: ContainerName, answer: concurrent.futures.Future[frozenset[str] | None]
+    ) -> None:
+        seen: frozenset[str] | None = None
         with contextlib.suppress(ManagerError), docker_errors(f"ask {name} for its GPU"):
-            answer = self._ours(name).exec_run(["nvidia-smi", "-L"])
-            said = (
-                answer.output.decode(errors="replace") if isinstance(answer.output, bytes) else ""
-            )
-            if answer.exit_code == 0 or "Failed to initialize NVML: Unknown Error" in said:
-                return parse_visible_devices(said)
-        return None
+            run = self._ours(name).exec_run(["nvidia-smi", "-L"])
+            said = run.output.decode(errors="replace") if isinstance(run.output, bytes) else ""
+            if run.exit_code == 0 or "Failed to initialize NVML: Unknown Error" in said:
+                seen = parse_visible_devices(said)
+        answer.set_result(seen)
+
+    def foreign_devices(self) -> dict[str, frozenset[str]]:
+        """Running containers that are not ours, and the GPUs or slices they were given by UUID."""
+        with docker_errors("look at other containers"):
+            client = self._connected()
+            found: dict[str, frozenset[str]] = {}
+            for listed in client.api.containers():
+                mine = all(listed["Labels"].get(k) == v for k, v in self._labels.items())
+                name, devices = self._requested.get(listed["Id"]) or self._request_of(listed["Id"])
+                if devices and not mine:
+                    found[name] = devices
+        return found
+
+    def _request_of(self, container_id: str) -> tuple[str, frozenset[str]]:
+        """A container's name and devices, which never change; nothing where it is gone."""
+        try:
+            attributes = self._connected().api.inspect_container(container_id)
+        except docker.errors.NotFound:
+            return "", frozenset()
+        requested = attributes["Name"].removeprefix("/"), frozenset(_requested_devices(attributes))
+        self._requested[container_id] = requested
+        return requested
 
 
+Sighting = tuple[str, datetime | None]  # one start of one container
+SIGHT_SECONDS: Final = 5.0
 VISIBLE_SECONDS: Final = 60.0
 
 
@@ -5036,11 +5172,15 @@ def _observed(attributes: Json) -> ObservedContainer:
         served_model_name=labels.get(LABEL_SERVED_NAME),
         docker_health=(state.get("Health") or {}).get("Status"),
         container_id=attributes["Id"],
-        devices=tuple(
-            device
-            for request in attributes["HostConfig"].get("DeviceRequests") or ()
-            for device in request.get("DeviceIDs") or ()
-        ),
+        devices=_requested_devices(attributes),
+    )
+
+
+def _requested_devices(attributes: Json) -> tuple[str, ...]:
+    return tuple(
+        device
+        for request in attributes["HostConfig"].get("DeviceRequests") or ()
+        for device in request.get("DeviceIDs") or ()
     )
 
 
@@ -5448,8 +5588,9 @@ class NvmlGpus:
         self._tables = geometries
         self._system = system
         self._pause = pause  # seconds before a mode is tried once more
-        self._geometries: dict[str, MigGeometry] = {}
+        self._geometries: dict[tuple[str, bool], MigGeometry] = {}
         self._lock = threading.RLock()
+        self._linked: tuple[Any, Mapping[frozenset[GpuUuid], Link]] = ((), {})
         self._latest: Hardware | None = None
         self._taken = 0.0
 
@@ -5466,7 +5607,7 @@ class NvmlGpus:
         hardware = Hardware(
             kernel_version=system.kernel_version(),
             library_version=system.library_version(),
-            uses_cdi=bool(system.cdi_files()),
+            uses_cdi=bool(system.cdi_text()),
         )
         try:
             pynvml.nvmlInit()
@@ -5493,13 +5634,20 @@ class NvmlGpus:
         return replace(
             hardware,
             gpus=tuple(gpus),
-            links=_links(gpus),
+            links=self._links_of(gpus),
             mig_manager=self._system.enabled("nvidia-mig-manager.service") is True,
-            cdi_stale=hardware.uses_cdi and not self._system.cdi_lists(slices),
+            cdi_missing=self._system.cdi_missing(slices),
             lost=tuple(lost),
             driver_version=_text(_ask(pynvml.nvmlSystemGetDriverVersion)),
             cuda_version=_cuda_version(_ask(pynvml.nvmlSystemGetCudaDriverVersion_v2)),
         )
+
+    def _links_of(self, gpus: Sequence[Gpu]) -> Mapping[frozenset[GpuUuid], Link]:
+        """Asked once for each set of whole and cut GPUs: a thousand calls on eight of them."""
+        key = tuple((gpu.uuid, gpu.mig_enabled) for gpu in gpus)
+        if key != self._linked[0]:
+            self._linked = key, _links(gpus)
+        return self._linked[1]
 
     def _gpu(
         self, handle: Any, index: int, holders: Mapping[int, Sequence[int]],
@@ -5532,25 +5680,26 @@ class NvmlGpus:
         mode = _ask(pynvml.nvmlDeviceGetMigMode, handle)
         if mode is None:
             return gpu
-        geometry = self._geometry(handle, gpu)
+        geometry = self._geometry(handle, gpu, with_names=bool(mode[0]))
         return replace(
             gpu,
             mig_enabled=bool(mode[0]),
             mig_pending=bool(mode[1]),
             geometry=geometry,
-            slices=_slices(handle, geometry) if mode[0] and geometry else (),
+            slices=_slices(handle, geometry) if mode[0] else (),
         )
 
-    def _geometry(self, handle: Any, gpu: Gpu) -> MigGeometry | None:
-        """As the driver tells it, which never changes; else the card's table."""
-        if gpu.uuid not in self._geometries:
+    def _geometry(self, handle: Any, gpu: Gpu, *, with_names: bool) -> MigGeometry | None:
+        """As the driver tells it, with names while MIG is on; else the card's table."""
+        key = gpu.uuid, with_names
+        if key not in self._geometries:
             told = _told_geometry(
                 handle, gpu, table_geometry(self._tables, gpu.pci_device, gpu.name)
             )
             if told is None:
                 return table_geometry(self._tables, gpu.pci_device, gpu.name)
-            self._geometries[gpu.uuid] = told
-        return self._geometries[gpu.uuid]
+            self._geometries[key] = told
+        return self._geometries[key]
 
     @contextlib.contextmanager
     def _changing(self, gpu: GpuUuid, action: str) -> Iterator[Any]:
@@ -5591,50 +5740,52 @@ class NvmlGpus:
         raise _in_use(action, now.clients or () if now else ())
 
     def create_slice(self, gpu: GpuUuid, wanted: Slice) -> None:
-        """A GPU instance at its explicit start, and one compute instance that takes all of it."""
-        profile_of, start = wanted
-        with self._changing(gpu, f"create {profile_of} at {start}") as handle:
-            profile = self._profile(gpu, handle, profile_of)
+        """A GPU instance at its explicit start, and one compute instance that takes all of it.
+
+        One that is there, empty or split, is filled.
+        """
+        profile, start = self._profile(gpu, wanted[0]), wanted[1]
+        with self._changing(gpu, f"create {profile.name} at {start}") as handle:
             place = pynvml.c_nvmlGpuInstancePlacement_t(start=start, size=profile.size)
-            instance = pynvml.nvmlDeviceCreateGpuInstanceWithPlacement(
+            left = _instance_at(handle, profile, start)
+            for compute in _compute_instances(left) if left is not None else ():
+                pynvml.nvmlComputeInstanceDestroy(compute)
+            instance = left or pynvml.nvmlDeviceCreateGpuInstanceWithPlacement(
                 handle, profile.driver_id, ctypes.byref(place)
             )
             try:
                 _fill_instance(instance, profile)
             except pynvml.NVMLError:
-                pynvml.nvmlGpuInstanceDestroy(instance)
+                if left is None:
+                    pynvml.nvmlGpuInstanceDestroy(instance)
                 raise
 
     def destroy_slice(self, gpu: GpuUuid, wanted: Slice) -> None:
         """Its compute instances, then itself; one that is not there is no fault."""
-        profile_of, start = wanted
-        with self._changing(gpu, f"remove {profile_of} at {start}") as handle:
-            profile = self._profile(gpu, handle, profile_of)
-            for instance in _gpu_instances(handle, profile):
-                if pynvml.nvmlGpuInstanceGetInfo(instance).placement.start == start:
-                    for compute in _compute_instances(instance):
-                        pynvml.nvmlComputeInstanceDestroy(compute)
-                    pynvml.nvmlGpuInstanceDestroy(instance)
+        profile, start = self._profile(gpu, wanted[0]), wanted[1]
+        with self._changing(gpu, f"remove {profile.name} at {start}") as handle:
+            instance = _instance_at(handle, profile, start)
+            if instance is not None:
+                for compute in _compute_instances(instance):
+                    pynvml.nvmlComputeInstanceDestroy(compute)
+                pynvml.nvmlGpuInstanceDestroy(instance)
 
-    def _profile(self, uuid: GpuUuid, handle: Any, name: str) -> MigProfile:
-        found = self._geometry(handle, Gpu(uuid=uuid))
-        if found is None:
-            gpu = self.read(fresh=True).gpu(uuid)
-            found = gpu.geometry if gpu else None
-        if found is None:
+    def _profile(self, uuid: GpuUuid, name: str) -> MigProfile:
+        gpu = self.read().gpu(uuid)
+        if gpu is None or gpu.geometry is None:
             raise HardwareError("How this GPU can be cut is unknown.", advice="Update the driver.")
-        return found.profile(name)
+        return gpu.geometry.profile(name)
 
     def refresh_cdi(self) -> None:
         """Rewrite the toolkit's list of devices; each of today's slices must be in it then."""
-        files = self._system.cdi_files()
-        if files:
-            self._system.refresh_cdi(files[0])
-        if self.read(fresh=True).cdi_stale:
-            raise HardwareError(
-                f"{', '.join(files)} still does not list every MIG slice.",
-                advice="Run `systemctl restart nvidia-cdi-refresh`, and read its journal.",
-            )
+        for command in CDI_COMMANDS:
+            run_tool(command)
+            if not self.read(fresh=True).cdi_missing:
+                return
+        raise HardwareError(
+            "The container toolkit's list of devices still lacks a slice.",
+            advice="Run `systemctl restart nvidia-cdi-refresh`, and read its journal.",
+        )
 
 
 def _why_no_driver(error: Any, system: GpuSystem) -> ManagerError | None:
@@ -5665,7 +5816,7 @@ def _clients(
 ) -> tuple[GpuClient, ...]:
     """Who computes on the GPU, and who else has it open."""
     computing: dict[int, Slice | None] = {}
-    by_instance = _instances(handle, gpu.geometry) if gpu.slices else {}
+    by_instance = _instances(handle, gpu.geometry) if gpu.slices and gpu.geometry else {}
     for asked in (handle, *_mig_handles(handle).values()):
         for process in _processes(asked):
             instance = getattr(process, "gpuInstanceId", NO_INSTANCE)
@@ -5674,6 +5825,7 @@ def _clients(
         replace(client, slice=computing.get(pid), computes=pid in computing)
         for pid in sorted({*holders, *computing})
         if (client := system.client(pid)) is not None
+        and (pid in computing or not client.is_manager)
     )
 
 
@@ -5853,6 +6005,13 @@ def _gpu_instances(handle: Any, profile: MigProfile) -> list[Any]:
     return list(found)[: count.value]
 
 
+def _instance_at(handle: Any, profile: MigProfile, start: int) -> Any:
+    for instance in _gpu_instances(handle, profile):
+        if pynvml.nvmlGpuInstanceGetInfo(instance).placement.start == start:
+            return instance
+    return None
+
+
 def _compute_instances(instance: Any) -> list[Any]:
     found: list[Any] = []
     for number in range(pynvml.NVML_COMPUTE_INSTANCE_PROFILE_COUNT):
@@ -5883,36 +6042,48 @@ def _fill_instance(instance: Any, profile: MigProfile) -> None:
     raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
 
 
-def _instances(handle: Any, geometry: MigGeometry | None) -> dict[int, Slice]:
-    """GPU instance id -> what it is."""
+def _instances(handle: Any, geometry: MigGeometry) -> dict[int, Slice]:
+    """GPU instance id -> what it is; raises where the caller may not see them."""
     found: dict[int, Slice] = {}
-    for profile in geometry.profiles if geometry else ():
-        for instance in _ask(_gpu_instances, handle, profile) or ():
+    for profile in geometry.profiles:
+        try:
+            several = _gpu_instances(handle, profile)
+        except pynvml.NVMLError_NoPermission:
+            raise
+        except pynvml.NVMLError:  # an older driver lacks a profile of the table
+            continue
+        for instance in several:
             info = pynvml.nvmlGpuInstanceGetInfo(instance)
             found[info.id] = (profile.name, info.placement.start)
     return found
 
 
 def _mig_handles(handle: Any) -> dict[int, Any]:
-    """GPU instance id -> handle of its first MIG device; their indices have holes."""
+    """GPU instance id -> the MIG device that is all of it; their indices have holes.
+
+    An instance that somebody split into several compute instances has none.
+    """
     found: dict[int, Any] = {}
     for index in range(_ask(pynvml.nvmlDeviceGetMaxMigDeviceCount, handle) or 0):
         device = _ask(pynvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, index)
         if device is not None:
-            found.setdefault(pynvml.nvmlDeviceGetGpuInstanceId(device), device)
+            parts = _ask(pynvml.nvmlDeviceGetAttributes_v2, device)
+            if parts is None or parts.computeInstanceSliceCount == parts.gpuInstanceSliceCount:
+                found[pynvml.nvmlDeviceGetGpuInstanceId(device)] = device
     return found
 
 
-def _slices(handle: Any, geometry: MigGeometry) -> tuple[MigDevice, ...] | None:
-    """Today's slices along the card; None where only root may see them."""
+def _slices(handle: Any, geometry: MigGeometry | None) -> tuple[MigDevice, ...] | None:
+    """Today's slices along the card; None where nobody may see them, or tell what they are."""
     try:
-        for profile in geometry.profiles:
-            _gpu_instances(handle, profile)
+        instances = _instances(handle, geometry) if geometry else None
     except pynvml.NVMLError_NoPermission:
+        instances = None
+    if instances is None:
         return None
     devices = _mig_handles(handle)
     found = []
-    for instance, (name, start) in _instances(handle, geometry).items():
+    for instance, (name, start) in instances.items():
         device = devices.get(instance)
         memory = _ask(pynvml.nvmlDeviceGetMemoryInfo, device) if device is not None else None
         found.append(
@@ -5938,9 +6109,15 @@ def nvml_errors(action: str, clients: Callable[[], Sequence[GpuClient]]) -> Iter
 
 
 def _in_use(action: str, clients: Sequence[GpuClient]) -> HardwareError:
-    who = ", ".join(map(describe_client, clients)) or "somebody who does not show"
-    advice = release_advice(clients)
-    return HardwareError(f"The driver could not {action}: {who} uses the GPU.", advice=advice)
+    if not clients:
+        return HardwareError(
+            f"The driver could not {action}: somebody who does not show uses the GPU.",
+            advice="Look for monitors (DCGM, nvsm), a display server, and containers that have it.",
+        )
+    who = ", ".join(map(describe_client, clients))
+    return HardwareError(
+        f"The driver could not {action}: {who} uses the GPU.", advice=release_advice(clients)
+    )
 
 
 def _nvml_fault(action: str, error: Any) -> HardwareError:
@@ -5982,12 +6159,14 @@ class GpuSystem:
 
     def library_version(self) -> str | None:
         """Of the library on the disk: a process that runs for weeks has the old one open."""
-        folders = ("usr/lib/*-linux-gnu", "usr/lib64", "usr/lib", "usr/local/nvidia/lib64")
+        loaded = re.search(r"(/\S*)/libnvidia-ml\.so", self.read_text("proc/self/maps") or "")
+        own = [loaded[1].lstrip("/")] if loaded else []
+        folders = (*own, f"usr/lib/{platform.machine()}-linux-gnu", "usr/lib64", "usr/lib")
         for folder in folders:
-            for library in sorted(self._root.glob(f"{folder}/libnvidia-ml.so.1")):
-                found = re.search(r"\.so\.(\d+\.\d[\d.]*)$", str(library.resolve()))
-                if found:
-                    return found[1]
+            library = self._root / folder / "libnvidia-ml.so.1"
+            found = re.search(r"\.so\.(\d+\.\d[\d.]*)$", str(library.resolve()))
+            if found and library.exists():
+                return found[1]
         return None
 
     def has_nvidia_gpu(self) -> bool:
@@ -6006,22 +6185,33 @@ class GpuSystem:
     def holders(self) -> dict[int, list[int]]:
         """GPU minor number -> processes that have its device open; as root, all of them."""
         found: dict[int, set[int]] = {}
-        for entry in (self._root / "proc").glob("[0-9]*/fd/*"):
-            with contextlib.suppress(OSError, ValueError):
-                target = re.fullmatch(r"/dev/nvidia(\d+)", str(entry.readlink()))
-                if target:
-                    found.setdefault(int(target[1]), set()).add(int(entry.parts[-3]))
+        proc = str(self._root / "proc")
+        for pid in filter(str.isdigit, os.listdir(proc)):  # noqa: PTH208 - a third of Path's time
+            with contextlib.suppress(OSError):
+                for handle in os.listdir(f"{proc}/{pid}/fd"):  # noqa: PTH208
+                    with contextlib.suppress(OSError):
+                        target = os.readlink(f"{proc}/{pid}/fd/{handle}")  # noqa: PTH115
+                        minor = target.removeprefix("/dev/nvidia")
+                        if minor != target and minor.isdigit():
+                            found.setdefault(int(minor), set()).add(int(pid))
         return {minor: sorted(pids) for minor, pids in found.items()}
 
     def client(self, pid: int) -> GpuClient | None:
-        """A process by its program; None for LLM Manager itself."""
-        words = (self.read_text(f"proc/{pid}/cmdline") or "").split("\0")
-        if pid == os.getpid() or any(PurePath(word).name == PROGRAM.name for word in words):
+        """A process by its program; None for one that is gone, and for this one."""
+        command = self.read_text(f"proc/{pid}/cmdline")
+        if command is None or pid == os.getpid():
             return None
+        words = command.split("\0")
         name = PurePath(words[0].split(" ")[0].rstrip(":")).name
-        name = name or (self.read_text(f"proc/{pid}/comm") or "a process").strip()
+        name = name or (self.read_text(f"proc/{pid}/comm") or "").strip() or "a process"
         inside = re.search(r"\b[0-9a-f]{64}\b", self.read_text(f"proc/{pid}/cgroup") or "")
-        return GpuClient(pid=pid, name=name, container_id=inside[0] if inside else None)
+        return GpuClient(
+            pid=pid,
+            # Any user chooses it: no line break, no escape sequence for root's terminal.
+            name=re.sub(r"[^\w.:+@ -]", "?", name)[:60],
+            container_id=inside[0] if inside else None,
+            is_manager=any(PurePath(word).name == PROGRAM.name for word in words),
+        )
 
     def xids(self) -> dict[str, tuple[int, ...]] | None:
         """The driver's errors since boot by PCI bus id; None where the kernel's log is closed."""
@@ -6042,40 +6232,41 @@ class GpuSystem:
     def _ask_systemd(self, unit: str) -> bool | None:
         if not (self._root / "run/systemd/system").is_dir():
             return None
-        answer = run_tool(["systemctl", "is-enabled", unit])
-        return answer is not None and answer.stdout.strip() in {"enabled", "enabled-runtime"}
+        answer = run_tool(["systemctl", "is-enabled", unit], seconds=5)
+        return None if answer is None else answer.stdout.strip() in {"enabled", "enabled-runtime"}
 
-    def cdi_files(self) -> list[str]:
-        """The specifications that list NVIDIA devices, newest place first."""
-        folders = ("var/run/cdi", "run/cdi", "etc/cdi")
-        files = [f"/{folder}/{path.name}" for folder in folders
-                 for path in sorted((self._root / folder).glob("*"))]  # fmt: skip
-        return [path for path in files if "nvidia.com/gpu" in (self.read_text(path) or "")]
+    def cdi_text(self) -> str:
+        """The specifications of NVIDIA's GPUs; others, such as for managing them, do not count."""
+        texts = [
+            self.read_text(path.relative_to(self._root)) or ""
+            for folder in ("var/run/cdi", "etc/cdi")
+            for path in sorted((self._root / folder).glob("*"))
+        ]
+        return "".join(t for t in texts if re.search(r'(?m)"?\bkind"?: "?nvidia\.com/gpu"?,?$', t))
 
-    def cdi_lists(self, uuids: Sequence[str]) -> bool:
-        """Whether every one of these devices is in the specifications."""
-        listed = "".join(self.read_text(path) or "" for path in self.cdi_files())
-        return all(uuid in listed for uuid in uuids)
-
-    def refresh_cdi(self, path: str) -> None:
-        """By the toolkit's own service, else by its tool."""
-        for command in (
-            ["systemctl", "restart", "nvidia-cdi-refresh.service"],
-            ["nvidia-ctk", "cdi", "generate", f"--output={path}"],
-        ):
-            answer = run_tool(command)
-            if answer is not None and answer.returncode == 0:
-                return
+    def cdi_missing(self, uuids: Sequence[str]) -> frozenset[str]:
+        """Which of these devices a list that goes by UUID lacks; one that goes by index has all."""
+        text = self.cdi_text()
+        if not re.search(r"\b(GPU|MIG)-[0-9a-f]{8}-", text):
+            return frozenset()
+        return frozenset(uuid for uuid in uuids if uuid not in text)
 
 
+# By the toolkit's own service; else by its tool, at the place that the service would write.
+CDI_COMMANDS: Final = (
+    ("systemctl", "restart", "nvidia-cdi-refresh.service"),
+    ("nvidia-ctk", "cdi", "generate", "--output=/var/run/cdi/nvidia.yaml"),
+)
 SLOW_SECONDS: Final = 60.0
 
 
-def run_tool(command: Sequence[str]) -> subprocess.CompletedProcess[str] | None:
+def run_tool(
+    command: Sequence[str], *, seconds: float = 120
+) -> subprocess.CompletedProcess[str] | None:
     """What a system's tool answers; None where it is not here or hangs."""
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         return subprocess.run(  # noqa: S603 - fixed words
-            command, capture_output=True, text=True, timeout=120, check=False
+            command, capture_output=True, text=True, timeout=seconds, check=False
         )
     return None
 
@@ -6089,9 +6280,10 @@ def kernel_log(device: Path) -> str | None:
         return None
     try:
         while True:
-            lines.append(os.read(handle, 8192))
-            if not lines[-1]:
-                break
+            with contextlib.suppress(BrokenPipeError):  # a record was overwritten meanwhile
+                lines.append(os.read(handle, 8192))
+                if not lines[-1]:
+                    break
     except BlockingIOError:
         pass  # the end of what there is
     except OSError:
@@ -6151,22 +6343,24 @@ class Control:
 
 def observe(tools: Tools) -> Observed:
     """One whole look at the world."""
-    found = tools.containers.observe()
+    found, hardware = tools.containers.observe(), tools.gpus.read()
+    with_gpu = [c for c in found.containers.values() if c.running and c.devices]
+    with concurrent.futures.ThreadPoolExecutor(max_workers=len(with_gpu) or 1) as pool:
+        sights = list(pool.map(tools.containers.visible_devices, with_gpu))
+    looked = {c.name: replace(c, devices_seen=s) for c, s in zip(with_gpu, sights, strict=True)}
     seen = replace(
         found,
-        containers={name: _with_sight(c, tools) for name, c in found.containers.items()},
+        containers={**found.containers, **looked},
         files=tools.files.read_generated(),
         taken_at=tools.clock.utc_now(),
-        hardware=tools.gpus.read(),
+        hardware=hardware,
+        # Only where slices can go: each container is looked at once in its life.
+        foreign_devices=tools.containers.foreign_devices()
+        if any(gpu.mig_enabled is not None for gpu in hardware.gpus)
+        else {},
         start_seconds=tools.files.read_starts(),
     )
     return tools.probes.fill(seen)
-
-
-def _with_sight(seen: ObservedContainer, tools: Tools) -> ObservedContainer:
-    if not seen.running or not seen.devices:
-        return seen
-    return replace(seen, devices_seen=tools.containers.visible_devices(seen))
 
 
 def converge(
@@ -6175,20 +6369,21 @@ def converge(
     """Make the world as wished; what fails is undone alone, reported, and raised at the end."""
     reach = change or applying()
 
-    def planned() -> Plan:
+    def planned(observed: Observed, *, recut: bool) -> Plan:
         return plan_state(
-            state, observe(tools), site, scope=reach.scope, restart=reach.restart,
-            despite_driver=reach.despite_driver,
+            state, observed, site, scope=reach.scope, restart=reach.restart,
+            despite_driver=reach.despite_driver, recut=recut,
         )  # fmt: skip
 
-    plan = planned()
+    first = observe(tools)
+    plan = planned(first, recut=True)
     if reach.whole:
         plan.raise_refusal()
     faults = _side_by_side(plan.layouts, tools, control)
     if faults and reach.whole:
         _raise_all(faults)
     if plan.layouts:
-        plan = _without_uncut(planned(), plan.layouts, control)  # only now slices have UUIDs
+        plan = _without_consequences(planned(observe(tools), recut=False), plan.layouts, control)
     faults += _attempt([plan.devices], tools, control)
     apply_stage(plan.foundation, tools, control)
     database = _attempt([plan.database], tools, control)
@@ -6198,17 +6393,31 @@ def converge(
         faults += _turn_endpoint(state, site, tools, control, names)
     else:  # what is wished stopped must stop all the same
         faults += _attempt([plan_retirement(state, observe(tools), None, names)], tools, control)
-    _raise_all(faults)
+    _raise_all(_counting(faults, state, first, control) if reach.whole else faults)
 
 
-def _without_uncut(plan: Plan, layouts_first: Sequence[Stage], control: Control) -> Plan:
-    """The plan without models on a GPU whose layout failed: what ran there runs again already."""
+def _without_consequences(plan: Plan, layouts_first: Sequence[Stage], control: Control) -> Plan:
+    """Only now have slices UUIDs; who has none because a cut failed need not say so as well."""
     failed = [layout for layout in layouts_first if layout.title in control.faults]
     uncut = frozenset[str]().union(*(layout.resources for layout in failed))
-    for stage in plan.models:
-        if stage.steps and stage.resources & uncut:
-            control.report(f"{stage.title} is left as it is: its GPU could not be cut")
-    return replace(plan, models=tuple(m for m in plan.models if not m.resources & uncut))
+    models = tuple(
+        model
+        for model in plan.models
+        if not (model.resources & uncut and any(isinstance(step, Refuse) for step in model.steps))
+    )
+    return replace(plan, models=models)
+
+
+def _counting(
+    faults: Sequence[ManagerError], state: State, before: Observed, control: Control
+) -> list[ManagerError]:
+    """A model that did not serve before the change is no reason to take the change back."""
+    excused = [
+        control.faults.get(f"model {model.name}")
+        for model in state.wished_models
+        if phase_of(state, model, before, busy=False) != "ready"
+    ]
+    return [fault for fault in faults if fault not in excused]
 
 
 def _side_by_side(stages: Sequence[Stage], tools: Tools, control: Control) -> list[ManagerError]:
@@ -6265,7 +6474,9 @@ def apply_stage(stage: Stage, tools: Tools, control: Control) -> None:
             control.report(describe(step))
             attempted.append(step)  # before the effect: a half-done step is undone too
             apply_step(step, tools, control)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, NotBegunError):
+            attempted.pop()
         # A Discard is the point of no return: what it made way for is ready, and stays.
         if not (attempted and isinstance(attempted[-1], Discard)):
             for step in reversed(attempted):
@@ -6288,11 +6499,15 @@ def apply_step(  # noqa: C901, PLR0912, PLR0915 - one line per kind of step
         case DestroySlice(gpu, wanted, _):
             tools.gpus.destroy_slice(gpu.uuid, wanted)
         case CreateSlice(gpu, wanted, _):
+            _refuse_if_made(gpu, wanted, tools)
             tools.gpus.create_slice(gpu.uuid, wanted)
         case VerifyLayout(gpu, slices, _):
             _verify_layout(gpu, slices, tools)
         case RefreshCdi():
-            tools.gpus.refresh_cdi()
+            try:
+                tools.gpus.refresh_cdi()
+            except HardwareError as error:  # Docker may not go by it: a container's start will tell
+                control.report(f"  {error}")
         case PullImage(image, _):
             _pull(image, containers, control)
         case CreateNetwork(name, _):
@@ -6336,12 +6551,22 @@ def _check_clients(
         raise RefusedError(f"{who} uses {gpu}.", advice=release_advice(foreign))
 
 
+def _refuse_if_made(gpu: GpuRef, wanted: Slice, tools: Tools) -> None:
+    """Somebody else's slice must not be taken for ours, and removed when the change is undone."""
+    now = tools.gpus.read(fresh=True).gpu(gpu.uuid)
+    there = now.device(wanted) if now is not None else None
+    if there is not None and there.uuid is not None:
+        raise NotBegunError(
+            f"Somebody else made the slice {format_slices([wanted])} of {gpu} meanwhile.",
+            advice="Look at `mig show`, then plan again.",
+        )
+
+
 def _verify_layout(gpu: GpuRef, slices: frozenset[Slice], tools: Tools) -> None:
     now = tools.gpus.read(fresh=True).gpu(gpu.uuid)
     if now is None:
         raise HardwareError(f"{gpu} is gone after its change.", advice="Reboot this server.")
-    complete = all(device.uuid is not None for device in now.slices or ())
-    if now.layout != slices or bool(now.mig_enabled) != bool(slices) or not complete:
+    if not now.is_cut_as(slices):
         raise HardwareError(
             f"{gpu} has {format_slices(now.layout)} now, and not {format_slices(slices)}.",
             advice="Look at `mig show` and at the kernel's log; somebody else may cut it too.",
@@ -6388,7 +6613,8 @@ def _undo(step: Step, tools: Tools) -> bool:  # noqa: C901, PLR0912 - one line p
 
 def _bring_slice_back(gpu: GpuRef, wanted: Slice, tools: Tools) -> None:
     now = tools.gpus.read(fresh=True).gpu(gpu.uuid)
-    if now is not None and wanted not in now.layout:
+    there = now.device(wanted) if now is not None else None
+    if there is None or there.uuid is None:
         tools.gpus.create_slice(gpu.uuid, wanted)
 
 
@@ -6591,8 +6817,15 @@ def _driver_check(hardware: Hardware) -> Check:
     )
 
 
+# Of memory, bus, NVLink and firmware: NVIDIA's list of Xid errors.
+HARDWARE_XIDS: Final = frozenset({
+    48, 54, 61, 62, 63, 64, 74, 79, 92, 94, 95, 109, 110, 119, 120, 121, 136, 140, 143, 144, 145,
+})  # fmt: skip
+
+
 def _gpu_check(gpu: Gpu) -> Check:
-    troubles = [f"Xid {number}" for number in dict.fromkeys(gpu.xids or ())]
+    # Others, such as 13, 31 or 43, are faults of a program that used the GPU.
+    troubles = [f"Xid {n}" for n in dict.fromkeys(gpu.xids or ()) if n in HARDWARE_XIDS]
     if gpu.ecc_uncorrected:
         troubles.append(f"{gpu.ecc_uncorrected} uncorrected memory errors since boot")
     if gpu.mig_enabled is not None and gpu.mig_pending != gpu.mig_enabled:
@@ -6757,7 +6990,7 @@ class Manager:
         check_state(after)
         # A hand-written double booking must be mendable step by step: taking away is allowed.
         if placements(after) - placements(before) or after.mig_layouts != before.mig_layouts:
-            check_placements(after, known=placement_faults(before))
+            check_placements(after, known=placement_faults(before), hardware=self.hardware())
         return after
 
     def save(self, change: Change) -> State:
@@ -6786,12 +7019,14 @@ class Manager:
         return job.run(lambda control: self._work(change, before, state, control), at_end=release)
 
     def _work(self, change: Change, before: State, after: State, control: Control) -> None:
-        former = way_back(before, change, self.hardware(fresh=True))
+        former = way_back(before, after, self.hardware(fresh=True))
+        # Whoever changes a layout, by a cut or by rolling back, gets all of it or nothing.
+        whole = change.whole or after.mig_layouts != before.mig_layouts
         try:
-            converge(after, self._site, self._tools, control, change)
+            converge(after, self._site, self._tools, control, replace(change, whole=whole))
         except ManagerError as error:
-            if isinstance(error, CancelledError) or change.whole:
-                self._withdraw(change, before, former, control)
+            if isinstance(error, CancelledError) or whole:
+                self._withdraw(replace(change, whole=whole), before, former, control)
             raise
         finally:
             if change.accounts:
@@ -6800,10 +7035,16 @@ class Manager:
     def _withdraw(self, change: Change, before: State, former: State, control: Control) -> None:
         """Take the wish back; where the change is whole, the world as well."""
         self._save_changed(former)  # a kill from here on heals back, and not half-way forward
-        if change.whole:
-            control.report("Taking all of it back: the layout and the containers from before.")
-            # Not cancellable: half-way back is nowhere.
-            converge(former, self._site, self._tools, Control(control.report), change)
+        if not change.whole:
+            return
+        control.report("Taking all of it back: the layout and the containers from before.")
+        # Not cancellable: half-way back is nowhere.
+        again = Control(control.report)
+        try:
+            converge(former, self._site, self._tools, again, replace(change, whole=False))
+        except ManagerError as error:
+            control.report(f"Not all of it could be taken back: {error}")
+        else:
             self._save_changed(before)
 
     def _save_changed(self, state: State) -> None:
@@ -6902,19 +7143,20 @@ class Watch:
         self._manager = manager
         self._seconds = seconds
         self._latest = manager.snapshot()
-        self._repaired: set[str] = set()
+        self._repaired: set[ModelName] = set()
         threading.Thread(target=self._run, name="watch", daemon=True).start()
 
     def latest(self) -> Snapshot:
         """The last look at the world, with the jobs as they are now."""
-        return replace(self._latest, jobs=tuple(self._manager.jobs()))
+        return replace(self._latest, jobs=tuple(self._manager.jobs()), shown_at=utc_now())
 
     def _run(self) -> None:
         while True:
             time.sleep(self._seconds)
             try:
                 before, self._latest = self._latest, self._manager.snapshot()
-                if before.observed is None and self._latest.observed is not None:
+                absent = any(isinstance(fault, DockerAbsentError) for fault in before.faults)
+                if absent and self._latest.observed is not None:
                     self._restore()
                 self._repair()
             except Exception:  # boundary: a bug in one look must not freeze every page for ever
@@ -6923,25 +7165,22 @@ class Watch:
     def _restore(self) -> None:
         """Docker is back: it starts no engine by itself, and nobody may be looking."""
         state = self._latest.state
-        if state is not None and state.endpoint == "running" and self._latest.plan:
+        if state is not None and state.wishes_anything and self._latest.plan:
             with contextlib.suppress(BusyError):
                 self._manager.start(restoring())
 
     def _repair(self) -> None:
-        """Replace containers that lost their GPU, each once: a second loss is the operator's."""
+        """Replace containers that lost their GPU; one that loses it again is the operator's."""
         state, observed = self._latest.state, self._latest.observed
         if state is None or observed is None:
             return
-        blind = {
-            seen.container_id: seen
-            for seen in observed.containers.values()
-            if seen.devices_seen == frozenset() and seen.container_id not in self._repaired
-        }
-        names = {ModelName(c.model_name) for c in blind.values() if c.model_name}
-        if names & {model.name for model in state.wished_models}:
-            with contextlib.suppress(BusyError):
-                self._manager.start(repairing(names))
-                self._repaired |= set(blind)
+        blind = {ModelName(c.model_name) for c in observed.containers.values()
+                 if c.devices_seen == frozenset() and c.model_name}  # fmt: skip
+        due = (blind & {model.name for model in state.wished_models}) - self._repaired
+        if due:
+            with contextlib.suppress(ManagerError):  # busy: the next look finds it again
+                self._manager.start(repairing(due))
+                self._repaired |= due
 
 
 # =============================================================================
@@ -7920,7 +8159,7 @@ def command_serve(arguments: argparse.Namespace) -> int:
     manager = open_manager()
     listener = listen(arguments.port)
     state = manager.state()
-    if state.endpoint == "running":
+    if state.wishes_anything:
         try:
             manager.start(restoring())
         except BusyError as error:

@@ -196,7 +196,7 @@ class SimulatedGpus:
                 kernel_version=self.kernel_version,
                 library_version=self.library_version,
                 uses_cdi=self.uses_cdi,
-                cdi_stale=self.uses_cdi and not self.listed >= self._slice_uuids(),
+                cdi_missing=frozenset(self._slice_uuids() - self.listed if self.uses_cdi else ()),
                 mig_manager=self.mig_manager,
             )
             if self.fault is not None:
@@ -230,10 +230,15 @@ class SimulatedGpus:
             changed.mig = changed.pending = enabled
 
     def create_slice(self, gpu: lm.GpuUuid, wanted: lm.Slice) -> None:
-        """Two effects, the GPU instance and its compute instance: one can be killed between."""
+        """Two effects, the GPU instance and its compute instance: one can be killed between.
+
+        An instance that is there without is filled.
+        """
         action = f"create {wanted[0]} at {wanted[1]}"
+        known = self._gpu(gpu).slices
+        was_there = wanted in known and known[wanted] is None
         with self._effect(gpu, action) as changed:
-            if changed is not None:
+            if changed is not None and not was_there:
                 changed.refuse_unless(mig=True)
                 if not changed.fits(wanted):
                     raise pynvml.NVMLError(pynvml.NVML_ERROR_INSUFFICIENT_RESOURCES)
@@ -245,7 +250,8 @@ class SimulatedGpus:
                         raise pynvml.NVMLError(pynvml.NVML_ERROR_INVALID_ARGUMENT)
                     changed.slices[wanted] = self._new_uuid(changed, wanted)
         except lm.ManagerError:
-            self._gpu(gpu).slices.pop(wanted, None)
+            if not was_there:
+                self._gpu(gpu).slices.pop(wanted, None)
             raise
 
     def _new_uuid(self, gpu: SimulatedGpu, wanted: lm.Slice) -> str:

@@ -152,6 +152,7 @@ class World:
     broken: set[str] = field(default_factory=set)  # an image or argument; such engines exit
     deaf: set[str] = field(default_factory=set)  # containers that miss their health checks
     blind: set[str] = field(default_factory=set)  # that lost their GPU, as by a daemon-reload
+    foreign_devices: dict[str, frozenset[str]] = field(default_factory=dict)
     needs: dict[str, int] = field(default_factory=dict)  # MiB of a GPU, by container
     rejected: str = "\0"  # Caddy rejects a Caddyfile with this in it
     start_seconds: float = 0.0
@@ -463,6 +464,10 @@ class FakeContainers:
         if seen.name in self.world.blind:
             return frozenset()
         return frozenset(filter(self.world.gpus.exists, container.spec.devices))
+
+    def foreign_devices(self) -> dict[str, frozenset[str]]:
+        self._connected()
+        return {**self.world.foreign_devices}
 
 
 class FakeProbes:

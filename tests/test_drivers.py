@@ -278,6 +278,44 @@ def test_a_slice_that_could_not_be_made_whole_leaves_nothing(stand_in: Stand, sy
     assert server.slices(0) == set()
 
 
+def test_an_instance_that_lost_its_compute_instance_is_filled_where_it_is(stand_in: Stand) -> None:
+    server = stand_in(A100)
+    driver = nvml_gpus()
+    uuid = driver.read().gpus[0].uuid
+    driver.set_mig_mode(uuid, enabled=True)
+    driver.create_slice(uuid, ("3g.20gb", 4))
+    server.fail("nvmlGpuInstanceDestroy", pynvml.NVML_ERROR_IN_USE, times=nvml_standin.FOREVER)
+    with pytest.raises(lm.HardwareError, match="could not remove"):
+        driver.destroy_slice(uuid, ("3g.20gb", 4))
+    broken = driver.read(fresh=True).gpus[0].device(("3g.20gb", 4))
+    assert broken is not None
+    assert broken.uuid is None
+    driver.create_slice(uuid, ("3g.20gb", 4))
+    filled = driver.read(fresh=True).gpus[0].device(("3g.20gb", 4))
+    assert filled is not None
+    assert filled.uuid == server.devices(0)["3g.20gb", 4]
+
+
+def test_an_instance_that_somebody_split_is_not_taken_for_whole(stand_in: Stand) -> None:
+    stand_in(A100)
+    driver = nvml_gpus()
+    uuid = driver.read().gpus[0].uuid
+    driver.set_mig_mode(uuid, enabled=True)
+    driver.create_slice(uuid, ("3g.20gb", 4))
+    pynvml.nvmlInit()
+    handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+    geometry = driver.read().gpus[0].geometry
+    assert geometry is not None
+    instance = lm._instance_at(handle, geometry.profile("3g.20gb"), 4)
+    for compute in lm._compute_instances(instance):
+        pynvml.nvmlComputeInstanceDestroy(compute)
+    one_slice = pynvml.nvmlGpuInstanceGetComputeInstanceProfileInfo(instance, 0, 0)
+    pynvml.nvmlGpuInstanceCreateComputeInstance(instance, one_slice.id)
+    pynvml.nvmlShutdown()
+    (split,) = driver.read(fresh=True).gpus[0].slices or ()
+    assert (split.slice, split.uuid) == (("3g.20gb", 4), None)
+
+
 def test_a_mode_that_only_says_it_changed_is_not_believed(stand_in: Stand) -> None:
     server = stand_in(A100)
     driver = nvml_gpus()
@@ -383,7 +421,7 @@ def test_whoever_has_a_gpu_open_is_known_by_program_and_container(tmp_path: Path
     for pid, command, cgroup in (
         (11, "/usr/bin/nvidia-persistenced\0--verbose\0", "0::/system.slice"),
         (12, "python3\0train.py\0", f"0::/system.slice/docker-{container}.scope"),
-        (13, f"python3\0{lm.PROGRAM}\0serve\0", "0::/"),
+        (13, f"py\x1b[31m\nthon3\0{lm.PROGRAM}\0serve\0", "0::/"),
     ):
         folder = tmp_path / f"proc/{pid}"
         (folder / "fd").mkdir(parents=True)
@@ -396,7 +434,10 @@ def test_whoever_has_a_gpu_open_is_known_by_program_and_container(tmp_path: Path
     daemon, training = system.client(11), system.client(12)
     assert daemon == lm.GpuClient(pid=11, name="nvidia-persistenced")
     assert training == lm.GpuClient(pid=12, name="python3", container_id=container)
-    assert system.client(13) is None  # itself
+    itself, gone = system.client(13), system.client(14)
+    assert itself is not None
+    assert (itself.name, itself.is_manager) == ("py??31m?thon3", True)
+    assert gone is None
     assert daemon is not None
     said = lm.release_advice([daemon])
     assert said == "Stop it yourself: `systemctl stop nvidia-persistenced`."
@@ -417,11 +458,15 @@ def test_a_cdi_list_counts_only_where_it_lists_nvidias_devices(tmp_path: Path) -
     folder.mkdir(parents=True)
     (folder / "other.yaml").write_text("kind: vendor.com/net\n")
     system = lm.GpuSystem(tmp_path)
-    assert system.cdi_files() == []
+    (folder / "management.yaml").write_text(f"kind: management.nvidia.com/gpu\n# {GPU_0}\n")
+    assert system.cdi_text() == ""
     (folder / "nvidia.yaml").write_text(f"kind: nvidia.com/gpu\ndevices:\n- name: {GPU_0}\n")
-    assert system.cdi_files() == ["/var/run/cdi/nvidia.yaml"]
-    assert system.cdi_lists([GPU_0])
-    assert not system.cdi_lists([GPU_0, "MIG-1"])
+    assert GPU_0 in system.cdi_text()
+    assert system.cdi_missing([GPU_0]) == frozenset()
+    assert system.cdi_missing([GPU_0, "MIG-1"]) == {"MIG-1"}
+    by_index = "kind: nvidia.com/gpu\ndevices:\n- name: '0'\n"  # toolkits before 1.15
+    (folder / "nvidia.yaml").write_text(by_index)
+    assert system.cdi_missing([GPU_0]) == frozenset()
 
 
 # --- the program on such a server ----------------------------------------------------------------

@@ -179,6 +179,9 @@ def watched(server: Server) -> list[str]:
     return found
 
 
+CDI_LEFT = "CDI specification:\n  refresh the CDI specification: it does not list today's slices"
+
+
 def leftover(server: Server) -> str:
     """The plan that remains, as a new life of the manager sees it."""
     server.restart()
@@ -216,10 +219,11 @@ def test_a_cut_that_fails_anywhere_leaves_the_layout_and_every_container_as_they
             server = first.twin(tmp_path / f"{at}-{n}")
             server.restart(replace(strike, at=(at,)))
             touched = watched(server)
-            if fault_of(server, story.change) is None:
-                assert strike.lie
+            fault, left = fault_of(server, story.change), leftover(server)
+            if fault is None:
+                # Docker may not go by the toolkit's list: that it is stale stays in the plan.
+                assert strike.lie or left in {"", CDI_LEFT}
                 continue
-            left = leftover(server)
             if touched or left or picture(server) != before:
                 wrong.append(f"{at} {n} {touched} {left} {server.manager.jobs()}")
     assert wrong == []
@@ -422,11 +426,12 @@ the driver's word alone is not believed
     assert plan_for(a_wish(), world) == ""
 
 
-def test_a_slice_without_its_compute_instance_is_made_anew() -> None:
+def test_a_slice_without_its_compute_instance_is_filled() -> None:
     """Somebody's `nvidia-smi mig -cgi` without `-C`, or a kill between the two."""
     world = settled(a_wish())
     world.gpus.gpus[0].slices["3g.20gb", 4] = None
-    assert "remove the slice 3g.20gb at 4" in plan_for(a_wish(), world)
+    assert "remove the slice" not in plan_for(a_wish(), world)
+    assert "create the slice 3g.20gb at 4" in plan_for(a_wish(), world)
     converge(a_wish(), world)
     assert plan_for(a_wish(), world) == ""
 
@@ -638,6 +643,149 @@ def test_somebody_who_comes_after_the_plan_is_seen_before_anything_is_stopped() 
     assert {*world.gpus.gpus[0].slices} == {*CUT}
     assert world.containers[CHAT].container_id == running
     assert CHAT in world.running()
+
+
+# --- what one fault must not cost others --------------------------------------------------------
+
+
+def test_a_slice_that_cannot_be_had_keeps_no_model_from_one_that_is_there(tmp_path: Path) -> None:
+    """A stranger computes on 2g at 4, where 3g at 4 is wished; chat is bound to 3g at 0."""
+    gpus = SimulatedGpus([A100])
+    gpus.set_mig_mode(GPU_0, enabled=True)
+    for wanted in (("3g.20gb", 0), ("2g.10gb", 4)):
+        gpus.create_slice(GPU_0, wanted)
+    gpus.open(slice_uuid(gpus, 0, ("2g.10gb", 4)), "python")
+    server = Server(tmp_path, gpus)
+    server.store.save(a_wish(a_model("chat", placement=on_slice("3g.20gb", 0))))
+    fault = fault_of(server, lm.applying())
+    assert fault is not None
+    assert "python (process" in fault.fact
+    assert CHAT in server.world.running()
+
+
+def test_the_way_back_goes_as_far_as_it_can_and_the_first_fault_is_told(tmp_path: Path) -> None:
+    """Another model of that GPU had no slice before: that is no reason to leave chat down."""
+    gpus = SimulatedGpus([A100])
+    server = Server(tmp_path, gpus)
+    chat = a_model("chat", placement=on_slice("3g.20gb", 4))
+    server.store.save(a_wish(chat, slices=(("3g.20gb", 4),)))
+    server.do(lm.applying())
+    stale = a_model("stale", placement=on_slice("1g.5gb", 0))
+    server.store.save(a_wish(chat, stale, slices=(("3g.20gb", 4),)))
+    server.world.broken.add(BROKEN)
+    moved = replace(chat, placement=on_slice("4g.20gb", 0), engine_arguments=(BROKEN,))
+
+    def edit(state: lm.State) -> lm.State:
+        return replace(
+            state.with_model(moved), mig_layouts=(a_layout(("4g.20gb", 0), ("1g.5gb", 4)),)
+        )
+
+    change = lm.Change(title=TITLE, edit=edit, scope=lm.Scope(gpus=frozenset({GPU_0})), whole=True)
+    server.store.save(
+        replace(server.store.load(), models=(chat, replace(stale, placement=on_slice("1g.5gb", 4))))
+    )
+    fault = fault_of(server, change)
+    assert fault is not None
+    assert "before it was ready" in fault.fact
+    assert CHAT in server.world.running()
+    assert server.world.gpus.gpus[0].slices.keys() == {("3g.20gb", 4)}
+
+
+def test_a_model_that_did_not_serve_before_does_not_take_a_cut_back(tmp_path: Path) -> None:
+    server = Server(tmp_path, SimulatedGpus([A100]))
+    server.world.broken.add(BROKEN)
+    bad = a_model("bad", placement=on_slice("3g.20gb", 0), engine_arguments=(BROKEN,))
+    server.store.save(a_wish(bad))
+    assert fault_of(server, lm.applying()) is not None
+    wider = {GPU_0: [*CUT[:1], ("2g.10gb", 4)]}
+    assert fault_of(server, lm.cutting(TITLE, wider)) is None
+    assert {*server.world.gpus.gpus[0].slices} == {*CUT[:1], ("2g.10gb", 4)}
+
+
+def test_giving_a_model_its_gpu_back_cuts_nothing(tmp_path: Path) -> None:
+    """A colleague made a slice on the same card by hand; repair and restart are about chat only."""
+    server = Server(tmp_path, SimulatedGpus([A100]))
+    server.store.save(a_wish(a_model("chat", placement=on_slice("3g.20gb", 0)), slices=CUT[:1]))
+    server.do(lm.applying())
+    server.world.gpus.create_slice(GPU_0, ("1g.5gb", 4))
+    server.world.blind.add(CHAT)
+    for change in (lm.repairing({lm.ModelName("chat")}), lm.restarting("chat")):
+        assert "1g.5gb" not in str(server.manager.plan(change))
+    server.do(lm.repairing({lm.ModelName("chat")}))
+    assert ("1g.5gb", 4) in server.world.gpus.gpus[0].slices
+    assert "remove the slice 1g.5gb at 4" in leftover(server), "the drift is still shown"
+
+
+def test_an_idle_container_of_somebody_else_keeps_its_slice() -> None:
+    world = settled(a_wish())
+    world.foreign_devices["jupyter-anna"] = frozenset({slice_uuid(world.gpus, 0, CUT[0])})
+    text = plan_for(a_wish(slices=CUT[1:]), world)
+    assert "cannot be done: The container jupyter-anna was given what would go of GPU 0." in text
+    assert plan_for(a_wish(slices=(*CUT[:1], ("2g.10gb", 4))), world).count("remove the slice") == 1
+
+
+def test_nothing_is_cut_while_the_driver_waits_for_a_reboot() -> None:
+    world = settled(a_wish(a_model("chat", placement=on_slice("3g.20gb", 0))))
+    world.gpus.library_version = "999.1"
+    text = plan_for(
+        a_wish(a_model("chat", placement=on_slice("3g.20gb", 0)), slices=CUT[:1]), world
+    )
+    assert "remove the slice" not in text
+    assert "cannot be done: The NVIDIA driver was upgraded to 999.1" in text
+
+
+def test_a_roll_back_to_another_layout_is_all_or_nothing(tmp_path: Path) -> None:
+    server = Server(tmp_path, SimulatedGpus([A100]))
+    earlier = a_wish(a_model("chat", placement=on_slice("4g.20gb", 0)), slices=(("4g.20gb", 0),))
+    server.store.save(earlier)
+    later = a_wish(a_model("chat", placement=on_slice("3g.20gb", 0)))
+    server.store.save(later)
+    server.do(lm.applying())
+    count = effects_of(lm.returning_to(1, earlier), server, tmp_path / "smooth")
+    for at in range(1, count + 1):
+        twin = server.twin(tmp_path / f"{at}")
+        twin.restart(Trouble(at=(at,), error=a_failure))
+        assert fault_of(twin, lm.returning_to(1, earlier)) is not None
+        assert {*twin.world.gpus.gpus[0].slices} == {*CUT}
+        assert CHAT in twin.world.running()
+        assert leftover(twin) == ""
+
+
+def test_a_slice_that_somebody_made_meanwhile_is_not_taken_back_with_ours() -> None:
+    world = settled(a_wish(slices=CUT[:1]))
+    made: list[str] = []
+
+    def report(line: str) -> None:
+        if line.startswith("create the slice 3g.20gb at 4") and not made:
+            made.append(line)
+            world.gpus.create_slice(GPU_0, ("3g.20gb", 4))
+
+    with pytest.raises(lm.HardwareError, match="Somebody else made the slice 3g"):
+        lm.converge(a_wish(), a_site(), some_tools(world), lm.Control(report))
+    assert {*world.gpus.gpus[0].slices} == {*CUT}
+
+
+def test_only_slices_that_can_be_seen_whole_are_kept() -> None:
+    world = settled(a_wish())
+    gpu = world.gpus.gpus[0]
+    gpu.slices[CUT[1]] = None
+    with pytest.raises(lm.RefusedError, match="split into compute instances"):
+        lm.cutting_as_typed(a_wish(), world.gpus.read().gpus[0], "keep")
+    gpu.slices.clear()
+    with pytest.raises(lm.RefusedError, match="has no slices to keep"):
+        lm.cutting_as_typed(a_wish(), world.gpus.read().gpus[0], "keep")
+
+
+def test_a_new_model_avoids_gpus_that_strangers_use_and_never_falls_to_the_processor() -> None:
+    gpus = SimulatedGpus([A100, A100])
+    gpus.open(GPU_0, "python")
+    assert lm.default_placement(gpus.read(), []) == on_gpus(GPU_1)
+    assert lm.choose_gpus(gpus.read(), 1).gpu_uuids == (GPU_1,)
+    for uuid in (GPU_0, GPU_1):
+        gpus.close(name="python")
+        gpus.set_mig_mode(uuid, enabled=True)
+    with pytest.raises(lm.RefusedError, match="Every GPU of this server is cut"):
+        lm.default_placement(gpus.read(), [])
 
 
 # --- after a reboot ---------------------------------------------------------------------------
@@ -856,22 +1004,22 @@ loaded, so no new container would reach its GPU. Reboot; what runs goes on until
 @pytest.mark.parametrize(
     ("first", "second", "fault"),
     [
-        (on_gpus(GPU_0), on_gpus(GPU_0), "chat and embed book 200 % of GPU-1111"),
+        (on_gpus(GPU_0), on_gpus(GPU_0), "chat and embed book 200 % of GPU 0"),
         (
             on_gpus(GPU_0, memory_fraction=0.6),
             on_gpus(GPU_0, memory_fraction=0.5),
-            "chat and embed book 110 % of GPU-1111",
+            "chat and embed book 110 % of GPU 0",
         ),
-        (on_slice("3g.20gb", 0, gpu=GPU_1), on_gpus(GPU_1), "embed wants the whole of GPU-2222"),
+        (on_slice("3g.20gb", 0, gpu=GPU_1), on_gpus(GPU_1), "embed wants the whole of GPU 1"),
         (
             on_slice("3g.20gb", 0, gpu=GPU_1),
             on_slice("3g.20gb", 0, gpu=GPU_1),
-            "chat and embed book 200 % of 3g.20gb at 0 of GPU-2222",
+            "chat and embed book 200 % of 3g.20gb at 0 of GPU 1",
         ),
         (
             lm.CpuPlacement(),
             on_slice("1g.5gb", 6, gpu=GPU_1),
-            "embed is bound to the slice 1g.5gb at 6 of GPU-2222",
+            "embed is bound to the slice 1g.5gb at 6 of GPU 1",
         ),
     ],
 )

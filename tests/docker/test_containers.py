@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 import secrets
 import socket
 import subprocess
+import tarfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +19,7 @@ import pytest
 from builders import a_state
 from cutter import Cutter
 from docker.models.containers import Container
+from fake_gpus import SimulatedGpus
 from fakes import a_world, some_tools
 from installation import CADDY, DOCKER_URL, Install, Installation, free_ports, remove_labelled
 
@@ -85,7 +89,8 @@ def real(docker_client: docker.DockerClient, tmp_path: Path) -> Iterator[Callabl
         store.generated.mkdir(parents=True)
         engine = lm.DockerContainers(DOCKER_URL, instance)
         engine.create_network(f"{instance}-network")
-        return Bench(instance, lm.Tools(engine, lm.HttpProbes(), store, lm.SystemClock()))
+        doors = lm.Tools(engine, lm.HttpProbes(), store, lm.SystemClock(), SimulatedGpus())
+        return Bench(instance, doors)
 
     yield make
     for instance in made:
@@ -437,3 +442,29 @@ def cut_at(here: Installation, cutter: Cutter, moment: str) -> str:
                 break
         assert running.wait(60) == lm.FAILED
         return running.stderr.read()
+
+
+def test_a_container_whose_gpu_hangs_holds_nobody_up(
+    docker_client: docker.DockerClient, real: Callable[[], Bench]
+) -> None:
+    bench = real()
+    bench.containers.create(bench.spec("a"))
+    script = "#!/bin/sh\nexec sleep 600\n"
+    docker_client.containers.get(bench.spec("a").name).put_archive("/usr/bin", archive(script))
+    seen = bench.containers.look(bench.spec("a").name)
+    assert seen is not None
+    started = time.monotonic()
+    assert bench.containers.visible_devices(seen) is None
+    assert bench.containers.visible_devices(seen) is None  # the same question, not a second one
+    assert time.monotonic() - started < 60, "the SDK itself would wait for ever"
+    found = docker_client.containers.get(bench.spec("a").name).top()["Processes"]
+    assert sum("sleep 600" in " ".join(row) for row in found) == 1
+
+
+def archive(script: str) -> bytes:
+    content, packed = script.encode(), io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as tar:
+        entry = tarfile.TarInfo("nvidia-smi")
+        entry.size, entry.mode = len(content), 0o755
+        tar.addfile(entry, io.BytesIO(content))
+    return packed.getvalue()
