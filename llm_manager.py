@@ -4926,10 +4926,8 @@ class DockerContainers:
         self._base_url = base_url
         self._instance = instance
         self._client: docker.DockerClient | None = None
-        self._visible: dict[Sighting, tuple[float, frozenset[str] | None]] = {}
-        self._asking: dict[Sighting, concurrent.futures.Future[frozenset[str] | None]] = {}
-        self._requested: dict[str, tuple[str, frozenset[str]]] = {}
         self._labels = {LABEL_OWNER: OWNER, LABEL_INSTANCE: instance}
+        self._devices = DockerDevices(self._connected, self._labels)
         self._filter: dict[str, str | list[str] | bool] = {
             "label": [f"{key}={value}" for key, value in self._labels.items()]
         }
@@ -5093,6 +5091,25 @@ class DockerContainers:
                 yield rest.decode(errors="replace")
 
     def visible_devices(self, seen: ObservedContainer) -> frozenset[str] | None:
+        return self._devices.visible(seen)
+
+    def foreign_devices(self) -> dict[str, frozenset[str]]:
+        return self._devices.given_to_others()
+
+
+class DockerDevices:
+    """Which GPUs and slices containers were given, and which are really visible in ours."""
+
+    def __init__(
+        self, client: Callable[[], docker.DockerClient], labels: Mapping[str, str]
+    ) -> None:
+        self._client = client
+        self._labels = labels
+        self._visible: dict[Sighting, tuple[float, frozenset[str] | None]] = {}
+        self._asking: dict[Sighting, concurrent.futures.Future[frozenset[str] | None]] = {}
+        self._requested: dict[str, tuple[str, frozenset[str]]] = {}
+
+    def visible(self, seen: ObservedContainer) -> frozenset[str] | None:
         """The GPUs or MIG devices that are visible inside, at most a minute old.
 
         Asked by the `nvidia-smi` that the container toolkit puts there; None where it is not, or
@@ -5119,16 +5136,16 @@ class DockerContainers:
     ) -> None:
         seen: frozenset[str] | None = None
         with contextlib.suppress(ManagerError), docker_errors(f"ask {name} for its GPU"):
-            run = self._ours(name).exec_run(["nvidia-smi", "-L"])
+            run = self._client().containers.get(name).exec_run(["nvidia-smi", "-L"])
             said = run.output.decode(errors="replace") if isinstance(run.output, bytes) else ""
             if run.exit_code == 0 or "Failed to initialize NVML: Unknown Error" in said:
                 seen = parse_visible_devices(said)
         answer.set_result(seen)
 
-    def foreign_devices(self) -> dict[str, frozenset[str]]:
+    def given_to_others(self) -> dict[str, frozenset[str]]:
         """Running containers that are not ours, and the GPUs or slices they were given by UUID."""
         with docker_errors("look at other containers"):
-            client = self._connected()
+            client = self._client()
             found: dict[str, frozenset[str]] = {}
             for listed in client.api.containers():
                 mine = all(listed["Labels"].get(k) == v for k, v in self._labels.items())
@@ -5140,7 +5157,7 @@ class DockerContainers:
     def _request_of(self, container_id: str) -> tuple[str, frozenset[str]]:
         """A container's name and devices, which never change; nothing where it is gone."""
         try:
-            attributes = self._connected().api.inspect_container(container_id)
+            attributes = self._client().api.inspect_container(container_id)
         except docker.errors.NotFound:
             return "", frozenset()
         requested = attributes["Name"].removeprefix("/"), frozenset(_requested_devices(attributes))
