@@ -59,6 +59,7 @@ class Installation:
     home: Path
     https_port: int = 0
     http_port: int = 0
+    variables: dict[str, str] = field(default_factory=dict)  # more of the program's environment
     timings: list[tuple[str, float]] = field(default_factory=list)
 
     def prepare(self) -> Installation:
@@ -78,7 +79,8 @@ class Installation:
 
     @property
     def environment(self) -> dict[str, str]:
-        return os.environ | {"LLM_MANAGER_HOME": str(self.home), "PYTHONUNBUFFERED": "1"}
+        own = {"LLM_MANAGER_HOME": str(self.home), "PYTHONUNBUFFERED": "1"}
+        return os.environ | own | self.variables
 
     def run(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """The real program, to its end, whatever that is."""

@@ -6,9 +6,10 @@ import contextlib
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import nvml_standin
 import pytest
 from conftest import Install
 from installation import CHEAP, Installation, free_ports
@@ -21,7 +22,7 @@ FLAGS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update"),
 ]
-TABS = ("Overview", "Models", "Keys", "System")
+TABS = ("Overview", "Models", "Hardware", "Keys", "System")
 DEPLOY_SECONDS = 240
 
 
@@ -85,6 +86,47 @@ def test_without_docker_the_console_comes_up_and_says_what_to_do(
             open_tab(page, name)
     own = url.split("/?", maxsplit=1)[0]
     assert [each for each in asked if not each.startswith((own, "data:", "blob:"))] == []
+
+
+@pytest.mark.docker
+def test_a_gpu_is_cut_in_the_console_after_a_picture_and_a_plan(
+    page: Page, tmp_path: Path, docker_client: object, tool: Callable[[str], str]
+) -> None:
+    tool("cc")
+    library = nvml_standin.library(tmp_path / "nvml")
+    server = nvml_standin.Server(library, tmp_path / "server", ["A100 40 GB", "H100 80 GB"])
+    here = Installation(docker_client, tmp_path / "home", variables=server.environment())
+    here.run("image", "list")
+    with serving(here) as url:
+        open_console(page, url)
+        open_tab(page, "Hardware")
+        drawn = page.locator(".gpu-card:visible")
+        expect(drawn).to_have_count(2)
+        page.get_by_role("button", name="Cut a GPU into MIG slices").click()
+        page.get_by_label("GPU", exact=True).click()
+        page.get_by_role("option", name="GPU 0 A100-SXM4-40GB").click()
+        wish_for(page, "8x 1g.5gb")
+        expect(page.get_by_text("at most 7 of 1g.5gb fit")).to_be_visible()
+        assert server.mig(0) == (0, 0)
+        wish_for(page, "3g.20gb, 2x 1g.5gb")
+        expect(page.locator(".plan-card:visible .slice", has_text="3g.20gb")).to_be_visible()
+        expect(page.get_by_text("create the slice 3g.20gb at 4 of GPU 0")).to_be_visible()
+        assert server.mig(0) == (0, 0), "a plan changes nothing"
+        page.locator(".plan-card:visible").get_by_role("button", name="Do it").click()
+        expect(drawn.first.get_by_text("3g.20gb")).to_be_visible(timeout=30_000)
+        assert server.slices(0) == {("1g.5gb", 0), ("1g.5gb", 1), ("3g.20gb", 4)}
+        page.get_by_role("button", name="Safe to reboot?").click()
+        page.get_by_role("button", name="Look").click()
+        expect(
+            page.get_by_text("GPU 0: 1g.5gb at 0, 1g.5gb at 1, 3g.20gb at 4").last
+        ).to_be_visible()
+
+
+def wish_for(page: Page, slices: str) -> None:
+    box = page.get_by_label("Slices")
+    box.fill(slices)
+    box.press("Enter")
+    page.get_by_role("button", name="Plan", exact=True).click()
 
 
 @pytest.mark.docker
