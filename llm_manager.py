@@ -3862,6 +3862,31 @@ def last_error_line(log_text: str) -> str | None:
     return causes[-1][:400] if causes else None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KnownFailure:
+    """How an engine says that it cannot start, what that means, and the one thing to do."""
+
+    name: str
+    pattern: str
+    fact: str
+    advice: str
+
+
+def parse_failures(text: str) -> tuple[KnownFailure, ...]:
+    """The catalogue of `recipes/failures.yaml`, precise entries before general ones."""
+    return tuple(KnownFailure(**entry) for entry in yaml.load(text, YAML_LOADER)["failures"])  # noqa: S506
+
+
+def explain(log_text: str, failures: Sequence[KnownFailure]) -> tuple[str, str] | None:
+    """Fact and advice for the first known failure that a log shows, with its own figures."""
+    for known in failures:
+        found = re.search(known.pattern, log_text)
+        if found:
+            figures = ("", *((part or "")[:200] for part in found.groups()))
+            return known.fact.format(*figures), known.advice.format(*figures)
+    return None
+
+
 def format_size(size: float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:  # noqa: PLR2004
@@ -6336,6 +6361,7 @@ class Tools:
     files: Files
     clock: Clock
     gpus: GpuDriver
+    failures: tuple[KnownFailure, ...] = ()  # what engines say when they cannot start
 
 
 class Control:
@@ -6712,13 +6738,22 @@ def _start_failure(
         return ContainerFailedError(
             f"{spec.name} disappeared while it started.", advice="Apply the plan again."
         )
-    said = last_error_line(tools.containers.logs(spec.name, 2000))
-    reason = (said or "no reason given").rstrip(".")
+    said = tools.containers.logs(spec.name, 5000)
     status = "" if seen.exit_code is None else f" with status {seen.exit_code}"
+    reason = (last_error_line(said) or "no reason given").rstrip(".")
+    advice = "Mend that, then deploy again; its whole log is kept."
+    known = explain(said, tools.failures)
+    if known is not None:
+        reason, advice = known
+    elif seen.exit_code == KILLED:
+        reason = "it was killed, as the kernel does when the server's memory is full"
+        advice = "Give it less memory, or stop another model on the processor."
     return ContainerFailedError(
-        f"{spec.name} ended{status} before it was ready: {reason}.",
-        advice="Mend that, then deploy again; its whole log is kept.",
+        f"{spec.name} ended{status} before it was ready: {reason}.", advice=advice
     )
+
+
+KILLED: Final = 137  # 128 and signal 9
 
 
 @dataclass(eq=False)
@@ -8107,7 +8142,8 @@ def open_manager() -> Manager:
     system = GpuSystem()
     gpus = NvmlGpus(parse_geometries((recipes / "mig.yaml").read_text()), system)
     containers = DockerContainers(docker_url, state.instance)
-    tools = Tools(containers, HttpProbes(), store, SystemClock(), gpus)
+    failures = parse_failures((recipes / "failures.yaml").read_text())
+    tools = Tools(containers, HttpProbes(), store, SystemClock(), gpus, failures)
     return Manager(
         store,
         tools,
