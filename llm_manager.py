@@ -149,7 +149,7 @@ import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import cache, partial, reduce
 from getpass import getpass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NewType, Protocol, TypeVar, assert_never
@@ -3613,6 +3613,11 @@ def restoring(*, despite_driver: bool = False) -> Change:
     )
 
 
+def reviving(name: ModelName) -> Change:
+    """A model that ended by itself starts again, as it is."""
+    return Change(title=f"Start {name} again", edit=lambda state: state, scope=_only(name))
+
+
 def repairing(names: Collection[ModelName]) -> Change:
     """Containers that lost their GPU get a new one."""
     title = f"Give {', '.join(sorted(names))} its GPU back"
@@ -3651,6 +3656,9 @@ class Snapshot:
     faults: tuple[ManagerError, ...] = ()
     jobs: tuple[JobView, ...] = ()
     shown_at: datetime | None = None
+    fates: Mapping[ModelName, str] = field(
+        default_factory=dict
+    )  # of models that ended by themselves
 
     @property
     def seconds_old(self) -> float:
@@ -3660,6 +3668,18 @@ class Snapshot:
     @property
     def state_has_models(self) -> bool:
         return self.state is not None and bool(self.state.models)
+
+
+def dead_models(state: State, observed: Observed) -> list[ModelName]:
+    """Models that are wished and have a container that ended: vLLM exits with 0 when it dies."""
+    return [
+        model.name
+        for model in state.wished_models
+        if any(
+            seen is not None and not seen.running and seen.exit_code is not None
+            for seen in map(observed.containers.get, replica_names(state, model))
+        )
+    ]
 
 
 def phase_of(state: State, model: Model, observed: Observed, busy: bool) -> Phase:
@@ -3792,11 +3812,9 @@ def attention(snapshot: Snapshot) -> list[Attention]:
         return found
     busy = any(job.finished_at is None for job in snapshot.jobs)
     failed = [m for m in state.models if phase_of(state, m, observed, busy) == "failed"]
+    unknown = "should run and does not. Read its log, then deploy it again."
     found += [
-        Attention(
-            f"{m.name} should run and does not. Read its log, then deploy it again.", "Models"
-        )
-        for m in failed
+        Attention(snapshot.fates.get(m.name, f"{m.name} {unknown}"), "Models") for m in failed
     ]
     if snapshot.plan and not busy:
         count = sum(len(stage.steps) for stage in snapshot.plan.stages)
@@ -7150,6 +7168,16 @@ class Manager:
             return self._tools.containers.logs(replica, 2000)
         return self._store.kept_log(replica)
 
+    def why_ended(self, name: str) -> str:
+        """One sentence of fact and one of advice, from the model's log."""
+        said = self.log_of(name)
+        known = explain(said, self._tools.failures)
+        fact, advice = known or (
+            (last_error_line(said) or "it gave no reason").rstrip("."),
+            "Read its log, then deploy it again.",
+        )
+        return f"{fact}. {advice}"
+
     def follow_log(self, name: str) -> Iterator[str]:
         state = self._store.load()
         return self._tools.containers.follow(replica_names(state, state.model(name))[0])
@@ -7188,19 +7216,55 @@ class Manager:
         ]
 
 
+@dataclass
+class Revivals:
+    """When a model that ended is started again: soon, then later and later, then no more."""
+
+    pauses: Sequence[float] = (2.0, 15.0, 60.0, 300.0)  # seconds after each end within an hour
+    ends: dict[ModelName, list[datetime]] = field(default_factory=dict)
+    waiting: dict[ModelName, datetime | None] = field(default_factory=dict)  # None: given up
+
+    def due(self, dead: Sequence[ModelName], now: datetime) -> list[ModelName]:
+        """Which of these to start now; whoever is not among them has come back."""
+        self.waiting = {name: moment for name, moment in self.waiting.items() if name in dead}
+        for name in dead:
+            if name not in self.waiting:
+                recent = [end for end in self.ends.get(name, ()) if now - end < timedelta(hours=1)]
+                self.ends[name] = [*recent, now]
+                several = len(recent)
+                later = several < len(self.pauses)
+                self.waiting[name] = (
+                    now + timedelta(seconds=self.pauses[several]) if later else None
+                )
+        return [n for n in dead if (moment := self.waiting[n]) is not None and now >= moment]
+
+    def fate(self, name: ModelName, why: str) -> str:
+        """What the operator reads about a model that ended."""
+        moment = self.waiting[name]
+        if moment is not None:
+            return f"{name} ended: {why} It is started again at {moment:%H:%M:%S} UTC."
+        times = len(self.ends[name])
+        return f"{name} ended {times} times within an hour and stays down: {why}"
+
+
 class Watch:
     """One thread that takes the snapshot which every open tab reads."""
 
-    def __init__(self, manager: Manager, seconds: float = 2.0) -> None:
+    def __init__(
+        self, manager: Manager, seconds: float = 2.0, revivals: Revivals | None = None
+    ) -> None:
         self._manager = manager
         self._seconds = seconds
+        self._revivals = revivals or Revivals()
+        self._fates: dict[ModelName, str] = {}
         self._latest = manager.snapshot()
         self._repaired: set[ModelName] = set()
         threading.Thread(target=self._run, name="watch", daemon=True).start()
 
     def latest(self) -> Snapshot:
         """The last look at the world, with the jobs as they are now."""
-        return replace(self._latest, jobs=tuple(self._manager.jobs()), shown_at=utc_now())
+        jobs = tuple(self._manager.jobs())
+        return replace(self._latest, jobs=jobs, shown_at=utc_now(), fates={**self._fates})
 
     def _run(self) -> None:
         while True:
@@ -7211,6 +7275,7 @@ class Watch:
                 if absent and self._latest.observed is not None:
                     self._restore()
                 self._repair()
+                self._revive()
             except Exception:  # boundary: a bug in one look must not freeze every page for ever
                 log.exception("snapshot failed")
 
@@ -7233,6 +7298,22 @@ class Watch:
             with contextlib.suppress(ManagerError):  # busy: the next look finds it again
                 self._manager.start(repairing(due))
                 self._repaired |= due
+
+    def _revive(self) -> None:
+        """Start again what died in service; Docker must not, because slices come first."""
+        snapshot = self.latest()
+        state, observed = snapshot.state, snapshot.observed
+        if state is None or observed is None or running_job(snapshot) is not None:
+            return
+        dead = dead_models(state, observed)
+        due = self._revivals.due(dead, snapshot.taken_at)
+        self._fates = {
+            name: self._revivals.fate(name, self._manager.why_ended(name)) for name in dead
+        }
+        for name in due[:1]:  # one change at a time; the next look has the next one
+            with contextlib.suppress(ManagerError):
+                self._manager.start(reviving(name))
+                del self._revivals.waiting[name]
 
 
 # =============================================================================

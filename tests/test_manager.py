@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import GPU_0, GPU_1, SECRET_MARK, a_site, on_gpus
+from builders import GPU_0, GPU_1, NOW, SECRET_MARK, a_site, on_gpus
 from fake_gpus import Card, SimulatedGpus, a_card
 from fakes import Server, some_tools
 
@@ -327,6 +328,48 @@ def test_a_container_that_lost_its_gpu_gets_it_back_by_itself_and_only_once(
     manager.rests_after = 0
     assert server.world.containers[lm.ContainerName("llm-model-chat-0")].container_id != before
     assert [job.title for job in watch.latest().jobs] == ["Give chat its GPU back"]
+
+
+def test_a_model_that_ends_in_service_is_started_again(server: Server) -> None:
+    """vLLM ends with 0 when its engine dies, so that no restart policy of Docker helps."""
+    serve(server, "chat")
+    server.world.end("llm-model-chat-0", 0)
+    manager = watched(server)
+    watch = lm.Watch(manager, seconds=0.001, revivals=lm.Revivals(pauses=(0.0,)))
+    assert until(lambda: server.world.routed() == {"chat"})
+    assert until(lambda: watch.latest().fates == {})
+    manager.rests_after = 0
+    assert [job.title for job in watch.latest().jobs] == ["Start chat again"]
+
+
+def test_a_model_that_ends_again_and_again_stays_down_with_its_reason(server: Server) -> None:
+    serve(server, "chat")
+    server.world.broken.add("--served-model-name")
+    server.world.end("llm-model-chat-0", 1)
+    manager = watched(server)
+    watch = lm.Watch(manager, seconds=0.001, revivals=lm.Revivals(pauses=(0.0, 0.0)))
+    stays_down = "chat ended 3 times within an hour and stays down: ValueError: The model does not"
+    assert until(lambda: watch.latest().fates.get(lm.ModelName("chat"), "").startswith(stays_down))
+    manager.rests_after = 0
+    assert len(watch.latest().jobs) == 2
+    assert any(m.text.startswith(stays_down) for m in lm.attention(watch.latest()))
+
+
+def test_the_pauses_grow_and_an_hour_of_peace_forgets_them() -> None:
+    chat = lm.ModelName("chat")
+    revivals = lm.Revivals(pauses=(5.0, 60.0))
+    assert revivals.due([chat], NOW) == []
+    assert revivals.due([chat], NOW + timedelta(seconds=5)) == [chat]
+    del revivals.waiting[chat]  # it was started, and ended again at once
+    later = NOW + timedelta(seconds=10)
+    assert revivals.due([chat], later) == []
+    assert revivals.due([chat], later + timedelta(seconds=59)) == []
+    assert revivals.due([chat], later + timedelta(seconds=60)) == [chat]
+    assert "is started again at 05:07:17 UTC" in revivals.fate(chat, "It broke. Mend it.")
+    assert revivals.due([], later) == []  # it serves
+    tomorrow = NOW + timedelta(days=1)
+    assert revivals.due([chat], tomorrow) == []
+    assert revivals.due([chat], tomorrow + timedelta(seconds=5)) == [chat]
 
 
 def test_the_doctor_warns_of_whoever_would_undo_a_layout(start: Callable[..., Server]) -> None:
