@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import base64
+import json
 import shutil
 import struct
+import time
 import zlib
 from pathlib import Path
 
 import httpx
 import pytest
-from installation import CHEAP, Install, Installation
+from installation import CHEAP, Install, Installation, free_ports
 
 import llm_manager as lm
 
@@ -103,7 +105,8 @@ def test_weights_that_are_missing_are_named_by_the_engines_own_words(
     )
     served.add("hollow", empty)
     with served.step("an engine without weights"):
-        assert "Cannot find any model weights" in refused(served, "hollow")
+        said = refused(served, "hollow")
+    assert "there are no weights where the model should be. Download it again" in said
     assert "Cannot find any model weights" in served.cli("logs", "hollow"), "its log is kept"
     test_an_embedding_model_answers_through_the_edge(colleague)
     served.cli("model", "remove", "hollow")
@@ -115,11 +118,72 @@ def test_an_argument_that_the_engine_refuses_is_named(
     served.add("picky", tiny_models / "tiny-chat", more="--no-such-option 3")
     with served.step("an engine with an unknown argument"):
         said = refused(served, "picky")
-    assert "unrecognized arguments: --no-such-option" in said
+    assert "this engine does not know the argument --no-such-option" in said
     served.cli("model", "set", "picky", "--arguments", f"{CHEAP} --dtype float7")
     with served.step("an engine with a bad value"):
-        assert "argument --dtype: invalid choice: 'float7'" in refused(served, "picky")
+        said = refused(served, "picky")
+    assert "the argument --dtype has an invalid choice: 'float7'" in said
     served.cli("model", "remove", "picky")
+
+
+def forget_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def tear_weights(folder: Path) -> None:
+    (weights,) = folder.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1000])
+
+
+def name_a_strange_architecture(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = ["FooForCausalLM"]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+BROKEN = {
+    "bare": (forget_config, "", "there is no config.json where the model should be"),
+    "torn": (tear_weights, "", "a file of the weights is incomplete"),
+    "strange": (
+        name_a_strange_architecture, "", "this engine does not know the architecture 'FooFor",
+    ),
+    "long": (lambda _: None, "--max-model-len 900000", "900000 tokens are asked for"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_model_that_cannot_start_says_why_in_plain_words(
+    served: Installation, tiny_models: Path, tmp_path: Path, name: str
+) -> None:
+    spoil, arguments, fact = BROKEN[name]
+    weights = tmp_path / name
+    shutil.copytree(tiny_models / "tiny-chat", weights)
+    spoil(weights)
+    served.add(name, weights, more=arguments)
+    with served.step(f"an engine with a {name} model"):
+        assert fact in refused(served, name)
+    served.cli("model", "remove", name)
+
+
+def test_a_model_that_dies_in_service_comes_back_while_the_console_runs(
+    served: Installation, colleague: httpx.Client
+) -> None:
+    def answers() -> bool:
+        body = {"model": "embed", "input": "a"}
+        return colleague.post("/v1/embeddings", json=body).status_code == 200
+
+    (port,) = free_ports(1)
+    with served.popen("serve", "--port", str(port)) as console:
+        assert console.stdout is not None
+        console.stdout.readline()
+        with served.step("a model dies, and comes back by itself"):
+            served.container("llm-model-embed-0").kill()
+            give_up = time.monotonic() + 240
+            while not answers():
+                assert time.monotonic() < give_up
+                time.sleep(0.5)
+        console.terminate()
+    assert served.container("llm-model-embed-0").status == "running"
 
 
 def test_a_directory_that_is_not_there_is_named(served: Installation, tmp_path: Path) -> None:
