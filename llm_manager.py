@@ -3007,7 +3007,8 @@ def _plan_model(
     resources = frozenset[str](gpus_of(model)) or frozenset({"cpu"})
     specs = render_engines(state, model, site, observed.hardware)
     replacements = [
-        plan_container(_as_it_runs(spec, observed), observed, restart_cause) for spec in specs
+        plan_container(_as_it_runs(spec, model, observed), observed, restart_cause)
+        for spec in specs
     ]
     # What cannot be undone comes last: a later replica may fail, and then all come back.
     steps = [step for replacement in replacements for step in replacement.steps]
@@ -3017,10 +3018,11 @@ def _plan_model(
     )
 
 
-def _as_it_runs(spec: ContainerSpec, observed: Observed) -> ContainerSpec:
+def _as_it_runs(spec: ContainerSpec, model: Model, observed: Observed) -> ContainerSpec:
     """While nobody can tell today's MIG UUIDs, a container keeps the one it was made with."""
     hardware, seen = observed.hardware, observed.containers.get(spec.name)
-    blind = hardware is None or hardware.fault is not None
+    gpus = [hardware.gpu(gpu_uuid) if hardware else None for gpu_uuid in gpus_of(model)]
+    blind = any(gpu is None or gpu.slices is None for gpu in gpus)
     unknown = any(device.startswith(ABSENT) for device in spec.devices)
     return replace(spec, devices=seen.devices) if blind and unknown and seen else spec
 
@@ -3432,6 +3434,10 @@ def cutting(
 def _cutting_one(
     gpu: Gpu, slices: Collection[Slice], bindings: Mapping[str, Placement] | None = None
 ) -> Change:
+    if gpu.slices is None:
+        raise RefusedError(
+            f"The driver does not show the slices of {gpu.title}.", advice="Run this as root."
+        )
     title = f"Cut {gpu.title} into {format_slices(slices)}" if slices else f"Make {gpu.title} whole"
     return cutting(title, {gpu.uuid: slices}, bindings)
 
@@ -3596,7 +3602,8 @@ def way_back(before: State, after: State, hardware: Hardware) -> State:
     found = [
         MigLayout(gpu_uuid=gpu.uuid, slices=tuple(along(gpu.layout)))
         for gpu in hardware.gpus
-        if gpu.uuid in wished and before.layout_of(gpu.uuid) is None
+        # Slices that cannot be seen are not no slices: a wish for none would destroy them later.
+        if gpu.uuid in wished and gpu.slices is not None and before.layout_of(gpu.uuid) is None
     ]
     return replace(before, mig_layouts=(*before.mig_layouts, *found))
 
@@ -4307,6 +4314,13 @@ def reboot_warnings(
         for model in state.wished_models
         if phase_of(state, model, observed, busy=False) != "ready"
     ]
+    found += [str(hardware.fault)] if hardware.fault and state.mig_layouts else []
+    found += hardware.lost
+    found += [
+        f"{wish.gpu_uuid} has a wished layout, and is not in this server."
+        for wish in state.mig_layouts
+        if hardware.gpu(wish.gpu_uuid) is None
+    ]
     if hardware.mig_manager and state.mig_layouts:
         found.append(
             "nvidia-mig-manager cuts GPUs at boot by its own file, by default to nothing. "
@@ -4412,7 +4426,8 @@ def slice_rows(state: State, hardware: Hardware) -> list[list[str]]:
                 f"{profile} at {start}",
                 slice_memory(gpu, profile),
                 "yes" if (profile, start) in wished else "no",
-                (device.uuid or "incomplete") if device else "missing",
+                (device.uuid or "incomplete") if device
+                else "missing" if gpu.slices is not None else "not visible",
                 ", ".join(on_it),
             ])  # fmt: skip
     return rows
@@ -6521,7 +6536,7 @@ def _raise_all(faults: Sequence[ManagerError]) -> None:
         case [fault]:
             raise fault
         case _:
-            facts = " ".join(fault.fact for fault in faults)
+            facts = " ".join(dict.fromkeys(fault.fact for fault in faults))
             advice = " ".join(dict.fromkeys(fault.advice for fault in faults))
             raise ManagerError(facts, advice=advice)
 
@@ -6627,6 +6642,12 @@ def _verify_layout(gpu: GpuRef, slices: frozenset[Slice], tools: Tools) -> None:
     now = tools.gpus.read(fresh=True).gpu(gpu.uuid)
     if now is None:
         raise HardwareError(f"{gpu} is gone after its change.", advice="Reboot this server.")
+    empty = [device.slice for device in now.slices or () if device.uuid is None]
+    if now.layout == slices and empty:
+        raise HardwareError(
+            f"{gpu}: {format_slices(empty)} has no whole compute instance.",
+            advice="Look at the kernel's log; somebody else may cut it too.",
+        )
     if not now.is_cut_as(slices):
         raise HardwareError(
             f"{gpu} has {format_slices(now.layout)} now, and not {format_slices(slices)}.",
@@ -6721,7 +6742,7 @@ def wait_until_ready(spec: ContainerSpec, tools: Tools, control: Control) -> Non
                 )
             if now - told >= STARTING_LINE_SECONDS:
                 told = now
-                last = _last_line(tools.containers.logs(spec.name, 1))
+                last = _last_line(tools.containers.logs(spec.name, 1) or "it has said nothing yet")
                 control.report(f"  {format_duration(now - started)}: {last[:120]}")
             tools.clock.sleep(0.2)
     finally:

@@ -776,6 +776,31 @@ def test_only_slices_that_can_be_seen_whole_are_kept() -> None:
         lm.cutting_as_typed(a_wish(), world.gpus.read().gpus[0], "keep")
 
 
+def test_slices_that_cannot_be_seen_are_never_wished_away(tmp_path: Path) -> None:
+    """Without rights, a refused cut must not leave "MIG off" behind for one with rights."""
+    gpus = SimulatedGpus([A100])
+    gpus.set_mig_mode(GPU_0, enabled=True)
+    gpus.create_slice(GPU_0, CUT[0])
+    server = Server(tmp_path, gpus)
+    server.store.save(a_state(endpoint="stopped"))
+    before = server.store.config_path.read_text()
+    gpus.is_root = False
+    with pytest.raises(lm.RefusedError, match="does not show the slices of GPU 0"):
+        server.manager.cutting("0", "3g.20gb")
+    assert fault_of(server, lm.cutting(TITLE, {GPU_0: [CUT[1]]})) is not None
+    gpus.is_root = True
+    assert server.store.config_path.read_text() == before
+    assert leftover(server) == ""
+    assert {*gpus.gpus[0].slices} == {CUT[0]}
+
+
+def test_a_model_whose_slice_cannot_be_seen_is_left_as_it_runs() -> None:
+    state = a_wish(a_model("chat", placement=on_slice("3g.20gb", 0)))
+    world = settled(state)
+    world.gpus.is_root = False
+    assert "model chat" not in plan_for(state, world)
+
+
 def test_a_new_model_avoids_gpus_that_strangers_use_and_never_falls_to_the_processor() -> None:
     gpus = SimulatedGpus([A100, A100])
     gpus.open(GPU_0, "python")
