@@ -8,20 +8,25 @@ Outline (search for "§5"; tests/test_layout.py keeps it true):
   §4  Hardware           pure     GPUs as values: what they are, how they are joined, who holds them
   §5  MIG layouts        pure     every way to cut a card, and the one that serves a wish
   §6  Placement          pure     who gets which GPU or slice, and whether it is theirs alone
-  §7  Config generation  pure     containers, LiteLLM's YAML, the Caddyfile
-  §8  Steps              pure     what is observed, and all that can be done about it
-  §9  Planning           pure     desired + observed -> Plan
-  §10 Changes            pure     what an operator can ask for
-  §11 Views              pure     what the operator reads
-  §12 Hardware views     pure     GPUs, slices and restores as the operator sees them
-  §13 Home               effects  time, and the state and files on the disk
-  §14 Containers         effects  Docker
-  §15 Requests           effects  HTTP to containers on the bridge, LiteLLM's management API
-  §16 Drivers            effects  NVML, and what the system knows about GPUs
-  §17 Orchestration      effects  Plan -> world, undo, jobs
-  §18 Manager            effects  the use cases; all that console and command line may call
-  §19 Console            effects  one builder per tab, and who may open it
-  §20 Main               effects  arguments, wiring, systemd
+  §7  Memory fit         pure     what a model needs of a GPU, and what its engine reported
+  §8  Weights            pure     repositories, what to fetch of them, and what is stored here
+  §9  Config generation  pure     containers, LiteLLM's YAML, the Caddyfile
+  §10 Steps              pure     what is observed, and all that can be done about it
+  §11 Planning           pure     desired + observed -> Plan
+  §12 Changes            pure     what an operator can ask for
+  §13 Views              pure     what the operator reads
+  §14 Hardware views     pure     GPUs, slices and restores as the operator sees them
+  §15 Library views      pure     weights, fit and images as the operator sees them
+  §16 Home               effects  time, and the state and files on the disk
+  §17 Containers         effects  Docker
+  §18 Images             effects  pulled, built from recipes, pruned
+  §19 Requests           effects  HTTP to containers on the bridge, LiteLLM's management API
+  §20 Hub                effects  Hugging Face, downloads, and the cache on the disk
+  §21 Drivers            effects  NVML, and what the system knows about GPUs
+  §22 Orchestration      effects  Plan -> world, undo, jobs
+  §23 Manager            effects  the use cases; all that console and command line may call
+  §24 Console            effects  one builder per tab, and who may open it
+  §25 Main               effects  arguments, wiring, systemd
 """
 
 from __future__ import annotations
@@ -262,6 +267,26 @@ class GatewayError(ManagerError):
 
 class CancelledError(ManagerError):
     """The operator took the change back; it was undone."""
+
+
+def format_duration(seconds: float) -> str:
+    """Two units at most: 9 s, 3 min 20 s, 5 h 2 min, 4 d 3 h."""
+    whole = int(max(seconds, 0))
+    for unit, size, lesser, lesser_size in (
+        ("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1),
+    ):  # fmt: skip
+        if whole >= size:
+            rest = whole % size // lesser_size
+            return f"{whole // size} {unit}" + (f" {rest} {lesser}" if rest else "")
+    return f"{whole} s"
+
+
+def format_size(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:  # noqa: PLR2004
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
 
 
 # =============================================================================
@@ -1618,7 +1643,32 @@ ABSENT: Final = "absent:"
 
 
 # =============================================================================
-# §7 Config generation — pure: containers, LiteLLM's YAML, the Caddyfile
+# §7 Memory fit — pure: what a model needs of a GPU, and what its engine reported
+# =============================================================================
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """What one start of an engine showed, on each of its GPUs; None is unknown, never zero."""
+
+    weights_mib: float | None = None
+    kv_cache_mib: float | None = None
+    kv_cache_tokens: int | None = None
+    context: int | None = None  # the longest request it takes, in tokens
+    concurrency: float | None = None  # how many requests of that length at a time
+    graphs_mib: float | None = None
+    peak_mib: float | None = None  # of the fullest GPU, read from NVML when it was ready
+    start_seconds: float | None = None
+    taken_at: datetime | None = None
+
+
+# =============================================================================
+# §8 Weights — pure: repositories, what to fetch of them, and what is stored here
+# =============================================================================
+
+
+# =============================================================================
+# §9 Config generation — pure: containers, LiteLLM's YAML, the Caddyfile
 # =============================================================================
 
 
@@ -2337,7 +2387,7 @@ def render_unit(template: str, *, python: str, program: str, home: str) -> str:
 
 
 # =============================================================================
-# §8 Steps — pure: what is observed, and all that can be done about it
+# §10 Steps — pure: what is observed, and all that can be done about it
 # =============================================================================
 
 
@@ -2700,7 +2750,7 @@ def aside(name: ContainerName) -> ContainerName:
 
 
 # =============================================================================
-# §9 Planning — pure: desired + observed -> Plan
+# §11 Planning — pure: desired + observed -> Plan
 # =============================================================================
 
 
@@ -3306,7 +3356,7 @@ def lanes(stages: Sequence[Stage]) -> list[list[Stage]]:
 
 
 # =============================================================================
-# §10 Changes — pure: what an operator can ask for
+# §12 Changes — pure: what an operator can ask for
 # =============================================================================
 
 
@@ -3632,7 +3682,7 @@ def repairing(names: Collection[ModelName]) -> Change:
 
 
 # =============================================================================
-# §11 Views — pure: what the operator reads
+# §13 Views — pure: what the operator reads
 # =============================================================================
 
 Phase = Literal["stopped", "pending", "starting", "ready", "failed", "stopping"]
@@ -3743,18 +3793,6 @@ def format_source(source: HubSource | LocalSource) -> str:
             return path
         case _:
             assert_never(source)
-
-
-def format_duration(seconds: float) -> str:
-    """Two units at most: 9 s, 3 min 20 s, 5 h 2 min, 4 d 3 h."""
-    whole = int(max(seconds, 0))
-    for unit, size, lesser, lesser_size in (
-        ("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1),
-    ):  # fmt: skip
-        if whole >= size:
-            rest = whole % size // lesser_size
-            return f"{whole // size} {unit}" + (f" {rest} {lesser}" if rest else "")
-    return f"{whole} s"
 
 
 COMPONENT_HEADERS: Final = ("Container", "Part", "State", "Image")
@@ -3910,14 +3948,6 @@ def explain(log_text: str, failures: Sequence[KnownFailure]) -> tuple[str, str] 
             figures = ("", *((part or "")[:200] for part in found.groups()))
             return known.fact.format(*figures), known.advice.format(*figures)
     return None
-
-
-def format_size(size: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:  # noqa: PLR2004
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
 
 
 @dataclass
@@ -4205,7 +4235,7 @@ def edge_settings(  # noqa: PLR0913, PLR0917 - one argument per field of the for
 
 
 # =============================================================================
-# §12 Hardware views — pure: GPUs, slices and restores as the operator sees them
+# §14 Hardware views — pure: GPUs, slices and restores as the operator sees them
 # =============================================================================
 
 
@@ -4701,7 +4731,12 @@ def slice_choices(snapshot: Snapshot) -> Json:
 
 
 # =============================================================================
-# §13 Home — effects: time, and the state and files on the disk
+# §15 Library views — pure: weights, fit and images as the operator sees them
+# =============================================================================
+
+
+# =============================================================================
+# §16 Home — effects: time, and the state and files on the disk
 # =============================================================================
 
 
@@ -4951,7 +4986,7 @@ def free_bytes(path: Path) -> int:
 
 
 # =============================================================================
-# §14 Containers — effects: Docker
+# §17 Containers — effects: Docker
 # =============================================================================
 
 
@@ -5425,7 +5460,12 @@ def _docker_fault(action: str, said: str) -> ContainerFailedError:
 
 
 # =============================================================================
-# §15 Requests — effects: HTTP to containers on the bridge, LiteLLM's management API
+# §18 Images — effects: pulled, built from recipes, pruned
+# =============================================================================
+
+
+# =============================================================================
+# §19 Requests — effects: HTTP to containers on the bridge, LiteLLM's management API
 # =============================================================================
 
 
@@ -5622,7 +5662,12 @@ def _virtual_key(entry: Json) -> VirtualKey:
 
 
 # =============================================================================
-# §16 Drivers — effects: NVML, and what the system knows about GPUs
+# §20 Hub — effects: Hugging Face, downloads, and the cache on the disk
+# =============================================================================
+
+
+# =============================================================================
+# §21 Drivers — effects: NVML, and what the system knows about GPUs
 # =============================================================================
 
 
@@ -6369,7 +6414,7 @@ def kernel_log(device: Path) -> str | None:
 
 
 # =============================================================================
-# §17 Orchestration — effects: Plan -> world, undo, jobs
+# §22 Orchestration — effects: Plan -> world, undo, jobs
 # =============================================================================
 
 Report = Callable[[str], None]
@@ -6868,7 +6913,7 @@ class Job:
 
 
 # =============================================================================
-# §18 Manager — effects: the use cases; all that console and command line may call
+# §23 Manager — effects: the use cases; all that console and command line may call
 # =============================================================================
 
 
@@ -7338,7 +7383,7 @@ class Watch:
 
 
 # =============================================================================
-# §19 Console — effects: one builder per tab, and who may open it
+# §24 Console — effects: one builder per tab, and who may open it
 # =============================================================================
 
 LOOPBACK_HOSTS: Final = frozenset({"127.0.0.1", "localhost", "[::1]"})
@@ -7990,7 +8035,7 @@ def build_app(manager: Manager, watch: Watch) -> Guard:
 
 
 # =============================================================================
-# §20 Main — effects: arguments, wiring, systemd
+# §25 Main — effects: arguments, wiring, systemd
 # =============================================================================
 
 DONE, FAILED, WRONG_USAGE, TO_DO = range(4)
