@@ -151,13 +151,24 @@ import tarfile
 import threading
 import time
 import uuid
+import wave
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache, partial, reduce
 from getpass import getpass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NewType, Protocol, TypeVar, assert_never
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    NewType,
+    Protocol,
+    TypeVar,
+    assert_never,
+    get_args,
+)
 from urllib.parse import parse_qs
 
 import docker
@@ -299,7 +310,8 @@ ModelType = Literal[
     "chat", "vision", "embedding", "rerank", "speech-to-text", "text-to-speech", "image"
 ]
 Wish = Literal["running", "stopped"]
-SERVED_TYPES: Final[tuple[ModelType, ...]] = ("chat", "vision", "embedding", "rerank")
+MODEL_TYPES: Final[tuple[ModelType, ...]] = get_args(ModelType)
+OMNI_TYPES: Final = frozenset[ModelType]({"text-to-speech", "image"})  # vLLM-Omni serves these
 
 
 def _checked(pattern: str, rule: str, *, longest: int) -> pydantic.AfterValidator:
@@ -1768,6 +1780,7 @@ class Site:
 
     generated: str
     hugging_face_home: str
+    compile_caches: str
 
 
 CADDYFILE: Final = "caddy/Caddyfile"
@@ -1811,7 +1824,7 @@ EngineOptions = Mapping[str, frozenset[str]]  # image -> what its command line t
 RESERVED_OPTIONS: Final = frozenset({
     "--host", "--port", "--uds", "--model", "--served-model-name", "--api-key", "--config",
     "--revision", "--root-path", "--tensor-parallel-size", "-tp", "--ssl-keyfile",
-    "--ssl-certfile", "--headless", "--grpc", "--runner",
+    "--ssl-certfile", "--headless", "--grpc", "--runner", "--omni",
     "--enable-log-requests", "--enable-log-outputs", "--otlp-traces-endpoint",
 })  # fmt: skip
 
@@ -1822,12 +1835,15 @@ PARALLEL_OPTIONS: Final = frozenset({
 })  # fmt: skip
 
 
-def parse_recipe_options(text: str) -> dict[str, frozenset[str]]:
-    """The options a recipe lists for its images; switches get their `--no-` form too."""
-    recipe = yaml.safe_load(text)
-    listed = frozenset(recipe["options"].split())
-    negated = frozenset(f"--no-{name[2:]}" for name in listed if name.startswith("--"))
-    return dict.fromkeys(recipe["images"], listed | negated)
+def parse_engine_options(text: str) -> dict[str, frozenset[str]]:
+    """The options of `recipes/vllm.yaml` by image; switches get their `--no-` form too."""
+    found: dict[str, frozenset[str]] = {}
+    listed: frozenset[str] = frozenset()
+    for engine in yaml.load(text, YAML_LOADER)["engines"]:  # noqa: S506 - the safe one, in C
+        listed |= frozenset(engine["options"].split())  # each takes what those before it take
+        negated = frozenset(f"--no-{name[2:]}" for name in listed if name.startswith("--"))
+        found |= dict.fromkeys(engine["images"], listed | negated)
+    return found
 
 
 def check_engine_arguments(model: Model, images: Images, options: EngineOptions) -> None:
@@ -1918,8 +1934,6 @@ def check_model(model: Model, images: Images, options: EngineOptions) -> None:
             advice="Place the model on one slice by GPU, profile and start.",
         )
     unserved = (
-        (model.type not in SERVED_TYPES, f"serve {model.type} models",
-         f"It serves {', '.join(SERVED_TYPES)}."),
         (model.host != "local", f"reach the host {model.host!r}", "Leave the host at `local`."),
         (_crowded(model), "run several replicas on a GPU or slice whose memory they do not share",
          "Give the placement a memory fraction below 0.5, or run one replica."),
@@ -1962,13 +1976,14 @@ def engine_image(model: Model, images: Images) -> str:
     """The image of a model, first that applies: its own, vLLM-Omni's, vLLM's for its device."""
     if model.image is not None:
         return model.image
-    if model.type in {"text-to-speech", "image"}:
+    if model.type in OMNI_TYPES:
         return images.vllm_omni
     return images.vllm_cpu if isinstance(model.placement, CpuPlacement) else images.vllm
 
 
 MODEL_MOUNT: Final = "/model"
 CACHE_MOUNT: Final = "/root/.cache/huggingface"
+COMPILED_MOUNT: Final = "/compiled"
 
 
 def render_engines(
@@ -1986,7 +2001,10 @@ def render_engines(
             entrypoint=("vllm",),
             command=engine_command(model),
             environment=engine_environment(state, model),
-            mounts=(_weights_mount(model, site),),
+            mounts=(
+                _weights_mount(model, site),
+                compile_cache(engine_image(model, state.images), site),
+            ),
             labels={
                 LABEL_MODEL_NAME: model.name,
                 LABEL_MODEL_TYPE: model.type,
@@ -2018,14 +2036,17 @@ def engine_command(model: Model) -> tuple[str, ...]:
         *(("--revision", revision) if revision else ()),
         *("--served-model-name", model.served_model_name),
         *("--host", "0.0.0.0", "--port", str(ENGINE_PORT)),  # noqa: S104 - inside its container
-        *_placement_arguments(model.placement),
+        *(("--omni",) if model.type in OMNI_TYPES else ()),
+        *_placement_arguments(model),
         *(("--runner", "pooling") if model.type in {"embedding", "rerank"} else ()),
         *model.engine_arguments,
     )
 
 
-def _placement_arguments(placement: CpuPlacement | GpuPlacement | MigPlacement) -> tuple[str, ...]:
-    match placement:
+def _placement_arguments(model: Model) -> tuple[str, ...]:
+    match model.placement:
+        case CpuPlacement() if model.type in OMNI_TYPES:
+            return ()  # its stages size their caches themselves
         case CpuPlacement(kv_cache_mib=mib):
             return ("--kv-cache-memory-bytes", str(mib * 1024 * 1024))
         case GpuPlacement(gpu_uuids=gpus, memory_fraction=fraction):
@@ -2035,7 +2056,7 @@ def _placement_arguments(placement: CpuPlacement | GpuPlacement | MigPlacement) 
         case MigPlacement():
             return ()
         case _:
-            assert_never(placement)
+            assert_never(model.placement)
 
 
 def engine_environment(state: State, model: Model) -> dict[str, str | pydantic.SecretStr]:
@@ -2046,6 +2067,7 @@ def engine_environment(state: State, model: Model) -> dict[str, str | pydantic.S
         "HF_HUB_DISABLE_TELEMETRY": "1",
         # Any local user reaches the bridge: without a key they would get round keys and limits.
         "VLLM_API_KEY": state.secrets.engine_key,
+        **COMPILE_CACHES,
     }
     if isinstance(model.placement, CpuPlacement):
         # vLLM (0.30) pins every engine of a server to the same first cores: on 2 of them a second
@@ -2056,6 +2078,22 @@ def engine_environment(state: State, model: Model) -> dict[str, str | pydantic.S
     if state.secrets.hugging_face_token is not None:
         environment["HF_TOKEN"] = state.secrets.hugging_face_token
     return environment
+
+
+# Where an engine and its libraries keep what they compiled, so that a later start need not.
+COMPILE_CACHES: Final[Mapping[str, str]] = {
+    "VLLM_CACHE_ROOT": f"{COMPILED_MOUNT}/vllm",
+    "TRITON_CACHE_DIR": f"{COMPILED_MOUNT}/triton",
+    "TORCHINDUCTOR_CACHE_DIR": f"{COMPILED_MOUNT}/inductor",
+    "CUDA_CACHE_PATH": f"{COMPILED_MOUNT}/cuda",
+    "FLASHINFER_WORKSPACE_BASE": COMPILED_MOUNT,
+}
+
+
+def compile_cache(image: str, site: Site) -> Mount:
+    """One directory for each image: what one version compiled is wrong for another."""
+    folder = sha256(image.encode()).hexdigest()[:12]
+    return Mount(source=f"{site.compile_caches}/{folder}", target=COMPILED_MOUNT, read_only=False)
 
 
 def _weights_mount(model: Model, site: Site) -> Mount:
@@ -2071,33 +2109,52 @@ _WHITE_PNG: Final = (
 )
 
 
-def readiness_request(model_type: ModelType, served_model_name: str) -> tuple[str, Json]:
-    """Path and body of the smallest real request of a kind."""
-    question: Json = {"role": "user", "content": "Say yes."}
-    generate = {"model": served_model_name, "max_tokens": 1, "temperature": 0}
-    match model_type:
-        case "chat":
-            return "/v1/chat/completions", generate | {"messages": [question]}
-        case "vision":
-            picture = {
-                "type": "image_url",
-                "image_url": {"url": f"data:image/png;base64,{_WHITE_PNG}"},
-            }
-            content = [{"type": "text", "text": "Say yes."}, picture]
-            return "/v1/chat/completions", generate | {
-                "messages": [{"role": "user", "content": content}]
-            }
-        case "embedding":
-            return "/v1/embeddings", {"model": served_model_name, "input": "yes"}
-        case "rerank":
-            return "/v1/rerank", {
-                "model": served_model_name, "query": "yes", "documents": ["yes", "no"],
-            }  # fmt: skip
-        case _:
-            raise RefusedError(
-                f"No readiness request is known for {model_type} models.",
-                advice="This version cannot serve them.",
-            )
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineRequest:
+    """One request to an engine; with `audio` its fields go as a form beside that file."""
+
+    path: str
+    fields: Json
+    audio: bytes | None = None
+
+
+def readiness_request(model_type: ModelType, served_model_name: str) -> EngineRequest:
+    """The smallest real request of a kind."""
+    path, fields = _smallest_request(model_type)
+    audio = _half_a_second_of_silence() if model_type == "speech-to-text" else None
+    return EngineRequest(path=path, fields={"model": served_model_name, **fields}, audio=audio)
+
+
+def _smallest_request(model_type: ModelType) -> tuple[str, Json]:
+    picture: Json = {
+        "type": "image_url",
+        "image_url": {"url": f"data:image/png;base64,{_WHITE_PNG}"},
+    }
+    text: Json = {"type": "text", "text": "Say yes."}
+    chat, generate = "/v1/chat/completions", {"max_tokens": 1, "temperature": 0}
+    # An image's sides must suit every latent space; one step proves weights and scheduler.
+    image = {"prompt": "a white square", "size": "256x256", "num_inference_steps": 1}
+    requests_of: Mapping[ModelType, tuple[str, Json]] = {
+        "chat": (chat, generate | {"messages": [{"role": "user", "content": text["text"]}]}),
+        "vision": (chat, generate | {"messages": [{"role": "user", "content": [text, picture]}]}),
+        "embedding": ("/v1/embeddings", {"input": "yes"}),
+        "rerank": ("/v1/rerank", {"query": "yes", "documents": ["yes", "no"]}),
+        "speech-to-text": ("/v1/audio/transcriptions", {"temperature": "0"}),
+        "text-to-speech": ("/v1/audio/speech", {"input": "Yes."}),
+        "image": ("/v1/images/generations", image),
+    }
+    return requests_of[model_type]
+
+
+def _half_a_second_of_silence() -> bytes:
+    """A WAV file: 16 bit, one channel, at the 16 kHz that speech models hear."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(16_000)
+        sound.writeframes(bytes(16_000))
+    return file.getvalue()
 
 
 # --- database, gateway, edge ---------------------------------------------------
@@ -2227,17 +2284,29 @@ def render_litellm_config(served: Sequence[ServedModel]) -> str:
     return GENERATED_BANNER + yaml.dump(config, Dumper=YAML_DUMPER, sort_keys=False)
 
 
+# LiteLLM's provider and mode for each kind; its vLLM provider has no speech and no images.
+ROUTING: Final[Mapping[str, tuple[str, str]]] = {
+    "chat": ("hosted_vllm", "chat"),
+    "vision": ("hosted_vllm", "chat"),
+    "embedding": ("hosted_vllm", "embedding"),
+    "rerank": ("hosted_vllm", "rerank"),
+    "speech-to-text": ("hosted_vllm", "audio_transcription"),
+    "text-to-speech": ("openai", "audio_speech"),
+    "image": ("openai", "image_generation"),
+}
+
+
 def _model_entries(model: ServedModel) -> list[Json]:
-    modes = {"embedding": {"mode": "embedding"}, "rerank": {"mode": "rerank"}}
+    provider, mode = ROUTING[model.type]
     return [
         {
             "model_name": model.served_model_name,
             "litellm_params": {
-                "model": f"hosted_vllm/{model.served_model_name}",
+                "model": f"{provider}/{model.served_model_name}",
                 "api_base": f"http://{replica}:{ENGINE_PORT}/v1",
                 "api_key": "os.environ/ENGINE_API_KEY",
             },
-            "model_info": {"id": str(replica), **modes.get(model.type, {"mode": "chat"})},
+            "model_info": {"id": str(replica), "mode": mode},
         }
         for replica in model.replicas
     ]
@@ -4903,6 +4972,11 @@ class StateStore:
             target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_atomic(target, text)
 
+    def make_folder(self, path: str) -> None:
+        """A directory that a container will write to; Docker mounts none that is not there."""
+        with file_errors(f"make {path}"):
+            Path(path).mkdir(mode=0o700, parents=True, exist_ok=True)
+
     def keep_log(self, name: ContainerName, text: str) -> None:
         """The last start log of a replica, which survives its container."""
         with file_errors("keep a log"):
@@ -5560,15 +5634,18 @@ class HttpProbes:
         return listed >= set(names)
 
     def _engine_answers(self, seen: ObservedContainer, wanted: EngineAnswers) -> bool:
-        path, body = readiness_request(wanted.model_type, wanted.served_model_name)
+        asked = readiness_request(wanted.model_type, wanted.served_model_name)
+        body: Json = {"json": asked.fields}
+        if asked.audio is not None:
+            body = {"data": asked.fields, "files": {"file": ("silence.wav", asked.audio)}}
         key = wanted.engine_key.get_secret_value()
         try:
             # The first request may compile kernels.
             answer = self._client.post(
-                f"http://{seen.address}:{ENGINE_PORT}{path}",
-                json=body,
+                f"http://{seen.address}:{ENGINE_PORT}{asked.path}",
                 headers={"Authorization": f"Bearer {key}"},
                 timeout=300,
+                **body,
             )
         except httpx.TimeoutException as error:
             raise ContainerFailedError(
@@ -6428,6 +6505,7 @@ class Files(Protocol):
     def keep_log(self, name: ContainerName, text: str) -> None: ...
     def read_starts(self) -> dict[str, float]: ...
     def note_start(self, name: ContainerName, seconds: float) -> None: ...
+    def make_folder(self, path: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -6647,6 +6725,9 @@ def apply_step(  # noqa: C901, PLR0912, PLR0915 - one line per kind of step
         case BringBack(name, _):
             containers.bring_back(name)
         case CreateContainer(spec, _):
+            for mount in spec.mounts:
+                if mount.target == COMPILED_MOUNT:
+                    tools.files.make_folder(mount.source)
             containers.create(spec)
         case StartContainer(name, _):
             containers.start(name)
@@ -7652,7 +7733,7 @@ def build_registration_form(desk: Desk, chosen: gr.Dropdown) -> None:
             name = gr.Textbox(
                 label="Name", placeholder="chat", info="lower-case letters, digits, -"
             )
-            kind = gr.Dropdown(list(SERVED_TYPES), value="chat", label="Type")
+            kind = gr.Dropdown(list(MODEL_TYPES), value="chat", label="Type")
             origin = gr.Radio(
                 list(ORIGINS), value=ORIGINS[0], label="Weights come from",
             )  # fmt: skip
@@ -8294,8 +8375,12 @@ def open_manager() -> Manager:
     return Manager(
         store,
         tools,
-        Site(generated=str(store.generated), hugging_face_home=str(cache)),
-        engine_options=parse_recipe_options((recipes / "vllm.yaml").read_text()),
+        Site(
+            generated=str(store.generated),
+            hugging_face_home=str(cache),
+            compile_caches=str(store.home / "compiled"),
+        ),
+        engine_options=parse_engine_options((recipes / "vllm.yaml").read_text()),
         enabled=system.enabled,
     )
 

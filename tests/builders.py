@@ -77,7 +77,11 @@ def only(name: str | None) -> lm.Scope:
 
 
 def a_site() -> lm.Site:
-    return lm.Site(generated="/home/llm/generated", hugging_face_home="/home/llm/huggingface")
+    return lm.Site(
+        generated="/home/llm/generated",
+        hugging_face_home="/home/llm/huggingface",
+        compile_caches="/home/llm/compiled",
+    )
 
 
 def an_engine(state: lm.State, name: str = "chat", replica: int = 0) -> lm.ContainerSpec:

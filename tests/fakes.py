@@ -118,6 +118,9 @@ class FakeFiles:
         if not self.trouble.dead:
             self.starts[name] = seconds
 
+    def make_folder(self, path: str) -> None:
+        """In memory, every folder is there."""
+
 
 # Docker gives every container an id of 64 hexadecimal digits, and none twice.
 IDS = (f"{number:064x}" for number in itertools.count(1))

@@ -205,7 +205,7 @@ def test_a_model_is_added_listed_shown_changed_and_removed(run: Run) -> None:
     [
         (("model", "add", "Chat", *HUB), "name: 'Chat' must be lower-case"),
         (("model", "add", "chat", *HUB), "There is a model called chat already"),
-        (("model", "add", "b", *HUB, "--type", "image"), "cannot serve image models yet"),
+        (("model", "add", "b", *HUB, "--type", "video"), "type: Input should be 'chat'"),
         (("model", "add", "b", *HUB, "--arguments", "--prot 1"), "--prot is unknown"),
         (("model", "add", "b", *HUB, "--arguments", "'"), "cannot be read"),
         (("model", "add", "b", "--path", "srv"), "source.path: "),

@@ -199,7 +199,7 @@ def manager(tmp_path_factory: pytest.TempPathFactory) -> lm.Manager:
     store = lm.StateStore(tmp_path_factory.mktemp("home"))
     store.ensure(fixed_names=True)
     store.save(a_state(a_model(), hugging_face_home="/hub", secrets=a_state().secrets))
-    site = lm.Site(generated=str(store.generated), hugging_face_home="/hub")
+    site = lm.Site(generated=str(store.generated), hugging_face_home="/hub", compile_caches="/c")
     gpus = SimulatedGpus([Card("<b>H200</b>", "Hopper", 143771)])
     return lm.Manager(store, some_tools(a_world(store, gpus)), site, engine_options={})
 

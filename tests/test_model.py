@@ -364,7 +364,6 @@ def test_a_typed_model_is_refused_with_all_its_faults() -> None:
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        ({"type": "image"}, "cannot serve image models yet"),
         (
             {"placement": on_slice("1g.10gb", 0), "replicas": 2},
             "cannot run several replicas on a GPU or slice whose memory they do not share",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import struct
+import wave
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -31,7 +33,7 @@ from hypothesis import strategies as st
 import llm_manager as lm
 
 RECIPE = lm.PROGRAM.parent / "recipes" / "vllm.yaml"
-OPTIONS = lm.parse_recipe_options(RECIPE.read_text())
+OPTIONS = lm.parse_engine_options(RECIPE.read_text())
 OWN = lm.OwnCertificate(certificate_path="/etc/ssl/our chain.pem", key_path="/etc/ssl/key/our.key")
 ACME = lm.AcmeTls(email="it@example.org", directory_url="https://acme.example.org/directory")
 
@@ -195,7 +197,9 @@ def test_local_weights_need_neither_hub_nor_token() -> None:
     (spec,) = lm.render_engines(FULL, SMALL, a_site())
     assert spec.environment["HF_HUB_OFFLINE"] == "1"
     assert "HF_TOKEN" not in spec.environment
-    assert [(m.source, m.read_only) for m in spec.mounts] == [("/srv/models/bge m3", True)]
+    weights, compiled = spec.mounts
+    assert (weights.source, weights.read_only) == ("/srv/models/bge m3", True)
+    assert (compiled.target, compiled.read_only) == ("/compiled", False)
 
 
 def test_only_the_edge_publishes_ports_and_only_where_it_is_told() -> None:
@@ -417,7 +421,9 @@ def check(*arguments: str, **changes: Any) -> None:
 
 
 def test_the_recipe_knows_the_options_of_the_pinned_images() -> None:
-    assert set(OPTIONS) == {lm.Images().vllm, lm.Images().vllm_cpu}
+    pinned = lm.Images()
+    assert set(OPTIONS) == {pinned.vllm, pinned.vllm_cpu, pinned.vllm_omni}
+    assert OPTIONS[pinned.vllm] < OPTIONS[pinned.vllm_omni], "Omni takes all of vLLM's, and more"
     for known in OPTIONS.values():
         assert {"--max-model-len", "--no-enable-prefix-caching", "-tp"} <= known
         assert "--task" not in known
@@ -498,30 +504,32 @@ def test_arguments_are_split_as_a_shell_would() -> None:
 # --- readiness ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", lm.SERVED_TYPES)
-def test_every_served_type_has_a_real_request_of_its_own(model_type: lm.ModelType) -> None:
-    path, body = lm.readiness_request(model_type, "qwen")
-    assert path.startswith("/v1/")
-    assert body["model"] == "qwen"
-    json.dumps(body)
+@pytest.mark.parametrize("model_type", lm.MODEL_TYPES)
+def test_every_type_has_a_real_request_and_a_route_of_its_own(model_type: lm.ModelType) -> None:
+    request = lm.readiness_request(model_type, "qwen")
+    assert request.path.startswith("/v1/")
+    assert request.fields["model"] == "qwen"
+    json.dumps(request.fields)
+    assert model_type in lm.ROUTING
 
 
 def test_a_readiness_request_is_of_its_own_kind_and_small() -> None:
-    path, body = lm.readiness_request("chat", "qwen")
-    assert (path, body["max_tokens"]) == ("/v1/chat/completions", 1)
-    assert lm.readiness_request("embedding", "q") == (
-        "/v1/embeddings",
-        {"model": "q", "input": "yes"},
-    )
-    path, body = lm.readiness_request("rerank", "q")
-    assert (path, len(body["documents"])) == ("/v1/rerank", 2)
-    _, body = lm.readiness_request("vision", "q")
-    assert [part["type"] for part in body["messages"][0]["content"]] == ["text", "image_url"]
+    chat = lm.readiness_request("chat", "qwen")
+    assert (chat.path, chat.fields["max_tokens"]) == ("/v1/chat/completions", 1)
+    embedding = lm.readiness_request("embedding", "q")
+    assert (embedding.path, embedding.fields) == ("/v1/embeddings", {"model": "q", "input": "yes"})
+    rerank = lm.readiness_request("rerank", "q")
+    assert (rerank.path, len(rerank.fields["documents"])) == ("/v1/rerank", 2)
+    vision = lm.readiness_request("vision", "q").fields
+    assert [part["type"] for part in vision["messages"][0]["content"]] == ["text", "image_url"]
 
 
-def test_a_type_without_a_request_is_refused() -> None:
-    with pytest.raises(lm.RefusedError, match="speech-to-text"):
-        lm.readiness_request("speech-to-text", "q")
+def test_a_model_that_hears_is_sent_half_a_second_of_silence() -> None:
+    audio = lm.readiness_request("speech-to-text", "q").audio
+    assert audio is not None
+    with wave.open(io.BytesIO(audio)) as sound:
+        shape = sound.getnchannels(), sound.getsampwidth(), sound.getframerate()
+        assert (shape, sound.getnframes()) == ((1, 2, 16_000), 8_000)
 
 
 def png_pixels(png: bytes) -> tuple[int, int, bytes]:
@@ -562,8 +570,8 @@ def paeth(left: int, above: int, corner: int) -> int:
 
 
 def test_the_picture_of_a_vision_request_is_a_white_28_by_28_png() -> None:
-    _, body = lm.readiness_request("vision", "q")
-    url = body["messages"][0]["content"][1]["image_url"]["url"]
+    vision = lm.readiness_request("vision", "q").fields
+    url = vision["messages"][0]["content"][1]["image_url"]["url"]
     width, height, pixels = png_pixels(base64.b64decode(url.removeprefix("data:image/png;base64,")))
     assert (width, height) == (28, 28)
     assert pixels == b"\xff" * 28 * 28 * 3

@@ -52,7 +52,7 @@ def through_the_manager(here: Installation) -> tuple[float, float]:
 def plainly(here: Installation) -> float:
     """The same container by hand: `docker run`, then ask until it answers."""
     state = here.state()
-    site = lm.Site(generated="", hugging_face_home="")
+    site = lm.Site(generated="", hugging_face_home="", compile_caches="")
     spec = lm.render_engines(state, state.model("chat"), site)[0]
     options = ["--init", "--name", PLAIN, "--network", spec.network, "--shm-size"]
     options += [f"{spec.shm_mib}m", "--entrypoint", spec.entrypoint[0]]
@@ -75,14 +75,14 @@ def plainly(here: Installation) -> float:
 
 def wait_for_an_answer(attributes: lm.Json, *, key: object) -> None:
     (network,) = attributes["NetworkSettings"]["Networks"].values()
-    path, body = lm.readiness_request("chat", "chat")
+    asked = lm.readiness_request("chat", "chat")
     secret = key.get("VLLM_API_KEY") if isinstance(key, dict) else None
     headers = {"Authorization": f"Bearer {lm.reveal(secret)}"} if secret else {}
     address = f"http://{network['IPAddress']}:{lm.ENGINE_PORT}"
     with httpx.Client(base_url=address, headers=headers, timeout=300, trust_env=False) as engine:
         while True:
             try:
-                if engine.post(path, json=body).is_success:
+                if engine.post(asked.path, json=asked.fields).is_success:
                     return
             except httpx.HTTPError:
                 pass

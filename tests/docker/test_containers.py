@@ -30,7 +30,7 @@ pytestmark = pytest.mark.docker
 ABSENT = "llm-manager-test/absent:1"
 SLEEP, NONSENSE = ("300",), ("nonsense",)
 GOLDEN = Path(__file__).parent.parent / "golden"
-HERE = lm.Site(generated="/absent", hugging_face_home="/absent")
+HERE = lm.Site(generated="/absent", hugging_face_home="/absent", compile_caches="/absent")
 
 
 @dataclass
@@ -318,7 +318,11 @@ def an_edge(bench: Bench, **changes: object) -> lm.State:
 
 def site_of(bench: Bench) -> lm.Site:
     assert isinstance(bench.tools.files, lm.StateStore)
-    return lm.Site(generated=str(bench.tools.files.generated), hugging_face_home="/absent")
+    return lm.Site(
+        generated=str(bench.tools.files.generated),
+        hugging_face_home="/absent",
+        compile_caches="/absent",
+    )
 
 
 def own_certificate(folder: Path) -> lm.OwnCertificate:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
+import math
 import shutil
 import struct
 import time
+import wave
 import zlib
 from pathlib import Path
 
@@ -18,20 +21,30 @@ import llm_manager as lm
 
 pytestmark = pytest.mark.docker
 # name: type; each is one of the tiny models
-KINDS = {"embed": "embedding", "rerank": "rerank", "vision": "vision"}
-MORE = {"vision": "--max-model-len 512"}
+KINDS = {
+    "embed": "embedding", "rerank": "rerank", "vision": "vision", "whisper": "speech-to-text",
+    "speech": "text-to-speech", "image": "image",
+}  # fmt: skip
+MORE = {
+    "vision": "--max-model-len 512",
+    # Its encoder takes 1,500 tokens at once, and few requests make the batch smaller than that.
+    "whisper": "--max-num-seqs 2 --max-num-batched-tokens 2048",
+    "speech": "--diffusion-load-format diffusers",
+    "image": "--diffusion-load-format diffusers",
+}
 
 
 @pytest.fixture(scope="module")
 def served(install_for_module: Install, tiny_models: Path) -> Installation:
-    """An installation that serves one model of every kind but chat, brought up by one `apply`."""
+    """An installation that serves one model of every kind but chat, brought up by two `apply`."""
     here = install_for_module()
     manager = here.manager()
-    for name, kind in KINDS.items():
-        here.add(name, tiny_models / f"tiny-{name}", kind, more=MORE.get(name, ""))
-        manager.save(lm.deploying(name))
-    with here.step("three kinds of models in one apply"):
-        here.cli("apply")
+    for several in (("embed", "rerank", "vision"), ("whisper", "speech", "image")):
+        for name in several:
+            here.add(name, tiny_models / f"tiny-{name}", KINDS[name], more=MORE.get(name, ""))
+            manager.save(lm.deploying(name))
+        with here.step(f"{', '.join(several)} in one apply"):
+            here.cli("apply")
     assert here.cli("plan") == "Nothing to do.\n"
     return here
 
@@ -81,6 +94,46 @@ def test_a_vision_model_answers_about_a_picture_through_the_edge(colleague: http
     answer = colleague.post("/v1/chat/completions", json=body)
     assert answer.status_code == 200, answer.text
     assert answer.json()["choices"][0]["message"]["content"]
+
+
+def a_tone(seconds: float) -> bytes:
+    """A WAV file that somebody might send to be transcribed."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(16_000)
+        samples = (
+            8000 * math.sin(2 * math.pi * 440 * n / 16_000) for n in range(int(16_000 * seconds))
+        )
+        sound.writeframes(b"".join(struct.pack("<h", int(sample)) for sample in samples))
+    return file.getvalue()
+
+
+def test_a_speech_to_text_model_transcribes_through_the_edge(colleague: httpx.Client) -> None:
+    answer = colleague.post(
+        "/v1/audio/transcriptions",
+        data={"model": "whisper"},
+        files={"file": ("tone.wav", a_tone(1), "audio/wav")},
+    )
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["text"].strip() == "This is a tiny transcript."
+
+
+def test_a_text_to_speech_model_speaks_through_the_edge(colleague: httpx.Client) -> None:
+    body = {"model": "speech", "input": "Hello.", "voice": "default", "response_format": "wav"}
+    answer = colleague.post("/v1/audio/speech", json=body)
+    assert answer.status_code == 200, answer.text
+    with wave.open(io.BytesIO(answer.content)) as sound:
+        assert sound.getnframes() > 0
+
+
+def test_an_image_model_draws_through_the_edge(colleague: httpx.Client) -> None:
+    body = {"model": "image", "prompt": "a cat", "size": "64x64", "n": 1}
+    answer = colleague.post("/v1/images/generations", json=body)
+    assert answer.status_code == 200, answer.text
+    (picture,) = answer.json()["data"]
+    assert base64.b64decode(picture["b64_json"]).startswith(b"\x89PNG")
 
 
 # --- engines that cannot start -------------------------------------------------
