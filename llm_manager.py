@@ -3757,6 +3757,10 @@ def repairing(names: Collection[ModelName]) -> Change:
 Phase = Literal["stopped", "pending", "starting", "ready", "failed", "stopping"]
 
 
+# A task, such as a download or a build, runs beside changes: it wishes and interrupts nothing.
+JobKind = Literal["change", "task"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobView:
     """A job as seen from outside, at one moment."""
@@ -3768,6 +3772,7 @@ class JobView:
     lines: tuple[str, ...]
     fault: str | None
     hint: str = ""
+    kind: JobKind = "change"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -3829,7 +3834,7 @@ def model_rows(snapshot: Snapshot) -> list[list[str]]:
     state, observed = snapshot.state, snapshot.observed
     if state is None:
         return []
-    busy = any(job.finished_at is None for job in snapshot.jobs)
+    busy = running_job(snapshot) is not None
     return [
         [
             model.name,
@@ -3924,7 +3929,7 @@ def attention(snapshot: Snapshot) -> list[Attention]:
     state, observed = snapshot.state, snapshot.observed
     if state is None or observed is None:
         return found
-    busy = any(job.finished_at is None for job in snapshot.jobs)
+    busy = running_job(snapshot) is not None
     failed = [m for m in state.models if phase_of(state, m, observed, busy) == "failed"]
     unknown = "should run and does not. Read its log, then deploy it again."
     found += [
@@ -3975,7 +3980,7 @@ def summary_line(snapshot: Snapshot) -> str:
         return "The state cannot be read."
     if observed is None:
         return "Docker does not answer."
-    busy = any(job.finished_at is None for job in snapshot.jobs)
+    busy = running_job(snapshot) is not None
     phases = [phase_of(state, model, observed, busy) for model in state.models]
     ready = f"{phases.count('ready')} of {len(phases)} models ready"
     if state.endpoint == "stopped":
@@ -4171,7 +4176,14 @@ def revoke_question(alias: str) -> str:
 
 
 def running_job(snapshot: Snapshot) -> JobView | None:
-    return next((job for job in snapshot.jobs if job.finished_at is None), None)
+    """The change that is under way; tasks beside it do not count."""
+    going = (job for job in snapshot.jobs if job.finished_at is None and job.kind == "change")
+    return next(going, None)
+
+
+def shown_job(snapshot: Snapshot) -> JobView | None:
+    """The change that is under way, else the newest job."""
+    return running_job(snapshot) or next(iter(snapshot.jobs), None)
 
 
 def job_group(snapshot: Snapshot) -> Json:
@@ -4179,10 +4191,10 @@ def job_group(snapshot: Snapshot) -> Json:
 
 
 def job_title(snapshot: Snapshot) -> str:
-    """The newest job, how it stands, and what comes next."""
-    if not snapshot.jobs:
+    """The shown job, how it stands, and what comes next."""
+    job = shown_job(snapshot)
+    if job is None:
         return ""
-    job = snapshot.jobs[0]
     if job.finished_at is None:
         elapsed = format_duration((snapshot.taken_at - job.started_at).total_seconds())
         return f"**{plain(job.title)}** · running for {elapsed}"
@@ -4193,16 +4205,17 @@ def job_title(snapshot: Snapshot) -> str:
 
 
 def job_log(snapshot: Snapshot) -> Json:
-    """The newest job's lines, while they matter: it runs, or it failed."""
-    if not snapshot.jobs:
+    """The shown job's lines, while they matter: it runs, or it failed."""
+    job = shown_job(snapshot)
+    if job is None:
         return {"visible": False}
-    job = snapshot.jobs[0]
     matters = job.finished_at is None or job.fault is not None
     return {"value": "\n".join(job.lines), "visible": matters}
 
 
 def job_cancel(snapshot: Snapshot) -> Json:
-    return {"visible": running_job(snapshot) is not None}
+    job = shown_job(snapshot)
+    return {"visible": job is not None and job.finished_at is None}
 
 
 ORIGINS: Final = ("Hugging Face hub", "a directory of this server")
@@ -4927,20 +4940,24 @@ class StateStore:
         finally:
             release()
 
-    def acquire(self, title: str) -> Callable[[], None]:
-        """Take the lock and return its release; the kernel frees it if this process dies."""
+    def acquire(self, title: str, *, kind: JobKind = "change") -> Callable[[], None]:
+        """Take the lock and return its release; the kernel frees it if this process dies.
+
+        All changes share one lock; a task has one of its own, by its title.
+        """
+        name = "lock" if kind == "change" else f"lock-{sha256(title.encode()).hexdigest()[:12]}"
         with file_errors("lock its home"):
             handle = open(  # noqa: SIM115 - it stays open as long as the lock is held
-                self.home / "lock", "a+", encoding="utf-8", opener=_private_opener
+                self.home / name, "a+", encoding="utf-8", opener=_private_opener
             )
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             handle.seek(0)
-            holder = handle.read().strip() or "another change"
+            holder = handle.read().strip() or title
             handle.close()
             raise BusyError(
-                f"Another change is under way: {holder}.",
+                f"{'Another change' if kind == 'change' else 'This'} is under way: {holder}.",
                 advice="Wait until it is done, or cancel it.",
             ) from None
         with contextlib.suppress(OSError):  # a note for the refused; a full disk must not stop us
@@ -6521,10 +6538,11 @@ class Tools:
 
 
 class Control:
-    """How a running change tells of itself, and hears that it should stop."""
+    """How a running job tells of itself, and hears that it should stop."""
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, report: Report, kind: JobKind = "change") -> None:
         self.report = report
+        self._kind = kind
         self.faults: dict[str, ManagerError] = {}  # of stages, by their titles
         self._cancelled = threading.Event()
 
@@ -6533,6 +6551,8 @@ class Control:
 
     def check(self) -> None:
         """Raise where the operator has cancelled; called only where undoing is safe."""
+        if self._cancelled.is_set() and self._kind == "task":
+            raise CancelledError("It was cancelled.", advice="Start it again when you like.")
         if self._cancelled.is_set():
             raise CancelledError(
                 "The change was cancelled, and its wish withdrawn.",
@@ -6923,10 +6943,11 @@ KILLED: Final = 137  # 128 and signal 9
 
 @dataclass(eq=False)
 class Job:
-    """One change in its own thread; its log outlives every browser tab."""
+    """One change or task in its own thread; its log outlives every browser tab."""
 
     title: str
     hint: str = ""
+    kind: JobKind = "change"
     id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
     started_at: datetime = field(default_factory=utc_now)
     finished_at: datetime | None = None
@@ -6936,7 +6957,7 @@ class Job:
     _control: Control = field(init=False)
 
     def __post_init__(self) -> None:
-        self._control = Control(self.report)
+        self._control = Control(self.report, self.kind)
 
     def report(self, line: str) -> None:
         log.info("%s: %s", self.title, line)
@@ -6990,6 +7011,7 @@ class Job:
                 lines=tuple(self.lines),
                 fault=str(self.fault) if self.fault else None,
                 hint=self.hint,
+                kind=self.kind,
             )
 
 
@@ -7234,6 +7256,13 @@ class Manager:
         job = Job(change.title, change.hint)
         self._jobs.append(job)
         return job.run(lambda control: self._work(change, before, state, control), at_end=release)
+
+    def start_task(self, title: str, work: Callable[[Control], None], hint: str = "") -> Job:
+        """Work beside the changes, as a job; refused while one of the same title runs."""
+        release = self._store.acquire(title, kind="task")
+        job = Job(title, hint, "task")
+        self._jobs.append(job)
+        return job.run(work, at_end=release)
 
     def _work(self, change: Change, before: State, after: State, control: Control) -> None:
         former = way_back(before, after, self.hardware(fresh=True))
@@ -8022,9 +8051,9 @@ def build_job_panel(desk: Desk) -> None:
     """The newest job, on every tab; any page that opens later shows the same lines."""
 
     def on_cancel() -> None:
-        for job in desk.watch.latest().jobs:
-            if job.finished_at is None:
-                desk.manager.cancel_job(job.id)
+        job = shown_job(desk.watch.latest())
+        if job is not None:
+            desk.manager.cancel_job(job.id)
 
     with live(desk, gr.Group(visible=False, elem_id="job"), job_group):
         live(desk, gr.Markdown(padding=True), job_title)

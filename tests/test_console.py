@@ -414,6 +414,19 @@ def test_a_job_says_how_it_stands() -> None:
     assert lm.job_title(a_snapshot()) == ""
 
 
+def test_a_task_hides_no_fault_and_no_change() -> None:
+    """Only a change excuses that the server is not as wished."""
+    task = a_job(title="Download a/b", kind="task")
+    state = a_state(a_model())
+    down = a_snapshot(state, observed=but(as_wished(state), without=CHAT), jobs=(task,))
+    assert lm.running_job(down) is None
+    assert "chat should run" in lm.attention(down)[0].text
+    assert "Download a/b" in lm.job_title(down)
+    assert lm.job_cancel(down) == {"visible": True}
+    both = replace(down, jobs=(task, a_job()))
+    assert "Deploy chat" in lm.job_title(both)
+
+
 def test_the_plan_is_shown_before_it_is_done() -> None:
     before = a_state(a_model())
     plan = lm.plan_state(before.with_model(a_model("other")), as_wished(before), a_site())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -192,6 +193,63 @@ def test_jobs_are_listed_newest_first(server: Server) -> None:
     serve(server, "chat")
     server.do(lm.stopping("chat"))
     assert [job.title for job in server.manager.jobs()] == ["Stop chat", "Deploy chat"]
+
+
+# --- tasks beside changes -----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def a_task(server: Server, title: str = "Download a/b") -> Iterator[lm.Job]:
+    """A task that waits until it is cancelled or the block ends."""
+    gate = threading.Event()
+
+    def work(control: lm.Control) -> None:
+        control.report("begun")
+        while not gate.wait(0.005):
+            control.check()
+
+    job = server.manager.start_task(title, work)
+    try:
+        yield job
+    finally:
+        gate.set()
+        with contextlib.suppress(lm.CancelledError):
+            list(job.follow())
+
+
+def test_changes_go_on_beside_a_task(server: Server) -> None:
+    with a_task(server) as task:
+        serve(server, "chat")
+        assert server.world.routed() == {"chat"}
+        snapshot = server.manager.snapshot()
+        assert [(job.kind, job.finished_at is None) for job in snapshot.jobs] == [
+            ("change", False),
+            ("task", True),
+        ]
+        assert lm.running_job(snapshot) is None
+        assert task.finished_at is None
+
+
+def test_a_task_does_not_run_twice_at_a_time(server: Server) -> None:
+    with a_task(server):
+        with pytest.raises(lm.BusyError, match="This is under way: Download a/b, since"):
+            server.manager.start_task("Download a/b", lambda _: None)
+        server.restart()  # another process of the same installation
+        with pytest.raises(lm.BusyError, match="This is under way: Download a/b, since"):
+            server.manager.start_task("Download a/b", lambda _: None)
+        with a_task(server, "Download c/d"):
+            pass
+    list(server.manager.start_task("Download a/b", lambda _: None).follow())
+
+
+def test_a_cancelled_task_says_so_and_withdraws_no_wish(server: Server) -> None:
+    server.manager.register(CHAT)
+    before = server.manager.state()
+    with a_task(server) as task:
+        server.manager.cancel_job(task.id)
+        with pytest.raises(lm.CancelledError, match=r"It was cancelled\."):
+            list(task.follow())
+    assert server.manager.state() == before
 
 
 # --- where a model goes -----------------------------------------------------------------------
