@@ -4024,6 +4024,25 @@ def explain(log_text: str, failures: Sequence[KnownFailure]) -> tuple[str, str] 
     return None
 
 
+KILLED: Final = 137  # 128 and signal 9
+
+
+def cause_of_end(
+    log_text: str, exit_code: int | None, failures: Sequence[KnownFailure]
+) -> tuple[str, str]:
+    """Half a sentence of fact, and advice: a known failure, else the engine's own last error."""
+    known = explain(log_text, failures)
+    if known is not None:
+        return known
+    if exit_code == KILLED:
+        return (
+            "it was killed, as the kernel does when the server's memory is full",
+            "Give it less memory, or stop another model on the processor.",
+        )
+    reason = last_error_line(log_text) or "it gave no reason"
+    return reason.rstrip("."), "Mend that, then deploy again; its whole log is kept."
+
+
 @dataclass
 class PullProgress:
     """Docker's pull stream, summed over layers; at most one line per step of ten percent."""
@@ -5097,7 +5116,7 @@ class Containers(Protocol):
     def remove(self, name: ContainerName, seconds: int) -> None: ...
     def check_caddyfile(self, spec: ContainerSpec, text: str) -> None: ...
     def reload_caddyfile(self, name: ContainerName) -> None: ...
-    def logs(self, name: ContainerName, tail: int) -> str: ...
+    def logs(self, name: ContainerName, tail: int, *, last_run: bool = False) -> str: ...
     def follow(self, name: ContainerName) -> Iterator[str]: ...
     def visible_devices(self, seen: ObservedContainer) -> frozenset[str] | None: ...
     def foreign_devices(self) -> dict[str, frozenset[str]]: ...
@@ -5258,9 +5277,14 @@ class DockerContainers:
                 advice="What ran before still runs.",
             )
 
-    def logs(self, name: ContainerName, tail: int) -> str:
+    def logs(self, name: ContainerName, tail: int, *, last_run: bool = False) -> str:
+        """The end of its log; with `last_run` only what it said since it was last started."""
         with docker_errors(f"read the log of {name}"):
-            said = self._ours(name).logs(tail=tail, stream=False)
+            container = self._ours(name)
+            started = parse_docker_time(container.attrs["State"]["StartedAt"]).timestamp()
+            # Docker notes a start a moment after the first line can be there.
+            since = max(started - 0.5, 1.0) if last_run else None
+            said = container.logs(tail=tail, stream=False, since=since)
         return bytes(said).decode(errors="replace")
 
     def follow(self, name: ContainerName) -> Iterator[str]:
@@ -6913,7 +6937,7 @@ def _keep_log(spec: ContainerSpec, tools: Tools) -> None:
     if spec.role != "engine":
         return
     with contextlib.suppress(ManagerError):
-        tools.files.keep_log(spec.name, tools.containers.logs(spec.name, 5000))
+        tools.files.keep_log(spec.name, tools.containers.logs(spec.name, KEPT_LINES, last_run=True))
 
 
 def _start_failure(
@@ -6923,22 +6947,20 @@ def _start_failure(
         return ContainerFailedError(
             f"{spec.name} disappeared while it started.", advice="Apply the plan again."
         )
-    said = tools.containers.logs(spec.name, 5000)
     status = "" if seen.exit_code is None else f" with status {seen.exit_code}"
-    reason = (last_error_line(said) or "no reason given").rstrip(".")
-    advice = "Mend that, then deploy again; its whole log is kept."
-    known = explain(said, tools.failures)
-    if known is not None:
-        reason, advice = known
-    elif seen.exit_code == KILLED:
-        reason = "it was killed, as the kernel does when the server's memory is full"
-        advice = "Give it less memory, or stop another model on the processor."
+    reason, advice = why_ended(seen, tools)
     return ContainerFailedError(
         f"{spec.name} ended{status} before it was ready: {reason}.", advice=advice
     )
 
 
-KILLED: Final = 137  # 128 and signal 9
+def why_ended(seen: ObservedContainer, tools: Tools) -> tuple[str, str]:
+    """Half a sentence of fact, and advice, about a container that ended, from its last run."""
+    said = tools.containers.logs(seen.name, KEPT_LINES, last_run=True)
+    return cause_of_end(said, seen.exit_code, tools.failures)
+
+
+KEPT_LINES: Final = 5000
 
 
 @dataclass(eq=False)
@@ -7345,14 +7367,14 @@ class Manager:
         return self._store.kept_log(replica)
 
     def why_ended(self, name: str) -> str:
-        """One sentence of fact and one of advice, from the model's log."""
-        said = self.log_of(name)
-        known = explain(said, self._tools.failures)
-        fact, advice = known or (
-            (last_error_line(said) or "it gave no reason").rstrip("."),
-            "Read its log, then deploy it again.",
-        )
-        return f"{fact}. {advice}"
+        """A sentence of fact and one of advice, about a model that has a container that ended."""
+        state = self._store.load()
+        for replica in replica_names(state, state.model(name)):
+            seen = self._tools.containers.look(replica)
+            if seen is not None and not seen.running:
+                fact, advice = why_ended(seen, self._tools)
+                return f"{fact}. {advice}"
+        return "its container is gone. Deploy it again."
 
     def follow_log(self, name: str) -> Iterator[str]:
         state = self._store.load()
@@ -7432,6 +7454,7 @@ class Watch:
         self._manager = manager
         self._seconds = seconds
         self._revivals = revivals or Revivals()
+        self._causes: dict[ModelName, str] = {}  # of models that are down: read once per end
         self._fates: dict[ModelName, str] = {}
         self._latest = manager.snapshot()
         self._repaired: set[ModelName] = set()
@@ -7483,13 +7506,14 @@ class Watch:
             return
         dead = dead_models(state, observed)
         due = self._revivals.due(dead, snapshot.taken_at)
-        self._fates = {
-            name: self._revivals.fate(name, self._manager.why_ended(name)) for name in dead
+        self._causes = {
+            name: self._causes.get(name) or self._manager.why_ended(name) for name in dead
         }
+        self._fates = {name: self._revivals.fate(name, why) for name, why in self._causes.items()}
         for name in due[:1]:  # one change at a time; the next look has the next one
             with contextlib.suppress(ManagerError):
                 self._manager.start(reviving(name))
-                del self._revivals.waiting[name]
+                del self._revivals.waiting[name], self._causes[name]
 
 
 # =============================================================================

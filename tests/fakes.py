@@ -137,6 +137,7 @@ class FakeContainer:
     started_at: float = 0.0
     loaded: str = ""
     log: list[str] = field(default_factory=list)
+    runs_from: int = 0  # the line of its log where its last run begins
     container_id: str = field(default_factory=lambda: next(IDS))
 
 
@@ -169,6 +170,7 @@ class World:
         container.running, container.exit_code = True, None
         container.started_at = self.clock.now
         container.loaded = self.file_of(spec)
+        container.runs_from = len(container.log)
         container.log.append(f"{container.name} starts")
         for device in spec.devices:
             self.gpus.open(device, "VLLM::EngineCore", container_id=container.container_id)
@@ -454,8 +456,9 @@ class FakeContainers:
                 )
             container.loaded = self.world.file_of(container.spec)
 
-    def logs(self, name: lm.ContainerName, tail: int) -> str:
-        return "\n".join(self._known(name).log[-tail:])
+    def logs(self, name: lm.ContainerName, tail: int, *, last_run: bool = False) -> str:
+        container = self._known(name)
+        return "\n".join(container.log[container.runs_from if last_run else 0 :][-tail:])
 
     def follow(self, name: lm.ContainerName) -> Iterator[str]:
         yield from self._known(name).log

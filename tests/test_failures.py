@@ -98,3 +98,16 @@ def test_the_figures_of_the_engine_are_in_the_advice() -> None:
 
 def test_a_log_without_a_known_failure_is_not_explained() -> None:
     assert lm.explain(f"ValueError: something else\n{POINTER}", CATALOGUE) is None
+
+
+def test_an_end_without_a_known_cause_is_told_in_the_engines_own_words() -> None:
+    fact, advice = lm.cause_of_end(f"ValueError: something else.\n{POINTER}", 1, CATALOGUE)
+    assert fact == "ValueError: something else"
+    assert advice == "Mend that, then deploy again; its whole log is kept."
+    assert lm.cause_of_end("", 0, CATALOGUE)[0] == "it gave no reason"
+
+
+def test_being_killed_is_a_cause_only_where_the_log_has_no_better_one() -> None:
+    assert lm.cause_of_end("", 137, CATALOGUE)[0].startswith("it was killed, as the kernel does")
+    fact, _ = lm.cause_of_end(SAID["out of memory"], 137, CATALOGUE)
+    assert fact == "its GPU's memory is too small for it"

@@ -413,6 +413,24 @@ def test_a_model_that_ends_again_and_again_stays_down_with_its_reason(server: Se
     assert any(m.text.startswith(stays_down) for m in lm.attention(watch.latest()))
 
 
+def test_the_cause_is_that_of_the_last_run_and_read_once_per_end(server: Server) -> None:
+    serve(server, "chat")
+    container = server.world.containers[lm.ContainerName("llm-model-chat-0")]
+    container.log[:0] = ["ValueError: an earlier run's fault."]
+    container.runs_from = 1
+    container.log.append("RuntimeError: EngineCore died.")
+    server.world.end(container.name, 0)
+    manager = watched(server)
+    watch = lm.Watch(manager, seconds=0.001, revivals=lm.Revivals(pauses=(3600.0,)))
+    told = "chat ended: RuntimeError: EngineCore died. Mend that, then deploy again"
+    assert until(lambda: watch.latest().fates.get(lm.ModelName("chat"), "").startswith(told))
+    container.log.append("ValueError: another look would find this.")
+    looks = manager.looks
+    assert until(lambda: manager.looks > looks + 2)
+    assert watch.latest().fates[lm.ModelName("chat")].startswith(told)
+    manager.rests_after = 0
+
+
 def test_the_pauses_grow_and_an_hour_of_peace_forgets_them() -> None:
     chat = lm.ModelName("chat")
     revivals = lm.Revivals(pauses=(5.0, 60.0))
