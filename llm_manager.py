@@ -1674,6 +1674,32 @@ class Measured:
     taken_at: datetime | None = None
 
 
+def parse_engine_report(log_text: str) -> Measured:
+    """What an engine said of its memory while it started, of vLLM 0.30 and vLLM-Omni 0.30.
+
+    Of several workers the largest weights and the smallest cache count: each has its own GPU.
+    """
+
+    def said(pattern: str, unit: float = 1.0) -> list[float]:
+        return [float(n.replace(",", "")) * unit for n in re.findall(pattern, log_text)]
+
+    tokens = said(r"KV cache size: ([\d,]+) tokens")
+    # The engine's own order: what is asked for, what fits, what it is run with.
+    fitted = r"max_model_len: (?:reduced from \d+ to|full model context length)"
+    context = said(rf"(?:Using max model len|{fitted}|Maximum concurrency for) ([\d,]+)")
+    concurrency = said(r"Maximum concurrency for [\d,]+ tokens per request: ([\d.]+)x")
+    # Measured; set on a GPU; set or found on the processor.
+    cache = r"(?:Available KV cache memory: |GiB, reserved |(?:Explicitly|Auto) set \()([\d.]+)"
+    return Measured(
+        weights_mib=max(said(r"Model loading took ([\d.]+) GiB", 1024), default=None),
+        kv_cache_mib=min(said(cache, 1024), default=None),
+        kv_cache_tokens=int(tokens[-1]) if tokens else None,
+        context=int(context[-1]) if context else None,
+        concurrency=concurrency[-1] if concurrency else None,
+        graphs_mib=max(said(r"finished in \d+ secs, took ([\d.]+) GiB", 1024), default=None),
+    )
+
+
 # =============================================================================
 # §8 Weights — pure: repositories, what to fetch of them, and what is stored here
 # =============================================================================
@@ -4041,6 +4067,57 @@ def cause_of_end(
         )
     reason = last_error_line(log_text) or "it gave no reason"
     return reason.rstrip("."), "Mend that, then deploy again; its whole log is kept."
+
+
+# Where a start stands and what an engine says then, the last step first: lines of vLLM 0.30 on
+# GPUs and on the processor, and of vLLM-Omni 0.30.
+_PHASES: Final = {
+    phase: re.compile("|".join(texts))
+    for phase, texts in {
+        "ready soon": (
+            "Application startup", "Available routes are", "Route: /", "Supported tasks: ",
+            "Starting vLLM (?:API )?server", r"init engine \(", "Orchestrator ready",
+        ),
+        "capturing graphs ({0} of {1})": (r"Capturing CUDA graphs[^:]*:.*? (\d+)/(\d+) \[",),
+        "warming up": (
+            "(?:Model loading|Loading weights) took", "Warming up", "dummy run to warm up",
+            "torch.compile t(?:ook|akes)", "Available KV cache memory", "KV cache size: ",
+            "Graph capturing finished",
+        ),
+        "compiling": (
+            "Dynamo bytecode transform", "Compiling a graph", "Cache the graph of",
+            r"compiled graph\(s\)", "for vLLM's torch.compile", "AOT compil",
+        ),
+        "loading weights ({1} of {2} {0})": (
+            r"Loading .*?(shards|components)[^:]*:.*? (\d+)/(\d+) \[",
+        ),
+        "loading weights": ("Starting to load model", "Loading (?:weights|safetensors|Diffusers)"),
+        "starting": (
+            "non-default args", "Resolved architecture", "Initializing (?:a V1 LLM engine|with)",
+        ),
+    }.items()
+}  # fmt: skip
+
+
+def start_phase(log_text: str) -> str | None:
+    """How far an engine's start has come by its last telling line; None: nothing is recognised."""
+    for line in reversed(re.split(r"[\r\n]+", log_text)):
+        for phase, pattern in _PHASES.items():
+            if found := pattern.search(line):
+                return phase.format(*found.groups())
+    return None
+
+
+def starting_line(log_text: str, elapsed: float, last_time: float | None) -> str:
+    """Where a start stands and when it will be done, by how many seconds it took the last time."""
+    lines = [line.strip() for line in re.split(r"[\r\n]+", log_text) if line.strip()]
+    where = start_phase(log_text) or (lines or ["it has said nothing yet"])[-1][:120]
+    when = ""
+    if last_time is not None and elapsed < last_time:
+        when = f", ready in about {format_duration(last_time - elapsed)}"
+    elif last_time is not None:
+        when = f", longer than last time ({format_duration(last_time)})"
+    return f"  {format_duration(elapsed)}: {where}{when}"
 
 
 @dataclass
@@ -6892,6 +6969,7 @@ def _pull(image: str, containers: Containers, control: Control) -> None:
 def wait_until_ready(spec: ContainerSpec, tools: Tools, control: Control) -> None:
     """Until it answered a real request; keeps the start log whatever happens."""
     started = told = tools.clock.monotonic()
+    last_time = tools.files.read_starts().get(spec.name)
     try:
         while True:
             control.check()
@@ -6912,8 +6990,8 @@ def wait_until_ready(spec: ContainerSpec, tools: Tools, control: Control) -> Non
                 )
             if now - told >= STARTING_LINE_SECONDS:
                 told = now
-                last = _last_line(tools.containers.logs(spec.name, 1) or "it has said nothing yet")
-                control.report(f"  {format_duration(now - started)}: {last[:120]}")
+                said = tools.containers.logs(spec.name, 200, last_run=True)
+                control.report(starting_line(said, now - started, last_time))
             tools.clock.sleep(0.2)
     finally:
         _keep_log(spec, tools)

@@ -109,6 +109,8 @@ def test_a_slow_start_is_told_with_the_engines_last_line() -> None:
     assert outcome.error is None
     assert "  10 s: llm-model-chat-0 starts" in outcome.lines
     assert "  llm-model-chat-0 is ready after 25 s" in outcome.lines
+    again = run(a_state(a_model(engine_arguments=("--seed", "1"))), world)
+    assert "  10 s: llm-model-chat-0 starts, ready in about 15 s" in again.lines
 
 
 def test_an_engine_that_never_answers_is_given_up_and_removed() -> None:
