@@ -735,7 +735,7 @@ def test_nothing_is_cut_while_the_driver_waits_for_a_reboot() -> None:
 
 
 def test_a_roll_back_to_another_layout_is_all_or_nothing(tmp_path: Path) -> None:
-    server = Server(tmp_path, SimulatedGpus([A100]))
+    server = Server(tmp_path / "home", SimulatedGpus([A100]))
     earlier = a_wish(a_model("chat", placement=on_slice("4g.20gb", 0)), slices=(("4g.20gb", 0),))
     server.store.save(earlier)
     later = a_wish(a_model("chat", placement=on_slice("3g.20gb", 0)))
