@@ -1700,6 +1700,25 @@ def parse_engine_report(log_text: str) -> Measured:
     )
 
 
+def measurement_key(model: Model, image: str, hardware: Hardware | None) -> str:
+    """Equal for engines that need the same; which of several equal GPUs or slices plays no part."""
+    uuids: tuple[GpuUuid, ...] = ()
+    share: float | str | None
+    match model.placement:
+        case CpuPlacement(kv_cache_mib=share):
+            pass
+        case GpuPlacement(gpu_uuids=uuids, memory_fraction=share):
+            pass
+        case MigPlacement(gpu_uuid=gpu_uuid, profile=share):
+            uuids = (gpu_uuid,)
+        case _:
+            assert_never(model.placement)
+    gpus = [hardware.gpu(which) if hardware else None for which in uuids]
+    kinds = [(gpu.name if gpu else None) or which for gpu, which in zip(gpus, uuids, strict=True)]
+    what = [model.type, asdict(model.source), image, kinds, share, model.engine_arguments]
+    return sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
 # =============================================================================
 # §8 Weights — pure: repositories, what to fetch of them, and what is stored here
 # =============================================================================
@@ -1778,6 +1797,7 @@ class ContainerSpec:
     stop_seconds: int = 30
     content_hash: str = ""  # of files it reads only at start
     start_seconds: float = 60.0
+    measurement_key: str = ""  # of an engine: where its memory and time are noted
     readiness: Readiness
 
     @property
@@ -1786,7 +1806,7 @@ class ContainerSpec:
 
         What has its default is left out: a later version's new field replaces nobody's containers.
         """
-        ignored = {"start_seconds", "readiness", "stop_seconds"}
+        ignored = {"start_seconds", "readiness", "stop_seconds", "measurement_key"}
         canonical = {
             f.name: value
             for f in fields(self)
@@ -2017,11 +2037,12 @@ def render_engines(
 ) -> tuple[ContainerSpec, ...]:
     """The engine containers of one model, one per replica."""
     devices = device_ids(model.placement, hardware)
+    image = engine_image(model, state.images)
     return tuple(
         ContainerSpec(
             name=name,
             role="engine",
-            image=engine_image(model, state.images),
+            image=image,
             network=network_name(state),
             # Official images differ in entrypoint (vLLM-Omni's has none): always name both.
             entrypoint=("vllm",),
@@ -2042,6 +2063,7 @@ def render_engines(
             # Docker would start it before MIG slices exist, and vLLM exits 0 when it dies.
             restart="no",
             start_seconds=ENGINE_START_SECONDS,
+            measurement_key=measurement_key(model, image, hardware),
             readiness=EngineAnswers(
                 model_type=model.type,
                 served_model_name=model.served_model_name,
@@ -5114,6 +5136,25 @@ class StateStore:
             starts = self.read_starts() | {name: round(seconds, 1)}
             write_atomic(self.home / "starts.json", json.dumps(starts, indent=2, sort_keys=True))
 
+    def read_measured(self) -> dict[str, Measured]:
+        """What engines showed, by measurement key; what cannot be read is unknown."""
+        try:
+            return _MEASURED.validate_json((self.home / "measured.json").read_bytes())
+        except (OSError, ValueError):
+            return {}
+
+    def note_measured(self, key: str, measured: Measured) -> None:
+        """Remember what the last start of an engine showed; the newest 500 are kept."""
+        with self._noting, file_errors("note a measurement"):
+            others = [(k, known) for k, known in self.read_measured().items() if k != key]
+            newest = dict([*others, (key, measured)][-MOST_MEASURED:])
+            text = _MEASURED.dump_json(newest, indent=2, exclude_none=True).decode()
+            write_atomic(self.home / "measured.json", text)
+
+
+_MEASURED: Final = pydantic.TypeAdapter(dict[str, Measured])
+MOST_MEASURED: Final = 500
+
 
 def _private_opener(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
@@ -6624,6 +6665,8 @@ class Files(Protocol):
     def read_starts(self) -> dict[str, float]: ...
     def note_start(self, name: ContainerName, seconds: float) -> None: ...
     def make_folder(self, path: str) -> None: ...
+    def read_measured(self) -> dict[str, Measured]: ...
+    def note_measured(self, key: str, measured: Measured) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -6979,9 +7022,10 @@ def wait_until_ready(spec: ContainerSpec, tools: Tools, control: Control) -> Non
                 raise _start_failure(spec, seen, tools)
             if tools.probes.is_ready(spec, seen):
                 _check_sight(spec, seen, tools)
-                control.report(f"  {spec.name} is ready after {format_duration(now - started)}")
+                took = tools.clock.monotonic() - started  # the first request included
+                control.report(f"  {spec.name} is ready after {format_duration(took)}")
                 with contextlib.suppress(ManagerError):  # a full disk is no reason to fail
-                    tools.files.note_start(spec.name, now - started)
+                    _note_start(spec, seen, took, tools)
                 return
             if now - started > spec.start_seconds:
                 raise ContainerFailedError(
@@ -6995,6 +7039,33 @@ def wait_until_ready(spec: ContainerSpec, tools: Tools, control: Control) -> Non
             tools.clock.sleep(0.2)
     finally:
         _keep_log(spec, tools)
+
+
+def _note_start(spec: ContainerSpec, seen: ObservedContainer, seconds: float, tools: Tools) -> None:
+    """Remember what a start showed, if it was seen from its beginning."""
+    now = tools.clock.utc_now()
+    if seen.started_at is None or (now - seen.started_at).total_seconds() > seconds + 10:
+        return
+    tools.files.note_start(spec.name, seconds)
+    if spec.measurement_key:
+        report = parse_engine_report(tools.containers.logs(spec.name, KEPT_LINES, last_run=True))
+        measured = replace(
+            report, peak_mib=_peak_mib(seen, tools), start_seconds=round(seconds, 1), taken_at=now
+        )
+        tools.files.note_measured(spec.measurement_key, measured)
+
+
+def _peak_mib(seen: ObservedContainer, tools: Tools) -> float | None:
+    """What its fullest GPU holds now; None on slices, and where somebody else computes as well."""
+    hardware = tools.gpus.read(fresh=True) if seen.devices else Hardware()
+    used: list[int] = []
+    for gpu in map(hardware.gpu, seen.devices):
+        if gpu is None or gpu.memory_used_mib is None or gpu.clients is None:
+            return None
+        if any(c.container_id != seen.container_id for c in gpu.clients if c.computes):
+            return None
+        used.append(gpu.memory_used_mib)
+    return max(used, default=None)
 
 
 def _check_sight(spec: ContainerSpec, seen: ObservedContainer, tools: Tools) -> None:
@@ -7305,6 +7376,12 @@ class Manager:
 
     def observe(self) -> Observed:
         return observe(self._tools)
+
+    def measured(self, model: Model) -> Measured | None:
+        """What the last start of such an engine on such a place showed; None: there was none."""
+        image = engine_image(model, self._store.load().images)
+        key = measurement_key(model, image, self.hardware())
+        return self._store.read_measured().get(key)
 
     def jobs(self) -> list[JobView]:
         """Newest first."""

@@ -89,6 +89,7 @@ class SimulatedGpu:
     mig: bool = False
     pending: bool = False
     lost: bool = False  # fallen off the bus
+    used_mib: int | None = None
     slices: dict[lm.Slice, str | None] = field(default_factory=dict)  # UUID, once it is complete
     clients: list[tuple[str, lm.GpuClient]] = field(default_factory=list)  # with their device
 
@@ -113,6 +114,7 @@ class SimulatedGpu:
             index=self.index,
             name=self.card.name,
             memory_mib=self.card.memory_mib,
+            memory_used_mib=self.used_mib,
             architecture=self.card.architecture,
             pci_bus_id=f"00000000:{self.index + 1:02X}:00.0",
             pci_device=self.card.pci_device,

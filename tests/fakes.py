@@ -94,6 +94,7 @@ class FakeFiles:
         self.generated: dict[str, str] = {}
         self.kept: dict[str, str] = {}
         self.starts: dict[str, float] = {}
+        self.measured: dict[str, lm.Measured] = {}
         self.trouble = Trouble()
 
     def read_generated(self) -> dict[str, str]:
@@ -120,6 +121,13 @@ class FakeFiles:
 
     def make_folder(self, path: str) -> None:
         """In memory, every folder is there."""
+
+    def read_measured(self) -> dict[str, lm.Measured]:
+        return {**self.measured}
+
+    def note_measured(self, key: str, measured: lm.Measured) -> None:
+        if not self.trouble.dead:
+            self.measured[key] = measured
 
 
 # Docker gives every container an id of 64 hexadecimal digits, and none twice.
@@ -160,6 +168,7 @@ class World:
     needs: dict[str, int] = field(default_factory=dict)  # MiB of a GPU, by container
     rejected: str = "\0"  # Caddy rejects a Caddyfile with this in it
     start_seconds: float = 0.0
+    says: str = ""  # what every container says when it starts
     docker_answers: bool = True
 
     def boot(self, container: FakeContainer) -> None:
@@ -171,7 +180,7 @@ class World:
         container.started_at = self.clock.now
         container.loaded = self.file_of(spec)
         container.runs_from = len(container.log)
-        container.log.append(f"{container.name} starts")
+        container.log += [f"{container.name} starts", *self.says.splitlines()]
         for device in spec.devices:
             self.gpus.open(device, "VLLM::EngineCore", container_id=container.container_id)
         if self.is_broken(spec) or self.finds_its_volume_taken(container):

@@ -356,7 +356,12 @@ def test_what_docker_is_told_changes_the_hash(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"start_seconds": 1.0}, {"stop_seconds": 1}, {"readiness": lm.DockerHealthy()}],
+    [
+        {"start_seconds": 1.0},
+        {"stop_seconds": 1},
+        {"measurement_key": "x"},
+        {"readiness": lm.DockerHealthy()},
+    ],
     ids=lambda changes: next(iter(changes)),
 )
 def test_what_only_the_manager_uses_replaces_no_container(changes: dict[str, Any]) -> None:

@@ -10,6 +10,9 @@ import itertools
 from pathlib import Path
 
 import pytest
+from builders import GPU_0, GPU_1, a_model, a_site, a_state, an_engine, on_gpus, on_slice
+from fake_gpus import SimulatedGpus, a_card
+from fakes import World, a_world, some_tools
 
 import llm_manager as lm
 
@@ -132,3 +135,92 @@ def test_where_nothing_is_recognised_the_last_line_is_shown() -> None:
     assert lm.starting_line("one\r\n  two  \n\n", 10, 30) == "  10 s: two, ready in about 20 s"
     assert lm.starting_line("", 10, None) == "  10 s: it has said nothing yet"
     assert len(lm.starting_line("x" * 999, 10, None)) < 140
+
+
+# --- what is remembered ---------------------------------------------------------------
+
+H100 = a_card("H100 80 GB")
+TWO_ALIKE = SimulatedGpus([H100, H100]).read()
+MIXED = SimulatedGpus([H100, a_card("A100 80 GB")]).read()
+
+
+def key_of(hardware: lm.Hardware | None, image: str = "vllm:1", **changes: object) -> str:
+    return lm.measurement_key(a_model(**changes), image, hardware)
+
+
+def test_what_was_measured_holds_on_an_equal_gpu_and_on_no_other() -> None:
+    first, second = ({"placement": on_gpus(gpu)} for gpu in (GPU_0, GPU_1))
+    assert key_of(TWO_ALIKE, **first) == key_of(TWO_ALIKE, **second)
+    assert key_of(MIXED, **first) != key_of(MIXED, **second)
+    # Whose kind is not known is equal only to itself.
+    assert key_of(None, **first) != key_of(None, **second)
+
+
+def test_what_was_measured_holds_on_every_slice_of_a_profile() -> None:
+    one, other = ({"placement": on_slice("3g.40gb", start)} for start in (0, 4))
+    assert key_of(TWO_ALIKE, **one) == key_of(TWO_ALIKE, **other)
+    assert key_of(TWO_ALIKE, **one) == key_of(
+        TWO_ALIKE, placement=on_slice("3g.40gb", 0, gpu=GPU_1)
+    )
+    assert key_of(TWO_ALIKE, **one) != key_of(TWO_ALIKE, placement=on_slice("4g.40gb", 0))
+
+
+def test_a_name_plays_no_part_and_all_that_costs_memory_does() -> None:
+    on_one = {"placement": on_gpus(GPU_0)}
+    alike = key_of(TWO_ALIKE, **on_one)
+    assert key_of(TWO_ALIKE, name="other", served_model_name="x", replicas=2, **on_one) == alike
+    source = lm.HubSource(repository="Qwen/Qwen3-0.6B", revision="abc")
+    different = [
+        key_of(TWO_ALIKE, "vllm:2", **on_one),
+        key_of(TWO_ALIKE, placement=on_gpus(GPU_0, memory_fraction=0.4)),
+        key_of(TWO_ALIKE, placement=on_gpus(GPU_0, GPU_1)),
+        key_of(TWO_ALIKE, placement=lm.CpuPlacement()),
+        key_of(TWO_ALIKE, source=source, **on_one),
+        key_of(TWO_ALIKE, type="embedding", **on_one),
+        key_of(TWO_ALIKE, engine_arguments=("--max-model-len", "512"), **on_one),
+    ]
+    assert len({alike, *different}) == 8
+
+
+def started(world: World, *models: lm.Model) -> dict[str, lm.Measured]:
+    """What is remembered after these models were started."""
+    control = lm.Control(lambda _: None)
+    lm.converge(a_state(*models), a_site(), some_tools(world), control)
+    return world.files.read_measured()
+
+
+def test_a_start_is_remembered_with_the_engines_report_and_the_memory_that_was_used() -> None:
+    world = a_world(gpus=SimulatedGpus([H100]))
+    world.says, world.start_seconds = GPUS, 25
+    world.gpus.gpus[0].used_mib = 71234
+    (measured,) = started(world, a_model(placement=on_gpus(GPU_0))).values()
+    assert measured.weights_mib == pytest.approx(30.6 * 1024)
+    assert measured.context == 98304
+    assert measured.peak_mib == 71234
+    assert measured.start_seconds == pytest.approx(25, abs=0.5)
+    assert measured.taken_at is not None
+
+
+def test_memory_that_is_shared_with_somebody_is_nobodys_measurement() -> None:
+    world = a_world(gpus=SimulatedGpus([H100]))
+    world.gpus.gpus[0].used_mib = 71234
+    world.gpus.open(GPU_0, "python3", container_id="f" * 64)
+    (measured,) = started(world, a_model(placement=on_gpus(GPU_0))).values()
+    assert measured.peak_mib is None
+
+
+def test_a_start_that_was_not_seen_from_its_beginning_is_not_remembered() -> None:
+    """The manager was away for most of it: what is left of the start is not its time."""
+    world = a_world()
+    world.start_seconds = 25
+    name = lm.ContainerName("llm-model-chat-0")
+    state = a_state(a_model(), endpoint="stopped")
+    spec = an_engine(state)
+    world.networks.add(spec.network)
+    world.images.add(spec.image)
+    some_tools(world).containers.create(spec)
+    world.clock.now += 20
+    started(world, a_model())
+    assert world.containers[name].running
+    assert name not in world.files.read_starts()
+    assert world.files.read_measured() == {}

@@ -13,7 +13,7 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
-from builders import a_model, a_state, some_secrets
+from builders import NOW, a_model, a_state, some_secrets
 
 import llm_manager as lm
 
@@ -233,6 +233,30 @@ def test_a_kept_log_outlives_its_container_and_a_missing_one_is_empty(store: lm.
     store.keep_log(CHAT, "second")
     assert store.kept_log(CHAT) == "second"
     assert store.kept_log(lm.ContainerName("llm-model-other-0")) == ""
+
+
+def test_measurements_are_found_by_their_key_and_the_newest_500_are_kept(
+    store: lm.StateStore,
+) -> None:
+    assert store.read_measured() == {}
+    first = lm.Measured(weights_mib=1.5, context=4096, taken_at=NOW)
+    store.note_measured("first", first)
+    store.note_measured("second", lm.Measured())
+    assert store.read_measured() == {"first": first, "second": lm.Measured()}
+    many = {f"key {n}": lm.Measured(start_seconds=n) for n in range(499)}
+    (store.home / "measured.json").write_bytes(
+        lm._MEASURED.dump_json({"first": first, "second": first} | many)
+    )
+    store.note_measured("first", first)  # measured again: the oldest is now the second
+    assert set(store.read_measured()) == {"first"} | {*many}
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"a": {"context": "x"}}', b"\xff"])
+def test_measurements_that_cannot_be_read_are_unknown(store: lm.StateStore, content: bytes) -> None:
+    (store.home / "measured.json").write_bytes(content)
+    assert store.read_measured() == {}
+    store.note_measured("a", lm.Measured(context=1))
+    assert store.read_measured() == {"a": lm.Measured(context=1)}
 
 
 # --- the lock ------------------------------------------------------------------------------------
