@@ -215,6 +215,10 @@ LABEL_ROLE: Final = "llm-manager.role"
 LABEL_MODEL_NAME: Final = "model-name"
 LABEL_MODEL_TYPE: Final = "model-type"
 LABEL_SERVED_NAME: Final = "llm-manager.served-model-name"
+# Containers inherit their image's labels: an image must not carry those that make them ours.
+LABEL_IMAGE_INSTANCE: Final = "llm-manager.image.instance"
+LABEL_IMAGE_RECIPE: Final = "llm-manager.image.recipe"
+LABEL_IMAGE_HASH: Final = "llm-manager.image.hash"
 
 # The first start migrates LiteLLM's database (213 migrations); a slow disk needs minutes.
 DATABASE_START_SECONDS: Final = 300.0
@@ -312,6 +316,7 @@ ModelType = Literal[
 Wish = Literal["running", "stopped"]
 MODEL_TYPES: Final[tuple[ModelType, ...]] = get_args(ModelType)
 OMNI_TYPES: Final = frozenset[ModelType]({"text-to-speech", "image"})  # vLLM-Omni serves these
+Device = Literal["gpu", "cpu"]
 
 
 def _checked(pattern: str, rule: str, *, longest: int) -> pydantic.AfterValidator:
@@ -459,6 +464,16 @@ ImageRole = Literal[
 
 @_strict
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RecipeImage:
+    """The image that serves a recipe on a device: changed by a successful build alone."""
+
+    recipe: Name
+    device: Device
+    image: ImageRef
+
+
+@_strict
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Provider:
     """An OpenAI-compatible endpoint that runs elsewhere."""
 
@@ -571,6 +586,7 @@ class State:
     endpoint: Wish = "stopped"
     models: tuple[Model, ...] = ()
     images: Images = field(default_factory=Images)
+    recipe_images: tuple[RecipeImage, ...] = ()
     providers: tuple[Provider, ...] = ()
     routes: tuple[Route, ...] = ()
     direct_keys: tuple[DirectKey, ...] = ()
@@ -597,6 +613,15 @@ class State:
         else:
             models = (*self.models, model)
         return replace(self, models=models)
+
+    def recipe_image(self, recipe: str, device: Device) -> str | None:
+        """The pinned image of a recipe; None before it was ever asked for."""
+        pins = (p.image for p in self.recipe_images if (p.recipe, p.device) == (recipe, device))
+        return next(pins, None)
+
+    def with_recipe_image(self, pin: RecipeImage) -> State:
+        others = (p for p in self.recipe_images if (p.recipe, p.device) != (pin.recipe, pin.device))
+        return replace(self, recipe_images=(*others, pin))
 
     @property
     def wished_models(self) -> tuple[Model, ...]:
@@ -700,6 +725,7 @@ def check_state(state: State) -> None:
         *_doubles("served model name", [m.served_model_name for m in state.models]),
         *_doubles("provider", [p.name for p in state.providers]),
         *_doubles("direct key", [k.name for k in state.direct_keys]),
+        *_doubles("recipe image", [f"{p.recipe} ({p.device})" for p in state.recipe_images]),
         *_doubles("MIG layout", [layout.gpu_uuid for layout in state.mig_layouts]),
     ]
     if state.edge.https_port == state.edge.http_port:
@@ -1827,6 +1853,7 @@ class Site:
     generated: str
     hugging_face_home: str
     compile_caches: str
+    recipes: Recipes = field(default_factory=dict)
 
 
 CADDYFILE: Final = "caddy/Caddyfile"
@@ -1862,6 +1889,150 @@ def replica_names(state: State, model: Model) -> tuple[ContainerName, ...]:
     )
 
 
+# --- recipes -----------------------------------------------------------------
+
+# In recipes/ too, but nothing is built from them.
+NOT_BUILT: Final = frozenset({"vllm", "mig", "failures"})
+
+EngineRole = Literal["vllm", "vllm_cpu", "vllm_omni"]
+# Every text ends up in a Dockerfile: a line break, an option or a continued line would change it.
+RequirementText = Annotated[
+    str, _checked(r"[A-Za-z0-9][ -~]*", "a requirement like soxr==1.1.0, in one line", longest=255)
+]
+SystemPackage = Annotated[
+    str,
+    _checked(r"[a-z0-9][a-z0-9.+-]+(=[\w.+:~-]+)?", "a Debian package like ffmpeg", longest=128),
+]
+Command = Annotated[
+    str,
+    _checked(
+        r"[^\s\x00-\x1f\x7f\\-]([^\x00-\x1f\x7f]*[^\s\x00-\x1f\x7f\\])?",
+        "one line that begins with no dash and ends with no backslash",
+        longest=4096,
+    ),
+]
+VariableName = Annotated[
+    str, _checked(r"[A-Za-z_][A-Za-z0-9_]*", "the name of a variable", longest=128)
+]
+VariableText = Annotated[str, _checked(r"[^\x00-\x1f\x7f]*", "text in one line", longest=4096)]
+
+
+@_strict
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """How an engine image is built on this server, and what it serves; named after its file."""
+
+    name: Name
+    why: str
+    types: Annotated[tuple[ModelType, ...], pydantic.Field(min_length=1)]
+    base: Annotated[Mapping[Device, EngineRole], pydantic.Field(min_length=1)]
+    packages: tuple[RequirementText, ...] = ()
+    system_packages: tuple[SystemPackage, ...] = ()
+    environment: Mapping[VariableName, VariableText] = field(default_factory=dict)
+    run: tuple[Command, ...] = ()
+    options: str = ""  # what its engine takes beside its base's options
+
+
+Recipes = Mapping[str, Recipe | RefusedError]
+NO_RECIPES: Final[Recipes] = {}
+
+
+def parse_recipes(texts: Mapping[str, str]) -> dict[str, Recipe | RefusedError]:
+    """Recipes by the names of their files; one that is broken is the refusal to use it."""
+    return {n: _parse_recipe(n, text) for n, text in sorted(texts.items()) if n not in NOT_BUILT}
+
+
+def _parse_recipe(name: str, text: str) -> Recipe | RefusedError:
+    try:
+        raw = yaml.load(text, YAML_LOADER)  # noqa: S506 - it is the safe one
+        given = {**raw, "name": name} if isinstance(raw, dict) else {"name": name}
+        return _parsed(Recipe, given, f"The recipe {name} cannot be used")
+    except RefusedError as error:
+        return error
+    except yaml.YAMLError as error:
+        said = " ".join(str(error).split())
+        return RefusedError(f"The recipe {name} is not YAML: {said}.", advice="Correct the file.")
+
+
+def find_recipe(recipes: Recipes, name: str) -> Recipe:
+    """The recipe of that name, or why it cannot be used."""
+    match recipes.get(name):
+        case Recipe() as recipe:
+            return recipe
+        case RefusedError() as refusal:
+            raise refusal
+        case _:
+            raise RefusedError(
+                f"There is no recipe called {name!r}.",
+                advice=f"There are: {', '.join(recipes) or 'none'}.",
+            )
+
+
+def recipe_base(recipe: Recipe, device: Device, images: Images) -> str:
+    """The pinned image that a recipe builds on, for a device."""
+    if device not in recipe.base:
+        raise RefusedError(
+            f"The recipe {recipe.name} has no image for the {device.upper()}.",
+            advice=f"Place the model on the {' or '.join(recipe.base).upper()}.",
+        )
+    return str(getattr(images, recipe.base[device]))
+
+
+# pip where Python has it, else uv, else the pip that Python brings along: vLLM's images differ.
+# The classic builder keeps the values of build arguments in the image's history, except proxies':
+# so the address of a package index, which may hold a password, comes in as the one nobody uses.
+INSTALL_PACKAGES: Final = r"""RUN \
+  index="$FTP_PROXY"; unset FTP_PROXY; \
+  if [ -n "$index" ]; then export PIP_INDEX_URL="$index" UV_DEFAULT_INDEX="$index"; fi; \
+  export PIP_NO_INPUT=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 UV_NO_CACHE=1; \
+  export PIP_BREAK_SYSTEM_PACKAGES=1 PIP_ROOT_USER_ACTION=ignore UV_BREAK_SYSTEM_PACKAGES=1; \
+  has_pip() { python3 -m pip --version >/dev/null 2>&1; }; \
+  has_pip || command -v uv >/dev/null || python3 -m ensurepip || exit 1; \
+  if has_pip; then set -- python3 -m pip install; \
+  else set -- uv pip install --python "$(command -v python3)"; fi; \
+  "$@" """
+INSTALL_SYSTEM_PACKAGES: Final = (
+    "RUN apt-get update && apt-get install --yes --no-install-recommends {} "
+    "&& rm -rf /var/lib/apt/lists/*"
+)
+
+
+def render_dockerfile(recipe: Recipe, base_image: str) -> str:
+    """How the image is made; equal text is an equal image."""
+    lines = [f"FROM {base_image}"]
+    lines += [f"ENV {n}={_docker_quoted(v)}" for n, v in sorted(recipe.environment.items())]
+    if recipe.system_packages:
+        lines.append(INSTALL_SYSTEM_PACKAGES.format(" ".join(recipe.system_packages)))
+    if recipe.packages:
+        lines.append(INSTALL_PACKAGES + shlex.join(recipe.packages))
+    lines += [f"RUN {command}" for command in recipe.run]
+    return GENERATED_BANNER + "\n".join(lines) + "\n"
+
+
+def _docker_quoted(text: str) -> str:
+    return '"' + re.sub(r'(["\\$])', r"\\\1", text) + '"'
+
+
+def recipe_image(recipe: Recipe, base_image: str) -> str:
+    """The image's name, by its content: what is built once is never built again."""
+    digest = sha256(render_dockerfile(recipe, base_image).encode()).hexdigest()
+    return f"{OWNER}/{recipe.name}:{digest[:12]}"
+
+
+def device_of(model: Model) -> Device:
+    return "cpu" if isinstance(model.placement, CpuPlacement) else "gpu"
+
+
+def with_recipe_pinned(state: State, model: Model, recipes: Recipes) -> State:
+    """A recipe that a model is the first to use is pinned as its file is today."""
+    device = device_of(model)
+    if model.recipe is None or model.image is not None or state.recipe_image(model.recipe, device):
+        return state
+    recipe = find_recipe(recipes, model.recipe)
+    image = recipe_image(recipe, recipe_base(recipe, device, state.images))
+    return state.with_recipe_image(RecipeImage(recipe=recipe.name, device=device, image=image))
+
+
 # --- engines -----------------------------------------------------------------
 
 EngineOptions = Mapping[str, frozenset[str]]  # image -> what its command line takes
@@ -1892,7 +2063,20 @@ def parse_engine_options(text: str) -> dict[str, frozenset[str]]:
     return found
 
 
-def check_engine_arguments(model: Model, images: Images, options: EngineOptions) -> None:
+def engine_options(
+    model: Model, state: State, options: EngineOptions, recipes: Recipes
+) -> frozenset[str] | None:
+    """What a model's engine takes on its command line; None where nobody listed it."""
+    recipe = recipes.get(model.recipe) if model.recipe and not model.image else None
+    if not isinstance(recipe, Recipe):
+        return options.get(engine_image(model, state))
+    known = options.get(recipe_base(recipe, device_of(model), state.images))
+    return None if known is None else known | {*recipe.options.split()}
+
+
+def check_engine_arguments(
+    model: Model, state: State, options: EngineOptions, recipes: Recipes = NO_RECIPES
+) -> None:
     """Refuse what the engine would refuse minutes later, and what the manager sets itself."""
     arguments = model.engine_arguments
     if any(not argument.isprintable() for argument in arguments):
@@ -1905,7 +2089,7 @@ def check_engine_arguments(model: Model, images: Images, options: EngineOptions)
             f"The engine arguments of {model.name} begin with {arguments[0]!r}, not an option.",
             advice="Begin with an option such as --max-model-len 8192.",
         )
-    known = options.get(engine_image(model, images))
+    known = engine_options(model, state, options, recipes)
     for option in (_option_name(a) for a in arguments if re.match(r"--?[A-Za-z]", a)):
         if option in _reserved_options(model):
             raise RefusedError(
@@ -1921,7 +2105,7 @@ def check_engine_arguments(model: Model, images: Images, options: EngineOptions)
             offered = sorted(known - _reserved_options(model))
             near = difflib.get_close_matches(option, offered, n=1)
             raise RefusedError(
-                f"The engine argument {option} is unknown to {engine_image(model, images)}.",
+                f"The engine argument {option} is unknown to {engine_image(model, state)}.",
                 advice=f"Did you mean {near[0]}?" if near else "Leave it out, or correct it.",
             )
 
@@ -1941,11 +2125,13 @@ def _reserved_options(model: Model) -> frozenset[str]:
             return RESERVED_OPTIONS
 
 
-def parse_model(raw: Json, images: Images, options: EngineOptions) -> Model:
+def parse_model(
+    raw: Json, state: State, options: EngineOptions, recipes: Recipes = NO_RECIPES
+) -> Model:
     """A model from what the operator typed; every fault at once, and nothing registered."""
     filled = {"served_model_name": raw.get("name"), **raw}
     model = _parsed(Model, filled, "This model cannot be registered")
-    check_model(model, images, options)
+    check_model(model, state, options, recipes)
     return model
 
 
@@ -1969,7 +2155,9 @@ def _parsed(kind: type[T], raw: Json, fact: str) -> T:
         ) from None
 
 
-def check_model(model: Model, images: Images, options: EngineOptions) -> None:
+def check_model(
+    model: Model, state: State, options: EngineOptions, recipes: Recipes = NO_RECIPES
+) -> None:
     """What an engine would refuse minutes later is refused now."""
     if isinstance(model.placement, GpuPlacement) and any(
         gpu_uuid.startswith("MIG-") for gpu_uuid in model.placement.gpu_uuids
@@ -1983,12 +2171,23 @@ def check_model(model: Model, images: Images, options: EngineOptions) -> None:
         (model.host != "local", f"reach the host {model.host!r}", "Leave the host at `local`."),
         (_crowded(model), "run several replicas on a GPU or slice whose memory they do not share",
          "Give the placement a memory fraction below 0.5, or run one replica."),
-        (model.recipe is not None, f"build the recipe {model.recipe!r}", "Name an image instead."),
     )  # fmt: skip
     for unable, what, advice in unserved:
         if unable:
             raise RefusedError(f"This version cannot {what} yet.", advice=advice)
-    check_engine_arguments(model, images, options)
+    if model.recipe is not None:
+        check_recipe(find_recipe(recipes, model.recipe), model, state.images)
+    check_engine_arguments(model, state, options, recipes)
+
+
+def check_recipe(recipe: Recipe, model: Model, images: Images) -> None:
+    """Whether a recipe serves that type of model, on its device."""
+    recipe_base(recipe, device_of(model), images)
+    if model.type not in recipe.types:
+        raise RefusedError(
+            f"The recipe {recipe.name} does not serve {model.type} models.",
+            advice=f"It serves {', '.join(recipe.types)}.",
+        )
 
 
 def _crowded(model: Model) -> bool:
@@ -2018,10 +2217,14 @@ def default_placement(hardware: Hardware, models: Sequence[Model]) -> CpuPlaceme
     return GpuPlacement(gpu_uuids=tuple(chosen)) if chosen else CpuPlacement()
 
 
-def engine_image(model: Model, images: Images) -> str:
-    """The image of a model, first that applies: its own, vLLM-Omni's, vLLM's for its device."""
+def engine_image(model: Model, state: State) -> str:
+    """The first that applies: the model's own, its recipe's, vLLM-Omni's, vLLM's for its device."""
     if model.image is not None:
         return model.image
+    pinned = state.recipe_image(model.recipe, device_of(model)) if model.recipe else None
+    if pinned is not None:
+        return pinned
+    images = state.images
     if model.type in OMNI_TYPES:
         return images.vllm_omni
     return images.vllm_cpu if isinstance(model.placement, CpuPlacement) else images.vllm
@@ -2037,7 +2240,7 @@ def render_engines(
 ) -> tuple[ContainerSpec, ...]:
     """The engine containers of one model, one per replica."""
     devices = device_ids(model.placement, hardware)
-    image = engine_image(model, state.images)
+    image = engine_image(model, state)
     return tuple(
         ContainerSpec(
             name=name,
@@ -2048,10 +2251,7 @@ def render_engines(
             entrypoint=("vllm",),
             command=engine_command(model),
             environment=engine_environment(state, model),
-            mounts=(
-                _weights_mount(model, site),
-                compile_cache(engine_image(model, state.images), site),
-            ),
+            mounts=(_weights_mount(model, site), compile_cache(image, site)),
             labels={
                 LABEL_MODEL_NAME: model.name,
                 LABEL_MODEL_TYPE: model.type,
@@ -2530,6 +2730,24 @@ class ObservedContainer:
     devices_seen: frozenset[str] | None = None  # what is visible inside; None: could not be asked
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObservedImage:
+    """An image of this server, whoever's it is; `used_by` names containers, stopped ones too."""
+
+    image_id: str
+    tags: tuple[str, ...]
+    digests: tuple[str, ...]  # as repository@sha256:…, of what came from a registry
+    size_bytes: int
+    created_at: datetime
+    layers: tuple[str, ...]
+    labels: Mapping[str, str]
+    used_by: tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.tags, *self.digests)
+
+
 @dataclass(frozen=True, slots=True)
 class GpuRef:
     """A GPU by what never changes, and by what the operator calls it."""
@@ -2623,6 +2841,16 @@ class RefreshCdi:
 @dataclass(frozen=True, slots=True)
 class PullImage:
     image: str
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class BuildImage:
+    """Build a recipe's image from this text, if it is not there; nothing runs on it before."""
+
+    recipe: str
+    image: str
+    dockerfile: str
     cause: str
 
 
@@ -2725,6 +2953,7 @@ Step = (
     | VerifyLayout
     | RefreshCdi
     | PullImage
+    | BuildImage
     | CreateNetwork
     | CreateVolume
     | WriteFile
@@ -2759,6 +2988,8 @@ def describe(step: Step) -> str:  # noqa: C901, PLR0911, PLR0912 - one line per 
             return f"refresh the CDI specification: {cause}"
         case PullImage(image, cause):
             return f"pull image {image}: {cause}"
+        case BuildImage(recipe, image, _, cause):
+            return f"build image {image} from the recipe {recipe}: {cause}"
         case CreateNetwork(name, cause):
             return f"create network {name}: {cause}"
         case CreateVolume(name, cause):
@@ -3180,9 +3411,42 @@ def _plan_model(
     # What cannot be undone comes last: a later replica may fail, and then all come back.
     steps = [step for replacement in replacements for step in replacement.steps]
     farewell = [step for replacement in replacements for step in replacement.farewell]
-    return Stage(
-        title=f"model {model.name}", steps=(*steps, *farewell), resources=frozenset(resources)
-    )
+    built = _built_first((*steps, *farewell), state, model, observed, site.recipes)
+    return Stage(title=f"model {model.name}", steps=built, resources=frozenset(resources))
+
+
+def _built_first(
+    steps: tuple[Step, ...], state: State, model: Model, observed: Observed, recipes: Recipes
+) -> tuple[Step, ...]:
+    """A recipe's image is in no registry: it is built, before anything is set aside for it."""
+    if model.recipe is None or model.image is not None:
+        return steps
+    advice = f"Run `image build {model.recipe}{' --cpu' * (device_of(model) == 'cpu')}`."
+    pinned = state.recipe_image(model.recipe, device_of(model))
+    if pinned is None:
+        return (Refuse(f"No image is pinned for the recipe {model.recipe}.", advice),)
+    others = tuple(s for s in steps if not (isinstance(s, PullImage) and s.image == pinned))
+    if others == steps:
+        return steps
+    try:
+        recipe = find_recipe(recipes, model.recipe)
+        *pulls, build = plan_build(recipe, device_of(model), state, observed, "not on this server")
+    except RefusedError as error:
+        return (Refuse(error.fact, error.advice),)
+    if build.image != pinned:
+        fact = f"{pinned} is not on this server, and its recipe has changed since it was pinned."
+        return (Refuse(fact, advice),)
+    return (*pulls, build, *others)
+
+
+def plan_build(
+    recipe: Recipe, device: Device, state: State, observed: Observed, cause: str
+) -> tuple[PullImage | BuildImage, ...]:
+    """How a recipe's image comes to be; the last step makes it."""
+    base = recipe_base(recipe, device, state.images)
+    image, text = recipe_image(recipe, base), render_dockerfile(recipe, base)
+    pull = (PullImage(base, "the recipe builds on it"),) if base not in observed.images else ()
+    return (*pull, BuildImage(recipe.name, image, text, cause))
 
 
 def _as_it_runs(spec: ContainerSpec, model: Model, observed: Observed) -> ContainerSpec:
@@ -3528,24 +3792,27 @@ def removing(name: str) -> Change:
     return Change(title=f"Remove {name}", edit=edit, scope=_only(name))
 
 
-def registering(model: Model) -> Change:
+def registering(model: Model, recipes: Recipes = NO_RECIPES) -> Change:
     def edit(state: State) -> State:
         if any(known.name == model.name for known in state.models):
             raise RefusedError(
                 f"There is a model called {model.name} already.",
                 advice="Choose another name, or change that one with `model set`.",
             )
-        return state.with_model(model)
+        return with_recipe_pinned(state.with_model(model), model, recipes)
 
     return Change(title=f"Register {model.name}", edit=edit)
 
 
-def revising(name: str, changes: Json, options: EngineOptions) -> Change:
+def revising(
+    name: str, changes: Json, options: EngineOptions, recipes: Recipes = NO_RECIPES
+) -> Change:
     """Some settings of a registered model, merged into what it is when the change is made."""
 
     def edit(state: State) -> State:
         raw = asdict(state.model(name)) | changes
-        return state.with_model(parse_model(raw, state.images, options))
+        model = parse_model(raw, state, options, recipes)
+        return with_recipe_pinned(state.with_model(model), model, recipes)
 
     return Change(title=f"Change {name}", edit=edit)
 
@@ -3572,6 +3839,63 @@ def pinning_image(role: str, image: str) -> Change:
         return replace(state, images=parse_images(asdict(state.images) | {role: image}))
 
     return Change(title=f"Pin the {role} image", edit=edit)
+
+
+def pinning_digest(role: str, state: State, images: Sequence[ObservedImage]) -> Change:
+    """Pin exactly the image that is here, whatever its tag comes to mean in the registry."""
+    pinned = str(getattr(state.images, role))
+    seen = next((image for image in images if pinned in image.names), None)
+    # A registry with a port has a colon, too: the tag's is the last one after the last slash.
+    repository = re.sub(r"(:[^/:]*|@.*)$", "", pinned)
+    digests = [d for d in seen.digests if d.startswith(f"{repository}@")] if seen else []
+    if not digests:
+        raise RefusedError(
+            f"No registry's digest is known here for {pinned}.",
+            advice=f"Pull it first: `image pull {role}`; what was built here has none.",
+        )
+    return pinning_image(role, digests[0])
+
+
+def pinning_recipe(pin: RecipeImage) -> Change:
+    title = f"Pin the {pin.device.upper()} image of the recipe {pin.recipe}"
+    return Change(title=title, edit=lambda state: state.with_recipe_image(pin))
+
+
+def needed_images(state: State) -> list[str]:
+    """What the registered models and the endpoint run on and a registry has."""
+    engines = [engine_image(m, state) for m in state.models]
+    built = {pin.image for pin in state.recipe_images}
+    parts = (state.images.postgres, state.images.litellm, state.images.caddy)
+    return [image for image in dict.fromkeys((*engines, *parts)) if image not in built]
+
+
+def unused_images(state: State, images: Sequence[ObservedImage]) -> list[ObservedImage]:
+    """What this installation built and nothing needs: no pin, no model, no container, no other tag.
+
+    Whoever builds on our image inherits its labels, so the names decide too; what has none is ours
+    only where the last label is missing: a build broke off there.
+    """
+    pins = {pin.image for pin in state.recipe_images} | {*asdict(state.images).values()}
+    wanted = pins | {model.image for model in state.models}
+    return [
+        image
+        for image in images
+        if image.labels.get(LABEL_IMAGE_INSTANCE) == state.instance
+        and not image.used_by
+        and not wanted & {*image.names}
+        and all(name.startswith(f"{OWNER}/") for name in image.names)
+        and (bool(image.tags) or LABEL_IMAGE_HASH not in image.labels)
+    ]
+
+
+def own_bytes(image: ObservedImage, others: Sequence[ObservedImage]) -> int:
+    """What removing an image frees, about: all but the largest other one that it builds on."""
+    below = [
+        other.size_bytes
+        for other in others
+        if other.image_id != image.image_id and other.layers == image.layers[: len(other.layers)]
+    ]
+    return image.size_bytes - max(below, default=0)
 
 
 def returning_to(number: int, earlier: State) -> Change:
@@ -4162,6 +4486,71 @@ class PullProgress:
             return None
         self.shown = tenth
         return f"  {self.image}: {format_size(done)} of {format_size(total)}"
+
+
+@dataclass
+class BuildLog:
+    """Docker's build stream: every line, those worth showing, and why it failed."""
+
+    lines: list[str] = field(default_factory=list)
+    rest: str = ""
+    shown_at: float = -math.inf
+
+    def add(self, text: str, now: float) -> list[str]:
+        """The lines to show now: every step, and of its output one every few seconds."""
+        *whole, self.rest = (self.rest + re.sub(r"\x1b\[[0-9;]*m", "", text)).split("\n")
+        shown: list[str] = []
+        for line in filter(None, map(str.rstrip, whole)):
+            self.lines.append(line)
+            is_step = line.startswith("Step ")
+            if is_step or (now - self.shown_at >= BUILD_LINE_SECONDS and _is_output(line)):
+                self.shown_at = now
+                shown.append(f"  {line[:120]}")
+        return shown
+
+    def fault(self, recipe: str) -> ContainerFailedError | None:
+        """Why a command of the recipe failed; None where it was not one."""
+        text = "\n".join(self.lines)
+        failed = re.search(r"returned a non-zero code: (\d+)$", text)
+        begun = [n for n, line in enumerate(self.lines) if line.startswith("Step ")]
+        if failed is None or not begun:
+            return None
+        number, _, command = self.lines[begun[-1]].partition(" : ")
+        if len(command) > LONGEST_COMMAND:
+            command = f"… {command[-LONGEST_COMMAND:]}"
+        said = [line for line in self.lines[begun[-1] + 1 : -1] if _is_output(line)]
+        errors = [line for line in said if re.search("error|fatal", line, re.IGNORECASE)]
+        reason = "".join(f": {line.strip()[:300].rstrip('.')}" for line in (errors or said)[-1:])
+        advice = next(
+            (advice for pattern, advice in BUILD_CAUSES if re.search(pattern, "\n".join(said))),
+            f"Mend the recipe, then build it again; logs/build-{recipe}.log has all of it.",
+        )
+        return ContainerFailedError(
+            f"The recipe {recipe} could not be built: {number.lower()} (`{command}`) "
+            f"ended with status {failed[1]}{reason}.",
+            advice=advice,
+        )
+
+
+BUILD_LINE_SECONDS: Final = 2.0
+LONGEST_COMMAND: Final = 80
+BUILD_CAUSES: Final = (
+    # Without a network pip ends with "No matching distribution", too.
+    (
+        r"name resolution|Failed to establish a new connection|timed out|error sending request",
+        "Check this server's network; set PIP_INDEX_URL or HTTPS_PROXY for LLM Manager if need be.",
+    ),
+    (
+        r"No matching distribution|Could not find a version|No solution found",
+        "Correct the package's name or version in the recipe.",
+    ),
+    (r"Unable to locate package|no installation candidate", "Correct that system package's name."),
+)
+
+
+def _is_output(line: str) -> bool:
+    """Whether a program of the image said it, and not the builder."""
+    return not line.startswith((" ---> ", "Removing intermediate container "))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -4934,6 +5323,63 @@ def slice_choices(snapshot: Snapshot) -> Json:
 # §15 Library views — pure: weights, fit and images as the operator sees them
 # =============================================================================
 
+IMAGE_HEADERS: Final = ("Part", "Image", "On this server", "Size", "Digest", "Used by")
+
+
+def image_rows(
+    state: State, recipes: Recipes, images: Sequence[ObservedImage] | None
+) -> list[list[str]]:
+    """Every pinned image by its role, then those of every recipe; None: Docker does not answer."""
+    rows = [
+        _image_row(role, image, "not pulled", images)
+        for role, image in asdict(state.images).items()
+    ]
+    for name, recipe in recipes.items():
+        if isinstance(recipe, RefusedError):
+            rows.append([f"recipe {name}", "", str(recipe), "", "", ""])
+            continue
+        rows += [_recipe_row(recipe, device, state, images) for device in recipe.base]
+    return rows
+
+
+def _image_row(
+    part: str, image: str, absent: str, images: Sequence[ObservedImage] | None
+) -> list[str]:
+    seen = next((seen for seen in images or () if image in seen.names), None)
+    if seen is None:
+        return [part, image, "unknown" if images is None else absent, "", "", ""]
+    digest = next((d.partition("@")[2][:19] for d in seen.digests), "")
+    return [part, image, "here", format_size(seen.size_bytes), digest, ", ".join(seen.used_by)]
+
+
+def _recipe_row(
+    recipe: Recipe, device: Device, state: State, images: Sequence[ObservedImage] | None
+) -> list[str]:
+    today = recipe_image(recipe, recipe_base(recipe, device, state.images))
+    pinned = state.recipe_image(recipe.name, device) or today
+    part = f"recipe {recipe.name} ({device.upper()})"
+    row = _image_row(part, pinned, "not built", images)
+    row[2] += "; the recipe has changed since: build it" * (pinned != today)
+    return row
+
+
+UNUSED_HEADERS: Final = ("Image", "Recipe", "Made", "Frees about")
+
+
+def unused_rows(
+    unused: Sequence[ObservedImage], images: Sequence[ObservedImage]
+) -> list[list[str]]:
+    """What pruning would remove of `images`."""
+    return [
+        [
+            ", ".join(image.tags) or f"a broken-off build ({image.image_id[:19]})",
+            image.labels.get(LABEL_IMAGE_RECIPE, ""),
+            f"{image.created_at:%Y-%m-%d %H:%M}",
+            format_size(own_bytes(image, images)),
+        ]
+        for image in unused
+    ]
+
 
 # =============================================================================
 # §16 Home — effects: time, and the state and files on the disk
@@ -5156,6 +5602,16 @@ _MEASURED: Final = pydantic.TypeAdapter(dict[str, Measured])
 MOST_MEASURED: Final = 500
 
 
+def read_recipes(*folders: Path) -> dict[str, str]:
+    """Recipe files by name; a later folder's take the place of an earlier one's."""
+    with file_errors("read the recipes"):
+        return {
+            path.stem: path.read_text(errors="replace")
+            for folder in folders
+            for path in sorted(folder.glob("*.yaml"))
+        }
+
+
 def _private_opener(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
@@ -5216,6 +5672,9 @@ def free_bytes(path: Path) -> int:
 # =============================================================================
 # §17 Containers — effects: Docker
 # =============================================================================
+
+
+Report = Callable[[str], None]
 
 
 class Containers(Protocol):
@@ -5695,6 +6154,173 @@ def _docker_fault(action: str, said: str) -> ContainerFailedError:
 # =============================================================================
 # §18 Images — effects: pulled, built from recipes, pruned
 # =============================================================================
+
+
+class LocalImages(Protocol):
+    """What the manager needs of this server's images beside pulling them."""
+
+    def build(
+        self,
+        image: str,
+        dockerfile: str,
+        labels: Mapping[str, str],
+        report: Report,
+        check: Callable[[], None],
+    ) -> None: ...
+    def observe(self) -> tuple[ObservedImage, ...]: ...
+    def remove(self, image: ObservedImage) -> None: ...
+
+
+class DockerImages:
+    """Images through the Docker SDK; `build_arguments` reach every build, and no image."""
+
+    def __init__(self, base_url: str, instance: str, build_arguments: Mapping[str, str]) -> None:
+        self._base_url = base_url
+        self._instance = instance
+        self._build_arguments = build_arguments
+        self._building = threading.Lock()
+        self._client: docker.DockerClient | None = None
+
+    def _connected(self) -> docker.DockerClient:
+        if self._client is None:
+            self._client = docker.DockerClient(base_url=self._base_url, timeout=120)
+        return self._client
+
+    def build(
+        self,
+        image: str,
+        dockerfile: str,
+        labels: Mapping[str, str],
+        report: Report,
+        check: Callable[[], None],
+    ) -> None:
+        """Build and tag; an image that is here is left alone, and a failed build tags nothing.
+
+        `report` gets the builder's text as it comes. What `check` raises stops the build.
+        """
+        while not self._building.acquire(timeout=CANCEL_SECONDS):
+            check()
+        try:
+            with docker_errors(f"build {image}"):
+                if not self._connected().api.images(image):
+                    self._build(image, dockerfile, labels, report, check)
+        finally:
+            self._building.release()
+
+    def _build(
+        self,
+        image: str,
+        dockerfile: str,
+        labels: Mapping[str, str],
+        report: Report,
+        check: Callable[[], None],
+    ) -> None:
+        # Near the top, so that what a broken-off build leaves is known as ours.
+        own = f"\\1\nLABEL {LABEL_IMAGE_INSTANCE}={self._instance}"
+        text = re.sub(r"^(FROM .*)$", own, dockerfile, count=1, flags=re.MULTILINE)
+        client = docker.DockerClient(base_url=self._base_url, timeout=SILENT_SECONDS)
+        answers: list[requests.Response] = []
+        client.api.hooks["response"].append(lambda answer, **_: answers.append(answer))
+        with contextlib.closing(client):
+            events = client.api.build(
+                fileobj=io.BytesIO(text.encode()), tag=image, labels={**labels}, rm=True,
+                forcerm=True, decode=True, buildargs={**self._build_arguments},
+            )  # fmt: skip
+            stream = docker.types.CancellableStream(events, answers[-1])
+            built = False
+            with closed_by(check, stream):
+                for event in stream:
+                    if "error" in event:
+                        report(f"{event['error']}\n")
+                        raise docker.errors.APIError(event["error"], explanation=event["error"])
+                    report(event.get("stream", ""))
+                    built = built or "ID" in event.get("aux", {})
+        if not built:  # the SDK takes a torn connection for the end of the stream
+            raise docker.errors.APIError("", explanation="the builder ended without an image")
+
+    def observe(self) -> tuple[ObservedImage, ...]:
+        """All images of this server, newest first."""
+        with docker_errors("look at its images"):
+            api = self._connected().api
+            users: dict[str, list[str]] = {}
+            for container in api.containers(all=True):
+                name = container["Names"][0].removeprefix("/")
+                users.setdefault(container["ImageID"], []).append(name)
+            found: list[ObservedImage] = []
+            for listed in api.images():
+                with contextlib.suppress(docker.errors.ImageNotFound):  # it went meanwhile
+                    attributes = api.inspect_image(  # type: ignore[no-untyped-call]
+                        listed["Id"]
+                    )
+                    found.append(_observed_image(attributes, users.get(listed["Id"], ())))
+        return tuple(found)
+
+    def remove(self, image: ObservedImage) -> None:
+        """Remove what this installation built; Docker itself refuses what a container uses."""
+        title = ", ".join(image.tags) or image.image_id
+        with docker_errors(f"remove {title}"):
+            client = self._connected()
+            labels = client.images.get(image.image_id).labels
+            if labels.get(LABEL_IMAGE_INSTANCE) != self._instance:
+                raise ContainerFailedError(
+                    f"The image {title} was not built by this installation.",
+                    advice="Remove it yourself; LLM Manager does not touch it.",
+                )
+            for name in image.tags or (image.image_id,):
+                client.images.remove(name)
+
+
+CANCEL_SECONDS: Final = 0.3
+SILENT_SECONDS: Final = 24 * 3600  # compiling a package may say nothing for hours
+
+
+@contextlib.contextmanager
+def closed_by(
+    check: Callable[[], None], stream: docker.types.CancellableStream[Json]
+) -> Iterator[None]:
+    """Close a stream that another thread waits for as soon as `check` raises; raise that then."""
+    over = threading.Event()
+    cancelled: list[CancelledError] = []
+
+    def watch() -> None:
+        while not over.wait(CANCEL_SECONDS):
+            try:
+                check()
+            except CancelledError as error:
+                cancelled.append(error)
+                stream.close()
+                return
+
+    watching = threading.Thread(target=watch, name="cancel a build", daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watching.join()
+        if cancelled:
+            raise cancelled[0]
+
+
+def _observed_image(attributes: Json, users: Sequence[str]) -> ObservedImage:
+    return ObservedImage(
+        image_id=attributes["Id"],
+        tags=tuple(attributes["RepoTags"] or ()),
+        digests=tuple(attributes["RepoDigests"] or ()),
+        size_bytes=attributes["Size"],
+        created_at=parse_docker_time(attributes["Created"]),
+        layers=tuple(attributes["RootFS"].get("Layers") or ()),
+        labels=(attributes["Config"] or {}).get("Labels") or {},
+        used_by=tuple(sorted(users)),
+    )
+
+
+def build_arguments(environment: Mapping[str, str]) -> dict[str, str]:
+    """What builds need to reach the network as this server does; see INSTALL_PACKAGES."""
+    names = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
+    index = environment.get("PIP_INDEX_URL") or environment.get("UV_DEFAULT_INDEX") or ""
+    # Named even when empty: the SDK would fill in the Docker CLI's own.
+    return {n: environment[n] for n in names if n in environment} | {"FTP_PROXY": index}
 
 
 # =============================================================================
@@ -6653,8 +7279,6 @@ def kernel_log(device: Path) -> str | None:
 # §22 Orchestration — effects: Plan -> world, undo, jobs
 # =============================================================================
 
-Report = Callable[[str], None]
-
 
 class Files(Protocol):
     """What applying needs from the home directory."""
@@ -6678,6 +7302,7 @@ class Tools:
     files: Files
     clock: Clock
     gpus: GpuDriver
+    images: LocalImages
     failures: tuple[KnownFailure, ...] = ()  # what engines say when they cannot start
 
 
@@ -6873,6 +7498,8 @@ def apply_step(  # noqa: C901, PLR0912, PLR0915 - one line per kind of step
                 control.report(f"  {error}")
         case PullImage(image, _):
             _pull(image, containers, control)
+        case BuildImage():
+            _build(step, tools, control)
         case CreateNetwork(name, _):
             containers.create_network(name)
         case CreateVolume(name, _):
@@ -7007,6 +7634,26 @@ def _pull(image: str, containers: Containers, control: Control) -> None:
             control.report(line)
 
     containers.pull(image, on_event)
+
+
+def _build(step: BuildImage, tools: Tools, control: Control) -> None:
+    """Its whole log is kept, however it ends."""
+    progress = BuildLog()
+
+    def on_text(text: str) -> None:
+        for line in progress.add(text, tools.clock.monotonic()):
+            control.report(line)
+
+    labels = {LABEL_IMAGE_RECIPE: step.recipe, LABEL_IMAGE_HASH: step.image.rpartition(":")[2]}
+    try:
+        tools.images.build(step.image, step.dockerfile, labels, on_text, control.check)
+    except ContainerFailedError as error:
+        raise (progress.fault(step.recipe) or error) from error.__cause__
+    finally:
+        if progress.lines:
+            with contextlib.suppress(ManagerError):
+                name = ContainerName(f"build-{step.recipe}")
+                tools.files.keep_log(name, "\n".join(progress.lines) + "\n")
 
 
 def wait_until_ready(spec: ContainerSpec, tools: Tools, control: Control) -> None:
@@ -7343,6 +7990,106 @@ class Keys:
         )
 
 
+class ImageLibrary:
+    """The images of this installation: pulled, built from recipes, pinned and pruned."""
+
+    def __init__(
+        self,
+        store: StateStore,
+        tools: Tools,
+        recipes: Callable[[], Recipes],
+        start_task: Callable[[str, Callable[[Control], None], str], Job],
+        save: Callable[[Change], State],
+    ) -> None:
+        self.recipes = recipes  # as their files are now
+        self._store = store
+        self._tools = tools
+        self._start_task = start_task
+        self._save = save
+
+    def rows(self) -> list[list[str]]:
+        """What `image list` shows; without Docker, what is pinned all the same."""
+        images: tuple[ObservedImage, ...] | None = None
+        with contextlib.suppress(DockerAbsentError):
+            images = self._tools.images.observe()
+        return image_rows(self._store.load(), self.recipes(), images)
+
+    def build_recipe(self, name: str, device: Device) -> Job:
+        """Build a recipe's image and pin it; a failed build leaves the pin as it is.
+
+        Models on the image of before go on with it until their next plan is applied.
+        """
+        recipe, state = find_recipe(self.recipes(), name), self._store.load()
+        observed = self._tools.containers.observe()
+        steps = plan_build(recipe, device, state, observed, "asked for")
+        image = recipe_image(recipe, recipe_base(recipe, device, state.images))
+        pin = RecipeImage(recipe=name, device=device, image=image)
+
+        def work(control: Control) -> None:
+            if image in observed.images:
+                control.report(f"{image} is here already: the recipe has not changed.")
+            else:
+                apply_stage(Stage(title=name, steps=steps), self._tools, control)
+            self._save_when_free(pinning_recipe(pin), control)
+
+        return self._start_task(f"Build {name}", work, "Next: `plan`, for the models that use it.")
+
+    def _save_when_free(self, change: Change, control: Control) -> None:
+        """A build of minutes is not thrown away because a change is just under way."""
+        told = False
+        while True:
+            control.check()
+            try:
+                self._save(change)
+            except BusyError as error:
+                if not told:
+                    control.report(f"  The image is pinned when this is done. {error.fact}")
+                told = True
+                self._tools.clock.sleep(0.5)
+            else:
+                return
+
+    def pull(self, role: str | None = None) -> Job:
+        """Pull the image of a role, or all that registered models and the endpoint need."""
+        state = self._store.load()
+        wanted = [str(getattr(state.images, role))] if role else needed_images(state)
+        here = self._tools.containers.observe().images
+
+        def work(control: Control) -> None:
+            for image in wanted:
+                if image in here:
+                    control.report(f"{image} is here already.")
+                    continue
+                pull = (PullImage(image, "asked for"),)
+                apply_stage(Stage(title=image, steps=pull), self._tools, control)
+
+        return self._start_task(f"Pull the {role} image" if role else "Pull images", work, "")
+
+    def pinning_digest(self, role: str) -> Change:
+        """The change to exactly the image that is here; see `pinning_digest`."""
+        return pinning_digest(role, self._store.load(), self._tools.images.observe())
+
+    def unused_rows(self) -> list[list[str]]:
+        """What `prune` would remove."""
+        images = self._tools.images.observe()
+        return unused_rows(unused_images(self._store.load(), images), images)
+
+    def prune(self) -> Job:
+        """Remove what this installation built and nothing needs any more."""
+
+        def work(control: Control) -> None:
+            images = self._tools.images.observe()
+            unused = unused_images(self._store.load(), images)
+            for image, row in zip(unused, unused_rows(unused, images), strict=True):
+                control.check()
+                self._tools.images.remove(image)
+                control.report(f"removed {row[0]}: {row[-1]}")
+            freed = sum(own_bytes(image, images) for image in unused)
+            control.report(f"{len(unused)} images removed, about {format_size(freed)} freed.")
+
+        return self._start_task("Prune images", work, "")
+
+
 class Manager:
     """Every change of this installation, first as a plan, then as a job."""
 
@@ -7353,15 +8100,21 @@ class Manager:
         site: Site,
         *,
         engine_options: EngineOptions,
+        recipes: Callable[[], Recipes] = dict,
         enabled: Callable[[str], bool | None] = lambda _: None,
     ) -> None:
         self._enabled = enabled
         self._store = store
         self._tools = tools
-        self._site = site
+        self._paths = site
         self._options = engine_options
         self._jobs: deque[Job] = deque(maxlen=50)
         self.keys = Keys(store, tools)
+        self.images = ImageLibrary(store, tools, recipes, self.start_task, self.save)
+
+    @property
+    def _site(self) -> Site:
+        return replace(self._paths, recipes=self.images.recipes())
 
     @property
     def home(self) -> Path:
@@ -7379,7 +8132,7 @@ class Manager:
 
     def measured(self, model: Model) -> Measured | None:
         """What the last start of such an engine on such a place showed; None: there was none."""
-        image = engine_image(model, self._store.load().images)
+        image = engine_image(model, self._store.load())
         key = measurement_key(model, image, self.hardware())
         return self._store.read_measured().get(key)
 
@@ -7495,13 +8248,14 @@ class Manager:
             if hardware.fault is not None:  # not silently onto the processor of a GPU server
                 raise hardware.fault
             raw = raw | {"placement": asdict(default_placement(hardware, state.models))}
-        model = parse_model(raw, state.images, self._options)
-        self.save(registering(model))
+        recipes = self.images.recipes()
+        model = parse_model(raw, state, self._options, recipes)
+        self.save(registering(model, recipes))
         return model
 
     def revise(self, name: str, changes: Json) -> Model:
         """A registered model with some settings changed; it takes effect with the next plan."""
-        return self.save(revising(name, changes, self._options)).model(name)
+        return self.save(revising(name, changes, self._options, self.images.recipes())).model(name)
 
     def returning(self, number: int | None) -> Change:
         """The change back to an earlier version; without a number, the one before this."""
@@ -8452,6 +9206,7 @@ def _add_model_options(sub: argparse.ArgumentParser, *, required: bool) -> None:
     sub.add_argument("--served-as", help="what clients ask for; default: the name")
     sub.add_argument("--arguments", help='for the engine: "--max-model-len 8192"')
     sub.add_argument("--image", help="instead of the pinned engine image")
+    sub.add_argument("--recipe", help="whose image is built here; empty for none")
     sub.add_argument("--replicas", type=int)
     sub.add_argument("--gpu", action="append", metavar="GPU", help="index or UUID; repeatable")
     sub.add_argument("--gpus", type=int, metavar="N", help="so many free GPUs, the best joined")
@@ -8551,19 +9306,39 @@ def add_system_commands(commands: Any, add: Callable[..., Any]) -> None:
     edge.add_argument("--acme-directory", default="", help="a company's own ACME server")
     token = config.add_parser("token", help="the Hugging Face token, from standard input")
     token.set_defaults(command=command_config_token)
-    image = commands.add_parser("image", help="the pinned images").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
-    listing = image.add_parser("list")
-    listing.set_defaults(command=command_image_list)
-    listing.add_argument("--json", action="store_true")
-    pin = image.add_parser("set")
-    pin.set_defaults(command=command_image_set)
-    pin.add_argument("role", choices=[f.name for f in fields(Images)])
-    pin.add_argument("image")
+    add_image_commands(commands)
     install = add("install", command_install, "install and start the systemd service")
     install.add_argument("--root", type=Path, default=Path("/"), help="for packagers")
     install.add_argument("--no-start", action="store_true")
+
+
+def add_image_commands(commands: Any) -> None:
+    """`image …`."""
+    image = commands.add_parser("image", help="the images, pulled and built").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+
+    def add(verb: str, command: Callable[[argparse.Namespace], int], text: str) -> Any:
+        sub = image.add_parser(verb, help=text, description=text)
+        sub.set_defaults(command=command)
+        return sub
+
+    listing = add("list", command_image_list, "what is pinned, and what of it is here")
+    listing.add_argument("--json", action="store_true")
+    build = add("build", command_image_build, "build and pin the image of a recipe")
+    build.add_argument("recipe")
+    build.add_argument("--cpu", action="store_true", help="its image for the processor")
+    roles = [f.name for f in fields(Images)]
+    change = add("set", command_image_set, "pin another image")
+    change.add_argument("role", choices=roles)
+    change.add_argument("image")
+    pull = add("pull", command_image_pull, "pull now; without a role, all that is needed")
+    pull.add_argument("role", choices=roles, nargs="?")
+    pin = add("pin", command_image_pin, "pin exactly what is here, by its digest")
+    pin.add_argument("role", choices=roles)
+    prune = add("prune", command_image_prune, "remove what was built here and nothing needs")
+    for sub in (pin, prune):
+        sub.add_argument("--plan", action="store_true", help="show the plan only")
 
 
 def open_manager() -> Manager:
@@ -8579,7 +9354,8 @@ def open_manager() -> Manager:
     gpus = NvmlGpus(parse_geometries((recipes / "mig.yaml").read_text()), system)
     containers = DockerContainers(docker_url, state.instance)
     failures = parse_failures((recipes / "failures.yaml").read_text())
-    tools = Tools(containers, HttpProbes(), store, SystemClock(), gpus, failures)
+    images = DockerImages(docker_url, state.instance, build_arguments(os.environ))
+    tools = Tools(containers, HttpProbes(), store, SystemClock(), gpus, images, failures)
     return Manager(
         store,
         tools,
@@ -8589,6 +9365,7 @@ def open_manager() -> Manager:
             compile_caches=str(store.home / "compiled"),
         ),
         engine_options=parse_engine_options((recipes / "vllm.yaml").read_text()),
+        recipes=lambda: parse_recipes(read_recipes(recipes, store.home / "recipes")),
         enabled=system.enabled,
     )
 
@@ -8841,6 +9618,7 @@ def model_options(arguments: argparse.Namespace) -> Json:
         if arguments.arguments is None
         else split_arguments(arguments.arguments),
         "image": arguments.image,
+        "recipe": arguments.recipe,
         "replicas": arguments.replicas,
     }
     if arguments.revision and not arguments.repository:
@@ -8854,7 +9632,8 @@ def model_options(arguments: argparse.Namespace) -> Json:
         }  # fmt: skip
     if arguments.path:
         given["source"] = {"kind": "local", "path": arguments.path}
-    return {key: value for key, value in given.items() if value is not None}
+    named = {key: value for key, value in given.items() if value is not None}
+    return named | ({"recipe": None} if arguments.recipe == "" else {})
 
 
 def placement_option(manager: Manager, arguments: argparse.Namespace) -> Json:
@@ -8977,15 +9756,45 @@ def command_config_token(_: argparse.Namespace) -> int:
 
 
 def command_image_list(arguments: argparse.Namespace) -> int:
-    manager = open_manager()
-    pinned = asdict(manager.state().images)
+    rows = open_manager().images.rows()
     if arguments.json:
-        out_json(pinned)
-        return DONE
-    present = manager.observe().images
-    rows = [[k, v, "here" if v in present else "not pulled"] for k, v in pinned.items()]
-    out_table(("Role", "Image", "On this server"), rows)
+        out_json(keyed(IMAGE_HEADERS, rows))
+    else:
+        out_table(IMAGE_HEADERS, rows)
     return DONE
+
+
+def command_image_build(arguments: argparse.Namespace) -> int:
+    device: Device = "cpu" if arguments.cpu else "gpu"
+    done = follow(open_manager().images.build_recipe(arguments.recipe, device))
+    out("Pinned. Models that use it are replaced by the next `apply`; see `plan`.")
+    return done
+
+
+def command_image_pull(arguments: argparse.Namespace) -> int:
+    return follow(open_manager().images.pull(arguments.role))
+
+
+def command_image_pin(arguments: argparse.Namespace) -> int:
+    manager = open_manager()
+    change = manager.images.pinning_digest(arguments.role)
+    plan = manager.plan(change)
+    out(str(plan) or "Nothing to do but to write the digest down.")
+    if arguments.plan:
+        return TO_DO if plan else DONE
+    manager.save(change)
+    out("Saved. Next: llm_manager.py apply")
+    return DONE
+
+
+def command_image_prune(arguments: argparse.Namespace) -> int:
+    images = open_manager().images
+    if not arguments.plan:
+        return follow(images.prune())
+    rows = images.unused_rows()
+    out_table(UNUSED_HEADERS, rows)
+    out("" if rows else "Nothing to do.")
+    return TO_DO if rows else DONE
 
 
 def command_image_set(arguments: argparse.Namespace) -> int:

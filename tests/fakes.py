@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 import shutil
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from hashlib import sha256
 from pathlib import Path
 
 import yaml
@@ -158,6 +160,7 @@ class World:
     clock: FakeClock = field(default_factory=FakeClock)
     containers: dict[lm.ContainerName, FakeContainer] = field(default_factory=dict)
     images: set[str] = field(default_factory=set)
+    built: dict[str, dict[str, str]] = field(default_factory=dict)  # labels, by image
     networks: set[str] = field(default_factory=set)
     volumes: set[str] = field(default_factory=set)
     absent_images: set[str] = field(default_factory=set)  # no registry has these
@@ -275,6 +278,10 @@ class World:
         container = self.containers.get(lm.ContainerName(replica))
         return container is not None and self.answers(container)
 
+    def instance(self) -> str:
+        """Which installation builds here."""
+        return self.files.load().instance if isinstance(self.files, lm.StateStore) else ""
+
     def copy(self) -> World:
         """The same server once more, with files of its own in memory."""
         files = FakeFiles()
@@ -286,6 +293,7 @@ class World:
             clock=FakeClock(),
             containers={n: replace(c, log=[*c.log]) for n, c in self.containers.items()},
             images={*self.images},
+            built={**self.built},
             networks={*self.networks},
             volumes={*self.volumes},
             broken={*self.broken},
@@ -485,6 +493,60 @@ class FakeContainers:
         return {**self.world.foreign_devices}
 
 
+class FakeImages:
+    """The `LocalImages` protocol over a world; a Dockerfile's `RUN exit N` fails as it would."""
+
+    def __init__(self, world: World, trouble: Trouble) -> None:
+        self.world = world
+        self.trouble = trouble
+
+    def build(
+        self,
+        image: str,
+        dockerfile: str,
+        labels: Mapping[str, str],
+        report: Callable[[str], None],
+        check: Callable[[], None],
+    ) -> None:
+        if image in self.world.images:
+            return
+        commands = [line for line in dockerfile.splitlines() if not line.startswith("#")]
+        for number, command in enumerate(commands, 1):
+            check()
+            report(f"Step {number}/{len(commands)} : {command}\n ---> Running in 0123456789ab\n")
+            if match := re.fullmatch(r"RUN exit (\d+)", command):
+                said = f"The command '/bin/sh -c {command}' returned a non-zero code: {match[1]}"
+                report(f"{said}\n")
+                raise lm.ContainerFailedError(f"Docker could not build {image}.", advice="Look.")
+        with self.trouble.around():
+            self.world.images.add(image)
+            self.world.built[image] = {**labels, lm.LABEL_IMAGE_INSTANCE: self.world.instance()}
+
+    def observe(self) -> tuple[lm.ObservedImage, ...]:
+        if not self.world.docker_answers:
+            raise lm.DockerAbsentError("Docker does not answer.", advice="Start it.")
+        return tuple(map(self._seen, sorted(self.world.images)))
+
+    def _seen(self, image: str) -> lm.ObservedImage:
+        base = lm.Images().vllm_cpu
+        below = ("layer of a base",) if image in {base, *self.world.built} else ()
+        users = [c.name for c in self.world.containers.values() if c.spec.image == image]
+        return lm.ObservedImage(
+            image_id=f"sha256:{sha256(image.encode()).hexdigest()}",
+            tags=() if "@" in image else (image,),
+            digests=(image,) if "@" in image else (),
+            size_bytes=1000 + 24 * (image in self.world.built),
+            created_at=EPOCH,
+            layers=(*below, *((image,) if image != base else ())),
+            labels=self.world.built.get(image, {}),
+            used_by=tuple(users),
+        )
+
+    def remove(self, image: lm.ObservedImage) -> None:
+        with self.trouble.around():
+            self.world.images -= {*image.tags}
+
+
 class FakeProbes:
     """The `Probes` protocol over a world: what answers is what the world says does."""
 
@@ -532,7 +594,8 @@ def some_tools(world: World, trouble: Trouble | None = None) -> lm.Tools:
         world.files.trouble = trouble
     world.gpus.trouble = trouble
     containers = FakeContainers(world, trouble)
-    return lm.Tools(containers, FakeProbes(world), world.files, world.clock, world.gpus)
+    images = FakeImages(world, trouble)
+    return lm.Tools(containers, FakeProbes(world), world.files, world.clock, world.gpus, images)
 
 
 class Server:
@@ -548,7 +611,13 @@ class Server:
         """Another life of the manager."""
         self.trouble = trouble or Trouble()
         tools = some_tools(self.world, self.trouble)
-        self.manager = lm.Manager(self.store, tools, a_site(), engine_options={})
+        self.manager = lm.Manager(
+            self.store, tools, a_site(), engine_options={}, recipes=self.read_recipes
+        )
+
+    def read_recipes(self) -> lm.Recipes:
+        """Those of the home directory; the shipped ones are not for a simulated server."""
+        return lm.parse_recipes(lm.read_recipes(self.store.home / "recipes"))
 
     def twin(self, home: Path) -> Server:
         """The same server once more, with a home of its own."""

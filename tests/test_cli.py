@@ -269,6 +269,11 @@ def test_a_revision_of_a_registered_model_is_not_dropped_silently(with_chat: Run
     assert ended.status != lm.DONE or shown["source"]["revision"] == "main"
 
 
+def image_of(run: Run, part: str) -> str:
+    rows = facts(run("image", "list", "--json"))
+    return next(str(row["image"]) for row in rows if row["part"] == part)
+
+
 # --- facts ---------------------------------------------------------------------------------------
 
 
@@ -279,7 +284,7 @@ def test_what_is_printed_as_json_is_json(with_chat: Run) -> None:
     assert printed["summary"] == "Docker does not answer."
     assert printed["models"][0]["name"] == "chat"
     assert "Docker does not answer" in printed["attention"][0]
-    assert facts(with_chat("image", "list", "--json"))["caddy"].startswith("caddy:")
+    assert image_of(with_chat, "caddy").startswith("caddy:")
     assert facts(with_chat("config", "show"))["models"][0]["name"] == "chat"
 
 
@@ -357,7 +362,7 @@ def test_https_settings_are_saved_and_kept(run: Run) -> None:
 
 def test_an_image_is_pinned(run: Run) -> None:
     assert run("image", "set", "caddy", "caddy:2.12.0").status == lm.DONE
-    assert facts(run("image", "list", "--json"))["caddy"] == "caddy:2.12.0"
+    assert image_of(run, "caddy") == "caddy:2.12.0"
 
 
 # --- the service -------------------------------------------------------------------------------

@@ -531,7 +531,7 @@ def test_a_filled_form_is_a_model() -> None:
     raw = lm.registration(
         " chat ", "chat", lm.ORIGINS[0], " a/b ", "--seed 1", "", "", "", 64, 2, ["cpu"]
     )
-    model = lm.parse_model(raw, lm.Images(), {})
+    model = lm.parse_model(raw, a_state(), {})
     assert (model.name, model.served_model_name, model.replicas) == ("chat", "chat", 2)
     assert model.source == lm.HubSource(repository="a/b")
     assert model.placement == lm.CpuPlacement(kv_cache_mib=64)
@@ -542,7 +542,7 @@ def test_a_form_can_name_a_directory_and_gpus() -> None:
     raw = lm.registration(
         "chat", "chat", lm.ORIGINS[1], "/srv/x", "", "q", "", "x/y:1", None, 1, [GPU_0], None, 0.4
     )
-    model = lm.parse_model(raw, lm.Images(), {})
+    model = lm.parse_model(raw, a_state(), {})
     assert model.source == lm.LocalSource(path="/srv/x")
     assert model.placement == on_gpus(GPU_0, memory_fraction=0.4)
     assert (model.served_model_name, model.image) == ("q", "x/y:1")
@@ -554,7 +554,7 @@ def test_a_form_can_name_a_slice_and_then_no_gpu_counts() -> None:
         gpus=[GPU_1],
         mig_slice=f"{GPU_0}:3g.20gb:4",
     )
-    model = lm.parse_model(raw, lm.Images(), {})
+    model = lm.parse_model(raw, a_state(), {})
     assert model.placement == lm.MigPlacement(gpu_uuid=GPU_0, profile="3g.20gb", start=4)
 
 
@@ -562,7 +562,7 @@ def test_an_empty_form_is_refused_with_what_is_missing() -> None:
     raw = lm.registration("", "chat", lm.ORIGINS[0], "", "", "", "", "", None, 1)
     assert "placement" not in raw, "where nothing is chosen, the program chooses"
     with pytest.raises(lm.RefusedError, match=r"name: .*source\.repository: "):
-        lm.parse_model(raw, lm.Images(), {})
+        lm.parse_model(raw, a_state(), {})
 
 
 def test_no_limit_is_none_in_a_key_request() -> None:

@@ -343,7 +343,7 @@ def test_a_state_of_today_takes_no_step() -> None:
 
 def test_what_is_typed_becomes_a_model_with_defaults() -> None:
     raw = {"name": "chat", "type": "chat", "source": {"kind": "hub", "repository": "a/b"}}
-    model = lm.parse_model(raw, lm.Images(), {})
+    model = lm.parse_model(raw, a_state(), {})
     assert model == lm.Model(
         name=lm.ModelName("chat"),
         type="chat",
@@ -355,7 +355,7 @@ def test_what_is_typed_becomes_a_model_with_defaults() -> None:
 
 def test_a_typed_model_is_refused_with_all_its_faults() -> None:
     with pytest.raises(lm.RefusedError) as raised:
-        lm.parse_model({"name": "Chat", "type": "talk"}, lm.Images(), {})
+        lm.parse_model({"name": "Chat", "type": "talk"}, a_state(), {})
     fact = raised.value.fact
     assert fact.startswith("This model cannot be registered: ")
     assert all(path in fact for path in ("name: ", "type: ", "source: "))
@@ -373,14 +373,13 @@ def test_a_typed_model_is_refused_with_all_its_faults() -> None:
             "cannot run several replicas on a GPU or slice whose memory they do not share",
         ),
         ({"host": "second"}, "cannot reach the host 'second' yet"),
-        ({"recipe": "speech"}, "cannot build the recipe 'speech' yet"),
     ],
 )
 def test_what_this_version_cannot_do_is_said_before_anything_starts(
     changes: dict[str, Any], fault: str
 ) -> None:
     with pytest.raises(lm.RefusedError, match=fault):
-        lm.check_model(a_model(**changes), lm.Images(), {})
+        lm.check_model(a_model(**changes), a_state(), {})
 
 
 def test_a_new_model_goes_to_a_gpu_that_no_model_has() -> None:

@@ -396,11 +396,16 @@ def test_what_is_routed_is_part_of_the_gateways_hash() -> None:
 
 
 def test_the_image_of_a_model_is_the_first_that_applies() -> None:
-    images = lm.Images()
-    assert lm.engine_image(a_model(image="x/y:1", type="image"), images) == "x/y:1"
-    assert lm.engine_image(a_model(type="text-to-speech"), images) == images.vllm_omni
-    assert lm.engine_image(a_model(placement=on_gpus()), images) == images.vllm
-    assert lm.engine_image(a_model(), images) == images.vllm_cpu
+    state = a_state().with_recipe_image(
+        lm.RecipeImage(recipe="audio", device="gpu", image="llm-manager/audio:1")
+    )
+    images = state.images
+    assert lm.engine_image(a_model(image="x/y:1", recipe="audio"), state) == "x/y:1"
+    heard = a_model(recipe="audio", type="text-to-speech", placement=on_gpus())
+    assert lm.engine_image(heard, state) == "llm-manager/audio:1"
+    assert lm.engine_image(a_model(type="text-to-speech"), state) == images.vllm_omni
+    assert lm.engine_image(a_model(placement=on_gpus()), state) == images.vllm
+    assert lm.engine_image(a_model(), state) == images.vllm_cpu
 
 
 def test_a_command_says_everything_that_the_model_wishes() -> None:
@@ -422,7 +427,7 @@ def test_a_command_says_everything_that_the_model_wishes() -> None:
 
 
 def check(*arguments: str, **changes: Any) -> None:
-    lm.check_engine_arguments(a_model(engine_arguments=arguments, **changes), lm.Images(), OPTIONS)
+    lm.check_engine_arguments(a_model(engine_arguments=arguments, **changes), a_state(), OPTIONS)
 
 
 def test_the_recipe_knows_the_options_of_the_pinned_images() -> None:

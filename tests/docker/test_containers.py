@@ -89,7 +89,8 @@ def real(docker_client: docker.DockerClient, tmp_path: Path) -> Iterator[Callabl
         store.generated.mkdir(parents=True)
         engine = lm.DockerContainers(DOCKER_URL, instance)
         engine.create_network(f"{instance}-network")
-        doors = lm.Tools(engine, lm.HttpProbes(), store, lm.SystemClock(), SimulatedGpus())
+        images = lm.DockerImages(DOCKER_URL, instance, {})
+        doors = lm.Tools(engine, lm.HttpProbes(), store, lm.SystemClock(), SimulatedGpus(), images)
         return Bench(instance, doors)
 
     yield make
