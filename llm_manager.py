@@ -36,7 +36,7 @@ import subprocess
 import sys
 from hashlib import sha256
 from importlib.util import LazyLoader, find_spec, module_from_spec
-from pathlib import Path, PurePath
+from pathlib import Path, PurePath, PurePosixPath
 from types import ModuleType
 from typing import Final
 
@@ -134,6 +134,7 @@ import ctypes
 import difflib
 import errno
 import fcntl
+import glob
 import hmac
 import html
 import io
@@ -148,6 +149,7 @@ import shlex
 import shutil
 import socket
 import tarfile
+import tempfile
 import threading
 import time
 import uuid
@@ -159,17 +161,19 @@ from datetime import UTC, datetime, timedelta
 from functools import cache, partial, reduce
 from getpass import getpass
 from typing import (
+    IO,
     TYPE_CHECKING,
     Annotated,
     Any,
     Literal,
     NewType,
     Protocol,
+    Self,
     TypeVar,
     assert_never,
     get_args,
 )
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, quote
 
 import docker
 import docker.errors
@@ -184,10 +188,14 @@ from docker.models.containers import Container
 if TYPE_CHECKING:
     import fastapi
     import gradio as gr
+    import httpx2
+    import huggingface_hub
     import pynvml
     import uvicorn
 else:
-    fastapi, gr, pynvml, uvicorn = map(lazy_module, ("fastapi", "gradio", "pynvml", "uvicorn"))
+    fastapi, gr, httpx2, huggingface_hub, pynvml, uvicorn = map(
+        lazy_module, ("fastapi", "gradio", "httpx2", "huggingface_hub", "pynvml", "uvicorn")
+    )
 
 # =============================================================================
 # §2 Foundations — pure: names, constants, errors
@@ -1748,6 +1756,534 @@ def measurement_key(model: Model, image: str, hardware: Hardware | None) -> str:
 # =============================================================================
 # §8 Weights — pure: repositories, what to fetch of them, and what is stored here
 # =============================================================================
+
+HubTrouble = Literal[
+    "gated", "absent", "token", "revision", "disabled", "unreachable", "rate", "server",
+    "broken", "stalled", "disk", "files", "name", "offline",
+]  # fmt: skip
+# Those that time may mend: a download tries again.
+TRANSIENT: Final[frozenset[HubTrouble]] = frozenset(
+    {"unreachable", "rate", "server", "broken", "stalled"}
+)
+KEPT: Final = "what is complete is kept"
+HUB_TROUBLES: Final[Mapping[HubTrouble, tuple[str, str]]] = {
+    "gated": (
+        "{repository} is gated, and this server may not read it.",
+        "Open {endpoint}/{repository}, accept its terms, and set a token with `config token`.",
+    ),
+    "absent": (
+        "{repository} is not on {host}, or is private.",
+        "Check its spelling; for a private one set a token that may read it with `config token`.",
+    ),
+    "token": (
+        "{host} refuses this server's Hugging Face token.",
+        "Make a new one that may read, then set it with `config token`.",
+    ),
+    "revision": (
+        "{repository} has no revision {revision!r}.",
+        "Choose one of its branches or tags, or a commit with all its 40 digits.",
+    ),
+    "disabled": ("{repository} was disabled by Hugging Face.", "Choose another repository."),
+    "unreachable": (
+        "{host} cannot be reached{detail}.",
+        f"Check this server's network, proxy and HF_ENDPOINT, then try again; {KEPT}.",
+    ),
+    "rate": (
+        "{host} wants fewer requests{detail}.",
+        "Wait some minutes, then try again; requests with a token may be more.",
+    ),
+    "server": ("{host} is in trouble itself{detail}.", f"Try again in some minutes; {KEPT}."),
+    "broken": ("The download of {repository} broke off{detail}.", f"Try again; {KEPT}."),
+    "stalled": (
+        "The download of {repository} stood still{detail}.",
+        f"Check this server's network and proxy, then try again; {KEPT}.",
+    ),
+    "disk": (
+        "The disk is too full for {repository}{detail}.",
+        "Remove weights that no model uses (`cache list`), then try again.",
+    ),
+    "files": (
+        "The cache of weights cannot be written{detail}.",
+        "Check its directory's owner and mode.",
+    ),
+    "name": ("{repository!r} names no repository.", "Write it like Qwen/Qwen3-8B."),
+    "offline": (
+        "HF_HUB_OFFLINE is set, and {repository} is not on this server.",
+        "Unset it, or copy the weights into this server's cache.",
+    ),
+}
+
+
+class HubError(ManagerError):
+    """The hub refused, or does not answer; `kind` is for those who must tell one from another."""
+
+    def __init__(self, kind: HubTrouble, wanted: Wanted, detail: str = "") -> None:
+        fact, advice = HUB_TROUBLES[kind]
+        words = asdict(wanted) | {"host": wanted.host, "detail": f" ({detail})" if detail else ""}
+        super().__init__(fact.format(**words), advice=advice.format(**words))
+        self.kind = kind
+        self.detail = detail
+        self.retry_seconds: float | None = None  # what the hub itself asked for
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wanted:
+    """What is asked of which hub."""
+
+    endpoint: str
+    repository: str
+    revision: str = "main"
+
+    @property
+    def host(self) -> str:
+        return self.endpoint.split("//")[-1].split("/")[0].split("@")[-1]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RepositoryHit:
+    """One result of a search; what the hub did not say is None."""
+
+    repository: str
+    downloads: int | None = None
+    likes: int | None = None
+    updated_at: datetime | None = None
+    pipeline_tag: str | None = None
+    library: str | None = None
+    gated: bool | None = None
+    weights_bytes: int | None = None  # its safetensors; other formats are not counted
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RepositoryFile:
+    """A file of a repository; `blob` is its name in the cache, by its content."""
+
+    path: str
+    size_bytes: int
+    blob: str | None = None
+
+    @property
+    def folder(self) -> str:
+        return str(PurePosixPath(self.path).parent)
+
+    @property
+    def name(self) -> str:
+        return PurePosixPath(self.path).name
+
+    @property
+    def suffix(self) -> str:
+        return PurePosixPath(self.path).suffix.lower()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RepositoryFacts:
+    """A repository at one commit, or a local directory; what nobody said is None."""
+
+    repository: str
+    commit: str | None = None
+    revision: str | None = None
+    private: bool | None = None
+    gated: Literal["auto", "manual", False] | None = None
+    licence: str | None = None
+    updated_at: datetime | None = None
+    pipeline_tag: str | None = None
+    library: str | None = None
+    tags: tuple[str, ...] = ()
+    files: tuple[RepositoryFile, ...] = ()
+    parameters: Mapping[str, int] = field(default_factory=dict)  # by safetensors' dtype
+    config: Json = field(default_factory=dict)
+    readable: bool = True  # False: gated or private, and this server's token does not open it
+
+    @property
+    def needed(self) -> tuple[RepositoryFile, ...]:
+        return files_needed(self.files, guess_type(self))
+
+    @property
+    def download_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.needed)
+
+    @property
+    def weights_bytes(self) -> int:
+        return weights_bytes(self.needed)
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        return tuple(self.config.get("architectures") or ())
+
+    @property
+    def context(self) -> int | None:
+        """The longest request its config names, in tokens."""
+        parts = (self.config, self.config.get("text_config"), self.config.get("thinker_config"))
+        found = [
+            length
+            for part in parts
+            if isinstance(part, dict)
+            for key in CONTEXT_KEYS
+            if isinstance(length := part.get(key), int)
+        ]
+        return max(found, default=None)
+
+    @property
+    def quantisation(self) -> str | None:
+        for part in (self.config, self.config.get("text_config") or {}):
+            settings = part.get("quantization_config") or part.get("compression_config")
+            if isinstance(settings, dict):
+                return str(settings.get("quant_method") or settings.get("quant_algo") or "unknown")
+        return None
+
+    @property
+    def runs_own_code(self) -> bool:
+        """Whether it works with `--trust-remote-code` only."""
+        return "auto_map" in self.config
+
+
+CONTEXT_KEYS: Final = (
+    "max_position_embeddings", "n_positions", "max_sequence_length", "seq_length",
+    "max_seq_len", "max_target_positions",
+)  # fmt: skip
+# Bytes of one parameter as safetensors stores it.
+DTYPE_BYTES: Final[Mapping[str, float]] = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2,
+    "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1, "F4": 0.5,
+}  # fmt: skip
+PIPELINES: Final[Mapping[str, ModelType]] = {
+    "text-generation": "chat", "conversational": "chat",
+    "image-text-to-text": "vision", "video-text-to-text": "vision", "any-to-any": "vision",
+    "visual-question-answering": "vision", "visual-document-retrieval": "embedding",
+    "feature-extraction": "embedding", "sentence-similarity": "embedding",
+    "text-ranking": "rerank", "automatic-speech-recognition": "speech-to-text",
+    "text-to-speech": "text-to-speech", "text-to-audio": "text-to-speech",
+    "text-to-image": "image", "image-to-image": "image",
+}  # fmt: skip
+_TRANSCRIBERS: Final = re.compile(r"Whisper|Voxtral(?!TTS)|ASR|CohereAsr|GraniteSpeech")
+# Encoders of T5's kind are generators that vLLM does not run.
+_VISION: Final = re.compile(
+    r"(?!T5|MT5|Bart|MBart|Pegasus|M2M|UMT5|BlenderBot|LED).*"
+    r"(ForConditionalGeneration|ForVision2Seq|ForImageTextToText|VLModel|VLForCausalLM|VLChatModel)"
+)
+_ENCODERS: Final = re.compile(
+    r"\w*([Bb]ert|MPNet|Bge|Electra|Deberta|GteModel|NewModel|NomicModel)\w*"
+)
+
+
+def guess_type(facts: RepositoryFacts) -> ModelType | None:
+    """What vLLM would make of it; None where neither files nor tags say it."""
+    names = {file.path for file in facts.files}
+    architecture = (*facts.architectures, "")[0]
+    tagged = PIPELINES.get(facts.pipeline_tag or "")
+    if "model_index.json" in names:
+        return tagged if facts.pipeline_tag else "image"  # sound and video have pipelines too
+    if _TRANSCRIBERS.match(architecture):
+        return "speech-to-text"
+    if tagged in {"rerank", "text-to-speech", "speech-to-text", "image"}:
+        return tagged
+    if architecture.endswith("ForSequenceClassification"):
+        # A label only is a score; several are a classifier, which is none of our types.
+        return "rerank" if _labels(facts.config) == 1 else None
+    if "modules.json" in names or "sentence-transformers" in facts.tags:
+        return "embedding"
+    return tagged or _type_of_architecture(architecture)
+
+
+def _labels(config: Json) -> int:
+    labels = config.get("id2label")
+    return len(labels) if isinstance(labels, dict) else int(config.get("num_labels", 2))
+
+
+def _type_of_architecture(architecture: str) -> ModelType | None:
+    if _VISION.fullmatch(architecture):
+        return "vision"
+    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        return "chat"
+    encoder = architecture.endswith(("Model", "ForMaskedLM"))
+    return "embedding" if encoder and _ENCODERS.fullmatch(architecture) else None
+
+
+WEIGHTS: Final = frozenset({
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".ot", ".onnx",
+    ".onnx_data", ".tflite", ".mlmodel", ".nemo", ".npz",
+})  # fmt: skip
+# vLLM loads these formats; the first that a folder has makes the others duplicates.
+_LOADED: Final = (".safetensors", ".bin", ".pt", ".pth")
+_FOREIGN: Final = WEIGHTS - {*_LOADED}
+_COPIES_OF_ANY: Final = frozenset({".h5", ".msgpack", ".ot", ".gguf"})
+_FOREIGN_FOLDERS: Final = frozenset({
+    "onnx", "openvino", "original", "metal", "coreml", "flax", "tf", "gguf", "tflite", "mlx",
+    "tensorrt",
+})  # fmt: skip
+_PAPERS: Final = frozenset({
+    ".md", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".pdf", ".mp4", ".ipynb",
+})  # fmt: skip
+# Small extra layers that vLLM's BGE-M3 reads beside the weights.
+_EXTRA_LAYERS: Final = frozenset({"colbert_linear.pt", "sparse_linear.pt"})
+_VARIANT: Final = re.compile(r"\.(fp16|bf16|fp32|fp8|non_ema)\b|\.non_ema|[._-]non_ema")
+_INDEX: Final = re.compile(r".*(\.safetensors|\.bin|\.h5|\.msgpack)\.index(\.\w+)?\.json")
+
+
+def files_needed(
+    files: Sequence[RepositoryFile], kind: ModelType | None = None
+) -> tuple[RepositoryFile, ...]:
+    """What an engine loads: one format of the weights, and everything that is not weights.
+
+    Speech models load other formats beside safetensors: of theirs only copies are left out.
+    """
+    useful = [f for f in files if f.suffix not in _PAPERS and not f.name.startswith(".git")]
+    native = [f for f in useful if f.suffix in _LOADED and not _is_foreign(f)]
+    if not native:
+        return tuple(useful)  # some other format is all there is
+    first: dict[str, set[str]] = {}
+    for file in native:
+        if not _is_variant(file):
+            first.setdefault(file.folder, set()).add(file.suffix)
+    needed = [f for f in useful if _is_loaded(f, kind) and not _is_copy(f, first, kind)]
+    if any(f.path == "model_index.json" for f in files):
+        # A pipeline reads its components; checkpoints beside them are for other programs.
+        components = {f.folder for f in useful if f.name.endswith("config.json")} - {"."}
+        needed = [f for f in needed if not _weights_suffix(f) or f.folder in components]
+    return tuple(needed)
+
+
+def _is_loaded(file: RepositoryFile, kind: ModelType | None) -> bool:
+    unread = _FOREIGN if kind != "text-to-speech" else _COPIES_OF_ANY
+    return not _is_foreign(file) and _weights_suffix(file) not in unread
+
+
+def _is_copy(
+    file: RepositoryFile, first: Mapping[str, Collection[str]], kind: ModelType | None
+) -> bool:
+    """Whether its folder has the same weights in the format, or of the kind, that is loaded."""
+    suffix, formats = _weights_suffix(file), first.get(file.folder, ())
+    if suffix is None or file.name in _EXTRA_LAYERS or not formats:
+        return False
+    if _is_variant(file):
+        return True
+    other = suffix != ".safetensors" and ".safetensors" in formats
+    return other and (kind != "text-to-speech" or suffix == ".bin")
+
+
+def _weights_suffix(file: RepositoryFile) -> str | None:
+    """The format of a weights file, or of the index of one; None for everything else."""
+    index = _INDEX.fullmatch(file.name)
+    if index is not None:
+        return index[1]
+    return file.suffix if file.suffix in WEIGHTS else None
+
+
+def _is_foreign(file: RepositoryFile) -> bool:
+    """For other programs, by its folder or its name."""
+    folders = PurePosixPath(file.path).parts[:-1]
+    named = file.name.startswith(("openvino_", "flax_", "tf_model"))
+    return named or not _FOREIGN_FOLDERS.isdisjoint(folders)
+
+
+def _is_variant(file: RepositoryFile) -> bool:
+    """Mistral's own copy of the weights, or another dtype than the plain one."""
+    return file.name.startswith("consolidated") or bool(_VARIANT.search(file.name))
+
+
+def weights_bytes(files: Sequence[RepositoryFile]) -> int:
+    return sum(file.size_bytes for file in files if file.suffix in WEIGHTS)
+
+
+def missing_files(
+    found: Sequence[RepositoryFile],
+    listed: Sequence[RepositoryFile] | None,
+    shards: Mapping[str, Sequence[str]],
+) -> list[str]:
+    """What a stored revision lacks; `listed` is the hub's own list of it, where that is known.
+
+    `shards` are the weight files that each index among `found` names, by the index's path.
+    """
+    here = {file.path for file in found}
+    needed = files_needed(found)
+    lacking = {file.path for file in files_needed(listed or ()) if file.path not in here}
+    for file in needed:
+        for shard in shards.get(file.path, ()):
+            path = str(PurePosixPath(file.folder) / shard)
+            lacking |= set() if path in here else {path}
+    if not any(file.suffix in WEIGHTS for file in needed):
+        lacking.add("weights")
+    return sorted(lacking)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileProgress:
+    path: str
+    bytes_done: int
+    bytes_total: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DownloadProgress:
+    """A download at one moment; rate and time left are None until they are known."""
+
+    repository: str
+    files: tuple[FileProgress, ...]
+    bytes_per_second: float | None = None
+    attempt: int = 1
+    note: str = ""
+
+    @property
+    def bytes_done(self) -> int:
+        return sum(file.bytes_done for file in self.files)
+
+    @property
+    def bytes_total(self) -> int:
+        return sum(file.bytes_total for file in self.files)
+
+    @property
+    def files_done(self) -> int:
+        return sum(file.bytes_done >= file.bytes_total for file in self.files)
+
+    @property
+    def seconds_left(self) -> float | None:
+        rate = self.bytes_per_second
+        return (self.bytes_total - self.bytes_done) / rate if rate else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CachedRevision:
+    """A commit of a repository on this server's disk; `blobs` are bytes by path in the cache."""
+
+    repository: str
+    commit: str
+    refs: tuple[str, ...] = ()
+    blobs: Mapping[str, int] = field(default_factory=dict)
+    files: int = 0
+    missing: tuple[str, ...] = ()  # empty: it is whole
+    used_at: datetime | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(self.blobs.values())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Leftover:
+    """A file of the cache that belongs to no revision and that nobody is writing."""
+
+    repository: str
+    path: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightsCache:
+    """All that the cache of this server holds."""
+
+    revisions: tuple[CachedRevision, ...] = ()
+    leftovers: tuple[Leftover, ...] = ()
+    downloading: frozenset[str] = frozenset()
+    free_bytes: int | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """On the disk: what several revisions share counts once."""
+        blobs = {path: size for revision in self.revisions for path, size in revision.blobs.items()}
+        return sum(blobs.values()) + sum(leftover.size_bytes for leftover in self.leftovers)
+
+    def find(self, repository: str, revision: str | None) -> CachedRevision | None:
+        """The stored revision that a branch, tag or commit means here."""
+        wanted = revision or "main"
+        return next(
+            (
+                known
+                for known in self.revisions
+                if known.repository == repository and wanted in {known.commit, *known.refs}
+            ),
+            None,
+        )
+
+    def users(self, state: State, revision: CachedRevision) -> tuple[ModelName, ...]:
+        """The registered models that load it."""
+        return tuple(
+            model.name
+            for model in state.models
+            if isinstance(model.source, HubSource)
+            and self.find(model.source.repository, model.source.revision) == revision
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Removal:
+    """What would go of one repository, and what that frees."""
+
+    repository: str
+    commits: tuple[str, ...] = ()
+    leftovers: tuple[str, ...] = ()
+    freed_bytes: int = 0
+    shared_bytes: int = 0  # stays: other revisions use it too
+    used_by: tuple[ModelName, ...] = ()
+
+
+def plan_removal(
+    cache: WeightsCache,
+    state: State,
+    repository: str,
+    revision: str | None = None,
+    *,
+    despite_use: bool = False,
+) -> Removal:
+    """Without a revision all of the repository goes, leftovers too; refused while it is used."""
+    chosen = [
+        known
+        for known in cache.revisions
+        if known.repository == repository and revision in {None, known.commit, *known.refs}
+    ]
+    leftovers = [f for f in cache.leftovers if f.repository == repository and revision is None]
+    if not chosen and not leftovers:
+        name = f"{repository}@{revision}" if revision else repository
+        raise RefusedError(
+            f"There is no {name} in the cache.", advice="`cache list` shows what there is."
+        )
+    if repository in cache.downloading:
+        raise RefusedError(
+            f"{repository} is being downloaded.", advice="Wait until it is done, or cancel it."
+        )
+    removal = _removal_of(cache, state, repository, chosen, leftovers)
+    if removal.used_by and not despite_use:
+        raise RefusedError(
+            f"{repository} is used by {', '.join(removal.used_by)}.",
+            advice="Remove the model first, or say that its weights shall go all the same.",
+        )
+    return removal
+
+
+def orphans(cache: WeightsCache, state: State) -> tuple[Removal, ...]:
+    """What no registered model uses, and leftovers, by repository."""
+    found = []
+    names = {r.repository for r in cache.revisions} | {f.repository for f in cache.leftovers}
+    for repository in sorted(names):
+        if repository in cache.downloading:
+            continue
+        unused = [
+            known
+            for known in cache.revisions
+            if known.repository == repository and not cache.users(state, known)
+        ]
+        leftovers = [f for f in cache.leftovers if f.repository == repository]
+        if unused or leftovers:
+            found.append(_removal_of(cache, state, repository, unused, leftovers))
+    return tuple(found)
+
+
+def _removal_of(
+    cache: WeightsCache,
+    state: State,
+    repository: str,
+    chosen: Sequence[CachedRevision],
+    leftovers: Sequence[Leftover],
+) -> Removal:
+    kept = {blob for known in cache.revisions if known not in chosen for blob in known.blobs}
+    blobs = {blob: size for known in chosen for blob, size in known.blobs.items()}
+    shared = sum(size for blob, size in blobs.items() if blob in kept)
+    return Removal(
+        repository=repository,
+        commits=tuple(known.commit for known in chosen),
+        leftovers=tuple(leftover.path for leftover in leftovers),
+        freed_bytes=sum(blobs.values()) - shared + sum(f.size_bytes for f in leftovers),
+        shared_bytes=shared,
+        used_by=tuple(name for known in chosen for name in cache.users(state, known)),
+    )
 
 
 # =============================================================================
@@ -5381,6 +5917,137 @@ def unused_rows(
     ]
 
 
+def format_count(count: float | None) -> str:
+    """Three digits at most: 950, 12.3 K, 8.03 B; in words where nobody knows."""
+    if count is None:
+        return UNKNOWN
+    for unit in ("", " K", " M", " B"):
+        if count < 999.5 or unit == " B":  # noqa: PLR2004
+            return f"{count:.3g}{unit}" if count < 999.5 else f"{count:.0f}{unit}"  # noqa: PLR2004
+        count /= 1000
+    raise AssertionError  # the last unit takes all
+
+
+def _size_if_known(size: float | None) -> str:
+    return UNKNOWN if size is None else format_size(size)
+
+
+HIT_HEADERS: Final = ("Repository", "Type", "Downloads", "Likes", "Weights", "Updated", "Access")
+
+
+def hit_rows(hits: Sequence[RepositoryHit]) -> list[list[str]]:
+    """Search results, in the order of the hub."""
+    return [
+        [
+            hit.repository,
+            PIPELINES.get(hit.pipeline_tag or "") or hit.pipeline_tag or UNKNOWN,
+            format_count(hit.downloads),
+            format_count(hit.likes),
+            _size_if_known(hit.weights_bytes),
+            format_day(hit.updated_at) or UNKNOWN,
+            UNKNOWN if hit.gated is None else "gated" if hit.gated else "open",
+        ]
+        for hit in hits
+    ]
+
+
+def facts_rows(facts: RepositoryFacts) -> list[list[str]]:
+    """A repository before its download: what it is, what it costs, what stands in the way."""
+    parameters = sum(facts.parameters.values())
+    dtypes = ", ".join(f"{format_count(n)} {dtype}" for dtype, n in facts.parameters.items())
+    rows = [
+        ["Commit", facts.commit or "a local directory"],
+        ["Type", guess_type(facts) or "unknown: choose it"],
+        ["Architecture", ", ".join(facts.architectures) or UNKNOWN],
+        ["Parameters", f"{format_count(parameters)} ({dtypes})" if parameters else UNKNOWN],
+        ["Quantisation", facts.quantisation or "none"],
+        ["Longest context", f"{facts.context:,} tokens" if facts.context else UNKNOWN],
+        ["Weights", format_size(facts.weights_bytes)],
+        ["Download", f"{format_size(facts.download_bytes)}: {len(facts.needed)} of its files"],
+        ["Licence", facts.licence or UNKNOWN],
+        ["Updated", format_day(facts.updated_at) or UNKNOWN],
+        ["Access", _access_text(facts)],
+    ]  # fmt: skip
+    if facts.runs_own_code:
+        rows.append(["Own code", "it needs --trust-remote-code: read its code first"])
+    return rows
+
+
+def _access_text(facts: RepositoryFacts) -> str:
+    if facts.gated:
+        how = "by hand" if facts.gated == "manual" else "at once"
+        access = f"gated: accept its terms on its page; access is given {how}"
+    else:
+        access = {None: UNKNOWN, True: "private", False: "open"}[facts.private]
+    return access if facts.readable else f"{access}; this server's token does not open it"
+
+
+CACHE_HEADERS: Final = ("Repository", "Revision", "Size", "State", "Used by", "Last read")
+
+
+def cache_rows(cache: WeightsCache, state: State) -> list[list[str]]:
+    """A row per stored revision, and one per repository with leftovers."""
+    rows = [
+        [
+            known.repository,
+            ", ".join([*known.refs, known.commit[:8]]),
+            format_size(known.size_bytes),
+            _stored_text(cache, known),
+            ", ".join(cache.users(state, known)) or "no model",
+            format_day(known.used_at) or UNKNOWN,
+        ]
+        for known in cache.revisions
+    ]
+    leftovers: Counter[str] = Counter()
+    for leftover in cache.leftovers:
+        leftovers[leftover.repository] += leftover.size_bytes
+    return rows + [
+        [repository, "leftovers", format_size(size), "of broken-off downloads", "no model", UNKNOWN]
+        for repository, size in leftovers.items()
+    ]
+
+
+def _stored_text(cache: WeightsCache, known: CachedRevision) -> str:
+    if known.repository in cache.downloading:
+        return "downloading"
+    if not known.missing:
+        return "whole"
+    more = f" and {len(known.missing) - 1} more" if len(known.missing) > 1 else ""
+    return f"lacks {known.missing[0]}{more}"
+
+
+def cache_summary(cache: WeightsCache) -> str:
+    repositories = {known.repository for known in cache.revisions}
+    free = f"; {format_size(cache.free_bytes)} free" if cache.free_bytes is not None else ""
+    return f"{len(repositories)} repositories, {format_size(cache.size_bytes)}{free}"
+
+
+def removal_text(removal: Removal) -> str:
+    """What goes, what that frees, and what would miss it."""
+    what = [f"revision {commit[:8]}" for commit in removal.commits]
+    what += [f"{len(removal.leftovers)} leftovers"] if removal.leftovers else []
+    text = f"{removal.repository}: {', '.join(what)}; frees {format_size(removal.freed_bytes)}"
+    if removal.shared_bytes:
+        text += f" ({format_size(removal.shared_bytes)} stay for its other revisions)"
+    return text + (f"; used by {', '.join(removal.used_by)}" if removal.used_by else "")
+
+
+def format_progress(progress: DownloadProgress) -> str:
+    """One line: how far, how fast, how long still."""
+    if not progress.files:
+        return f"{progress.repository}: {progress.note or 'looking at its files'}"
+    done, total = progress.bytes_done, progress.bytes_total
+    parts = [f"{format_size(done)} of {format_size(total)} ({done / total if total else 1:.0%})"]
+    if progress.bytes_per_second is not None and done < total:
+        parts.append(f"{format_size(progress.bytes_per_second)}/s")
+    if progress.seconds_left is not None and done < total:
+        parts.append(f"{format_duration(progress.seconds_left)} left")
+    parts.append(f"{progress.files_done} of {len(progress.files)} files")
+    parts += [f"attempt {progress.attempt}"] if progress.attempt > 1 else []
+    text = f"{progress.repository}: {', '.join(parts)}"
+    return f"{text}. {progress.note}" if progress.note else text
+
+
 # =============================================================================
 # §16 Home — effects: time, and the state and files on the disk
 # =============================================================================
@@ -5511,19 +6178,13 @@ class StateStore:
         """
         name = "lock" if kind == "change" else f"lock-{sha256(title.encode()).hexdigest()[:12]}"
         with file_errors("lock its home"):
-            handle = open(  # noqa: SIM115 - it stays open as long as the lock is held
-                self.home / name, "a+", encoding="utf-8", opener=_private_opener
-            )
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            handle.seek(0)
-            holder = handle.read().strip() or title
-            handle.close()
-            raise BusyError(
-                f"{'Another change' if kind == 'change' else 'This'} is under way: {holder}.",
-                advice="Wait until it is done, or cancel it.",
-            ) from None
+            handle = take_lock(self.home / name)
+            if handle is None:
+                holder = (self.home / name).read_text().strip() or title
+                raise BusyError(
+                    f"{'Another change' if kind == 'change' else 'This'} is under way: {holder}.",
+                    advice="Wait until it is done, or cancel it.",
+                )
         with contextlib.suppress(OSError):  # a note for the refused; a full disk must not stop us
             handle.truncate(0)
             handle.write(f"{title}, since {utc_now():%H:%M:%S} UTC, process {os.getpid()}")
@@ -5610,6 +6271,17 @@ def read_recipes(*folders: Path) -> dict[str, str]:
             for folder in folders
             for path in sorted(folder.glob("*.yaml"))
         }
+
+
+def take_lock(path: Path, *, wait: bool = False) -> IO[str] | None:
+    """The file, locked until it is closed or this process dies; None: another one holds it."""
+    handle = open(path, "a+", encoding="utf-8", opener=_private_opener)  # noqa: SIM115
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        handle.close()
+        return None
+    return handle
 
 
 def _private_opener(path: str, flags: int) -> int:
@@ -6526,6 +7198,892 @@ def _virtual_key(entry: Json) -> VirtualKey:
 # =============================================================================
 # §20 Hub — effects: Hugging Face, downloads, and the cache on the disk
 # =============================================================================
+
+LOOK_SECONDS: Final = 10.0  # one request to the hub; a download has its own watchdog
+POLL_SECONDS: Final = 0.25
+STALL_SECONDS: Final = 60.0
+RETRY_SECONDS: Final = 2.0  # before the second attempt; doubles with each
+LONGEST_RETRY_SECONDS: Final = 300.0
+ATTEMPTS: Final = 5
+STALLS: Final = 3
+RATE_SECONDS: Final = 10.0
+# Beside weights a server needs room for logs, images and its database.
+DISK_MARGIN_BYTES: Final = 2**30
+COMMIT: Final = re.compile(r"[0-9a-f]{40}")
+FETCH_WEIGHTS: Final = "fetch-weights"  # the hidden command; see Transfer
+# What a transfer may know of our environment: how to reach the network, no more.
+PASSED_ON: Final = (
+    "PATH", "LANG", "TMPDIR", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy",
+    "https_proxy", "all_proxy", "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR", "HF_ENDPOINT",
+)  # fmt: skip
+
+
+def find_endpoint() -> str:
+    """`$HF_ENDPOINT`, such as a company's mirror, else the public hub."""
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def is_offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+
+
+@contextlib.contextmanager
+def hub_errors(wanted: Wanted, token: str | None) -> Iterator[None]:
+    """Everything that `huggingface_hub` raises, as one of our kinds of trouble."""
+    try:
+        yield
+    except (httpx2.HTTPError, OSError, ValueError, RuntimeError) as error:
+        raise _trouble_of(error, wanted, token) from error
+
+
+def _trouble_of(error: BaseException, wanted: Wanted, token: str | None) -> HubError:
+    """The first cause that says something: the outer ones only say that nothing was found."""
+    link: BaseException | None = error
+    while link is not None:
+        kind = _kind_of(link, token)
+        if kind is not None:
+            found = HubError(kind, wanted, _detail_of(link, kind))
+            found.retry_seconds = _asked_for(link)
+            return found
+        link = link.__cause__ or link.__context__
+    return HubError("broken", wanted, _short(error))
+
+
+def _kind_of(error: BaseException, token: str | None) -> HubTrouble | None:
+    errors = huggingface_hub.errors
+    # A gated repository is one that is not found, to huggingface_hub: the order counts.
+    known: tuple[tuple[type[BaseException], HubTrouble], ...] = (
+        (errors.GatedRepoError, "gated"),
+        (errors.RevisionNotFoundError, "revision"),
+        (errors.RepositoryNotFoundError, "absent"),
+        (errors.DisabledRepoError, "disabled"),
+        (errors.OfflineModeIsEnabled, "offline"),
+        (errors.HFValidationError, "name"),
+    )
+    for category, kind in known:
+        if isinstance(error, category):
+            return kind
+    if isinstance(error, errors.HfHubHTTPError):
+        return _kind_of_status(error.response.status_code, token)
+    if getattr(error, "errno", None) in DISK_FULL or "No space left" in str(error):
+        return "disk"
+    if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
+        return "files"
+    reasons = (httpx2.HTTPError, ConnectionError, TimeoutError)
+    return "unreachable" if isinstance(error, reasons) else None
+
+
+DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
+
+
+def _kind_of_status(status: int, token: str | None) -> HubTrouble:
+    # To somebody without a token, a private repository and none look the same.
+    refused: HubTrouble = "token" if token else "absent"
+    codes = httpx2.codes
+    known: dict[int, HubTrouble] = {
+        codes.UNAUTHORIZED: refused, codes.FORBIDDEN: refused, codes.NOT_FOUND: "absent",
+        codes.TOO_MANY_REQUESTS: "rate",
+    }  # fmt: skip
+    return known.get(status, "server")
+
+
+def _detail_of(error: BaseException, kind: HubTrouble) -> str:
+    response = getattr(error, "response", None)
+    if response is not None:
+        return f"status {response.status_code}" if kind in {"server", "rate"} else ""
+    return _short(error) if kind in {"unreachable", "files"} else ""
+
+
+def _short(error: BaseException) -> str:
+    """One line without addresses' queries: a signed address opens what it names."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return re.sub(r"\?\S+|hf_\w+", "…", words)[:200].rstrip(".")
+
+
+def _asked_for(error: BaseException) -> float | None:
+    """Seconds until the hub wants to hear from us again, if it said so."""
+    response = getattr(error, "response", None)
+    if response is None:
+        return None
+    for header, pattern in (("Retry-After", r"(\d+)"), ("RateLimit", r".*;t=(\d+).*")):
+        found = re.fullmatch(pattern, response.headers.get(header, ""))
+        if found:
+            return float(found[1])
+    return None
+
+
+def inspect_directory(path: Path) -> RepositoryFacts:
+    """What a directory of weights says of itself; exact, from its safetensors' headers."""
+    with file_errors(f"read {path}"):
+        files, broken = _files_under(path)
+        if not files or broken:
+            what = f"{path}/{broken[0]} leads nowhere." if broken else f"{path} holds no files."
+            raise RefusedError(what, advice="Name a directory with config.json and weights.")
+        parameters: Counter[str] = Counter()
+        for file in files_needed(files):
+            if file.suffix == ".safetensors":
+                parameters += _parameters_of(path / file.path)
+        config = _read_json(path / "config.json")
+        changed = max((path / file.path).stat().st_mtime for file in files)
+    return RepositoryFacts(
+        repository=str(path),
+        updated_at=datetime.fromtimestamp(changed, UTC),
+        files=files,
+        parameters=dict(parameters),
+        config=config,
+    )
+
+
+def _parameters_of(path: Path) -> Counter[str]:
+    """Parameters by dtype from a safetensors header; refused where the file is not whole."""
+    found: Counter[str] = Counter()
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(length)) if length < size else {}
+            header.pop("__metadata__", None)
+            for tensor in header.values():
+                found[tensor["dtype"]] += math.prod(tensor["shape"])
+            ends = [tensor["data_offsets"][1] for tensor in header.values()]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            ends = []
+    if 8 + length + max(ends, default=0) != size:
+        raise RefusedError(f"{path} is not whole.", advice="Copy or download it again.")
+    return found
+
+
+def _files_under(directory: Path) -> tuple[tuple[RepositoryFile, ...], tuple[str, ...]]:
+    """Its files, and the links among them that lead nowhere; no linked directory is entered."""
+    files: list[RepositoryFile] = []
+    broken: list[str] = []
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            path = Path(parent, name)
+            relative = path.relative_to(directory).as_posix()
+            try:
+                files.append(RepositoryFile(path=relative, size_bytes=path.stat().st_size))
+            except FileNotFoundError:
+                broken.append(relative)
+    return tuple(sorted(files, key=lambda file: file.path)), tuple(sorted(broken))
+
+
+def _read_json(path: Path) -> Json:
+    """Its object; empty where there is none, or no JSON."""
+    try:
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+class Claims:
+    """Who downloads what into one cache, and how many bytes are still to come: all processes'."""
+
+    def __init__(self, home: Path, free: Callable[[Path], int], margin_bytes: int) -> None:
+        self._home = home
+        self._directory = home / ".llm-manager"
+        self._free = free
+        self._margin_bytes = margin_bytes
+
+    @contextlib.contextmanager
+    def claim(self, repository: str) -> Iterator[IO[str]]:
+        """Be the only one, of all processes, that changes this repository here."""
+        path = self._directory / folder_name(repository)
+        with self._counting():
+            handle = take_lock(path)
+        if handle is None:
+            raise BusyError(
+                f"{repository} is being downloaded or removed already.",
+                advice="Wait until that is done, or cancel it.",
+            )
+        try:
+            yield handle
+        finally:
+            with self._counting(), handle:
+                path.unlink(missing_ok=True)
+
+    def reserve(self, claim: IO[str], wanted: Wanted, needed_bytes: int) -> None:
+        """Set room aside that no other download may count on; refused where there is too little."""
+        with self._counting():
+            self.still_to_come(claim, 0)
+            others = sum(self.held(counted=True).values())
+            free = self._free(self._home)
+            if needed_bytes + others + self._margin_bytes > free:
+                raise HubError(
+                    "disk", wanted,
+                    f"{format_size(needed_bytes)} to come, {format_size(free)} free, "
+                    f"{format_size(others)} of that for other downloads",
+                )  # fmt: skip
+            self.still_to_come(claim, needed_bytes)
+
+    @staticmethod
+    def still_to_come(claim: IO[str], needed_bytes: int) -> None:
+        os.pwrite(claim.fileno(), b"%020d" % needed_bytes, 0)
+
+    @contextlib.contextmanager
+    def _counting(self) -> Iterator[None]:
+        """One process at a time looks at claims, or a look would pass for a claim."""
+        with file_errors("reserve room for weights"):
+            self._home.mkdir(parents=True, exist_ok=True)
+            self._directory.mkdir(mode=0o700, exist_ok=True)
+            mutex = take_lock(self._directory / "mutex", wait=True)
+        with mutex or contextlib.nullcontext():
+            yield
+
+    def held(self, *, counted: bool = False) -> dict[str, int]:
+        """Bytes still to come of every repository that somebody downloads or removes."""
+        if not self._directory.is_dir():
+            return {}
+        with contextlib.nullcontext() if counted else self._counting():
+            found = {}
+            for path in self._directory.glob("models--*"):
+                handle = take_lock(path)
+                if handle is None:
+                    found[_repository_of(path)] = int(path.read_text() or 0)
+                else:
+                    handle.close()
+            return found
+
+
+class HubCache:
+    """The Hugging Face cache below a home like HF_HOME; needs neither network nor their library.
+
+    `huggingface_hub`'s own scan leaves out a repository with one broken link: an operator must
+    see exactly that one.
+    """
+
+    def __init__(
+        self,
+        home: Path,
+        *,
+        free: Callable[[Path], int] = free_bytes,
+        margin_bytes: int = DISK_MARGIN_BYTES,
+    ) -> None:
+        self.home = home
+        self.hub = home / "hub"
+        self.claims = Claims(home, free, margin_bytes)
+        self._free = free
+
+    def folder(self, repository: str) -> Path:
+        """Where the repository is kept; always a direct child of the cache."""
+        return self.hub / folder_name(repository)
+
+    def commit(self, repository: str, revision: str | None = None) -> str | None:
+        """What a branch or tag meant when it was downloaded last; a commit is itself."""
+        if revision and COMMIT.fullmatch(revision):
+            return revision
+        try:
+            text = (self.folder(repository) / "refs" / (revision or "main")).read_text().strip()
+        except OSError:
+            return None
+        return text if COMMIT.fullmatch(text) else None
+
+    def present(self, repository: str, revision: str | None = None) -> bool:
+        """Whether an engine could start from it offline; a look of milliseconds."""
+        commit = self.commit(repository, revision)
+        try:
+            return commit is not None and not self._missing(self.folder(repository), commit)
+        except OSError:
+            return False
+
+    def inspect(self, repository: str, revision: str | None = None) -> RepositoryFacts | None:
+        """What the cache knows of it, where it is present."""
+        commit = self.commit(repository, revision)
+        if commit is None or not self.present(repository, commit):
+            return None
+        facts = inspect_directory(self.folder(repository) / "snapshots" / commit)
+        return replace(facts, repository=repository, commit=commit, revision=revision)
+
+    def _missing(self, folder: Path, commit: str) -> tuple[str, ...]:
+        snapshot = folder / "snapshots" / commit
+        files, broken = _files_under(snapshot)
+        shards = {
+            file.path: tuple(set(_read_json(snapshot / file.path).get("weight_map", {}).values()))
+            for file in files
+            if file.name.endswith(".index.json")
+        }
+        listed = _read_json(folder / "trees" / f"{commit}.json").get("files")
+        tree = [RepositoryFile(path=path, size_bytes=0) for path in listed] if listed else None
+        return (*broken, *missing_files(files, tree, shards))
+
+    def read(self) -> WeightsCache:
+        """All there is; what is being written at the moment is no leftover."""
+        revisions: list[CachedRevision] = []
+        leftovers: list[Leftover] = []
+        with file_errors("read the cache of weights"):
+            for folder in self._folders():
+                known = self._revisions(folder)
+                revisions += known
+                leftovers += self._leftovers(folder, {b for r in known for b in r.blobs})
+            free = self._free(self.home) if self.home.exists() else None
+            downloading = frozenset(self.claims.held())
+        return WeightsCache(
+            revisions=tuple(revisions),
+            leftovers=tuple(f for f in leftovers if f.repository not in downloading),
+            downloading=downloading,
+            free_bytes=free,
+        )
+
+    def _folders(self) -> list[Path]:
+        found = sorted(self.hub.glob("models--*")) if self.hub.is_dir() else []
+        return [folder for folder in found if folder.is_dir() and not folder.is_symlink()]
+
+    def _revisions(self, folder: Path) -> list[CachedRevision]:
+        refs: dict[str, list[str]] = {}
+        for path in sorted((folder / "refs").rglob("*")):
+            if path.is_file():
+                name = path.relative_to(folder / "refs").as_posix()
+                refs.setdefault(path.read_text().strip(), []).append(name)
+        snapshots = folder / "snapshots"
+        found = sorted(snapshots.iterdir()) if snapshots.is_dir() else []
+        return [
+            self._revision(folder, path.name, tuple(refs.get(path.name, ())))
+            for path in found
+            if COMMIT.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+        ]
+
+    def _revision(self, folder: Path, commit: str, refs: tuple[str, ...]) -> CachedRevision:
+        snapshot = folder / "snapshots" / commit
+        files, _ = _files_under(snapshot)
+        blobs: dict[str, int] = {}
+        used = 0.0
+        for file in files:
+            path = snapshot / file.path
+            # One link only is followed: a blob may itself be a link to a shared one.
+            target = path.parent / path.readlink() if path.is_symlink() else path
+            blob = Path(os.path.normpath(target))
+            if blob.is_relative_to(self.hub):
+                blobs[str(blob.relative_to(self.hub))] = file.size_bytes
+                used = max(used, blob.stat().st_atime)
+        return CachedRevision(
+            repository=_repository_of(folder),
+            commit=commit,
+            refs=refs,
+            blobs=blobs,
+            files=len(files),
+            missing=self._missing(folder, commit),
+            used_at=datetime.fromtimestamp(used, UTC) if used else None,
+        )
+
+    def _leftovers(self, folder: Path, used: Collection[str]) -> list[Leftover]:
+        blobs = folder / "blobs"
+        found = []
+        for path in sorted(blobs.iterdir()) if blobs.is_dir() else []:
+            name = str(path.relative_to(self.hub))
+            if name not in used and not self._is_being_written(path):
+                size = path.stat().st_size if path.exists() else 0
+                found.append(
+                    Leftover(repository=_repository_of(folder), path=name, size_bytes=size)
+                )
+        return found
+
+    def _is_being_written(self, blob: Path) -> bool:
+        """`huggingface_hub` holds a lock per blob as long as it writes it."""
+        locks = self.hub / ".locks" / blob.parent.parent.name
+        lock = locks / f"{blob.name.split('.')[0]}.lock"
+        if not lock.exists():
+            return False
+        try:
+            handle = take_lock(lock)
+        except PermissionError:
+            return True  # another user's
+        if handle is not None:
+            handle.close()
+        return handle is None
+
+    def remove(self, removal: Removal) -> None:
+        """Take away what was planned and nothing else; refused while it is being downloaded."""
+        folder = self.folder(removal.repository)
+        with self.claims.claim(removal.repository), file_errors("remove weights"):
+            if folder.is_symlink() or not folder.is_dir():
+                return
+            known = self._revisions(folder)
+            gone = [r for r in known if r.commit in removal.commits]
+            kept = {blob for r in known if r not in gone for blob in r.blobs}
+            for revision in gone:
+                _forget_revision(folder, revision)
+            blobs = {b for r in gone for b in r.blobs} | {*removal.leftovers}
+            for path in sorted(self.hub / blob for blob in blobs - kept):
+                if path.parent == folder / "blobs" and not self._is_being_written(path):
+                    self._remove_blob(path)
+            if not self._revisions(folder) and not any((folder / "blobs").glob("*")):
+                shutil.rmtree(folder)
+                shutil.rmtree(self.hub / ".locks" / folder.name, ignore_errors=True)
+
+    def _remove_blob(self, path: Path) -> None:
+        """A blob that other repositories share goes with its last link."""
+        target = path.resolve()
+        path.unlink(missing_ok=True)
+        if target == path or not target.is_relative_to(self.hub / "blobs"):
+            return
+        links = (link for folder in self._folders() for link in (folder / "blobs").glob("*"))
+        if not any(link.is_symlink() and link.resolve() == target for link in links):
+            target.unlink(missing_ok=True)
+            target.with_name(f"{target.name}.refs").unlink(missing_ok=True)
+
+    def sweep(self, repository: str) -> None:
+        """Remove what broken-off transfers left: no later one goes on from a part of a file."""
+        folder = self.folder(repository)
+        with file_errors("clear up after a download"):
+            for path in (folder / "blobs").glob("*.incomplete"):
+                if not self._is_being_written(path):
+                    path.unlink(missing_ok=True)
+
+
+def folder_name(repository: str) -> str:
+    return f"models--{repository.replace('/', '--')}"
+
+
+def _repository_of(folder: Path) -> str:
+    return folder.name.removeprefix("models--").replace("--", "/")
+
+
+def _forget_revision(folder: Path, revision: CachedRevision) -> None:
+    for ref in revision.refs:
+        (folder / "refs" / ref).unlink(missing_ok=True)
+    shutil.rmtree(folder / "snapshots" / revision.commit)  # removes links, follows none
+    (folder / "trees" / f"{revision.commit}.json").unlink(missing_ok=True)
+    shutil.rmtree(folder / ".no_exist" / revision.commit, ignore_errors=True)
+
+
+class HuggingFace:
+    """The hub, at `$HF_ENDPOINT` and with `$HF_HUB_OFFLINE` as they are at each call."""
+
+    def __init__(
+        self,
+        cache: HubCache,
+        token: Callable[[], pydantic.SecretStr | None],
+        *,
+        stall_seconds: float = STALL_SECONDS,
+        retry_seconds: float = RETRY_SECONDS,
+    ) -> None:
+        self.cache = cache
+        self.stall_seconds = stall_seconds
+        self.retry_seconds = retry_seconds
+        self._token = token
+
+    def token(self) -> str | None:
+        """The stored one, else the environment's; the only place where it is plain text."""
+        stored = self._token()
+        return stored.get_secret_value() if stored else os.environ.get("HF_TOKEN") or None
+
+    def search(
+        self, text: str, *, kind: ModelType | None = None, limit: int = 20
+    ) -> tuple[RepositoryHit, ...]:
+        """The most downloaded repositories whose names hold the text."""
+        wanted = Wanted(endpoint=find_endpoint(), repository=text or "the search")
+        if is_offline():
+            raise HubError("offline", wanted)
+        pipelines = [tag for tag, type_ in PIPELINES.items() if type_ == kind]
+        expanded = ("downloads", "likes", "lastModified", "pipeline_tag", "library_name",
+                    "gated", "safetensors")  # fmt: skip
+        found = self._get(
+            "/api/models", wanted,
+            search=text, sort="downloads", limit=limit, **{"expand[]": expanded},
+            **({"pipeline_tag": pipelines[0]} if pipelines else {}),
+        )  # fmt: skip
+        return tuple(map(_hit, found))
+
+    def inspect(self, repository: str, revision: str | None = None) -> RepositoryFacts:
+        """All that is worth knowing before a download; offline, what the cache knows."""
+        wanted = self._wanted(repository, revision)
+        if is_offline():
+            cached = self.cache.inspect(repository, revision)
+            if cached is None:
+                raise HubError("offline", wanted)
+            return cached
+        found = self._ask(wanted, revision, blobs="true")
+        facts = _facts(found, repository, revision)
+        if not any(file.path == "config.json" for file in facts.files):
+            return facts
+        try:
+            config = self._get(f"/{repository}/resolve/{facts.commit}/config.json", wanted)
+        except HubError as error:
+            if error.kind not in {"gated", "token", "absent"}:
+                raise
+            return replace(facts, readable=False)
+        return replace(facts, config=config if isinstance(config, dict) else {})
+
+    def resolve(self, repository: str, revision: str | None = None) -> str:
+        """The commit that a branch or tag means now; offline, at the last download."""
+        wanted = self._wanted(repository, revision)
+        if is_offline():
+            known = self.cache.commit(repository, revision)
+            if known is None:
+                raise HubError("offline", wanted)
+            return known
+        return str(self._ask(wanted, revision)["sha"])
+
+    def download(
+        self,
+        repository: str,
+        revision: str | None = None,
+        *,
+        kind: ModelType | None = None,
+        on_progress: Callable[[DownloadProgress], None],
+        check: Callable[[], None],
+    ) -> str:
+        """Fetch what an engine needs and return its commit; `check` raises to cancel.
+
+        It goes on where an earlier one ended, by whole files: of a file that was broken off,
+        `huggingface_hub` (2.4) begins anew. Sizes are checked, contents only by its transport.
+        """
+        wanted = self._wanted(repository, revision)
+        if is_offline():
+            commit = self.cache.commit(repository, revision)
+            if commit is None or not self.cache.present(repository, commit):
+                raise HubError("offline", wanted)
+            return commit
+        with self.cache.claims.claim(repository) as claim:
+            try:
+                return Download(self, wanted, revision, kind, claim).run(on_progress, check)
+            finally:
+                self.cache.sweep(repository)
+
+    @staticmethod
+    def _wanted(repository: str, revision: str | None) -> Wanted:
+        wanted = Wanted(
+            endpoint=find_endpoint(), repository=repository, revision=revision or "main"
+        )
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", repository) or (
+            "--" in repository or ".." in repository
+        ):
+            raise HubError("name", wanted)
+        return wanted
+
+    def _ask(self, wanted: Wanted, revision: str | None, **parameters: str) -> Json:
+        at = f"/revision/{quote(revision, safe='')}" if revision else ""
+        found: Json = self._get(f"/api/models/{wanted.repository}{at}", wanted, **parameters)
+        return found
+
+    def _get(self, path: str, wanted: Wanted, **parameters: Any) -> Any:
+        token = self.token()
+        with hub_errors(wanted, token):
+            session = huggingface_hub.get_session()
+            hub_utils: Any = huggingface_hub.utils  # public, though not typed so
+            answer = session.get(
+                f"{wanted.endpoint}{path}",
+                params=parameters,
+                # Not theirs: making those asks the hub for a list of agents, to report ours.
+                headers={"User-Agent": OWNER}
+                | ({"Authorization": f"Bearer {token}"} if token else {}),
+                timeout=LOOK_SECONDS,
+            )
+            hub_utils.hf_raise_for_status(answer)
+            try:
+                return answer.json()
+            except ValueError as error:
+                raise HubError("server", wanted, "its answer is no JSON") from error
+
+
+def _hit(found: Json) -> RepositoryHit:
+    stored = (found.get("safetensors") or {}).get("parameters") or {}
+    size = sum(count * DTYPE_BYTES.get(dtype, 1) for dtype, count in stored.items())
+    gated = found.get("gated")
+    return RepositoryHit(
+        repository=found["id"],
+        downloads=found.get("downloads"),
+        likes=found.get("likes"),
+        updated_at=_moment(found.get("lastModified")),
+        pipeline_tag=found.get("pipeline_tag"),
+        library=found.get("library_name"),
+        gated=None if gated is None else bool(gated),
+        weights_bytes=int(size) or None,
+    )
+
+
+def _facts(found: Json, repository: str, revision: str | None) -> RepositoryFacts:
+    licence = (found.get("cardData") or {}).get("license")
+    return RepositoryFacts(
+        repository=repository,
+        commit=found["sha"],
+        revision=revision,
+        private=found.get("private"),
+        gated=found.get("gated"),
+        licence=str(licence) if licence else None,
+        updated_at=_moment(found.get("lastModified")),
+        pipeline_tag=found.get("pipeline_tag"),
+        library=found.get("library_name"),
+        tags=tuple(found.get("tags") or ()),
+        files=tuple(
+            RepositoryFile(
+                path=sibling["rfilename"],
+                size_bytes=sibling.get("size") or 0,
+                blob=(sibling.get("lfs") or {}).get("sha256") or sibling.get("blobId"),
+            )
+            for sibling in found.get("siblings") or ()
+        ),
+        parameters=(found.get("safetensors") or {}).get("parameters") or {},
+        config=found.get("config") or {},
+    )
+
+
+def _moment(text: str | None) -> datetime | None:
+    return datetime.fromisoformat(text.replace("Z", "+00:00")) if text else None
+
+
+def _bytes_by_blob(blobs: Path) -> dict[str, int]:
+    """What is on the disk of each, complete or not."""
+    sizes: dict[str, int] = {}
+    with contextlib.suppress(FileNotFoundError):  # also of a file renamed while we look
+        for entry in os.scandir(blobs):
+            seen = entry.stat()
+            # A file that was given its length before its bytes is mostly hole.
+            part = entry.name.endswith(".incomplete")
+            size = min(seen.st_size, seen.st_blocks * 512) if part else seen.st_size
+            name = entry.name.split(".")[0]
+            sizes[name] = max(size, sizes.get(name, 0))
+    return sizes
+
+
+class Download:
+    """One download from the first look to the last byte, in as many attempts as it takes."""
+
+    def __init__(
+        self,
+        hub: HuggingFace,
+        wanted: Wanted,
+        revision: str | None,
+        kind: ModelType | None,
+        claim: IO[str],
+    ) -> None:
+        self._hub, self._claims = hub, hub.cache.claims
+        self._folder = hub.cache.folder(wanted.repository)
+        self._wanted, self._revision, self._kind = wanted, revision, kind
+        self._claim = claim
+        self._files: tuple[RepositoryFile, ...] = ()
+        self._attempts = 1
+        self._xet = True
+        self._samples: deque[tuple[float, int]] = deque()
+
+    def run(
+        self, on_progress: Callable[[DownloadProgress], None], check: Callable[[], None]
+    ) -> str:
+        """Try until it is here; give up when nothing gets done several times in a row."""
+
+        def look(note: str = "") -> int:
+            check()
+            progress = self._progress(note)
+            on_progress(progress)
+            return progress.bytes_done
+
+        tries = stalls = 0
+        while True:
+            before = self._complete()
+            try:
+                return self._attempt(look)
+            except HubError as error:
+                if error.kind not in TRANSIENT:
+                    raise
+                if self._complete() > before:
+                    tries = stalls = 0
+                tries, stalls = tries + 1, stalls + (error.kind == "stalled")
+                if tries == ATTEMPTS or stalls == STALLS:
+                    raise
+                self._xet = self._xet and error.kind != "stalled"
+                self._pause(tries, error, look)
+            self._attempts += 1
+
+    def _complete(self) -> int:
+        """Bytes of whole files, which no later attempt must fetch again."""
+        blobs = self._folder / "blobs"
+        return sum(f.size_bytes for f in self._files if f.blob and (blobs / f.blob).exists())
+
+    def _attempt(self, look: Callable[[], int]) -> str:
+        facts = self._hub.inspect(self._wanted.repository, self._revision)
+        self._files = files_needed(facts.files, self._kind or guess_type(facts))
+        if not self._files:
+            raise RefusedError(
+                f"{self._wanted.repository} holds no weights.", advice="Choose another repository."
+            )
+        needed = sum(file.size_bytes for file in self._files) - self._complete()
+        self._claims.reserve(self._claim, self._wanted, needed)
+        self._samples.clear()
+        request = {
+            "wanted": asdict(self._wanted) | {"revision": facts.commit},
+            "token": self._hub.token(),
+            "cache": str(self._folder.parent),
+            "files": [file.path for file in self._files],
+        }
+        with Transfer(request, self._folder.parent.parent, xet=self._xet) as transfer:
+            self._follow(transfer, look)
+            fault = transfer.fault(self._wanted)
+        if fault is not None:
+            raise fault
+        with file_errors("finish a download"):
+            missing = self._settle(facts)
+        if missing:
+            raise HubError("broken", self._wanted, f"{missing[0]} is missing")
+        look()
+        return str(facts.commit)
+
+    def _settle(self, facts: RepositoryFacts) -> list[str]:
+        """What is still missing; where nothing is, the branch points at what was fetched."""
+        folder, commit = self._folder, facts.commit or ""
+        snapshot = folder / "snapshots" / commit
+        missing = [
+            file.path
+            for file in self._files
+            if not (path := snapshot / file.path).exists() or path.stat().st_size != file.size_bytes
+        ]
+        if missing:
+            return missing
+        if len(self._files) < len(facts.files):
+            # With the whole list in reach, an offline engine would ask for the files left out.
+            (folder / "trees" / f"{commit}.json").unlink(missing_ok=True)
+        if not COMMIT.fullmatch(self._wanted.revision):
+            ref = folder / "refs" / self._wanted.revision
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(ref, commit)
+            ref.chmod(0o644)  # engines need not run as our user
+        return []
+
+    def _follow(self, transfer: Transfer, look: Callable[[], int]) -> None:
+        """Watch until it ends; a transfer that stands still is an error."""
+        seen, moved_at = -1, time.monotonic()
+        while transfer.is_running():
+            done = look()
+            now = time.monotonic()
+            if done != seen:
+                seen, moved_at = done, now
+            elif now - moved_at > self._hub.stall_seconds:
+                words = f"for {format_duration(now - moved_at)}; {transfer.last_words()}"
+                raise HubError("stalled", self._wanted, words.removesuffix("; "))
+
+    def _progress(self, note: str) -> DownloadProgress:
+        sizes = _bytes_by_blob(self._folder / "blobs")
+        progress = DownloadProgress(
+            repository=self._wanted.repository,
+            files=tuple(
+                FileProgress(
+                    path=file.path,
+                    bytes_done=min(sizes.get(file.blob or "", 0), file.size_bytes),
+                    bytes_total=file.size_bytes,
+                )
+                for file in self._files
+            ),
+            attempt=self._attempts,
+            note=note,
+        )
+        if self._files:
+            self._claims.still_to_come(self._claim, progress.bytes_total - progress.bytes_done)
+        now, samples = time.monotonic(), self._samples
+        samples.append((now, progress.bytes_done))
+        while now - samples[0][0] > RATE_SECONDS:
+            samples.popleft()
+        seconds, fetched = now - samples[0][0], progress.bytes_done - samples[0][1]
+        if note or seconds < 1 or fetched < 0:
+            return progress
+        return replace(progress, bytes_per_second=fetched / seconds)
+
+    def _pause(self, tries: int, error: HubError, look: Callable[[str], int]) -> None:
+        """Wait as long as the hub asked for, else longer each time."""
+        wait = error.retry_seconds or self._hub.retry_seconds * 2 ** (tries - 1)
+        until = time.monotonic() + min(wait, LONGEST_RETRY_SECONDS)
+        note = f"{error.fact} Trying again"
+        note += " without Xet" if error.kind == "stalled" else ""
+        while (left := until - time.monotonic()) > 0:
+            look(f"{note} in {format_duration(left + 1)}.")
+            time.sleep(min(POLL_SECONDS, left))
+
+
+class Transfer:
+    """One run of our own hidden command that calls `snapshot_download`.
+
+    A process of its own can be killed, restarted without Xet, and cannot leave threads behind.
+    It ends when this one does, however that ends: the pipe to it closes.
+    """
+
+    def __init__(self, request: Json, home: Path, *, xet: bool) -> None:
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
+        environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+        self._process = subprocess.Popen(  # noqa: S603 - our own program
+            [sys.executable, str(PROGRAM), FETCH_WEIGHTS],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+            start_new_session=True,  # Ctrl-C is for us to answer
+            env=environment
+            | {
+                "HF_HOME": str(home),
+                "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+                "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+                # A store shared by repositories would make sizes and removals ambiguous.
+                "HF_HUB_DISABLE_SHARED_BLOBS": "1",
+                "HF_HUB_DISABLE_TELEMETRY": "1",
+                "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+                "HF_HUB_DISABLE_XET": "0" if xet else "1",
+            },
+        )
+        with contextlib.suppress(BrokenPipeError):  # it died: its status says so
+            self._pipe.write(json.dumps(request).encode() + b"\n")
+            self._pipe.flush()
+
+    @property
+    def _pipe(self) -> IO[bytes]:
+        assert self._process.stdin is not None  # noqa: S101 - for the type checker
+        return self._process.stdin
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._said):
+            with contextlib.suppress(BrokenPipeError):
+                stream.close() if stream else None
+
+    def is_running(self) -> bool:
+        """Wait a moment for its end."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(POLL_SECONDS)
+        return self._process.returncode is None
+
+    def fault(self, wanted: Wanted) -> HubError | None:
+        """Why it ended early; None where it did all."""
+        said = self._process.stdout.read() if self._process.stdout else b""
+        if self._process.returncode == 0:
+            return None
+        try:
+            told = json.loads(said)
+        except ValueError:
+            return HubError("broken", wanted, self.last_words() or "its process was ended")
+        error = HubError(told["kind"], wanted, told["detail"])
+        error.retry_seconds = told["retry_seconds"]
+        return error
+
+    def last_words(self) -> str:
+        self._said.seek(max(self._said.seek(0, os.SEEK_END) - 4096, 0))
+        lines = self._said.read().decode(errors="replace").split("\n")
+        return _short(ValueError(next((line for line in reversed(lines) if line.strip()), "")))
+
+
+def fetch_weights() -> HubError | None:
+    """The other end of Transfer: do what standard input asks for; end when it closes."""
+    request = json.loads(sys.stdin.readline())
+
+    def end_with_parent() -> None:
+        while os.read(0, 1):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    wanted = Wanted(**request["wanted"])
+    try:
+        with hub_errors(wanted, request["token"]):
+            huggingface_hub.snapshot_download(
+                wanted.repository,
+                revision=wanted.revision,
+                cache_dir=request["cache"],
+                endpoint=wanted.endpoint,
+                token=request["token"] or False,
+                allow_patterns=[glob.escape(path) for path in request["files"]],
+            )
+    except HubError as error:
+        return error
+    return None
 
 
 # =============================================================================
@@ -9086,6 +10644,8 @@ DONE, FAILED, WRONG_USAGE, TO_DO = range(4)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; exit status as in the README."""
+    if argv is None and sys.argv[1:] == [FETCH_WEIGHTS]:
+        return command_fetch_weights()
     arguments = build_parser().parse_args(join_values(sys.argv[1:] if argv is None else argv))
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
@@ -9105,6 +10665,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.exception("incident %s", incident)
         _say(f"Unexpected error {incident}. Please report the traceback above.")
         return FAILED
+
+
+def command_fetch_weights() -> int:
+    """Not for operators: what a download runs in a process of its own."""
+    error = fetch_weights()
+    if error is None:
+        return DONE
+    out_json({"kind": error.kind, "detail": error.detail, "retry_seconds": error.retry_seconds})
+    return FAILED
 
 
 def join_values(argv: Sequence[str]) -> list[str]:

@@ -20,8 +20,9 @@ IMPURE = {
 # Each library is spoken to in one section only, or in those named.
 HOMES = {
     "fcntl": "Home", "docker": "Containers Images", "requests": "Containers",
-    "tarfile": "Containers", "httpx": "Requests", "pynvml": "Drivers", "gr": "Console",
-    "fastapi": "Console", "uvicorn": "Main", "argparse": "Main",
+    "tarfile": "Containers", "httpx": "Requests", "huggingface_hub": "Hub", "httpx2": "Hub",
+    "pynvml": "Drivers", "gr": "Console", "fastapi": "Console", "uvicorn": "Main",
+    "argparse": "Main",
 }  # fmt: skip
 
 BANNERS = [(n, m) for n, line in enumerate(TEXT.splitlines(), 1) if (m := BANNER.match(line))]
