@@ -128,6 +128,7 @@ if __name__ == "__main__":
     ensure_packages()
 
 import argparse
+import bisect
 import concurrent.futures
 import contextlib
 import ctypes
@@ -1753,6 +1754,913 @@ def measurement_key(model: Model, image: str, hardware: Hardware | None) -> str:
     return sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
+# --- what a config.json tells -------------------------------------------------
+
+LayerKind = Literal["full", "sliding", "chunked", "linear", "cross"]
+MIB: Final = 1024 * 1024
+LARGEST_NUMBER: Final = 2**40  # of a config; what is more is nonsense
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KvLayers:
+    """Layers that cache alike; `values` are numbers per token and KV head.
+
+    A linear layer keeps one state per request instead, of `state_bytes` over all GPUs.
+    """
+
+    kind: LayerKind
+    count: int
+    heads: int = 1
+    values: int = 0
+    window: int = 0  # tokens that a sliding or chunked layer looks back
+    latent: bool = False  # MLA: keys and values in one, which every GPU holds whole
+    value_bytes: int | None = None  # where the KV cache's type does not decide it
+    state_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Architecture:
+    """What decides how much memory a model needs; `unknown` says what its config does not tell."""
+
+    name: str | None = None
+    layers: tuple[KvLayers, ...] | None = None  # (): it keeps no KV cache; None: nobody knows
+    heads: int | None = None
+    hidden_size: int | None = None
+    mlp_size: int = 0  # values of one token inside an MLP, over all the experts it visits
+    experts: int = 0  # that one token visits
+    vocabulary: int | None = None
+    context: int | None = None  # the longest request that it was made for, in tokens
+    dtype: str | None = None
+    kv_dtype: str | None = None  # where the checkpoint is calibrated for one
+    quantization: str | None = None
+    has_encoder: bool = False  # of pictures or sound
+    unknown: tuple[str, ...] = ()
+
+
+# Where multimodal models keep their language model.
+_INNER: Final = ("text_config", "llm_config", "language_config", "thinker_config")
+_LAYERS: Final = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers")
+_HEADS: Final = ("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads")
+_KV_HEADS: Final = ("n_head_kv", "num_kv_heads", "num_key_value_heads", "multi_query_group_num",
+                    "num_attention_groups", "kv_n_heads")  # fmt: skip
+_HEAD_SIZE: Final = ("head_dim", "hidden_size_per_head", "attention_head_dim", "kv_channels")
+_HIDDEN: Final = ("hidden_size", "n_embd", "d_model")
+_CONTEXT: Final = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length",
+                   "max_target_positions", "max_sequence_length", "max_seq_length",
+                   "seq_len")  # fmt: skip
+_MLP: Final = ("intermediate_size", "n_inner", "ffn_hidden_size", "d_ff", "decoder_ffn_dim")
+_KINDS: Final[Mapping[str, LayerKind]] = {
+    "full_attention": "full", "attention": "full", "global": "full", "hybrid": "full",
+    "sliding_attention": "sliding", "local": "sliding", "chunked_attention": "chunked",
+    "linear_attention": "linear", "mamba": "linear", "mamba2": "linear", "recurrent": "linear",
+    "conv": "linear", "m": "linear", "*": "full",
+}  # fmt: skip
+_ENCODERS: Final = re.compile(r"bert|electra|mpnet|^(new|gte|clip|siglip)", re.IGNORECASE)
+# Layers with attention and a state at once, or compressed: said to be unknown, not guessed.
+_UNREAD: Final = {"falcon_h1", "zamba2", "minimax_text_01", "deepseek_v4"}
+_NO_STRETCH: Final = ("su", "longrope", "llama3", "yarn", "deepseek_yarn",
+                      "deepseek_llama_scaling", "default", "mrope")  # fmt: skip
+# Sliding layers between full ones, where a config (of before `layer_types`) names no pattern.
+_PATTERNS: Final = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6, "cohere2": 4}
+
+
+def read_architecture(config: object, tokenizer: object = None) -> Architecture:
+    """What a Hugging Face config.json tells; never raises, whatever it holds.
+
+    The tokenizer's config may shorten the context.
+    """
+    outer = config if isinstance(config, dict) else {}
+    inner = _language_model(outer)
+    dtype = _word(inner, "torch_dtype", "dtype")
+    layers = _kv_layers(inner)
+    quantized = outer.get("quantization_config") or inner.get("quantization_config")
+    experts = _count(inner, "num_experts_per_tok", "num_experts_per_token", "moe_topk") or 0
+    found = Architecture(
+        name=_first_word(outer.get("architectures")) or _word(outer, "model_type"),
+        layers=layers,
+        heads=_count(inner, *_HEADS),
+        hidden_size=_count(inner, *_HIDDEN),
+        mlp_size=max(
+            _count(inner, *_MLP) or 0,
+            experts * (_count(inner, "moe_intermediate_size", *_MLP) or 0),
+        ),
+        experts=experts,
+        vocabulary=_count(inner, "vocab_size"),
+        context=_context(inner, tokenizer if isinstance(tokenizer, dict) else {}),
+        dtype=dtype.removeprefix("torch.") if dtype else None,
+        kv_dtype=_calibrated(quantized),
+        quantization=_word(quantized, "quant_method") if isinstance(quantized, dict) else None,
+        has_encoder=any(
+            key in outer for key in ("vision_config", "audio_config", "encoder_layers")
+        ),
+    )
+    return replace(found, unknown=_unsaid(found))
+
+
+def _unsaid(found: Architecture) -> tuple[str, ...]:
+    stateless = any(x.kind == "linear" and not x.state_bytes for x in found.layers or ())
+    gaps = (
+        (found.layers is None, "how its layers keep their KV cache"),
+        (stateless, "how large the state of its linear layers is"),
+        (found.context is None, "how long a request may be"),
+        (found.dtype is None, "the type of its numbers (16 bit are assumed)"),
+        (found.hidden_size is None, "how wide its layers are"),
+    )
+    return tuple(text for missing, text in gaps if missing)
+
+
+def _language_model(config: Json, depth: int = 3) -> Json:
+    """A multimodal model's own values under those of its language model."""
+    inner = next((config[key] for key in _INNER if isinstance(config.get(key), dict)), None)
+    if inner is None or not depth:
+        return config
+    said = {key: value for key, value in inner.items() if value is not None}
+    rest = {key: value for key, value in config.items() if key not in _INNER}
+    return _language_model({**rest, **said}, depth - 1)
+
+
+def _count(config: Mapping[str, object], *names: str) -> int | None:
+    """The first of these that is a sensible number; per-layer lists count by their largest."""
+    for name in names:
+        value = config.get(name)
+        several = value if isinstance(value, list) else [value]
+        sensible = [n for n in several if type(n) is int and 0 < n < LARGEST_NUMBER]
+        if sensible:
+            return max(sensible)
+    return None
+
+
+def _word(config: Mapping[str, object], *names: str) -> str | None:
+    return next((v for v in (config.get(name) for name in names) if isinstance(v, str) and v), None)
+
+
+def _first_word(value: object) -> str | None:
+    return value[0] if isinstance(value, list) and value and isinstance(value[0], str) else None
+
+
+def _calibrated(quantized: object) -> str | None:
+    """The KV cache's type that a quantised checkpoint brings scales for."""
+    if not isinstance(quantized, dict):
+        return None
+    scheme = quantized.get("kv_cache_scheme")
+    eight_bit = isinstance(scheme, dict) and scheme.get("num_bits") == 8  # noqa: PLR2004
+    return "fp8" if eight_bit or quantized.get("kv_cache_quant_algo") == "FP8" else None
+
+
+def _context(config: Json, tokenizer: Json) -> int | None:
+    """As vLLM (0.30) derives it: the shortest limit there is, stretched where RoPE is scaled."""
+    limits = [limit for name in _CONTEXT if (limit := _count(config, name))]
+    own = _count(config, "model_max_length")  # Command-R's, which stands above the others
+    longest = own or min(limits, default=None)
+    of_tokenizer = _count(tokenizer, "model_max_length")
+    if longest is not None and of_tokenizer is not None:
+        longest = min(longest, of_tokenizer)
+    rope = config.get("rope_scaling") or config.get("rope_parameters")
+    if longest is None or not isinstance(rope, dict) or "gemma3" in str(config.get("model_type")):
+        return longest
+    factor = rope.get("factor")
+    stretched = (_word(rope, "rope_type", "type") or "default") not in _NO_STRETCH
+    if not stretched or not isinstance(factor, int | float) or not 1 <= factor < LARGEST_NUMBER:
+        return longest
+    return int(longest * factor)
+
+
+def _kv_layers(config: Json) -> tuple[KvLayers, ...] | None:
+    """All layers that keep something of a request; None where the config does not tell."""
+    names = _word(config, "model_type"), _first_word(config.get("architectures"))
+    if any(_ENCODERS.search(name or "") for name in names):
+        return ()
+    kinds = _layer_kinds(config)
+    if kinds is None or names[0] in _UNREAD or "compress_ratios" in config:
+        return None
+    shapes = {kind: _layer_shape(config, kind) for kind in dict.fromkeys(kinds)}
+    if any(shape is None for shape in shapes.values()):
+        return None
+    found = [replace(shape, count=kinds.count(kind)) for kind, shape in shapes.items() if shape]
+    full = next((layer for layer in found if layer.kind == "full"), None)
+    if full is not None and full.latent and _count(config, "index_topk"):
+        # DeepSeek-V3.2's indexer: a key of 8 bit for each token, and its scale.
+        keys = (_count(config, "index_head_dim") or 128) + 4
+        found.append(replace(full, values=keys, latent=False, value_bytes=1))
+    if full is not None and config.get("is_encoder_decoder") is True:
+        found.append(replace(full, kind="cross"))
+    return tuple(found)
+
+
+def _layer_kinds(config: Json) -> list[LayerKind] | None:
+    """What each layer that has a cache of its own does."""
+    total = _count(config, *_LAYERS)
+    named = config.get("layer_types") or config.get("layers_block_type")
+    if isinstance(config.get("hybrid_override_pattern"), str):
+        named = [*config["hybrid_override_pattern"].lower()]
+    if isinstance(named, list) and named:
+        # What is neither attention nor state (MLPs of their own) keeps nothing.
+        kinds = [_KINDS[n] for n in named[:total] if isinstance(n, str) and n in _KINDS]
+    elif total is None or total > 2**16:
+        return None
+    else:
+        kinds = [_kind_at(config, i) for i in range(total)]
+    shared = _count(config, "num_kv_shared_layers") or 0  # the last ones read earlier layers' cache
+    return kinds[: max(len(kinds) - shared, 1)] if kinds else None
+
+
+def _kind_at(config: Json, index: int) -> LayerKind:  # noqa: PLR0911 - one line per family
+    """What a layer does where the config has no list of layers."""
+    family = _word(config, "model_type") or ""
+    kimi = config.get("linear_attn_config")
+    if isinstance(kimi, dict) and isinstance(kimi.get("kda_layers"), list):
+        return "linear" if index + 1 in kimi["kda_layers"] else "full"
+    if isinstance(chosen := config.get("attn_layer_indices"), list):
+        return "full" if index in chosen else "linear"
+    if every := _count(config, "full_attention_interval"):
+        return "full" if (index + 1) % every == 0 else "linear"
+    if every := _count(config, "attn_layer_period"):
+        return "full" if index % every == (_count(config, "attn_layer_offset") or 0) else "linear"
+    if family in {"mamba", "mamba2", "falcon_mamba"}:
+        return "linear"
+    if family.startswith("llama4") and _count(config, "attention_chunk_size"):
+        return "full" if (index + 1) % 4 == 0 else "chunked"
+    return _sliding_or_full(config, family, index)
+
+
+def _sliding_or_full(config: Json, family: str, index: int) -> LayerKind:
+    used = config.get("use_sliding_window", not family.startswith("qwen"))
+    if not _count(config, "sliding_window") or not used:
+        return "full"
+    if "use_sliding_window" in config and "max_window_layers" in config:
+        return "sliding" if index >= (_count(config, "max_window_layers") or 0) else "full"
+    every = _count(config, "sliding_window_pattern") or _PATTERNS.get(family)
+    return "full" if every and (index + 1) % every == 0 else "sliding"
+
+
+def _layer_shape(config: Json, kind: LayerKind) -> KvLayers | None:
+    """One layer of a kind; None where its size is not told."""
+    if kind == "linear":
+        return KvLayers(kind=kind, count=1, state_bytes=_state_bytes(config))
+    latent, rope = _count(config, "kv_lora_rank"), _count(config, "qk_rope_head_dim")
+    if latent and rope and config.get("model_type") != "minicpm3":
+        return KvLayers(kind=kind, count=1, values=latent + rope, latent=True)
+    heads, hidden = _count(config, *_HEADS), _count(config, *_HIDDEN)
+    size = _count(config, *_HEAD_SIZE) or (hidden // heads if hidden and heads else None)
+    of_kv = _kv_heads(config)
+    if kind == "full":  # Gemma 4 has other heads there
+        size = _count(config, "global_head_dim") or size
+        if config.get("attention_k_eq_v") is True:
+            of_kv = _count(config, "num_global_key_value_heads") or of_kv
+    if not size or not of_kv:
+        return None
+    look_back = {"sliding": "sliding_window", "chunked": "attention_chunk_size"}.get(kind, "")
+    window = _count(config, look_back) or 0
+    return KvLayers(kind=kind, count=1, heads=of_kv, values=2 * size, window=window)
+
+
+def _kv_heads(config: Json) -> int | None:
+    """Falcon says by switches whether its attention is multi-query."""
+    own = config.get("attn_config")
+    nested = _count(own, *_KV_HEADS) if isinstance(own, dict) else None
+    if config.get("multi_query") is True and not config.get("new_decoder_architecture"):
+        return 1
+    return nested or _count(config, *_KV_HEADS) or _count(config, *_HEADS)
+
+
+def _state_bytes(config: Json) -> int:
+    """What a linear layer keeps: a window of its convolution, and its state; 0 is unknown.
+
+    Gated DeltaNet (Qwen3-Next), Kimi's delta attention, Mamba 2 and 1, as vLLM shapes them.
+    """
+
+    def read(*names: str) -> int:
+        return _count(config, *names) or 0
+
+    wide = 4 if _word(config, "mamba_ssm_dtype", "mamba_ssm_cache_dtype") == "float32" else 2
+    kernel = read("linear_conv_kernel_dim", "conv_kernel", "mamba_d_conv", "d_conv") or 4
+    kimi = config.get("linear_attn_config")
+    if values := read("linear_num_value_heads"):
+        keys, size = read("linear_num_key_heads"), read("linear_key_head_dim")
+        value_size = read("linear_value_head_dim")
+        conv, state = 2 * keys * size + values * value_size, values * value_size * size
+    elif isinstance(kimi, dict):
+        heads, size = _count(kimi, "num_heads") or 0, _count(kimi, "head_dim") or 0
+        conv, state, wide = 3 * heads * size, heads * size * size, 4
+    elif heads := read("mamba_num_heads", "mamba_n_heads"):
+        inside = heads * read("mamba_head_dim", "mamba_d_head")
+        size = read("ssm_state_size", "mamba_d_state", "state_size")
+        conv = inside + 2 * (read("mamba_n_groups", "n_groups") or 1) * size
+        state = inside * size
+    else:
+        conv = read(*_HIDDEN) * (read("mamba_expand", "expand") or 2)
+        state = conv * read("mamba_d_state", "state_size")
+    return 2 * conv * (kernel - 1) + wide * state if state else 0
+
+
+# --- what the engine is asked for ----------------------------------------------
+
+# Bytes of one number in the KV cache. Types that vLLM packs with scales beside them (int4, turbo)
+# are not here: as wide as the model's own then, which is too much rather than too little.
+KV_BYTES: Final[Mapping[str, float]] = {
+    "float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2, "fp8": 1, "fp8_e4m3": 1,
+    "fp8_e5m2": 1, "fp8_inc": 1, "int8": 1, "nvfp4": 0.5625,
+}  # fmt: skip
+SPARSE_LATENT_BYTES: Final = 656  # per token in vLLM's type fp8_ds_mla
+DEFAULT_FRACTION: Final = 0.92  # of a GPU's memory, vLLM's own
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineWish:
+    """The engine arguments that decide about memory; None is vLLM's default."""
+
+    context: int | None = None
+    context_auto: bool = False  # the longest that fits
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    kv_cache_dtype: str | None = None
+    memory_fraction: float | None = None
+    dtype: str | None = None
+    kv_cache_bytes: int | None = None  # per GPU; the memory fraction says nothing then
+    block_size: int | None = None
+    pipeline_parallel: int = 1
+    cpu_offload_gib: float = 0.0
+    enforce_eager: bool = False
+    prefix_caching: bool = True
+    async_scheduling: bool = True
+
+
+def _option_name(argument: str) -> str:
+    """`--json.key=value` is the option `--json`; vLLM takes `_` for `-`."""
+    return re.split(r"[=.]", argument, maxsplit=1)[0].replace("_", "-")
+
+
+def parse_amount(text: str) -> int | None:
+    """vLLM's numbers: 8k is 8,000 and 8K is 8,192; None for what it would refuse."""
+    found = re.fullmatch(r"(\d{1,12})(\.\d{1,12})?([kmgtKMGT]?)", text.strip())
+    if found is None or (found[2] and not found[3].islower()):
+        return None
+    power = " kmgt".index(found[3].lower() or " ")
+    return int(float(found[1] + (found[2] or "")) * (1024 if found[3].isupper() else 1000) ** power)
+
+
+def _parse_fraction(text: str) -> float | None:
+    with contextlib.suppress(ValueError):
+        return number if math.isfinite(number := float(text)) and number > 0 else None
+    return None
+
+
+_VALUED: Final[Mapping[str, tuple[str, Callable[[str], object]]]] = {
+    "--max-model-len": ("context", parse_amount),
+    "--max-num-seqs": ("max_num_seqs", parse_amount),
+    "--max-num-batched-tokens": ("max_num_batched_tokens", parse_amount),
+    "--kv-cache-dtype": ("kv_cache_dtype", str.strip),
+    "--gpu-memory-utilization": ("memory_fraction", _parse_fraction),
+    "--dtype": ("dtype", str.strip),
+    "--kv-cache-memory-bytes": ("kv_cache_bytes", parse_amount),
+    "--block-size": ("block_size", parse_amount),
+    "--pipeline-parallel-size": ("pipeline_parallel", parse_amount),
+    "-pp": ("pipeline_parallel", parse_amount),
+    "--cpu-offload-gb": ("cpu_offload_gib", _parse_fraction),
+}
+_SWITCHES: Final = {
+    f"--{no}{option}": (name, not no)
+    for no in ("", "no-")
+    for option, name in (("enforce-eager", "enforce_eager"),
+                         ("enable-prefix-caching", "prefix_caching"),
+                         ("async-scheduling", "async_scheduling"))
+}  # fmt: skip
+
+
+def engine_wish(arguments: Sequence[str]) -> EngineWish:
+    """What a model's engine arguments ask for; the last of a kind counts, as in vLLM.
+
+    What vLLM would refuse is passed over: `check_engine_arguments` and the engine speak of that.
+    """
+    given: Json = {}
+    for argument, after in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
+        option, _, joined = argument.partition("=")
+        option = _option_name(option)
+        if option in _SWITCHES:
+            name, value = _SWITCHES[option]
+            given[name] = value
+        elif option in _VALUED:
+            name, parse = _VALUED[option]
+            text = joined or after
+            if name == "context":
+                given["context_auto"] = text.strip().lower() in {"auto", "-1"}
+            if (parsed := parse(text)) and parsed != "auto":
+                given[name] = parsed
+    return EngineWish(**given)
+
+
+# --- the KV cache, as vLLM cuts it ---------------------------------------------
+
+BLOCK_TOKENS: Final = 16  # vLLM's on CUDA
+CPU_BLOCK_TOKENS: Final = 128
+
+
+@dataclass(frozen=True, slots=True)
+class KvBlocks:
+    """The KV cache of one GPU: the bytes of a block, and how many blocks a request takes."""
+
+    size: int
+    per_request: int
+
+    @property
+    def request_bytes(self) -> int:
+        return self.size * self.per_request
+
+    def concurrency(self, cache_bytes: float) -> float | None:
+        """How many requests at a time, as vLLM says at its start; None: it keeps no cache."""
+        return cache_bytes // self.size / self.per_request if self.size else None
+
+    def holds(self, cache_bytes: float) -> bool:
+        """Whether one request fits; vLLM keeps one block for itself."""
+        return not self.size or cache_bytes // self.size > self.per_request
+
+
+def kv_blocks(
+    architecture: Architecture, context: int, wish: EngineWish, tensor_parallel: int = 1,
+    block_size: int = BLOCK_TOKENS,
+) -> KvBlocks | None:  # fmt: skip
+    """How vLLM (0.30) would cut the KV cache for requests of `context` tokens.
+
+    Layers that cache alike form groups of one size, which share one pool of blocks: with 10 full
+    and 52 sliding layers, 1 group of full and 6 of sliding ones, each as large as 10 layers.
+    None where the architecture does not tell.
+    """
+    if architecture.layers is None:
+        return None
+    if not architecture.layers:
+        return KvBlocks(0, 0)
+    block = wish.block_size or block_size
+    state = max(-(-layer.state_bytes // tensor_parallel) for layer in architecture.layers)
+    sized = [(layer, _token_bytes(layer, architecture, wish, tensor_parallel))
+             for layer in architecture.layers]  # fmt: skip
+    token = next((size for layer, size in sized if layer.kind == "full"), 0)
+    if state and token:  # vLLM widens the blocks until one holds a linear layer's state
+        align = max(block, 128 if any(layer.latent for layer, _ in sized) else BLOCK_TOKENS)
+        block = align * math.ceil(state / (align * token))
+    pages = [block * size or state for _, size in sized]
+    buckets = Counter[tuple[LayerKind, int]]()
+    for layer in architecture.layers:
+        buckets[layer.kind, layer.window] += layer.count
+    if len(buckets) == 1:
+        pool = sum(page * layer.count for (layer, _), page in zip(sized, pages, strict=True))
+        return KvBlocks(math.ceil(pool), _request_blocks(sized[0][0], context, block, wish))
+    page, least, most = max(pages), min(buckets.values()), max(buckets.values())
+    group = most if most < 1.5 * least else least
+    taken = 0
+    for kind, window in buckets:
+        layer, own = next((one, p) for (one, _), p in zip(sized, pages, strict=True)
+                          if (one.kind, one.window) == (kind, window))  # fmt: skip
+        wider = int(page // own) if own and page % own == 0 else 1
+        groups = math.ceil(buckets[kind, window] / group)
+        taken += groups * _request_blocks(layer, context, block * wider, wish)
+    return KvBlocks(math.ceil(page * group), taken)
+
+
+def _token_bytes(
+    layer: KvLayers, architecture: Architecture, wish: EngineWish, tensor_parallel: int
+) -> float:
+    """One token in one layer of one GPU; with more GPUs than KV heads each holds a replica."""
+    if layer.latent and wish.kv_cache_dtype == "fp8_ds_mla":
+        return SPARSE_LATENT_BYTES
+    heads = max(1, layer.heads // tensor_parallel)
+    return heads * layer.values * (layer.value_bytes or _kv_value_bytes(architecture, wish))
+
+
+def _kv_value_bytes(architecture: Architecture, wish: EngineWish) -> float:
+    """vLLM turns models of 32 bit into 16 unless it is told not to."""
+    computing = KV_BYTES.get(wish.dtype or "", 2)
+    return KV_BYTES.get(wish.kv_cache_dtype or architecture.kv_dtype or "", computing)
+
+
+def _request_blocks(layer: KvLayers, context: int, block: int, wish: EngineWish) -> int:
+    """The most blocks that a request holds in one group at any moment."""
+    batch = wish.max_num_batched_tokens or 2048
+    in_flight = batch * (2 if wish.async_scheduling else 1)  # one batch computes, one is prepared
+    match layer.kind:
+        case "full":
+            return math.ceil(context / block)
+        case "sliding":  # a window need not begin where a block does
+            return math.ceil(min(layer.window - 1 + in_flight, context) / block) + 1
+        case "chunked":
+            return math.ceil(min(layer.window + in_flight, context) / block)
+        case "linear":  # with prefix caching the state before the last block stays
+            return 2 if wish.prefix_caching else 1
+        case "cross":  # vLLM reserves a whole batch for what the encoder heard
+            return math.ceil(batch / block)
+        case _:
+            assert_never(layer.kind)
+
+
+def kv_cache_bytes(
+    architecture: Architecture, context: int, sequences: int, wish: EngineWish,
+    tensor_parallel: int = 1, block_size: int = BLOCK_TOKENS,
+) -> int | None:  # fmt: skip
+    """The KV cache of so many requests at a time, in bytes on each GPU; None is unknown."""
+    blocks = kv_blocks(architecture, context, wish, tensor_parallel, block_size)
+    return None if blocks is None else blocks.request_bytes * sequences
+
+
+def largest_context(
+    architecture: Architecture, cache_bytes: float, layout: Callable[[int], KvBlocks | None]
+) -> int | None:
+    """The longest request that so large a KV cache of one GPU holds, and 0 for none at all.
+
+    `layout` cuts it for requests of a length. Never more than the model was made for; None where
+    its config does not tell.
+    """
+    if architecture.context is None or architecture.layers is None:
+        return None
+
+    def too_long(context: int) -> bool:
+        blocks = layout(context)
+        return blocks is None or not blocks.holds(cache_bytes)
+
+    return bisect.bisect_left(range(1, architecture.context + 1), x=True, key=too_long)
+
+
+# --- the sum --------------------------------------------------------------------
+
+Verdict = Literal["roomy", "fits", "tight", "too small"]
+# Up to which part of the budget the sum is called so. An estimate may be wrong by a tenth; below
+# 60 % a smaller place may do.
+ROOMY_UP_TO: Final = 0.60
+FITS_UP_TO: Final = 0.90
+VISIBLE: Final = 0.985  # of a whole card's memory: what its driver leaves to programs
+CONTEXT_MIB: Final = 512  # CUDA's own, cuBLAS and the allocator's rests, on each GPU
+PEERS_MIB: Final = 512  # NCCL's and vLLM's buffers for tensor parallelism
+GRAPH_MIB: Final = 16  # per layer
+ENCODER_MIB: Final = 1024  # pictures or sound while vLLM tries its largest request
+CPU_ENGINE_MIB: Final = 1536  # Python, PyTorch and vLLM in the server's memory
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Somewhere a model could run, and the memory of each GPU or slice, or of the server."""
+
+    placement: Placement
+    title: str
+    memory_mib: int | None = None
+    gpu_name: str | None = None
+    compute_capability: str | None = None
+
+    @property
+    def tensor_parallel(self) -> int:
+        return len(self.placement.gpu_uuids) if isinstance(self.placement, GpuPlacement) else 1
+
+    @property
+    def block_tokens(self) -> int:
+        return CPU_BLOCK_TOKENS if isinstance(self.placement, CpuPlacement) else BLOCK_TOKENS
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FitPart:
+    """One addend, per GPU; `origin` says whether it is known, guessed, or set by somebody."""
+
+    name: Literal["weights", "KV cache", "overhead"]
+    mib: float | None
+    origin: Literal["known", "estimated", "measured", "set"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fit:
+    """Whether a model would fit a place, as a sum; all in MiB per GPU.
+
+    `obstacles` are what vLLM refuses however much memory there is; `notes` are advice.
+    """
+
+    place: Place
+    parts: tuple[FitPart, ...]
+    budget_mib: float | None
+    verdict: Verdict | None  # None: the place's memory is not known
+    context: int | None
+    requests: int
+    largest_context: int | None  # of one request; 0 for none
+    concurrency: float | None  # requests of `context` tokens at a time
+    obstacles: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def needed_mib(self) -> float:
+        return sum(part.mib or 0 for part in self.parts)
+
+    @property
+    def starts(self) -> bool:
+        """Whether a start is expected to succeed."""
+        return self.verdict not in {None, "too small"} and not self.obstacles
+
+
+def place_of(placement: Placement, hardware: Hardware, memory_mib: int | None = None) -> Place:
+    """A placement on this server's hardware; `memory_mib` is the server's own memory."""
+    title = format_placement(placement, hardware)
+    match placement:
+        case CpuPlacement():
+            return Place(placement=placement, title=title, memory_mib=memory_mib)
+        case GpuPlacement(gpu_uuids=uuids):
+            known = [gpu for gpu_uuid in uuids if (gpu := hardware.gpu(gpu_uuid))]
+            sizes = [gpu.memory_mib for gpu in known]
+            smallest = min((int(size * VISIBLE) for size in sizes if size), default=None)
+        case MigPlacement(gpu_uuid=gpu_uuid, profile=profile, start=start):
+            known = [gpu] if (gpu := hardware.gpu(gpu_uuid)) else []
+            smallest = _slice_mib(known[0], (profile, start)) if known else None
+        case _:
+            assert_never(placement)
+    return Place(
+        placement=placement,
+        title=title,
+        memory_mib=smallest,
+        gpu_name=known[0].name if known else None,
+        compute_capability=known[0].compute_capability if known else None,
+    )
+
+
+def _slice_mib(gpu: Gpu, wanted: Slice) -> int | None:
+    device = gpu.device(wanted)
+    if device is not None and device.memory_mib is not None:
+        return device.memory_mib
+    profiles = gpu.geometry.profiles if gpu.geometry else ()
+    return next((p.usable_mib for p in profiles if p.name == wanted[0]), None)
+
+
+def estimate(
+    weights_bytes: int, architecture: Architecture, wish: EngineWish, place: Place, *,
+    measured: Measured | None = None, at_once: int = 1,
+) -> Fit:  # fmt: skip
+    """The sum for so many requests `at_once` in a place, before anything is deployed there.
+
+    `measured` is what an earlier start with these arguments on such a place showed: it takes the
+    place of what it knows better.
+    """
+    seen = measured or Measured()
+    wish = _settled(wish, architecture, place)
+    weights = _weights_part(weights_bytes, architecture, wish, place, seen)
+    overhead = _overhead_part(architecture, wish, place, seen)
+    budget, fixed = _budget_mib(wish, place), _fixed_kv_mib(wish, place)
+    room = fixed
+    if room is None and budget is not None:
+        room = max(budget - (weights.mib or 0) - (overhead.mib or 0), 0)
+    layout = partial(
+        kv_blocks, architecture, wish=wish, tensor_parallel=place.tensor_parallel,
+        block_size=place.block_tokens,
+    )  # fmt: skip
+    longest = None if room is None else largest_context(architecture, room * MIB, layout)
+    context = longest if wish.context_auto and longest else wish.context or architecture.context
+    blocks = layout(context) if context else None
+    needed = None if blocks is None else _kv_mib(blocks, at_once)
+    kv = _kv_part(needed, context, at_once, fixed, seen)
+    parts = (weights, kv, overhead)
+    short = needed is not None and fixed is not None and needed > fixed
+    return Fit(
+        place=place,
+        parts=parts,
+        budget_mib=budget,
+        verdict="too small" if short else _verdict(parts, budget),
+        context=context,
+        requests=at_once,
+        largest_context=longest,
+        concurrency=blocks.concurrency(room * MIB) if blocks and room is not None else None,
+        obstacles=tuple(_obstacles(architecture, wish, place)),
+        notes=tuple(_notes(architecture, wish, place, needed if short else None)),
+    )
+
+
+def _settled(wish: EngineWish, architecture: Architecture, place: Place) -> EngineWish:
+    """The wish with vLLM's defaults for this place: larger batches on cards of 70 GiB and more."""
+    gib = (place.memory_mib or 0) / 1024
+    large = gib >= 70 and "A100" not in (place.gpu_name or "")  # noqa: PLR2004
+    seqs = wish.max_num_seqs or (1024 if large else 256)
+    batch = 16384 if gib >= 160 else 8192 if large else 2048  # noqa: PLR2004
+    on_cpu = isinstance(place.placement, CpuPlacement)
+    if on_cpu:
+        seqs, batch = wish.max_num_seqs or 128, 2048
+    longest = wish.context or architecture.context
+    batch = min(batch, seqs * longest) if longest else batch
+    batch = wish.max_num_batched_tokens or batch
+    return replace(
+        wish,
+        max_num_seqs=min(seqs, batch),
+        max_num_batched_tokens=batch,
+        async_scheduling=wish.async_scheduling and not on_cpu,
+    )
+
+
+def _budget_mib(wish: EngineWish, place: Place) -> float | None:
+    """What the engine may take of each GPU; of the server all that there is."""
+    if place.memory_mib is None or _fixed_kv_mib(wish, place) is not None:
+        return place.memory_mib
+    given = place.placement.memory_fraction if isinstance(place.placement, GpuPlacement) else None
+    return place.memory_mib * min(given or wish.memory_fraction or DEFAULT_FRACTION, 1.0)
+
+
+def _fixed_kv_mib(wish: EngineWish, place: Place) -> float | None:
+    """A KV cache whose size somebody set: vLLM then takes no more, whatever is free."""
+    if isinstance(place.placement, CpuPlacement):
+        return place.placement.kv_cache_mib
+    return None if wish.kv_cache_bytes is None else wish.kv_cache_bytes / MIB
+
+
+def _weights_part(
+    weights_bytes: int, architecture: Architecture, wish: EngineWish, place: Place, seen: Measured
+) -> FitPart:
+    """Tensor parallelism cuts them evenly; weights of 32 bit are loaded as 16."""
+    if seen.weights_mib is not None:
+        return FitPart(name="weights", mib=seen.weights_mib, origin="measured")
+    halved = architecture.dtype in {"float32", "float"} and architecture.quantization is None
+    kept = wish.dtype in {"float32", "float"}
+    mib = weights_bytes / MIB / place.tensor_parallel / (2 if halved and not kept else 1)
+    return FitPart(name="weights", mib=max(mib - wish.cpu_offload_gib * 1024, 0), origin="known")
+
+
+def _overhead_part(
+    architecture: Architecture, wish: EngineWish, place: Place, seen: Measured
+) -> FitPart:
+    """Activations, CUDA's context, CUDA graphs, buffers between GPUs, an encoder's largest input.
+
+    An estimate, except where an earlier start left a rest: its peak without weights and KV cache.
+    """
+    if None not in {seen.peak_mib, seen.weights_mib, seen.kv_cache_mib}:
+        rest = (seen.peak_mib or 0) - (seen.weights_mib or 0) - (seen.kv_cache_mib or 0)
+        if rest > 0:
+            return FitPart(name="overhead", mib=rest, origin="measured")
+    activations = activation_mib(architecture, wish, place.tensor_parallel)
+    encoder = ENCODER_MIB if architecture.has_encoder else 0
+    if isinstance(place.placement, CpuPlacement):
+        mib = CPU_ENGINE_MIB + activations
+    else:
+        layers = sum(layer.count for layer in architecture.layers or ()) or 32
+        graphs = seen.graphs_mib if seen.graphs_mib is not None else GRAPH_MIB * layers
+        peers = PEERS_MIB if place.tensor_parallel > 1 else 0
+        mib = CONTEXT_MIB + activations + encoder + peers + (0 if wish.enforce_eager else graphs)
+    return FitPart(name="overhead", mib=mib, origin="estimated")
+
+
+def activation_mib(architecture: Architecture, wish: EngineWish, tensor_parallel: int = 1) -> float:
+    """The most that vLLM's trial run holds at once: a full batch in one layer, or its logits.
+
+    Per token of a batch three copies of the hidden state, and of the MLP its two inputs and their
+    product, in 16 bit; per sequence the vocabulary in 16 bit, 32 bit and as probabilities. With
+    Llama-3.1-8B and a batch of 20,000 tokens vLLM reported 2.07 GiB, of 29,000 tokens 2.99 GiB
+    (vllm issue 10517); this gives 2.06 and 2.99.
+    """
+    if architecture.hidden_size is None:
+        return 1024.0
+    hidden = architecture.hidden_size * (3 + architecture.experts)
+    token = 2 * (hidden + 3 * architecture.mlp_size / tensor_parallel)
+    batch = token * (wish.max_num_batched_tokens or 2048)
+    logits = (architecture.vocabulary or 0) * (wish.max_num_seqs or 256) * 10
+    return max(batch, logits) / MIB
+
+
+def _kv_mib(blocks: KvBlocks, at_once: int) -> float:
+    """vLLM keeps one block for itself."""
+    return (blocks.request_bytes * at_once + blocks.size) / MIB
+
+
+def _kv_part(
+    needed: float | None, context: int | None, at_once: int, fixed: float | None,
+    seen: Measured,
+) -> FitPart:  # fmt: skip
+    if fixed is not None:
+        return FitPart(name="KV cache", mib=fixed, origin="set")
+    if seen.kv_cache_mib and seen.concurrency and seen.context == context:
+        per_request = seen.kv_cache_mib / seen.concurrency
+        return FitPart(name="KV cache", mib=per_request * at_once, origin="measured")
+    return FitPart(name="KV cache", mib=needed, origin="estimated")
+
+
+def _verdict(parts: Sequence[FitPart], budget: float | None) -> Verdict | None:
+    """What is measured is not wrong by a tenth; what is unknown is never called more than tight."""
+    if budget is None:
+        return None
+    needed = sum(part.mib or 0 for part in parts)
+    if needed > budget:
+        return "too small"
+    sure = all(part.origin != "estimated" for part in parts)
+    if any(part.mib is None for part in parts) or (needed > FITS_UP_TO * budget and not sure):
+        return "tight"
+    return "roomy" if needed <= ROOMY_UP_TO * budget else "fits"
+
+
+def _obstacles(architecture: Architecture, wish: EngineWish, place: Place) -> Iterator[str]:
+    """What vLLM refuses however much memory there is."""
+    parallel, heads = place.tensor_parallel, architecture.heads
+    if heads and heads % parallel:
+        yield f"its {heads} attention heads cannot be shared by {parallel} GPUs"
+    for kv_heads in {layer.heads for layer in architecture.layers or () if layer.values}:
+        if kv_heads % parallel and parallel % kv_heads:
+            yield f"its {kv_heads} KV heads cannot be shared by {parallel} GPUs"
+    if wish.pipeline_parallel > 1:
+        count = wish.pipeline_parallel * parallel
+        yield f"with pipeline parallelism it wants {count} GPUs, and is given {parallel}"
+    if wish.context and architecture.context and wish.context > architecture.context:
+        yield (f"{wish.context:,} tokens are asked for, and it was made for "
+               f"{architecture.context:,}")  # fmt: skip
+    if wish.dtype == "bfloat16" and _lacks_bfloat16(place):
+        yield f"{place.gpu_name or 'this GPU'} has no bfloat16: use --dtype half"
+
+
+def _lacks_bfloat16(place: Place) -> bool:
+    """GPUs before compute capability 8.0 (Ampere)."""
+    major = (place.compute_capability or "").partition(".")[0]
+    return major.isdigit() and int(major) < 8  # noqa: PLR2004
+
+
+def _notes(
+    architecture: Architecture, wish: EngineWish, place: Place, short_of: float | None
+) -> Iterator[str]:
+    if short_of:
+        yield f"the KV cache is set too small: these requests need {math.ceil(short_of):,} MiB"
+    if wish.dtype is None and architecture.dtype == "bfloat16" and _lacks_bfloat16(place):
+        yield f"{place.gpu_name or 'this GPU'} has no bfloat16: add --dtype half"
+    if architecture.unknown:
+        yield f"its config does not tell {', '.join(architecture.unknown)}"
+
+
+# --- where it would fit -----------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """A place with its sum; whose it is by wish, and whether it would have to be cut first."""
+
+    fit: Fit
+    taken_by: tuple[ModelName, ...] = ()
+    to_cut: bool = False
+
+
+def places_that_fit(  # noqa: PLR0913 - the quantities that it depends on
+    weights_bytes: int, architecture: Architecture, wish: EngineWish, hardware: Hardware,
+    state: State, *, at_once: int = 1, model: str = "",
+) -> list[Candidate]:  # fmt: skip
+    """Every place where the model would start, the best first: free, sure, there, and no larger
+    than needed. `model` is the one to place: it takes nothing from itself.
+    """
+    others = replace(state, models=tuple(m for m in state.wished_models if m.name != model))
+    found = []
+    for placement, to_cut in _possible_places(hardware):
+        place = place_of(placement, hardware)
+        fit = estimate(weights_bytes, architecture, wish, place, at_once=at_once)
+        if fit.starts:
+            found.append(Candidate(fit=fit, taken_by=_holders(others, placement), to_cut=to_cut))
+    return sorted(_least_cuts(found), key=_worth)
+
+
+def _worth(candidate: Candidate) -> tuple[bool, bool, bool, int, int]:
+    fit, place = candidate.fit, candidate.fit.place
+    memory, gpus = place.memory_mib or 0, place.tensor_parallel
+    return bool(candidate.taken_by), fit.verdict == "tight", candidate.to_cut, gpus, memory
+
+
+def _possible_places(hardware: Hardware) -> Iterator[tuple[Placement, bool]]:
+    """Whole GPUs, the best joined 2, 4 and 8 of a kind, slices, and slices that could be cut."""
+    for gpu in whole_gpus(hardware):
+        yield GpuPlacement(gpu_uuids=(gpu.uuid,)), False
+    for count in (2, 4, 8):
+        with contextlib.suppress(RefusedError):
+            yield GpuPlacement(gpu_uuids=choose_gpus(hardware, count).gpu_uuids), False
+    for gpu in hardware.gpus:
+        for profile, start in along(gpu.layout):
+            yield MigPlacement(gpu_uuid=gpu.uuid, profile=profile, start=start), False
+        for profile, start in _cuttable(gpu):
+            yield MigPlacement(gpu_uuid=gpu.uuid, profile=profile, start=start), True
+
+
+def _cuttable(gpu: Gpu) -> Iterator[Slice]:
+    """One slice of each plain profile that fits beside those that the card has."""
+    if gpu.geometry is None or gpu.slices is None:
+        return
+    names = [name for name, _ in gpu.layout]
+    plain = [profile for profile in gpu.geometry.profiles if not profile.variant]
+    for profile in _room(gpu.geometry, gpu.layout, plain):
+        with contextlib.suppress(RefusedError):
+            layout = choose_layout(gpu.geometry, [*names, profile.name], staying=gpu.layout)
+            yield from layout - gpu.layout
+
+
+def _least_cuts(found: Sequence[Candidate]) -> list[Candidate]:
+    """Of the slices that a card could be cut into, the smallest that is not tight will do."""
+    kept = [candidate for candidate in found if not candidate.to_cut]
+    cuts: dict[GpuUuid, list[Candidate]] = {}
+    for candidate in found:
+        if candidate.to_cut and isinstance(p := candidate.fit.place.placement, MigPlacement):
+            cuts.setdefault(p.gpu_uuid, []).append(candidate)
+    return [*kept, *(min(several, key=_worth) for several in cuts.values())]
+
+
+def _holders(others: State, placement: Placement) -> tuple[ModelName, ...]:
+    """The wished models that are in the way: on the same slice, or anywhere on a whole GPU."""
+    match placement:
+        case GpuPlacement(gpu_uuids=uuids):
+            return tuple(m.name for m in others.models if gpus_of(m) & {*uuids})
+        case MigPlacement(gpu_uuid=gpu_uuid):
+            return tuple(
+                m.name for m in others.models
+                if m.placement == placement
+                or (isinstance(m.placement, GpuPlacement) and gpu_uuid in m.placement.gpu_uuids)
+            )  # fmt: skip
+        case _:
+            return ()
+
+
 # =============================================================================
 # §8 Weights — pure: repositories, what to fetch of them, and what is stored here
 # =============================================================================
@@ -1911,16 +2819,8 @@ class RepositoryFacts:
 
     @property
     def context(self) -> int | None:
-        """The longest request its config names, in tokens."""
-        parts = (self.config, self.config.get("text_config"), self.config.get("thinker_config"))
-        found = [
-            length
-            for part in parts
-            if isinstance(part, dict)
-            for key in CONTEXT_KEYS
-            if isinstance(length := part.get(key), int)
-        ]
-        return max(found, default=None)
+        """The longest request it was made for, in tokens."""
+        return read_architecture(self.config).context
 
     @property
     def quantisation(self) -> str | None:
@@ -1936,10 +2836,6 @@ class RepositoryFacts:
         return "auto_map" in self.config
 
 
-CONTEXT_KEYS: Final = (
-    "max_position_embeddings", "n_positions", "max_sequence_length", "seq_length",
-    "max_seq_len", "max_target_positions",
-)  # fmt: skip
 # Bytes of one parameter as safetensors stores it.
 DTYPE_BYTES: Final[Mapping[str, float]] = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2,
@@ -1960,7 +2856,7 @@ _VISION: Final = re.compile(
     r"(?!T5|MT5|Bart|MBart|Pegasus|M2M|UMT5|BlenderBot|LED).*"
     r"(ForConditionalGeneration|ForVision2Seq|ForImageTextToText|VLModel|VLForCausalLM|VLChatModel)"
 )
-_ENCODERS: Final = re.compile(
+_EMBEDDERS: Final = re.compile(
     r"\w*([Bb]ert|MPNet|Bge|Electra|Deberta|GteModel|NewModel|NomicModel)\w*"
 )
 
@@ -1995,7 +2891,7 @@ def _type_of_architecture(architecture: str) -> ModelType | None:
     if architecture.endswith(("ForCausalLM", "LMHeadModel")):
         return "chat"
     encoder = architecture.endswith(("Model", "ForMaskedLM"))
-    return "embedding" if encoder and _ENCODERS.fullmatch(architecture) else None
+    return "embedding" if encoder and _EMBEDDERS.fullmatch(architecture) else None
 
 
 WEIGHTS: Final = frozenset({
@@ -2644,11 +3540,6 @@ def check_engine_arguments(
                 f"The engine argument {option} is unknown to {engine_image(model, state)}.",
                 advice=f"Did you mean {near[0]}?" if near else "Leave it out, or correct it.",
             )
-
-
-def _option_name(argument: str) -> str:
-    """`--json.key=value` is the option `--json`; vLLM takes `_` for `-`."""
-    return re.split(r"[=.]", argument, maxsplit=1)[0].replace("_", "-")
 
 
 def _reserved_options(model: Model) -> frozenset[str]:
@@ -6046,6 +6937,147 @@ def format_progress(progress: DownloadProgress) -> str:
     parts += [f"attempt {progress.attempt}"] if progress.attempt > 1 else []
     text = f"{progress.repository}: {', '.join(parts)}"
     return f"{text}. {progress.note}" if progress.note else text
+
+
+PLACE_HEADERS: Final = (
+    "Place", "Verdict", "Needed", "Budget", "Longest request", "Requests at a time", "State",
+)  # fmt: skip
+_MEANINGS: Final[Mapping[Verdict, str]] = {
+    "roomy": "roomy: a smaller place may do",
+    "fits": "fits",
+    "tight": "tight: an estimate's error could decide",
+    "too small": "too small",
+}
+
+
+def fit_lines(fit: Fit) -> list[str]:
+    """The sum as an operator reads it in a terminal."""
+    rows = [
+        *((str(part.name), _mib_text(part.mib), _part_note(fit, part)) for part in fit.parts),
+        ("together", _mib_text(fit.needed_mib), _budget_note(fit)),
+    ]
+    size = max(len(amount) for _, amount, _ in rows)
+    lines = [f"{name:<9} {amount:>{size}}  {note}".rstrip() for name, amount, note in rows]
+    lines.insert(len(fit.parts), " " * 10 + "-" * size)
+    return [f"{fit.place.title}: {verdict_text(fit)}", *lines, *_reach_lines(fit), *_said(fit)]
+
+
+def verdict_text(fit: Fit) -> str:
+    if fit.obstacles:
+        return "vLLM would refuse it"
+    return _MEANINGS[fit.verdict] if fit.verdict else "its memory is not known"
+
+
+def _said(fit: Fit) -> list[str]:
+    return [f"{text[:1].upper()}{text[1:]}." for text in (*fit.obstacles, *fit.notes)]
+
+
+def _mib_text(mib: float | None) -> str:
+    return UNKNOWN if mib is None else format_size(mib * MIB)
+
+
+def _part_note(fit: Fit, part: FitPart) -> str:
+    """Where a figure comes from; for the KV cache what it is enough for."""
+    if part.name != "KV cache" or part.origin == "set" or fit.context is None:
+        return part.origin
+    several = "1 request" if fit.requests == 1 else f"{fit.requests} requests"
+    return f"{part.origin}, for {several} of {fit.context:,} tokens"
+
+
+def _budget_note(fit: Fit) -> str:
+    if fit.budget_mib is None or fit.place.memory_mib is None:
+        return "per GPU" if fit.place.tensor_parallel > 1 else ""
+    each = " on each GPU" if fit.place.tensor_parallel > 1 else ""
+    share = fit.budget_mib / fit.place.memory_mib
+    return f"of {_mib_text(fit.budget_mib)}{each}, which is {share:.0%} of its memory"
+
+
+def _reach_lines(fit: Fit) -> list[str]:
+    """How far the room for the KV cache reaches."""
+    lines = []
+    if fit.largest_context == 0:
+        lines.append("Not even one token fits beside its weights.")
+    elif fit.largest_context is not None:
+        option = f" (--max-model-len {fit.largest_context})" if not fit.starts else ""
+        lines.append(f"Longest request that fits: {fit.largest_context:,} tokens{option}.")
+    if fit.concurrency is not None and fit.context is not None and fit.starts:
+        lines.append(
+            f"Room for {fit.concurrency:.1f} requests of {fit.context:,} tokens at a time."
+        )
+    return lines
+
+
+def fit_html(fit: Fit) -> str:
+    """The sum as a bar, as long as the place's memory or as what is needed; texts are escaped."""
+    whole = max(fit.needed_mib, fit.place.memory_mib or 0, 1.0)
+    parts = [(part.name, part.mib or 0, _part_note(fit, part)) for part in fit.parts]
+    free = max(whole - fit.needed_mib, 0.0)
+    bars = "".join(
+        f'<div class="{_css_name(name)}" style="width:{mib / whole:.2%}"></div>'
+        for name, mib, _ in (*parts, ("free", free, ""))
+    )
+    mark = "" if fit.budget_mib is None else (
+        f'<i class="fit-budget" style="left:{min(fit.budget_mib / whole, 1):.2%}"></i>'
+    )  # fmt: skip
+    legend = "".join(
+        f'<li class="{_css_name(name)}"><b>{name}</b> {html.escape(_mib_text(mib))} '
+        f"<span>{html.escape(note)}</span></li>"
+        for name, mib, note in (*parts, ("free", free, _budget_note(fit)))
+    )
+    said = html.escape(" ".join([*_reach_lines(fit), *_said(fit)]))
+    title, verdict = html.escape(fit.place.title), html.escape(verdict_text(fit), quote=True)
+    return (
+        f'<div class="fit-card"><div class="fit-head"><b>{title}</b><span>{verdict}</span></div>'
+        f'<div class="fit-bar" role="img" aria-label="{verdict}">'
+        f'{bars}{mark}</div><ul class="fit-legend">{legend}</ul><div>{said}</div></div>'
+    )
+
+
+def _css_name(part: str) -> str:
+    return f"fit-{part.lower().replace(' ', '-')}"
+
+
+# Four tones that differ in lightness too, so that they are told apart in grey, light and dark.
+FIT_STYLE: Final = """
+.fit-card { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 10px 14px;
+  margin-bottom: 10px; background: var(--background-fill-primary); color: var(--body-text-color); }
+.fit-head { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 4px 24px;
+  margin-bottom: 8px; }
+.fit-bar { position: relative; display: flex; height: 28px; border-radius: 4px; overflow: hidden; }
+.fit-bar .fit-budget { position: absolute; top: 0; bottom: 0; width: 0; margin-left: -2px;
+  border-left: 3px dashed var(--body-text-color); }
+.fit-legend { display: flex; flex-wrap: wrap; gap: 4px 20px; margin: 8px 0; padding: 0;
+  list-style: none; }
+.fit-legend li { background: none; border-left: 12px solid; padding-left: 6px; margin: 0; }
+.fit-legend span { color: var(--body-text-color-subdued); }
+.fit-bar .fit-weights { background: #1e40af; } .fit-legend .fit-weights { border-color: #1e40af; }
+.fit-bar .fit-kv-cache { background: #0d9488; } .fit-legend .fit-kv-cache { border-color: #0d9488; }
+.fit-bar .fit-overhead { background: #d97706; } .fit-legend .fit-overhead { border-color: #d97706; }
+.fit-bar .fit-free { background: var(--border-color-primary); }
+.fit-legend .fit-free { border-color: var(--border-color-primary); }
+"""
+
+
+def place_rows(candidates: Sequence[Candidate]) -> list[list[str]]:
+    """Where a model would fit, the best first."""
+    return [
+        [
+            fit.place.title,
+            fit.verdict or UNKNOWN,
+            _mib_text(fit.needed_mib),
+            _mib_text(fit.budget_mib),
+            UNKNOWN if fit.largest_context is None else f"{fit.largest_context:,}",
+            UNKNOWN if fit.concurrency is None else f"{fit.concurrency:.1f}",
+            _place_state(candidate),
+        ]
+        for candidate in candidates
+        for fit in (candidate.fit,)
+    ]
+
+
+def _place_state(candidate: Candidate) -> str:
+    taken = f"taken by {', '.join(candidate.taken_by)}" if candidate.taken_by else "free"
+    return f"{taken}, to be cut" if candidate.to_cut else taken
 
 
 # =============================================================================
