@@ -1735,6 +1735,32 @@ def parse_engine_report(log_text: str) -> Measured:
     )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineLoad:
+    """What an engine is at: requests now, and the tokens it has read and made since it started."""
+
+    running: int
+    waiting: int
+    tokens: int
+
+
+LOAD_METRICS: Final = (
+    "num_requests_running", "num_requests_waiting", "prompt_tokens_total",
+    "generation_tokens_total",
+)  # fmt: skip
+
+
+def parse_load(metrics: str) -> EngineLoad | None:
+    """From vLLM's `/metrics`, summed over its engines; None where it counts no tokens."""
+    found = [
+        re.findall(rf"^vllm:{name}\{{.*\}} (\S+)$", metrics, re.MULTILINE) for name in LOAD_METRICS
+    ]
+    if not all(found):
+        return None
+    running, waiting, read, made = (int(sum(map(float, figures))) for figures in found)
+    return EngineLoad(running=running, waiting=waiting, tokens=read + made)
+
+
 def measurement_key(model: Model, image: str, hardware: Hardware | None) -> str:
     """Equal for engines that need the same; which of several equal GPUs or slices plays no part."""
     uuids: tuple[GpuUuid, ...] = ()
@@ -5589,6 +5615,7 @@ class Snapshot:
     fates: Mapping[ModelName, str] = field(
         default_factory=dict
     )  # of models that ended by themselves
+    hung: Mapping[ModelName, str] = field(default_factory=dict)  # models that work on nothing
 
     @property
     def seconds_old(self) -> float:
@@ -5653,8 +5680,12 @@ def _running_since(state: State, model: Model, observed: Observed | None, now: d
     starts = [c.started_at for c in seen if c is not None and c.running and c.started_at]
     if not starts:
         return ""
-    seconds = (now - min(starts)).total_seconds()
-    # Whole minutes from the first on: a table that changes every second is sent every second.
+    return format_age(now - min(starts))
+
+
+def format_age(age: timedelta) -> str:
+    """Whole minutes from the first on: what changes every second is sent every second."""
+    seconds = age.total_seconds()
     return format_duration(seconds - seconds % 60 if seconds >= 60 else seconds)  # noqa: PLR2004
 
 
@@ -5734,6 +5765,7 @@ def attention(snapshot: Snapshot) -> list[Attention]:
     found += [
         Attention(snapshot.fates.get(m.name, f"{m.name} {unknown}"), "Models") for m in failed
     ]
+    found += [Attention(text, "Models") for text in snapshot.hung.values()]
     if snapshot.plan and not busy:
         count = sum(len(stage.steps) for stage in snapshot.plan.stages)
         found.append(
@@ -8037,6 +8069,8 @@ class Probes(Protocol):
 
     def fill(self, observed: Observed) -> Observed: ...
     def is_ready(self, spec: ContainerSpec, seen: ObservedContainer) -> bool: ...
+    def load(self, seen: ObservedContainer) -> EngineLoad | None: ...
+    def answers(self, seen: ObservedContainer, wanted: EngineAnswers, seconds: float) -> bool: ...
 
 
 class HttpProbes:
@@ -8122,20 +8156,35 @@ class HttpProbes:
             return False
         return listed >= set(names)
 
-    def _engine_answers(self, seen: ObservedContainer, wanted: EngineAnswers) -> bool:
+    def load(self, seen: ObservedContainer) -> EngineLoad | None:
+        """What an engine is at; None where it does not say."""
+        answer = self._ok(seen, ENGINE_PORT, "/metrics")
+        return parse_load(answer.text) if answer is not None else None
+
+    def answers(self, seen: ObservedContainer, wanted: EngineAnswers, seconds: float) -> bool:
+        """Whether an engine answers the smallest request of its kind within that time."""
+        try:
+            return self._smallest_request(seen, wanted, seconds).is_success
+        except httpx.HTTPError:
+            return False
+
+    def _smallest_request(
+        self, seen: ObservedContainer, wanted: EngineAnswers, seconds: float
+    ) -> httpx.Response:
         asked = readiness_request(wanted.model_type, wanted.served_model_name)
         body: Json = {"json": asked.fields}
         if asked.audio is not None:
             body = {"data": asked.fields, "files": {"file": ("silence.wav", asked.audio)}}
-        key = wanted.engine_key.get_secret_value()
+        return self._client.post(
+            f"http://{seen.address}:{ENGINE_PORT}{asked.path}",
+            headers={"Authorization": f"Bearer {wanted.engine_key.get_secret_value()}"},
+            timeout=seconds,
+            **body,
+        )
+
+    def _engine_answers(self, seen: ObservedContainer, wanted: EngineAnswers) -> bool:
         try:
-            # The first request may compile kernels.
-            answer = self._client.post(
-                f"http://{seen.address}:{ENGINE_PORT}{asked.path}",
-                headers={"Authorization": f"Bearer {key}"},
-                timeout=300,
-                **body,
-            )
+            answer = self._smallest_request(seen, wanted, 300)  # the first may compile kernels
         except httpx.TimeoutException as error:
             raise ContainerFailedError(
                 f"{seen.name} is up but did not answer its first request in 300 s.",
@@ -10879,6 +10928,26 @@ class Manager:
         state = self._store.load()
         return self._tools.containers.follow(replica_names(state, state.model(name))[0])
 
+    def loads(self, engines: Sequence[ObservedContainer]) -> dict[ContainerName, EngineLoad | None]:
+        """What each of these engines is at, asked side by side; None where one does not say."""
+        with concurrent.futures.ThreadPoolExecutor(max_workers=len(engines) or 1) as pool:
+            loads = list(pool.map(self._tools.probes.load, engines))
+        return {engine.name: load for engine, load in zip(engines, loads, strict=True)}
+
+    def answers(self, engine: ObservedContainer, seconds: float) -> bool:
+        """Whether an engine answers the smallest request of its kind; True where there is none."""
+        state = self._store.load()
+        model = state.model(engine.model_name or "")
+        wanted = EngineAnswers(
+            model_type=model.type,
+            served_model_name=engine.served_model_name or model.served_model_name,
+            engine_key=state.secrets.engine_key,
+        )
+        try:
+            return self._tools.probes.answers(engine, wanted, seconds)
+        except RefusedError:
+            return True
+
     def snapshot(self) -> Snapshot:
         """Everything a page shows; what cannot be read is a fault in it, not an exception."""
         state, observed, plan = None, None, None
@@ -10944,11 +11013,94 @@ class Revivals:
         return f"{name} ended {times} times within an hour and stays down: {why}"
 
 
+@dataclass
+class Stalls:
+    """Which engines have work and make no token: suspected, tried with a request, then hung."""
+
+    pause: float = 5.0  # seconds between two looks
+    seconds: float = 60.0  # without a token, until an engine is suspected
+    patience: float = 30.0  # seconds for the request that tries it
+    still: dict[ContainerName, tuple[int, datetime]] = field(default_factory=dict)  # tokens, since
+    hung: frozenset[ContainerName] = frozenset()
+
+    def suspects(
+        self, loads: Mapping[ContainerName, EngineLoad | None], now: datetime
+    ) -> list[ContainerName]:
+        """Whom to try now; who is idle, gone or makes tokens is not hung any more."""
+        before, self.still = self.still, {}
+        for name, load in loads.items():
+            known = before.get(name)
+            if known and (load is None or (load.running and load.tokens == known[0])):
+                self.still[name] = known
+            elif load is not None and load.running:
+                self.still[name] = (load.tokens, now)
+        self.hung &= {name for name in self.still if self.still[name] == before.get(name)}
+        limit = now - timedelta(seconds=self.seconds)
+        return [n for n, (_, at) in self.still.items() if at <= limit and n not in self.hung]
+
+    def tried(self, name: ContainerName, *, answered: bool) -> None:
+        """What came of a suspicion; one that answered is looked at afresh."""
+        if answered:
+            del self.still[name]
+        else:
+            self.hung |= {name}
+
+    def report(self, engine: ObservedContainer, load: EngineLoad | None, now: datetime) -> str:
+        """What the operator reads about a hung engine."""
+        work = f"{load.running} request{'s' * (load.running > 1)}" if load else "requests"
+        return (
+            f"{engine.model_name} has {work} running and has made no token for "
+            f"{format_age(now - self.still[engine.name][1])}, and does not answer a request of one "
+            "token. Restart it; its log may say why."
+        )
+
+
+class Pulse:
+    """A thread of its own that looks whether engines with work make tokens.
+
+    A hung engine answers late or never, and no page may wait for it.
+    """
+
+    def __init__(self, manager: Manager, latest: Callable[[], Snapshot], stalls: Stalls) -> None:
+        self._manager = manager
+        self._latest = latest
+        self._stalls = stalls
+        self.hung: Mapping[ModelName, str] = {}
+        threading.Thread(target=self._run, name="pulse", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(self._stalls.pause)
+            try:
+                self._feel()
+            except Exception:  # boundary: one look must not end all of them
+                log.exception("no pulse could be felt")
+
+    def _feel(self) -> None:
+        observed = self._latest().observed
+        seen = observed.containers.values() if observed else ()
+        engines = {c.name: c for c in seen if c.role == "engine" and c.running and c.model_name}
+        loads = self._manager.loads([*engines.values()])
+        for name in self._stalls.suspects(loads, utc_now()):
+            answered = self._manager.answers(engines[name], self._stalls.patience)
+            self._stalls.tried(name, answered=answered)
+        self.hung = {
+            ModelName(engines[name].model_name or ""): self._stalls.report(
+                engines[name], loads[name], utc_now()
+            )
+            for name in sorted(self._stalls.hung)
+        }
+
+
 class Watch:
     """One thread that takes the snapshot which every open tab reads."""
 
     def __init__(
-        self, manager: Manager, seconds: float = 2.0, revivals: Revivals | None = None
+        self,
+        manager: Manager,
+        seconds: float = 2.0,
+        revivals: Revivals | None = None,
+        stalls: Stalls | None = None,
     ) -> None:
         self._manager = manager
         self._seconds = seconds
@@ -10957,12 +11109,19 @@ class Watch:
         self._fates: dict[ModelName, str] = {}
         self._latest = manager.snapshot()
         self._repaired: set[ModelName] = set()
+        self._pulse = Pulse(manager, lambda: self._latest, stalls or Stalls())
         threading.Thread(target=self._run, name="watch", daemon=True).start()
 
     def latest(self) -> Snapshot:
         """The last look at the world, with the jobs as they are now."""
         jobs = tuple(self._manager.jobs())
-        return replace(self._latest, jobs=jobs, shown_at=utc_now(), fates={**self._fates})
+        return replace(
+            self._latest,
+            jobs=jobs,
+            shown_at=utc_now(),
+            fates={**self._fates},
+            hung=self._pulse.hung,
+        )
 
     def _run(self) -> None:
         while True:

@@ -173,6 +173,8 @@ class World:
     start_seconds: float = 0.0
     says: str = ""  # what every container says when it starts
     docker_answers: bool = True
+    loads: dict[str, lm.EngineLoad] = field(default_factory=dict)  # of engines, by container
+    hung: set[str] = field(default_factory=set)  # engines that answer no request
 
     def boot(self, container: FakeContainer) -> None:
         """Start it: it reads its files now, and ends at once if it is broken."""
@@ -580,6 +582,22 @@ class FakeProbes:
                 return {name for name, _ in entries_of(container.loaded)} >= {*names}
             case _:
                 return True
+
+    def load(self, seen: lm.ObservedContainer) -> lm.EngineLoad | None:
+        return self.world.loads.get(seen.name)
+
+    def answers(
+        self,
+        seen: lm.ObservedContainer,
+        wanted: lm.EngineAnswers,
+        seconds: float,  # noqa: ARG002
+    ) -> bool:
+        load = self.world.loads.get(seen.name)
+        lm.readiness_request(wanted.model_type, wanted.served_model_name)
+        if load is None or seen.name in self.world.hung:
+            return False
+        self.world.loads[seen.name] = replace(load, tokens=load.tokens + 3)
+        return True
 
 
 def a_world(files: lm.Files | None = None, gpus: SimulatedGpus | None = None) -> World:

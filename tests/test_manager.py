@@ -448,6 +448,50 @@ def test_the_pauses_grow_and_an_hour_of_peace_forgets_them() -> None:
     assert revivals.due([chat], tomorrow + timedelta(seconds=5)) == [chat]
 
 
+STALLS = {"pause": 0.001, "seconds": 0.0}
+REPORT = (
+    "chat has 2 requests running and has made no token for 0 s, and does not answer a request of "
+    "one token. Restart it; its log may say why."
+)
+
+
+def test_an_engine_that_hangs_is_reported_and_not_restarted_until_it_makes_tokens_again(
+    server: Server,
+) -> None:
+    serve(server, "chat")
+    busy = lm.EngineLoad(running=2, waiting=1, tokens=70)
+    server.world.loads["llm-model-chat-0"] = busy
+    server.world.hung.add("llm-model-chat-0")
+    manager = watched(server)
+    watch = lm.Watch(manager, seconds=0.001, stalls=lm.Stalls(**STALLS))
+    assert until(lambda: watch.latest().hung == {lm.ModelName("chat"): REPORT})
+    assert lm.Attention(REPORT, "Models") in lm.attention(watch.latest())
+    server.world.hung.clear()
+    server.world.loads["llm-model-chat-0"] = replace(busy, tokens=71)
+    assert until(lambda: watch.latest().hung == {})
+    manager.rests_after = 0
+    assert watch.latest().jobs == ()
+
+
+def test_an_engine_that_answers_is_only_slow(server: Server) -> None:
+    serve(server, "chat")
+    server.world.loads["llm-model-chat-0"] = lm.EngineLoad(running=1, waiting=0, tokens=70)
+    manager = watched(server)
+    watch = lm.Watch(manager, seconds=0.001, stalls=lm.Stalls(**STALLS))
+    assert until(lambda: server.world.loads["llm-model-chat-0"].tokens > 80), "it was tried"
+    assert watch.latest().hung == {}
+    manager.rests_after = 0
+
+
+def test_a_kind_that_cannot_be_tried_is_never_called_hung(server: Server) -> None:
+    serve(server, "chat")
+    seen = server.manager.observe().containers[lm.ContainerName("llm-model-chat-0")]
+    assert not server.manager.answers(seen, 1.0), "it says nothing of its load"
+    state = server.store.load()
+    server.store.save(state.with_model(replace(state.model("chat"), type="image")))
+    assert server.manager.answers(seen, 1.0)
+
+
 def test_the_doctor_warns_of_whoever_would_undo_a_layout(start: Callable[..., Server]) -> None:
     server = start(a_card("H100 80 GB"))
     server.world.gpus.mig_manager = True

@@ -7,10 +7,11 @@ GPUs is put together from the format strings of vLLM 0.30, for want of such a ma
 from __future__ import annotations
 
 import itertools
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
-from builders import GPU_0, GPU_1, a_model, a_site, a_state, an_engine, on_gpus, on_slice
+from builders import GPU_0, GPU_1, NOW, a_model, a_site, a_state, an_engine, on_gpus, on_slice, seen
 from fake_gpus import SimulatedGpus, a_card
 from fakes import World, a_world, some_tools
 
@@ -224,3 +225,90 @@ def test_a_start_that_was_not_seen_from_its_beginning_is_not_remembered() -> Non
     assert world.containers[name].running
     assert name not in world.files.read_starts()
     assert world.files.read_measured() == {}
+
+
+# --- load, and engines that hang ------------------------------------------------------
+
+CHAT = lm.ContainerName("llm-model-chat-0")
+METRICS = """\
+# HELP vllm:num_requests_running Number of requests in model execution batches.
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="0",model_name="a} 7"} 2.0
+vllm:num_requests_running{engine="1",model_name="a} 7"} 1.0
+vllm:num_requests_waiting{engine="0",model_name="m"} 4.0
+vllm:num_requests_waiting_by_reason{engine="0",model_name="m",reason="capacity"} 4.0
+vllm:prompt_tokens_total{engine="0",model_name="m"} 1.5e+06
+vllm:prompt_tokens_created{engine="0",model_name="m"} 1.7952562138218098e+09
+vllm:prompt_tokens_by_source_total{engine="0",model_name="m",source="local_compute"} 9.0
+vllm:generation_tokens_total{engine="0",model_name="m"} 30.0
+vllm:generation_tokens_total{engine="1",model_name="m"} 4.0
+"""
+
+
+def test_the_load_is_summed_over_an_engines_ranks() -> None:
+    assert lm.parse_load(METRICS) == lm.EngineLoad(running=3, waiting=4, tokens=1500034)
+
+
+def test_metrics_without_tokens_are_no_load() -> None:
+    assert lm.parse_load(METRICS.replace("vllm:", "vllm_omni:")) is None
+    assert lm.parse_load("") is None
+
+
+def working(tokens: int, running: int = 1) -> dict[lm.ContainerName, lm.EngineLoad | None]:
+    return {CHAT: lm.EngineLoad(running=running, waiting=0, tokens=tokens)}
+
+
+def at(seconds: float) -> datetime:
+    return NOW + timedelta(seconds=seconds)
+
+
+def test_an_engine_is_suspected_after_a_minute_of_work_without_a_token() -> None:
+    stalls = lm.Stalls()
+    assert stalls.suspects(working(5), at(0)) == []
+    assert stalls.suspects(working(6), at(50)) == []
+    assert stalls.suspects(working(6), at(109)) == []
+    assert stalls.suspects(working(6), at(110)) == [CHAT]
+
+
+@pytest.mark.parametrize("between", [working(9), working(5, running=0), {}])
+def test_a_token_idleness_and_an_end_begin_the_minute_anew(
+    between: dict[lm.ContainerName, lm.EngineLoad | None],
+) -> None:
+    stalls = lm.Stalls()
+    for seconds, loads in ((0, working(5)), (59, between), (60, working(5)), (119, working(5))):
+        assert stalls.suspects(loads, at(seconds)) == []
+    assert stalls.suspects(working(5), at(120)) == [CHAT]
+
+
+def test_an_engine_that_does_not_even_tell_its_load_is_not_forgotten() -> None:
+    stalls = lm.Stalls()
+    assert stalls.suspects({CHAT: None}, at(0)) == []
+    assert stalls.suspects(working(5), at(10)) == []
+    assert stalls.suspects({CHAT: None}, at(70)) == [CHAT]
+
+
+def test_who_does_not_answer_is_hung_and_tried_no_more_until_it_makes_a_token() -> None:
+    stalls = lm.Stalls()
+    stalls.suspects(working(5), at(0))
+    stalls.suspects(working(5), at(60))
+    stalls.tried(CHAT, answered=False)
+    assert stalls.suspects(working(5, running=3), at(130)) == []
+    assert stalls.hung == {CHAT}
+    engine = seen(an_engine(a_state(a_model())))
+    assert stalls.report(engine, working(5, running=3)[CHAT], at(130)) == (
+        "chat has 3 requests running and has made no token for 2 min, and does not answer a "
+        "request of one token. Restart it; its log may say why."
+    )
+    assert stalls.report(engine, None, at(30)).startswith("chat has requests running and has made")
+    stalls.suspects(working(6), at(135))
+    assert stalls.hung == frozenset()
+    assert stalls.suspects(working(6), at(195)) == [CHAT]
+
+
+def test_who_answers_is_looked_at_afresh() -> None:
+    stalls = lm.Stalls()
+    stalls.suspects(working(5), at(0))
+    stalls.suspects(working(5), at(60))
+    stalls.tried(CHAT, answered=True)
+    assert stalls.suspects(working(5), at(65)) == []
+    assert stalls.suspects(working(5), at(125)) == [CHAT]
