@@ -5855,6 +5855,16 @@ def explain(log_text: str, failures: Sequence[KnownFailure]) -> tuple[str, str] 
     return None
 
 
+def search_log(log_text: str, wanted: str) -> str:
+    """The lines that have this text, in whatever case, with their numbers."""
+    found = [
+        f"{number}: {line}"
+        for number, line in enumerate(log_text.splitlines(), 1)
+        if wanted.casefold() in line.casefold()
+    ]
+    return "\n".join(found) or f"No line has {wanted!r}."
+
+
 KILLED: Final = 137  # 128 and signal 9
 
 
@@ -7284,14 +7294,19 @@ class StateStore:
             Path(path).mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def keep_log(self, name: ContainerName, text: str) -> None:
-        """The last start log of a replica, which survives its container."""
+        """The log of a replica's last run, which survives its container, beside that before it."""
         with file_errors("keep a log"):
-            write_atomic(self.home / "logs" / f"{name}.log", text)
+            if not text.startswith(self.kept_log(name)):  # of another run: this one did not grow
+                self._log_path(name).replace(self._log_path(name, previous=True))
+            write_atomic(self._log_path(name), text)
 
-    def kept_log(self, name: ContainerName) -> str:
-        path = self.home / "logs" / f"{name}.log"
-        with file_errors("read a log"):
-            return path.read_text() if path.exists() else ""
+    def kept_log(self, name: ContainerName, *, previous: bool = False) -> str:
+        path = self._log_path(name, previous=previous)
+        with file_errors("read a log"):  # as bytes: progress bars have carriage returns
+            return path.read_bytes().decode(errors="replace") if path.exists() else ""
+
+    def _log_path(self, name: ContainerName, *, previous: bool = False) -> Path:
+        return self.home / "logs" / f"{name}{'.previous' * previous}.log"
 
     def read_starts(self) -> dict[str, float]:
         """Seconds until ready at each container's last start; what cannot be read is unknown."""
@@ -10003,6 +10018,7 @@ def converge(
         )  # fmt: skip
 
     first = observe(tools)
+    _keep_last_words(first, tools)
     plan = planned(first, recut=True)
     if reach.whole:
         plan.raise_refusal()
@@ -10324,7 +10340,8 @@ def wait_until_ready(spec: ContainerSpec, tools: Tools, control: Control) -> Non
                 control.report(starting_line(said, now - started, last_time))
             tools.clock.sleep(0.2)
     finally:
-        _keep_log(spec, tools)
+        if spec.role == "engine":
+            _keep_log(spec.name, tools)
 
 
 def _note_start(spec: ContainerSpec, seen: ObservedContainer, seconds: float, tools: Tools) -> None:
@@ -10368,11 +10385,16 @@ def _check_sight(spec: ContainerSpec, seen: ObservedContainer, tools: Tools) -> 
 STARTING_LINE_SECONDS: Final = 10.0
 
 
-def _keep_log(spec: ContainerSpec, tools: Tools) -> None:
-    if spec.role != "engine":
-        return
+def _keep_log(name: ContainerName, tools: Tools) -> None:
     with contextlib.suppress(ManagerError):
-        tools.files.keep_log(spec.name, tools.containers.logs(spec.name, KEPT_LINES, last_run=True))
+        tools.files.keep_log(name, tools.containers.logs(name, KEPT_LINES, last_run=True))
+
+
+def _keep_last_words(observed: Observed, tools: Tools) -> None:
+    """What engines said before they ended by themselves, while their containers are there."""
+    for seen in observed.containers.values():
+        if seen.role == "engine" and not (seen.running or seen.name.endswith(ASIDE)):
+            _keep_log(seen.name, tools)
 
 
 def _start_failure(
@@ -10729,6 +10751,9 @@ class ImageLibrary:
         return self._start_task("Prune images", work, "")
 
 
+WHOLE_LOG: Final = 1_000_000  # lines
+
+
 class Manager:
     """Every change of this installation, first as a plan, then as a job."""
 
@@ -10902,17 +10927,30 @@ class Manager:
         wanted = number if number is not None else (versions or [0])[-1]
         return returning_to(wanted, self._store.version(wanted))
 
-    def log_of(self, name: str) -> str:
-        """A model's log: the container's where there is one, else what was kept of it."""
-        state = self._store.load()
-        return "\n".join(
-            self._replica_log(replica) for replica in replica_names(state, state.model(name))
-        )
+    def log_of(
+        self, name: str, *, search: str = "", tail: int = 2000, previous: bool = False
+    ) -> str:
+        """A model's log: the container's where there is one, else what was kept of it.
 
-    def _replica_log(self, replica: ContainerName) -> str:
+        With `search` only the lines that have this text, with their numbers; `previous`: of the
+        run before, which is a failed start where the container from before it is back.
+        """
+        state = self._store.load()
+        names = replica_names(state, state.model(name))
+        read = self._previous_log if previous else self._replica_log
+        said = "\n".join(read(replica, tail) for replica in names)
+        return search_log(said, search) if search else said
+
+    def _replica_log(self, replica: ContainerName, tail: int) -> str:
         if self._tools.containers.look(replica) is not None:
-            return self._tools.containers.logs(replica, 2000)
-        return self._store.kept_log(replica)
+            return self._tools.containers.logs(replica, tail)
+        return "\n".join(self._store.kept_log(replica).splitlines()[-tail:])
+
+    def _previous_log(self, replica: ContainerName, tail: int) -> str:
+        kept = self._store.kept_log(replica)
+        if kept in self._replica_log(replica, WHOLE_LOG):
+            kept = self._store.kept_log(replica, previous=True)
+        return "\n".join(kept.splitlines()[-tail:])
 
     def why_ended(self, name: str) -> str:
         """A sentence of fact and one of advice, about a model that has a container that ended."""
@@ -11065,6 +11103,7 @@ class Pulse:
         self._manager = manager
         self._latest = latest
         self._stalls = stalls
+        self._felt: Snapshot | None = None
         self.hung: Mapping[ModelName, str] = {}
         threading.Thread(target=self._run, name="pulse", daemon=True).start()
 
@@ -11077,7 +11116,9 @@ class Pulse:
                 log.exception("no pulse could be felt")
 
     def _feel(self) -> None:
-        observed = self._latest().observed
+        if (snapshot := self._latest()) is self._felt:  # nobody looks at the server just now
+            return
+        self._felt, observed = snapshot, snapshot.observed
         seen = observed.containers.values() if observed else ()
         engines = {c.name: c for c in seen if c.role == "engine" and c.running and c.model_name}
         loads = self._manager.loads([*engines.values()])
@@ -11934,6 +11975,8 @@ def add_model_commands(commands: Any, add: Callable[..., Any]) -> None:
     logs = add("logs", command_logs, "a model's log, or what was kept of its last start")
     logs.add_argument("name")
     logs.add_argument("-f", "--follow", action="store_true")
+    logs.add_argument("--search", default="", help="only the lines that have this text")
+    logs.add_argument("--previous", action="store_true", help="of the run or failed start before")
     group = commands.add_parser("model", help="register and change models").add_subparsers(
         required=True, metavar="COMMAND"
     )
@@ -12344,11 +12387,16 @@ def command_doctor(arguments: argparse.Namespace) -> int:
 def command_logs(arguments: argparse.Namespace) -> int:
     manager = open_manager()
     if not arguments.follow:
-        out(manager.log_of(arguments.name))
+        tail = WHOLE_LOG if arguments.search else 2000
+        said = manager.log_of(
+            arguments.name, search=arguments.search, tail=tail, previous=arguments.previous
+        )
+        out(said)
         return DONE
     with contextlib.suppress(KeyboardInterrupt):
         for line in manager.follow_log(arguments.name):
-            out(line)
+            if arguments.search.casefold() in line.casefold():
+                out(line)
     return DONE
 
 

@@ -321,6 +321,40 @@ def test_the_log_of_a_model_is_its_containers_or_what_was_kept(server: Server) -
     assert server.manager.log_of("chat") == "llm-model-chat-0 starts"
 
 
+def test_what_an_engine_said_before_it_ended_is_kept_when_it_is_started_again(
+    server: Server,
+) -> None:
+    serve(server, "chat")
+    container = server.world.containers[lm.ContainerName("llm-model-chat-0")]
+    container.log.append("RuntimeError: EngineCore died.")
+    server.world.end(container.name, 0)
+    server.do(lm.reviving(lm.ModelName("chat")))
+    died = "llm-model-chat-0 starts\nRuntimeError: EngineCore died."
+    assert server.store.kept_log(container.name) == "llm-model-chat-0 starts"
+    assert server.manager.log_of("chat", previous=True) == died
+
+
+def test_the_log_of_a_failed_start_can_be_read_while_the_container_from_before_serves(
+    server: Server,
+) -> None:
+    serve(server, "chat")
+    server.world.broken.add("--nonsense")
+    server.manager.revise("chat", {"engine_arguments": ["--nonsense"]})
+    with pytest.raises(lm.ContainerFailedError):
+        server.do(lm.applying())
+    assert "ValueError" not in server.manager.log_of("chat")
+    assert "ValueError: The model does not fit." in server.manager.log_of("chat", previous=True)
+
+
+def test_a_log_is_searched_in_whatever_case_and_says_where(server: Server) -> None:
+    serve(server, "chat")
+    container = server.world.containers[lm.ContainerName("llm-model-chat-0")]
+    container.log += ["INFO one", "ERROR two", "an error as well"]
+    assert server.manager.log_of("chat", search="Error") == "3: ERROR two\n4: an error as well"
+    assert server.manager.log_of("chat", search="[", tail=2) == "No line has '['."
+    assert server.manager.log_of("chat", tail=1) == "an error as well"
+
+
 def test_the_doctor_finds_a_well_server_well(start: Callable[..., Server]) -> None:
     server = start(L40S, L40S)
     serve(server, "chat")

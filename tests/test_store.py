@@ -230,9 +230,18 @@ def test_a_half_written_generated_file_is_none(store: lm.StateStore) -> None:
 
 def test_a_kept_log_outlives_its_container_and_a_missing_one_is_empty(store: lm.StateStore) -> None:
     store.keep_log(CHAT, "first")
-    store.keep_log(CHAT, "second")
-    assert store.kept_log(CHAT) == "second"
+    assert store.kept_log(CHAT) == "first"
+    assert store.kept_log(CHAT, previous=True) == ""
     assert store.kept_log(lm.ContainerName("llm-model-other-0")) == ""
+
+
+def test_the_log_of_a_run_grows_and_that_of_the_run_before_is_kept(store: lm.StateStore) -> None:
+    store.keep_log(CHAT, "first 0%\r100%\n")
+    store.keep_log(CHAT, "first 0%\r100%\nit ended\n")
+    store.keep_log(CHAT, "second\n")
+    store.keep_log(CHAT, "second\nand more\n")
+    assert store.kept_log(CHAT) == "second\nand more\n"
+    assert store.kept_log(CHAT, previous=True) == "first 0%\r100%\nit ended\n"
 
 
 def test_measurements_are_found_by_their_key_and_the_newest_500_are_kept(

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -94,7 +95,8 @@ def test_an_engine_that_hangs_is_reported_and_the_report_goes_when_it_works_agai
         return told
 
     looks = [snapshot]
-    pulse = lm.Pulse(manager, lambda: looks[0], lm.Stalls(pause=0.5, seconds=3, patience=3))
+    stalls = lm.Stalls(pause=0.5, seconds=3, patience=3)
+    pulse = lm.Pulse(manager, lambda: replace(looks[0]), stalls)
     with served.step("an engine hangs, and works again"), ThreadPoolExecutor() as pool:
         before = load().tokens
         request = pool.submit(long_request)
