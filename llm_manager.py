@@ -10973,7 +10973,7 @@ class Manager:
         return {engine.name: load for engine, load in zip(engines, loads, strict=True)}
 
     def answers(self, engine: ObservedContainer, seconds: float) -> bool:
-        """Whether an engine answers the smallest request of its kind; True where there is none."""
+        """Whether an engine answers the smallest request of its kind within that time."""
         state = self._store.load()
         model = state.model(engine.model_name or "")
         wanted = EngineAnswers(
@@ -10981,10 +10981,7 @@ class Manager:
             served_model_name=engine.served_model_name or model.served_model_name,
             engine_key=state.secrets.engine_key,
         )
-        try:
-            return self._tools.probes.answers(engine, wanted, seconds)
-        except RefusedError:
-            return True
+        return self._tools.probes.answers(engine, wanted, seconds)
 
     def snapshot(self) -> Snapshot:
         """Everything a page shows; what cannot be read is a fault in it, not an exception."""

@@ -517,15 +517,6 @@ def test_an_engine_that_answers_is_only_slow(server: Server) -> None:
     manager.rests_after = 0
 
 
-def test_a_kind_that_cannot_be_tried_is_never_called_hung(server: Server) -> None:
-    serve(server, "chat")
-    seen = server.manager.observe().containers[lm.ContainerName("llm-model-chat-0")]
-    assert not server.manager.answers(seen, 1.0), "it says nothing of its load"
-    state = server.store.load()
-    server.store.save(state.with_model(replace(state.model("chat"), type="image")))
-    assert server.manager.answers(seen, 1.0)
-
-
 def test_the_doctor_warns_of_whoever_would_undo_a_layout(start: Callable[..., Server]) -> None:
     server = start(a_card("H100 80 GB"))
     server.world.gpus.mig_manager = True
