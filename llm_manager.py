@@ -428,6 +428,16 @@ Source = Annotated[HubSource | LocalSource, pydantic.Discriminator("kind")]
 Placement = Annotated[CpuPlacement | GpuPlacement | MigPlacement, pydantic.Discriminator("kind")]
 
 
+def format_source(source: HubSource | LocalSource) -> str:
+    match source:
+        case HubSource(repository=repository, revision=revision):
+            return f"{repository}@{revision[:12]}" if revision else repository
+        case LocalSource(path=path):
+            return path
+        case _:
+            assert_never(source)
+
+
 @_strict
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Model:
@@ -3006,6 +3016,11 @@ def weights_bytes(files: Sequence[RepositoryFile]) -> int:
     return sum(file.size_bytes for file in files if file.suffix in WEIGHTS)
 
 
+def is_stored(source: HubSource, weights: Mapping[str, frozenset[str]]) -> bool:
+    """Whether an engine could start from what is here; `weights` are whole revisions by name."""
+    return (source.revision or "main") in weights.get(source.repository, frozenset())
+
+
 def missing_files(
     found: Sequence[RepositoryFile],
     listed: Sequence[RepositoryFile] | None,
@@ -3684,7 +3699,7 @@ def engine_image(model: Model, state: State) -> str:
 
 
 MODEL_MOUNT: Final = "/model"
-CACHE_MOUNT: Final = "/root/.cache/huggingface"
+CACHE_MOUNT: Final = "/root/.cache/huggingface/hub"
 COMPILED_MOUNT: Final = "/compiled"
 
 
@@ -3761,11 +3776,12 @@ def _placement_arguments(model: Model) -> tuple[str, ...]:
 
 
 def engine_environment(state: State, model: Model) -> dict[str, str | pydantic.SecretStr]:
-    """No telemetry, and the hub only where weights come from it."""
+    """No telemetry, and no way to the hub: weights are here before an engine starts."""
     environment: dict[str, str | pydantic.SecretStr] = {
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_OFFLINE": "1",
         # Any local user reaches the bridge: without a key they would get round keys and limits.
         "VLLM_API_KEY": state.secrets.engine_key,
         **COMPILE_CACHES,
@@ -3774,10 +3790,6 @@ def engine_environment(state: State, model: Model) -> dict[str, str | pydantic.S
         # vLLM (0.30) pins every engine of a server to the same first cores: on 2 of them a second
         # engine needed over 200 s to start beside a busy one, and 57 s without the pins.
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-    if isinstance(model.source, LocalSource):
-        return environment | {"HF_HUB_OFFLINE": "1"}
-    if state.secrets.hugging_face_token is not None:
-        environment["HF_TOKEN"] = state.secrets.hugging_face_token
     return environment
 
 
@@ -3800,7 +3812,8 @@ def compile_cache(image: str, site: Site) -> Mount:
 def _weights_mount(model: Model, site: Site) -> Mount:
     if isinstance(model.source, LocalSource):
         return Mount(source=model.source.path, target=MODEL_MOUNT)
-    return Mount(source=site.hugging_face_home, target=CACHE_MOUNT, read_only=False)
+    # All of it: what a snapshot holds are links into other folders of the cache.
+    return Mount(source=f"{site.hugging_face_home}/hub", target=CACHE_MOUNT)
 
 
 # A 28 by 28 white PNG: the smallest image that patch-based vision models take.
@@ -4233,6 +4246,7 @@ class Observed:
     taken_at: datetime | None = None
     hardware: Hardware | None = None  # None: not looked at
     foreign_devices: Mapping[str, frozenset[str]] = field(default_factory=dict)  # by container
+    weights: Mapping[str, frozenset[str]] = field(default_factory=dict)  # whole revisions here
     start_seconds: Mapping[str, float] = field(default_factory=dict)  # last time, by container
 
 
@@ -4304,6 +4318,13 @@ class BuildImage:
     recipe: str
     image: str
     dockerfile: str
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class DownloadWeights:
+    source: HubSource
+    model_type: ModelType
     cause: str
 
 
@@ -4407,6 +4428,7 @@ Step = (
     | RefreshCdi
     | PullImage
     | BuildImage
+    | DownloadWeights
     | CreateNetwork
     | CreateVolume
     | WriteFile
@@ -4443,6 +4465,8 @@ def describe(step: Step) -> str:  # noqa: C901, PLR0911, PLR0912 - one line per 
             return f"pull image {image}: {cause}"
         case BuildImage(recipe, image, _, cause):
             return f"build image {image} from the recipe {recipe}: {cause}"
+        case DownloadWeights(source, _, cause):
+            return f"download {format_source(source)}: {cause}"
         case CreateNetwork(name, cause):
             return f"create network {name}: {cause}"
         case CreateVolume(name, cause):
@@ -4863,6 +4887,7 @@ def _plan_model(
     ]
     # What cannot be undone comes last: a later replica may fail, and then all come back.
     steps = [step for replacement in replacements for step in replacement.steps]
+    steps = [*_download_if_absent(model, steps, observed), *steps]
     farewell = [step for replacement in replacements for step in replacement.farewell]
     built = _built_first((*steps, *farewell), state, model, observed, site.recipes)
     return Stage(title=f"model {model.name}", steps=built, resources=frozenset(resources))
@@ -4900,6 +4925,17 @@ def plan_build(
     image, text = recipe_image(recipe, base), render_dockerfile(recipe, base)
     pull = (PullImage(base, "the recipe builds on it"),) if base not in observed.images else ()
     return (*pull, BuildImage(recipe.name, image, text, cause))
+
+
+def _download_if_absent(
+    model: Model, steps: Sequence[Step], observed: Observed
+) -> tuple[Step, ...]:
+    """Before anything is stopped for it: engines have no access to the hub themselves."""
+    source = model.source
+    starts = any(isinstance(step, CreateContainer | StartContainer | BringBack) for step in steps)
+    if isinstance(source, LocalSource) or not starts or is_stored(source, observed.weights):
+        return ()
+    return (DownloadWeights(source, model.type, "not on this server"),)
 
 
 def _as_it_runs(spec: ContainerSpec, model: Model, observed: Observed) -> ContainerSpec:
@@ -5598,6 +5634,8 @@ class JobView:
     fault: str | None
     hint: str = ""
     kind: JobKind = "change"
+    progress: str = ""  # how far what is under way has come, by its own words
+    done_part: float | None = None  # 0 to 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -5687,16 +5725,6 @@ def format_age(age: timedelta) -> str:
     """Whole minutes from the first on: what changes every second is sent every second."""
     seconds = age.total_seconds()
     return format_duration(seconds - seconds % 60 if seconds >= 60 else seconds)  # noqa: PLR2004
-
-
-def format_source(source: HubSource | LocalSource) -> str:
-    match source:
-        case HubSource(repository=repository, revision=revision):
-            return f"{repository}@{revision}" if revision else repository
-        case LocalSource(path=path):
-            return path
-        case _:
-            assert_never(source)
 
 
 COMPONENT_HEADERS: Final = ("Container", "Part", "State", "Image")
@@ -8583,6 +8611,19 @@ class HubCache:
         except OSError:
             return False
 
+    def stored(self) -> dict[str, frozenset[str]]:
+        """Every whole revision by repository: its commit, and the names that mean it."""
+        found: dict[str, frozenset[str]] = {}
+        with contextlib.suppress(OSError):  # it changes while we look; the next look sees it
+            for folder in self._folders():
+                refs = {path.relative_to(folder / "refs").as_posix(): path.read_text().strip()
+                        for path in (folder / "refs").rglob("*") if path.is_file()}  # fmt: skip
+                whole = {path.name for path in (folder / "snapshots").glob("*")
+                         if not self._missing(folder, path.name)}  # fmt: skip
+                names = whole | {ref for ref, commit in refs.items() if commit in whole}
+                found[_repository_of(folder)] = frozenset(names)
+        return found
+
     def inspect(self, repository: str, revision: str | None = None) -> RepositoryFacts | None:
         """What the cache knows of it, where it is present."""
         commit = self.commit(repository, revision)
@@ -8758,6 +8799,9 @@ class HuggingFace:
         self.stall_seconds = stall_seconds
         self.retry_seconds = retry_seconds
         self._token = token
+
+    def stored(self) -> dict[str, frozenset[str]]:
+        return self.cache.stored()
 
     def token(self) -> str | None:
         """The stored one, else the environment's; the only place where it is plain text."""
@@ -9947,6 +9991,16 @@ class Files(Protocol):
     def note_measured(self, key: str, measured: Measured) -> None: ...
 
 
+class WeightsStore(Protocol):
+    """Weights of the hub that are on this server, and the way to more."""
+
+    def stored(self) -> Mapping[str, frozenset[str]]: ...
+    def download(
+        self, repository: str, revision: str | None, *, kind: ModelType | None,
+        on_progress: Callable[[DownloadProgress], None], check: Callable[[], None],
+    ) -> str: ...  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class Tools:
     """The doors that applying goes through."""
@@ -9956,6 +10010,7 @@ class Tools:
     files: Files
     clock: Clock
     gpus: GpuDriver
+    weights: WeightsStore
     images: LocalImages
     failures: tuple[KnownFailure, ...] = ()  # what engines say when they cannot start
 
@@ -9965,6 +10020,8 @@ class Control:
 
     def __init__(self, report: Report, kind: JobKind = "change") -> None:
         self.report = report
+        self.progress = ""
+        self.done_part: float | None = None
         self._kind = kind
         self.faults: dict[str, ManagerError] = {}  # of stages, by their titles
         self._cancelled = threading.Event()
@@ -10001,6 +10058,7 @@ def observe(tools: Tools) -> Observed:
         if any(gpu.mig_enabled is not None for gpu in hardware.gpus)
         else {},
         start_seconds=tools.files.read_starts(),
+        weights=tools.weights.stored(),
     )
     return tools.probes.fill(seen)
 
@@ -10155,6 +10213,8 @@ def apply_step(  # noqa: C901, PLR0912, PLR0915 - one line per kind of step
             _pull(image, containers, control)
         case BuildImage():
             _build(step, tools, control)
+        case DownloadWeights(source, model_type, _):
+            download(source, model_type, tools.weights, control)
         case CreateNetwork(name, _):
             containers.create_network(name)
         case CreateVolume(name, _):
@@ -10277,6 +10337,30 @@ def _undo_set_aside(name: ContainerName, containers: Containers) -> None:
         containers.bring_back(name)
     else:  # it failed before the rename
         containers.start(name)
+
+
+def download(
+    source: HubSource, kind: ModelType | None, weights: WeightsStore, control: Control
+) -> str:
+    """Fetch weights and tell how far it is: always as progress, and now and then as a line."""
+    said = -math.inf
+
+    def on_progress(seen: DownloadProgress) -> None:
+        nonlocal said
+        control.progress = format_progress(seen)
+        control.done_part = seen.bytes_done / seen.bytes_total if seen.bytes_total else None
+        now = time.monotonic()
+        if now - said >= STARTING_LINE_SECONDS or seen.note:
+            said = now
+            control.report(f"  {control.progress}")
+
+    try:
+        return weights.download(
+            source.repository, source.revision, kind=kind,
+            on_progress=on_progress, check=control.check,
+        )  # fmt: skip
+    finally:
+        control.progress, control.done_part = "", None
 
 
 def _pull(image: str, containers: Containers, control: Control) -> None:
@@ -10491,6 +10575,8 @@ class Job:
                 fault=str(self.fault) if self.fault else None,
                 hint=self.hint,
                 kind=self.kind,
+                progress=self._control.progress,
+                done_part=self._control.done_part,
             )
 
 
@@ -12147,7 +12233,7 @@ def open_manager() -> Manager:
     state = store.ensure(fixed_names=store.home == SYSTEM_HOME)
     cache = Path(state.hugging_face_home or store.home / "huggingface")
     with file_errors("make the weights' directory"):
-        cache.mkdir(parents=True, exist_ok=True)
+        (cache / "hub").mkdir(parents=True, exist_ok=True)
     docker_url = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
     recipes = PROGRAM.parent / "recipes"
     system = GpuSystem()
@@ -12155,7 +12241,8 @@ def open_manager() -> Manager:
     containers = DockerContainers(docker_url, state.instance)
     failures = parse_failures((recipes / "failures.yaml").read_text())
     images = DockerImages(docker_url, state.instance, build_arguments(os.environ))
-    tools = Tools(containers, HttpProbes(), store, SystemClock(), gpus, images, failures)
+    weights = HuggingFace(HubCache(cache), lambda: store.load().secrets.hugging_face_token)
+    tools = Tools(containers, HttpProbes(), store, SystemClock(), gpus, weights, images, failures)
     return Manager(
         store,
         tools,

@@ -16,6 +16,8 @@ GPU_0 = lm.GpuUuid("GPU-11111111-aaaa-bbbb-cccc-000000000000")
 GPU_1 = lm.GpuUuid("GPU-22222222-aaaa-bbbb-cccc-000000000001")
 # In every secret that these builders make, so that a leak is found.
 SECRET_MARK = "s3cr3t"  # noqa: S105
+# Weights that are on every simulated server: those of `a_model`.
+STORED = {"Qwen/Qwen3-0.6B": frozenset({"main"})}
 Golden = Callable[[str, str], None]  # the fixture of conftest.py: file name, text
 
 
@@ -120,6 +122,7 @@ def an_observed(*containers: lm.ObservedContainer, **changes: Any) -> lm.Observe
         "images": frozenset(vars_of(state.images).values()),
         "networks": frozenset({lm.network_name(state)}),
         "volumes": frozenset(lm.volume_names(state)),
+        "weights": STORED,
     }
     return lm.Observed(**given | changes)
 

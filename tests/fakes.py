@@ -18,7 +18,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import yaml
-from builders import a_site
+from builders import STORED, a_site
 from fake_gpus import SimulatedGpus
 
 import llm_manager as lm
@@ -168,6 +168,8 @@ class World:
     deaf: set[str] = field(default_factory=set)  # containers that miss their health checks
     blind: set[str] = field(default_factory=set)  # that lost their GPU, as by a daemon-reload
     foreign_devices: dict[str, frozenset[str]] = field(default_factory=dict)
+    weights: dict[str, frozenset[str]] = field(default_factory=lambda: {**STORED})
+    absent_weights: set[str] = field(default_factory=set)  # the hub does not have these
     needs: dict[str, int] = field(default_factory=dict)  # MiB of a GPU, by container
     rejected: str = "\0"  # Caddy rejects a Caddyfile with this in it
     start_seconds: float = 0.0
@@ -297,6 +299,7 @@ class World:
             images={*self.images},
             built={**self.built},
             networks={*self.networks},
+            weights={**self.weights},
             volumes={*self.volumes},
             broken={*self.broken},
             deaf={*self.deaf},
@@ -613,7 +616,35 @@ def some_tools(world: World, trouble: Trouble | None = None) -> lm.Tools:
     world.gpus.trouble = trouble
     containers = FakeContainers(world, trouble)
     images = FakeImages(world, trouble)
-    return lm.Tools(containers, FakeProbes(world), world.files, world.clock, world.gpus, images)
+    return lm.Tools(
+        containers, FakeProbes(world), world.files, world.clock, world.gpus,
+        FakeWeights(world, trouble), images,
+    )  # fmt: skip
+
+
+@dataclass
+class FakeWeights:
+    """The cache of weights, and a hub that has whatever is not absent."""
+
+    world: World
+    trouble: Trouble
+
+    def stored(self) -> dict[str, frozenset[str]]:
+        return {**self.world.weights}
+
+    def download(
+        self, repository: str, revision: str | None, *, kind: lm.ModelType | None,  # noqa: ARG002
+        on_progress: Callable[[lm.DownloadProgress], None], check: Callable[[], None],
+    ) -> str:  # fmt: skip
+        check()
+        if repository in self.world.absent_weights:
+            raise lm.HubError("absent", lm.Wanted(endpoint="https://hub", repository=repository))
+        with self.trouble.around():
+            whole = self.world.weights.get(repository, frozenset())
+            self.world.weights[repository] = whole | {revision or "main"}
+        files = (lm.FileProgress(path="model.safetensors", bytes_done=8, bytes_total=8),)
+        on_progress(lm.DownloadProgress(repository=repository, files=files))
+        return "f" * 40
 
 
 class Server:

@@ -241,6 +241,24 @@ def test_an_image_that_no_registry_has_interrupts_nothing(two_models: World) -> 
     assert shape(world) == before
 
 
+def test_weights_that_the_hub_does_not_have_interrupt_nothing(two_models: World) -> None:
+    world = two_models.copy()
+    world.absent_weights.add("acme/gone")
+    moved = TWO.with_model(a_model(source=lm.HubSource(repository="acme/gone")))
+    before = shape(world)
+    assert "acme/gone is not on" in str(run(moved, world).error)
+    assert shape(world) == before
+
+
+def test_weights_are_fetched_once(two_models: World) -> None:
+    world = two_models.copy()
+    moved = TWO.with_model(a_model(source=lm.HubSource(repository="acme/new")))
+    said = run(moved, world).lines
+    assert "download acme/new: not on this server" in said
+    assert "  acme/new: 8 B of 8 B (100%), 1 of 1 files" in said
+    assert plan_for(moved, world) == ""
+
+
 def test_a_rejected_caddyfile_changes_nothing(two_models: World) -> None:
     world = two_models.copy()
     world.rejected = "example.org"

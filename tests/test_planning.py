@@ -59,6 +59,22 @@ def expect(text: str) -> str:
 # --- one story each ------------------------------------------------------------
 
 
+def test_weights_are_downloaded_before_anything_is_stopped_for_them() -> None:
+    state = a_state(a_model())
+    newer = lm.HubSource(repository="Qwen/Qwen3-0.6B", revision="f" * 40)
+    changed = state.with_model(a_model(source=newer))
+    steps = lm.plan_state(changed, as_wished(state), a_site()).models[0].steps
+    assert [type(step) for step in steps[:2]] == [lm.DownloadWeights, lm.SetAside]
+    assert f"download Qwen/Qwen3-0.6B@{'f' * 12}: not on this server" in planned(
+        changed, as_wished(state)
+    )
+
+
+def test_weights_that_went_are_no_business_of_a_model_that_runs() -> None:
+    state = a_state(a_model())
+    assert planned(state, as_wished(state, weights={})) == "\n"
+
+
 def test_the_first_deployment_makes_everything() -> None:
     assert planned(a_state(a_model()), lm.Observed()) == expect("""
         foundation:
@@ -70,6 +86,7 @@ def test_the_first_deployment_makes_everything() -> None:
           create llm-postgres from postgres:16-alpine: not there
           wait until llm-postgres is ready: it starts
         model chat:
+          download Qwen/Qwen3-0.6B: not on this server
           pull image vllm/vllm-openai-cpu:v0.30.0-x86_64: not on this server
           create llm-model-chat-0 from vllm/vllm-openai-cpu:v0.30.0-x86_64: not there
           wait until llm-model-chat-0 is ready: it starts

@@ -90,7 +90,10 @@ def real(docker_client: docker.DockerClient, tmp_path: Path) -> Iterator[Callabl
         engine = lm.DockerContainers(DOCKER_URL, instance)
         engine.create_network(f"{instance}-network")
         images = lm.DockerImages(DOCKER_URL, instance, {})
-        doors = lm.Tools(engine, lm.HttpProbes(), store, lm.SystemClock(), SimulatedGpus(), images)
+        weights = lm.HuggingFace(lm.HubCache(store.home / "huggingface"), lambda: None)
+        doors = lm.Tools(
+            engine, lm.HttpProbes(), store, lm.SystemClock(), SimulatedGpus(), weights, images
+        )
         return Bench(instance, doors)
 
     yield make
