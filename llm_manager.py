@@ -11061,13 +11061,16 @@ class Manager:
     def answers(self, engine: ObservedContainer, seconds: float) -> bool:
         """Whether an engine answers the smallest request of its kind within that time."""
         state = self._store.load()
-        model = state.model(engine.model_name or "")
-        wanted = EngineAnswers(
-            model_type=model.type,
-            served_model_name=engine.served_model_name or model.served_model_name,
-            engine_key=state.secrets.engine_key,
-        )
-        return self._tools.probes.answers(engine, wanted, seconds)
+        try:
+            model = state.model(engine.model_name or "")
+            wanted = EngineAnswers(
+                model_type=model.type,
+                served_model_name=engine.served_model_name or model.served_model_name,
+                engine_key=state.secrets.engine_key,
+            )
+            return self._tools.probes.answers(engine, wanted, seconds)
+        except RefusedError:
+            return True
 
     def snapshot(self) -> Snapshot:
         """Everything a page shows; what cannot be read is a fault in it, not an exception."""
@@ -11205,9 +11208,11 @@ class Pulse:
         seen = observed.containers.values() if observed else ()
         engines = {c.name: c for c in seen if c.role == "engine" and c.running and c.model_name}
         loads = self._manager.loads([*engines.values()])
-        for name in self._stalls.suspects(loads, utc_now()):
-            answered = self._manager.answers(engines[name], self._stalls.patience)
-            self._stalls.tried(name, answered=answered)
+        suspects = [engines[name] for name in self._stalls.suspects(loads, utc_now())]
+        with concurrent.futures.ThreadPoolExecutor(max_workers=len(suspects) or 1) as pool:
+            tries = [pool.submit(self._manager.answers, e, self._stalls.patience) for e in suspects]
+        for engine, tried in zip(suspects, tries, strict=True):
+            self._stalls.tried(engine.name, answered=tried.result())
         self.hung = {
             ModelName(engines[name].model_name or ""): self._stalls.report(
                 engines[name], loads[name], utc_now()

@@ -39,6 +39,9 @@ SAID = {
     "gated repository": "401 Client Error. You are trying to access a gated repo. Make sure to have",
     "bad token": "Invalid credentials in Authorization header",
     "no such repository": "OSError: a/bc is not a local folder and is not a valid model identifier",
+    "weights not on this server": "huggingface_hub.errors.LocalEntryNotFoundError: Cannot find an "
+    "appropriate cached snapshot folder for the specified revision on the local disk and outgoing "
+    "traffic has been disabled. To enable repo look-ups and downloads online, pass",
     "hub not reachable": "OSError: We couldn't connect to 'https://huggingface.co' to load the files",
     "path not mounted": "HFValidationError: Repo id must be in the form 'repo_name' or 'ns/name'",
     "no model there": "Invalid repository ID or local directory specified: '/model'.",
@@ -65,6 +68,14 @@ SAID = {
     "address in use": "OSError: [Errno 98] Address already in use",
     "several GPUs do not talk": "RuntimeError: NCCL error: unhandled system error",
     "driver too old": "RuntimeError: The NVIDIA driver on your system is too old (found version 12020)",
+    "driver and image do not fit": "RuntimeError: Unexpected error from cudaGetDeviceCount(). Did you "
+    "run some cuda functions before calling NumCudaDevices() that might have already set an error? "
+    "Error 803: system has unsupported display driver / cuda driver combination",
+    "NVSwitch not set up": "RuntimeError: Unexpected error from cudaGetDeviceCount(). Did you run some "
+    "cuda functions before calling NumCudaDevices() that might have already set an error? Error 802: "
+    "system not yet initialized",
+    "card not known to the image": "torch.AcceleratorError: CUDA error: no kernel image is available "
+    "for execution on the device",
     "no GPU inside": "RuntimeError: Failed to infer device type, please set the environment variable",
 }  # fmt: skip
 
@@ -98,6 +109,24 @@ def test_the_figures_of_the_engine_are_in_the_advice() -> None:
 
 def test_a_log_without_a_known_failure_is_not_explained() -> None:
     assert lm.explain(f"ValueError: something else\n{POINTER}", CATALOGUE) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("hub not reachable", "An error happened while trying to locate the file on the Hub and we cannot"),
+        ("weights not on this server", "OfflineModeIsEnabled: Cannot reach https://x/y: offline mode is enabled."),
+        ("shared memory", "RuntimeError: Insufficient space in /dev/shm: 160 MiB required, 64 MiB free."),
+        # NCCL's own warning stands above the error that PyTorch makes of it.
+        ("shared memory", "Error while creating shared memory segment /dev/shm/nccl-Ewjreo (size 330)\nNCCL error"),
+        ("several GPUs do not talk", "torch.distributed.DistBackendError: NCCL error in: NCCLUtils.hpp:268"),
+        ("several GPUs do not talk", "ncclRemoteError: A call failed possibly due to a network error"),
+        ("driver and image do not fit", "Error 804: forward compatibility was attempted on non supported HW"),
+    ],
+)  # fmt: skip
+def test_other_words_for_the_same(name: str, line: str) -> None:
+    (meant,) = [known for known in CATALOGUE if known.name == name]
+    assert lm.explain(f"{line}\n{POINTER}\n", CATALOGUE) == (meant.fact, meant.advice)
 
 
 def test_an_end_without_a_known_cause_is_told_in_the_engines_own_words() -> None:
