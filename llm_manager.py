@@ -2225,31 +2225,38 @@ def kv_blocks(
         return None
     if not architecture.layers:
         return KvBlocks(0, 0)
-    block = wish.block_size or block_size
-    state = max(-(-layer.state_bytes // tensor_parallel) for layer in architecture.layers)
-    sized = [(layer, _token_bytes(layer, architecture, wish, tensor_parallel))
-             for layer in architecture.layers]  # fmt: skip
-    token = next((size for layer, size in sized if layer.kind == "full"), 0)
-    if state and token:  # vLLM widens the blocks until one holds a linear layer's state
-        align = max(block, 128 if any(layer.latent for layer, _ in sized) else BLOCK_TOKENS)
-        block = align * math.ceil(state / (align * token))
-    pages = [block * size or state for _, size in sized]
-    buckets = Counter[tuple[LayerKind, int]]()
+    block, state = _block_tokens(architecture, wish, tensor_parallel, block_size)
+    buckets: dict[tuple[LayerKind, int], list[tuple[KvLayers, float]]] = {}
     for layer in architecture.layers:
-        buckets[layer.kind, layer.window] += layer.count
+        page = block * _token_bytes(layer, architecture, wish, tensor_parallel) or state
+        buckets.setdefault((layer.kind, layer.window), []).append((layer, page))
     if len(buckets) == 1:
-        pool = sum(page * layer.count for (layer, _), page in zip(sized, pages, strict=True))
-        return KvBlocks(math.ceil(pool), _request_blocks(sized[0][0], context, block, wish))
-    page, least, most = max(pages), min(buckets.values()), max(buckets.values())
-    group = most if most < 1.5 * least else least
+        (alike,) = buckets.values()
+        size = sum(page * layer.count for layer, page in alike)
+        return KvBlocks(math.ceil(size), _request_blocks(alike[0][0], context, block, wish))
+    page = max(page for alike in buckets.values() for _, page in alike)
+    counts = [sum(layer.count for layer, _ in alike) for alike in buckets.values()]
+    group = max(counts) if max(counts) < 1.5 * min(counts) else min(counts)
     taken = 0
-    for kind, window in buckets:
-        layer, own = next((one, p) for (one, _), p in zip(sized, pages, strict=True)
-                          if (one.kind, one.window) == (kind, window))  # fmt: skip
-        wider = int(page // own) if own and page % own == 0 else 1
-        groups = math.ceil(buckets[kind, window] / group)
-        taken += groups * _request_blocks(layer, context, block * wider, wish)
+    for count, ((layer, own), *_) in zip(counts, buckets.values(), strict=True):
+        wider = int(page // own) if own and page % own == 0 else 1  # all blocks are one size
+        taken += -(-count // group) * _request_blocks(layer, context, block * wider, wish)
     return KvBlocks(math.ceil(page * group), taken)
+
+
+def _block_tokens(
+    architecture: Architecture, wish: EngineWish, tensor_parallel: int, block_size: int
+) -> tuple[int, int]:
+    """The tokens of a block, widened until one holds a linear layer's state; and that state."""
+    layers = architecture.layers or ()
+    block = wish.block_size or block_size
+    state = max(-(-layer.state_bytes // tensor_parallel) for layer in layers)
+    full = next((layer for layer in layers if layer.kind == "full"), None)
+    if not state or full is None:
+        return block, state
+    align = max(block, 128 if full.latent else BLOCK_TOKENS)
+    token = _token_bytes(full, architecture, wish, tensor_parallel)
+    return align * math.ceil(state / (align * token)), state
 
 
 def _token_bytes(
@@ -2324,7 +2331,9 @@ FITS_UP_TO: Final = 0.90
 VISIBLE: Final = 0.985  # of a whole card's memory: what its driver leaves to programs
 CONTEXT_MIB: Final = 512  # CUDA's own, cuBLAS and the allocator's rests, on each GPU
 PEERS_MIB: Final = 512  # NCCL's and vLLM's buffers for tensor parallelism
-GRAPH_MIB: Final = 16  # per layer
+# Per layer: logs of vLLM 0.8 to 0.28 say 0.52 GiB of 32, 1.02 of 62, 1.59 of 64 layers.
+GRAPH_MIB: Final = 20
+LOGIT_BYTES: Final = 14  # in 16 and 32 bit, their probabilities, and as much noise to draw by
 ENCODER_MIB: Final = 1024  # pictures or sound while vLLM tries its largest request
 CPU_ENGINE_MIB: Final = 1536  # Python, PyTorch and vLLM in the server's memory
 
@@ -2532,17 +2541,16 @@ def _overhead_part(
 def activation_mib(architecture: Architecture, wish: EngineWish, tensor_parallel: int = 1) -> float:
     """The most that vLLM's trial run holds at once: a full batch in one layer, or its logits.
 
-    Per token of a batch three copies of the hidden state, and of the MLP its two inputs and their
-    product, in 16 bit; per sequence the vocabulary in 16 bit, 32 bit and as probabilities. With
-    Llama-3.1-8B and a batch of 20,000 tokens vLLM reported 2.07 GiB, of 29,000 tokens 2.99 GiB
-    (vllm issue 10517); this gives 2.06 and 2.99.
+    Per token three copies of the hidden state, and the MLP's two halves and their product, in 16
+    bit. vLLM's own reports agree to 1 %: Llama-3.1-8B with batches of 20,000 and 29,000 tokens
+    (vllm issue 10517), Qwen2-VL-2B with 1,024 to 8,192. The logits are read from its sampler.
     """
     if architecture.hidden_size is None:
         return 1024.0
     hidden = architecture.hidden_size * (3 + architecture.experts)
     token = 2 * (hidden + 3 * architecture.mlp_size / tensor_parallel)
     batch = token * (wish.max_num_batched_tokens or 2048)
-    logits = (architecture.vocabulary or 0) * (wish.max_num_seqs or 256) * 10
+    logits = (architecture.vocabulary or 0) * (wish.max_num_seqs or 256) * LOGIT_BYTES
     return max(batch, logits) / MIB
 
 
