@@ -7063,11 +7063,16 @@ def _part_note(fit: Fit, part: FitPart) -> str:
 
 
 def _budget_note(fit: Fit) -> str:
+    share = _share_note(fit)
+    return f"of {_mib_text(fit.budget_mib)}, which is {share}" if share else ""
+
+
+def _share_note(fit: Fit) -> str:
+    """How much of the place's memory the engine may take."""
     if fit.budget_mib is None or fit.place.memory_mib is None:
-        return "per GPU" if fit.place.tensor_parallel > 1 else ""
+        return ""
     each = " on each GPU" if fit.place.tensor_parallel > 1 else ""
-    share = fit.budget_mib / fit.place.memory_mib
-    return f"of {_mib_text(fit.budget_mib)}{each}, which is {share:.0%} of its memory"
+    return f"{fit.budget_mib / fit.place.memory_mib:.0%} of its memory{each}"
 
 
 def _reach_lines(fit: Fit) -> list[str]:
@@ -7076,7 +7081,7 @@ def _reach_lines(fit: Fit) -> list[str]:
     if fit.largest_context == 0:
         lines.append("Not even one token fits beside its weights.")
     elif fit.largest_context is not None:
-        option = f" (--max-model-len {fit.largest_context})" if not fit.starts else ""
+        option = f" (--max-model-len {fit.largest_context})" if fit.verdict == "too small" else ""
         lines.append(f"Longest request that fits: {fit.largest_context:,} tokens{option}.")
     if fit.concurrency is not None and fit.context is not None and fit.starts:
         lines.append(
@@ -7100,8 +7105,10 @@ def fit_html(fit: Fit) -> str:
     legend = "".join(
         f'<li class="{_css_name(name)}"><b>{name}</b> {html.escape(_mib_text(mib))} '
         f"<span>{html.escape(note)}</span></li>"
-        for name, mib, note in (*parts, ("free", free, _budget_note(fit)))
-    )
+        for name, mib, note in (
+            *parts, ("free", free, ""), ("budget", fit.budget_mib, _share_note(fit)),
+        )
+    )  # fmt: skip
     said = html.escape(" ".join([*_reach_lines(fit), *_said(fit)]))
     title, verdict = html.escape(fit.place.title), html.escape(verdict_text(fit), quote=True)
     return (
@@ -7133,6 +7140,7 @@ FIT_STYLE: Final = """
 .fit-bar .fit-overhead { background: #d97706; } .fit-legend .fit-overhead { border-color: #d97706; }
 .fit-bar .fit-free { background: var(--border-color-primary); }
 .fit-legend .fit-free { border-color: var(--border-color-primary); }
+.fit-legend .fit-budget { border-left: 3px dashed var(--body-text-color); }
 """
 
 

@@ -451,6 +451,7 @@ def test_where_the_default_context_does_not_fit_the_longest_that_does_is_named()
     again = a_fit("--max-model-len", str(fit.largest_context), place=place)
     assert again.starts
     assert not a_fit("--max-model-len", str(fit.largest_context + 16), place=place).starts
+    assert f"(--max-model-len {fit.largest_context})" in "".join(lm.fit_lines(fit))
     automatic = a_fit("--max-model-len", "auto", place=place)
     assert automatic.context == fit.largest_context
     assert automatic.starts
@@ -652,6 +653,7 @@ def test_the_picture_holds_no_foreign_markup_and_all_parts() -> None:
     drawn = lm.fit_html(a_fit(place=place))
     assert "<script" not in drawn
     assert all(f'class="{name}"' in drawn for name in ("fit-weights", "fit-kv-cache", "fit-free"))
+    assert "71.9 GiB <span>92% of its memory</span>" in drawn
     widths = [float(text.split("%")[0]) for text in drawn.split("width:")[1:]]
     assert sum(widths) == pytest.approx(100, abs=0.05)
     for name in ("fit-weights", "fit-kv-cache", "fit-overhead", "fit-free", "fit-budget"):

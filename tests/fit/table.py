@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,31 +51,26 @@ def computed(entry: Entry, figure: Entry) -> float:
     context = figure.get("context", 1024 * 1024)
     cache = figure.get("cache_gib", 0) * GIB
     blocks = layout(context)
-    group = sum(layer.count for layer in architecture.layers or ())
-    values = {
+    smallest_group = min(layer.count for layer in architecture.layers or ())
+    values: dict[str, Callable[[], float | None]] = {
         "KB per token": lambda: blocks.request_bytes / context / 1000,
         "KiB per token": lambda: blocks.request_bytes / context / 1024,
         "GiB": lambda: blocks.request_bytes / GIB,
         "GB": lambda: blocks.request_bytes / 1e9,
         "blocks": lambda: cache // blocks.size,
         "tokens": lambda: (blocks.concurrency(cache) or 0) * context,
-        "concurrency": lambda: blocks.concurrency(cache) or 0,
-        "longest": lambda: lm.largest_context(architecture, cache, layout) or 0,
+        "concurrency": lambda: blocks.concurrency(cache),
+        "longest": lambda: lm.largest_context(architecture, cache, layout),
         "tokens per block": lambda: tokens_per_block(layout),
-        "bytes per block and layer": lambda: blocks.size / smallest_group(architecture),
+        "bytes per block and layer": lambda: blocks.size / smallest_group,
     }
-    assert group
-    return float(values[figure["what"]]())
+    return float(values[figure["what"]]() or 0)
 
 
-def tokens_per_block(layout: Any) -> int:
+def tokens_per_block(layout: Callable[[int], lm.KvBlocks]) -> int:
     """Where one token more takes one block more."""
     first = layout(1).per_request
     return next(n for n in range(1, 100_000) if layout(n + 1).per_request > first)
-
-
-def smallest_group(architecture: lm.Architecture) -> int:
-    return min(layer.count for layer in architecture.layers or ())
 
 
 def error_percent(entry: Entry, figure: Entry) -> float:
@@ -84,23 +79,35 @@ def error_percent(entry: Entry, figure: Entry) -> float:
 
 def table() -> str:
     """All of it, one line per figure."""
-    lines = ["| model | attention | figure | published | computed | error | source |",
-             "| --- | --- | --- | ---: | ---: | ---: | --- |"]  # fmt: skip
-    for entry, figure in figures():
-        given = [f"{figure['context']:,} tokens" if "context" in figure else "",
-                 f"{figure['cache_gib']} GiB" if "cache_gib" in figure else "",
-                 f"{figure['tensor_parallel']} GPUs" if "tensor_parallel" in figure else "",
-                 *figure.get("arguments", [])]  # fmt: skip
-        what = f"{figure['what']} ({', '.join(filter(None, given))})".replace(" ()", "")
-        value = computed(entry, figure)
-        lines.append(
-            f"| {entry['model']} | {entry['attention']} | {what} | {figure['published']:,} "
-            f"| {value:,.4g} | {error_percent(entry, figure):+.2f} % | {figure['source']} |"
-            if value < 10_000
-            else f"| {entry['model']} | {entry['attention']} | {what} | {figure['published']:,} "
-            f"| {value:,.0f} | {error_percent(entry, figure):+.2f} % | {figure['source']} |"
-        )
-    return "\n".join(lines)
+    head = ["model", "attention", "figure", "published", "computed", "error", "source"]
+    rows = [
+        [
+            entry["model"],
+            entry["attention"],
+            described(figure),
+            f"{figure['published']:,}",
+            f"{computed(entry, figure):,.{decimals(figure)}f}",
+            f"{error_percent(entry, figure):+.2f} %",
+            figure["source"],
+        ]
+        for entry, figure in figures()
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
+def decimals(figure: Entry) -> int:
+    """As many as were published."""
+    return len(f"{figure['published']}".partition(".")[2])
+
+
+def described(figure: Entry) -> str:
+    given = [
+        f"{figure['cache_gib']:.4g} GiB" if "cache_gib" in figure else "",
+        f"{figure['context']:,} tokens" if "context" in figure else "",
+        f"{figure['tensor_parallel']} GPUs" if "tensor_parallel" in figure else "",
+        " ".join(figure.get("arguments", [])),
+    ]
+    return "; ".join(filter(None, [figure["what"], *given]))
 
 
 if __name__ == "__main__":
