@@ -11075,7 +11075,7 @@ class Manager:
         return {engine.name: load for engine, load in zip(engines, loads, strict=True)}
 
     def answers(self, engine: ObservedContainer, seconds: float) -> bool:
-        """Whether an engine answers the smallest request of its kind within that time."""
+        """Whether an engine answers the smallest request of its kind; a model that went may."""
         state = self._store.load()
         try:
             model = state.model(engine.model_name or "")
