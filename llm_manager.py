@@ -3469,9 +3469,9 @@ INSTALL_PACKAGES: Final = r"""RUN \
   export PIP_BREAK_SYSTEM_PACKAGES=1 PIP_ROOT_USER_ACTION=ignore UV_BREAK_SYSTEM_PACKAGES=1; \
   has_pip() { python3 -m pip --version >/dev/null 2>&1; }; \
   has_pip || command -v uv >/dev/null || python3 -m ensurepip || exit 1; \
-  if has_pip; then set -- python3 -m pip install; \
-  else set -- uv pip install --python "$(command -v python3)"; fi; \
-  "$@" """
+  pip_install() { if has_pip; then python3 -m pip install "$@"; \
+  else uv pip install --python "$(command -v python3)" "$@"; fi; }; \
+  pip_install """
 INSTALL_SYSTEM_PACKAGES: Final = (
     "RUN apt-get update && apt-get install --yes --no-install-recommends {} "
     "&& rm -rf /var/lib/apt/lists/*"
@@ -6010,7 +6010,7 @@ class BuildLog:
             is_step = line.startswith("Step ")
             if is_step or (now - self.shown_at >= BUILD_LINE_SECONDS and _is_output(line)):
                 self.shown_at = now
-                shown.append(f"  {line[:120]}")
+                shown.append(f"  {' '.join(_step_of(line)) if is_step else line[:120]}")
         return shown
 
     def fault(self, recipe: str) -> ContainerFailedError | None:
@@ -6020,9 +6020,7 @@ class BuildLog:
         begun = [n for n, line in enumerate(self.lines) if line.startswith("Step ")]
         if failed is None or not begun:
             return None
-        number, _, command = self.lines[begun[-1]].partition(" : ")
-        if len(command) > LONGEST_COMMAND:
-            command = f"… {command[-LONGEST_COMMAND:]}"
+        number, command = _step_of(self.lines[begun[-1]])
         said = [line for line in self.lines[begun[-1] + 1 : -1] if _is_output(line)]
         errors = [line for line in said if re.search("error|fatal", line, re.IGNORECASE)]
         reason = "".join(f": {line.strip()[:300].rstrip('.')}" for line in (errors or said)[-1:])
@@ -6031,14 +6029,13 @@ class BuildLog:
             f"Mend the recipe, then build it again; logs/build-{recipe}.log has all of it.",
         )
         return ContainerFailedError(
-            f"The recipe {recipe} could not be built: {number.lower()} (`{command}`) "
+            f"The recipe {recipe} could not be built: {number} `{command}` "
             f"ended with status {failed[1]}{reason}.",
             advice=advice,
         )
 
 
 BUILD_LINE_SECONDS: Final = 2.0
-LONGEST_COMMAND: Final = 80
 BUILD_CAUSES: Final = (
     # Without a network pip ends with "No matching distribution", too.
     (
@@ -6051,6 +6048,12 @@ BUILD_CAUSES: Final = (
     ),
     (r"Unable to locate package|no installation candidate", "Correct that system package's name."),
 )
+
+
+def _step_of(line: str) -> tuple[str, str]:
+    """`Step 3/5 : RUN a;   b` as its number and what it is about: b."""
+    number, _, command = line.partition(" : ")
+    return number.lower(), re.split(r";\s{2,}", command)[-1][:100]
 
 
 def _is_output(line: str) -> bool:
@@ -6839,12 +6842,28 @@ def image_rows(
         _image_row(role, image, "not pulled", images)
         for role, image in asdict(state.images).items()
     ]
-    for name, recipe in recipes.items():
-        if isinstance(recipe, RefusedError):
-            rows.append([f"recipe {name}", "", str(recipe), "", "", ""])
-            continue
-        rows += [_recipe_row(recipe, device, state, images) for device in recipe.base]
+    for name in sorted({*recipes, *(pin.recipe for pin in state.recipe_images)}):
+        recipe = recipes.get(name)
+        if isinstance(recipe, Recipe):
+            rows += [_recipe_row(recipe, device, state, images) for device in recipe.base]
+        else:
+            rows += _rows_without_recipe(name, state, images)
     return rows
+
+
+def _rows_without_recipe(
+    name: str, state: State, images: Sequence[ObservedImage] | None
+) -> list[list[str]]:
+    """What still serves a recipe whose file is gone or broken."""
+    said = f"cannot be built: `image build {name}` says why"
+    pins = [pin for pin in state.recipe_images if pin.recipe == name]
+    rows = [
+        _image_row(f"recipe {name} ({p.device.upper()})", p.image, "not built", images)
+        for p in pins
+    ]
+    for row in rows:
+        row[2] += f"; {said}"
+    return rows or [[f"recipe {name}", "", said, "", "", ""]]
 
 
 def _image_row(

@@ -25,7 +25,7 @@ import pytest
 from docker.models.containers import Container
 
 import llm_manager
-from llm_manager import LABEL_INSTANCE, Manager, State
+from llm_manager import LABEL_IMAGE_INSTANCE, LABEL_INSTANCE, Manager, State
 
 PROGRAM = Path(llm_manager.__file__)
 DOCKER_URL = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
@@ -212,7 +212,7 @@ class Installation:
 
 
 def remove_labelled(client: docker.DockerClient, instance: str) -> None:
-    """Containers, networks and volumes of one installation; nothing else."""
+    """Containers, networks, volumes and built images of one installation; nothing else."""
     mine = {"label": f"{LABEL_INSTANCE}={instance}"}
     for container in client.containers.list(all=True, filters=mine, ignore_removed=True):
         with contextlib.suppress(docker.errors.NotFound):
@@ -221,6 +221,8 @@ def remove_labelled(client: docker.DockerClient, instance: str) -> None:
         network.remove()
     for volume in client.volumes.list(filters=mine):
         volume.remove(force=True)
+    for image in client.images.list(filters={"label": f"{LABEL_IMAGE_INSTANCE}={instance}"}):
+        client.images.remove(image.id, force=True)
 
 
 Install = Callable[..., Installation]  # the fixtures `install` and `install_for_module`
