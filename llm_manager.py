@@ -7417,13 +7417,17 @@ def read_recipes(*folders: Path) -> dict[str, str]:
 
 def take_lock(path: Path, *, wait: bool = False) -> IO[str] | None:
     """The file, locked until it is closed or this process dies; None: another one holds it."""
-    handle = open(path, "a+", encoding="utf-8", opener=_private_opener)  # noqa: SIM115
+    handle = open(path, "r+", encoding="utf-8", opener=_creating_opener)  # noqa: SIM115
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
         handle.close()
         return None
     return handle
+
+
+def _creating_opener(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CREAT, 0o600)
 
 
 def _private_opener(path: str, flags: int) -> int:
@@ -8500,14 +8504,14 @@ def _parameters_of(path: Path) -> Counter[str]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         try:
-            header = json.loads(file.read(length)) if length < size else {}
+            header = json.loads(file.read(min(length, size)))
             header.pop("__metadata__", None)
             for tensor in header.values():
                 found[tensor["dtype"]] += math.prod(tensor["shape"])
-            ends = [tensor["data_offsets"][1] for tensor in header.values()]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            ends = []
-    if 8 + length + max(ends, default=0) != size:
+            end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        except (ValueError, LookupError, TypeError, AttributeError):
+            end = -1
+    if end < 0 or 8 + length + end != size:
         raise RefusedError(f"{path} is not whole.", advice="Copy or download it again.")
     return found
 
@@ -8677,7 +8681,7 @@ class HubCache:
         }
         listed = _read_json(folder / "trees" / f"{commit}.json").get("files")
         tree = [RepositoryFile(path=path, size_bytes=0) for path in listed] if listed else None
-        return (*broken, *missing_files(files, tree, shards))
+        return tuple(dict.fromkeys((*broken, *missing_files(files, tree, shards))))
 
     def read(self) -> WeightsCache:
         """All there is; what is being written at the moment is no leftover."""

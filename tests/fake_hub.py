@@ -205,17 +205,16 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send_file(repository.troubles, sha, files[path])
 
     def _refusal(self, troubles: Troubles, verb: str | None) -> tuple[int, str] | None:
-        refusals = (
-            (self.hub.use_up(troubles, "failing_times"), 500, ""),
-            (self.hub.use_up(troubles, "busy_times"), 429, ""),
-            (troubles.token not in {None, self._token()}, 401, ""),
-            (troubles.forbidden, 403, ""),
-            (troubles.hidden or (troubles.gated and verb in {"resolve", "tree"}), 403, "GatedRepo"),
-        )
-        found = next((refusal for refusal in refusals if refusal[0]), None)
-        if found is not None and found[1] == 429:
+        if self.hub.use_up(troubles, "failing_times"):
+            return 500, ""
+        if self.hub.use_up(troubles, "busy_times"):
             self.retry_after = troubles.retry_after
-        return found[1:] if found is not None else None
+            return 429, ""
+        if troubles.token not in {None, self._token()}:
+            return 401, ""
+        if troubles.hidden or (troubles.gated and verb in {"resolve", "tree"}):
+            return 403, "GatedRepo"
+        return (403, "") if troubles.forbidden else None
 
     def _token(self) -> str | None:
         return (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
