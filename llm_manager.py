@@ -52,7 +52,10 @@ ENVIRONMENT: Final = PROGRAM.with_name(".venv")
 STAMP: Final = ENVIRONMENT / ".requirements.sha256"
 # An upgraded distribution changes the Python under an environment, whose packages stay behind.
 LIBRARY: Final = ENVIRONMENT / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}"
-PACKAGES: Final = ("docker", "fastapi", "gradio", "httpx", "psycopg", "pydantic", "pynvml", "yaml")
+PACKAGES: Final = (
+    "docker", "fastapi", "gradio", "httpx", "huggingface_hub", "psycopg", "pydantic", "pynvml",
+    "yaml",
+)  # fmt: skip
 
 
 def ensure_packages() -> None:
@@ -2721,7 +2724,7 @@ KEPT: Final = "what is complete is kept"
 HUB_TROUBLES: Final[Mapping[HubTrouble, tuple[str, str]]] = {
     "gated": (
         "{repository} is gated, and this server may not read it.",
-        "Open {endpoint}/{repository}, accept its terms, and set a token with `config token`.",
+        "Open {page}, accept its terms, and set a token with `config token`.",
     ),
     "absent": (
         "{repository} is not on {host}, or is private.",
@@ -2771,7 +2774,8 @@ class HubError(ManagerError):
 
     def __init__(self, kind: HubTrouble, wanted: Wanted, detail: str = "") -> None:
         fact, advice = HUB_TROUBLES[kind]
-        words = asdict(wanted) | {"host": wanted.host, "detail": f" ({detail})" if detail else ""}
+        words = asdict(wanted) | {"host": wanted.host, "page": wanted.page}
+        words["detail"] = f" ({detail})" if detail else ""
         super().__init__(fact.format(**words), advice=advice.format(**words))
         self.kind = kind
         self.detail = detail
@@ -2789,6 +2793,11 @@ class Wanted:
     @property
     def host(self) -> str:
         return self.endpoint.split("//")[-1].split("/")[0].split("@")[-1]
+
+    @property
+    def page(self) -> str:
+        """Its address for a browser; an endpoint's own password stays out."""
+        return f"{re.sub('//[^/]*@', '//', self.endpoint)}/{self.repository}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -2810,7 +2819,7 @@ class RepositoryFile:
     """A file of a repository; `blob` is its name in the cache, by its content."""
 
     path: str
-    size_bytes: int
+    size_bytes: int  # 0 also where a mirror does not say it
     blob: str | None = None
 
     @property
@@ -2888,8 +2897,8 @@ DTYPE_BYTES: Final[Mapping[str, float]] = {
 PIPELINES: Final[Mapping[str, ModelType]] = {
     "text-generation": "chat", "conversational": "chat",
     "image-text-to-text": "vision", "video-text-to-text": "vision", "any-to-any": "vision",
-    "visual-question-answering": "vision", "visual-document-retrieval": "embedding",
-    "feature-extraction": "embedding", "sentence-similarity": "embedding",
+    "visual-question-answering": "vision", "feature-extraction": "embedding",
+    "sentence-similarity": "embedding", "visual-document-retrieval": "embedding",
     "text-ranking": "rerank", "automatic-speech-recognition": "speech-to-text",
     "text-to-speech": "text-to-speech", "text-to-audio": "text-to-speech",
     "text-to-image": "image", "image-to-image": "image",
@@ -6909,11 +6918,11 @@ def format_count(count: float | None) -> str:
     """Three digits at most: 950, 12.3 K, 8.03 B; in words where nobody knows."""
     if count is None:
         return UNKNOWN
-    for unit in ("", " K", " M", " B"):
-        if count < 999.5 or unit == " B":  # noqa: PLR2004
-            return f"{count:.3g}{unit}" if count < 999.5 else f"{count:.0f}{unit}"  # noqa: PLR2004
+    units = ["", " K", " M", " B"]
+    while count >= 999.5 and len(units) > 1:  # noqa: PLR2004
         count /= 1000
-    raise AssertionError  # the last unit takes all
+        del units[0]
+    return f"{round(count) if count >= 100 else f'{count:.3g}'}{units[0]}"  # noqa: PLR2004
 
 
 def _size_if_known(size: float | None) -> str:
@@ -8372,6 +8381,8 @@ STALLS: Final = 3
 RATE_SECONDS: Final = 10.0
 # Beside weights a server needs room for logs, images and its database.
 DISK_MARGIN_BYTES: Final = 2**30
+LARGEST_WITHOUT_XET: Final = 50 * 10**9  # huggingface_hub (2.4) refuses larger files over HTTP
+WORKERS: Final = 4  # files at a time: a cancel loses the parts of so many
 COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 FETCH_WEIGHTS: Final = "fetch-weights"  # the hidden command; see Transfer
 # What a transfer may know of our environment: how to reach the network, no more.
@@ -8544,7 +8555,7 @@ class Claims:
     """Who downloads what into one cache, and how many bytes are still to come: all processes'."""
 
     def __init__(self, home: Path, free: Callable[[Path], int], margin_bytes: int) -> None:
-        self._home = home
+        self._hub = home / "hub"  # often a link to another disk
         self._directory = home / ".llm-manager"
         self._free = free
         self._margin_bytes = margin_bytes
@@ -8571,7 +8582,7 @@ class Claims:
         with self._counting():
             self.still_to_come(claim, 0)
             others = sum(self.held(counted=True).values())
-            free = self._free(self._home)
+            free = self._free(self._hub)
             if needed_bytes + others + self._margin_bytes > free:
                 raise HubError(
                     "disk", wanted,
@@ -8588,7 +8599,7 @@ class Claims:
     def _counting(self) -> Iterator[None]:
         """One process at a time looks at claims, or a look would pass for a claim."""
         with file_errors("reserve room for weights"):
-            self._home.mkdir(parents=True, exist_ok=True)
+            self._hub.mkdir(parents=True, exist_ok=True)
             self._directory.mkdir(mode=0o700, exist_ok=True)
             mutex = take_lock(self._directory / "mutex", wait=True)
         with mutex or contextlib.nullcontext():
@@ -8692,7 +8703,7 @@ class HubCache:
                 known = self._revisions(folder)
                 revisions += known
                 leftovers += self._leftovers(folder, {b for r in known for b in r.blobs})
-            free = self._free(self.home) if self.home.exists() else None
+            free = self._free(self.hub) if self.hub.exists() else None
             downloading = frozenset(self.claims.held())
         return WeightsCache(
             revisions=tuple(revisions),
@@ -8789,9 +8800,9 @@ class HubCache:
 
     def _remove_blob(self, path: Path) -> None:
         """A blob that other repositories share goes with its last link."""
-        target = path.resolve()
+        shared, target = path.is_symlink(), path.resolve()
         path.unlink(missing_ok=True)
-        if target == path or not target.is_relative_to(self.hub / "blobs"):
+        if not shared or not target.is_relative_to(self.hub.resolve() / "blobs"):
             return
         links = (link for folder in self._folders() for link in (folder / "blobs").glob("*"))
         if not any(link.is_symlink() and link.resolve() == target for link in links):
@@ -8854,15 +8865,18 @@ class HuggingFace:
         wanted = Wanted(endpoint=find_endpoint(), repository=text or "the search")
         if is_offline():
             raise HubError("offline", wanted)
-        pipelines = [tag for tag, type_ in PIPELINES.items() if type_ == kind]
-        expanded = ("downloads", "likes", "lastModified", "pipeline_tag", "library_name",
-                    "gated", "safetensors")  # fmt: skip
-        found = self._get(
-            "/api/models", wanted,
-            search=text, sort="downloads", limit=limit, **{"expand[]": expanded},
-            **({"pipeline_tag": pipelines[0]} if pipelines else {}),
-        )  # fmt: skip
-        return tuple(map(_hit, found))
+        query = {
+            "search": text, "sort": "downloads", "limit": limit,
+            "expand[]": ("downloads", "likes", "lastModified", "pipeline_tag", "library_name",
+                         "gated", "safetensors"),
+        }  # fmt: skip
+        tags = [{"pipeline_tag": tag} for tag, type_ in PIPELINES.items() if type_ == kind]
+        hits = [
+            _hit(found)
+            for tag in tags or [{}]
+            for found in self._get("/api/models", wanted, **query, **tag)
+        ]
+        return tuple(sorted(hits, key=lambda hit: -(hit.downloads or 0))[:limit])
 
     def inspect(self, repository: str, revision: str | None = None) -> RepositoryFacts:
         """All that is worth knowing before a download; offline, what the cache knows."""
@@ -8929,12 +8943,16 @@ class HuggingFace:
             "--" in repository or ".." in repository
         ):
             raise HubError("name", wanted)
+        if ".." in wanted.revision:  # it becomes a path in the cache
+            raise HubError("revision", wanted)
         return wanted
 
     def _ask(self, wanted: Wanted, revision: str | None, **parameters: str) -> Json:
         at = f"/revision/{quote(revision, safe='')}" if revision else ""
-        found: Json = self._get(f"/api/models/{wanted.repository}{at}", wanted, **parameters)
-        return found
+        found = self._get(f"/api/models/{wanted.repository}{at}", wanted, **parameters)
+        if isinstance(found, dict) and COMMIT.fullmatch(str(found.get("sha"))):
+            return found
+        raise HubError("server", wanted, "its answer names no commit")
 
     def _get(self, path: str, wanted: Wanted, **parameters: Any) -> Any:
         token = self.token()
@@ -9032,6 +9050,7 @@ class Download:
         self._wanted, self._revision, self._kind = wanted, revision, kind
         self._claim = claim
         self._files: tuple[RepositoryFile, ...] = ()
+        self._commit = "-"
         self._attempts = 1
         self._xet = True
         self._samples: deque[tuple[float, int]] = deque()
@@ -9043,9 +9062,9 @@ class Download:
 
         def look(note: str = "") -> int:
             check()
-            progress = self._progress(note)
-            on_progress(progress)
-            return progress.bytes_done
+            sizes = _bytes_by_blob(self._folder / "blobs")
+            on_progress(self._progress(sizes, note))
+            return sum(sizes.values())
 
         tries = stalls = 0
         while True:
@@ -9060,17 +9079,26 @@ class Download:
                 tries, stalls = tries + 1, stalls + (error.kind == "stalled")
                 if tries == ATTEMPTS or stalls == STALLS:
                     raise
-                self._xet = self._xet and error.kind != "stalled"
+                if error.kind == "stalled" and self._fits_http():
+                    self._xet = False
                 self._pause(tries, error, look)
             self._attempts += 1
 
+    def _fits_http(self) -> bool:
+        return all(file.size_bytes <= LARGEST_WITHOUT_XET for file in self._files)
+
     def _complete(self) -> int:
         """Bytes of whole files, which no later attempt must fetch again."""
-        blobs = self._folder / "blobs"
-        return sum(f.size_bytes for f in self._files if f.blob and (blobs / f.blob).exists())
+        return sum(file.size_bytes for file in self._files if self._has(file))
+
+    def _has(self, file: RepositoryFile) -> bool:
+        """By its content's name; or by path, where a mirror has names of its own."""
+        blob = self._folder / "blobs" / (file.blob or "-")
+        return blob.exists() or (self._folder / "snapshots" / self._commit / file.path).exists()
 
     def _attempt(self, look: Callable[[], int]) -> str:
-        facts = self._hub.inspect(self._wanted.repository, self._revision)
+        facts = self._inspect(look)
+        self._commit = str(facts.commit)
         self._files = files_needed(facts.files, self._kind or guess_type(facts))
         if not self._files:
             raise RefusedError(
@@ -9095,16 +9123,27 @@ class Download:
         if missing:
             raise HubError("broken", self._wanted, f"{missing[0]} is missing")
         look()
-        return str(facts.commit)
+        return self._commit
+
+    def _inspect(self, look: Callable[[], int]) -> RepositoryFacts:
+        """A hub that answers nothing must not hold up a cancel."""
+        pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="hub-look")
+        asked = pool.submit(self._hub.inspect, self._wanted.repository, self._revision)
+        pool.shutdown(wait=False)
+        while not asked.done():
+            look()
+            concurrent.futures.wait([asked], POLL_SECONDS)
+        return asked.result()
 
     def _settle(self, facts: RepositoryFacts) -> list[str]:
         """What is still missing; where nothing is, the branch points at what was fetched."""
-        folder, commit = self._folder, facts.commit or ""
+        folder, commit = self._folder, self._commit
         snapshot = folder / "snapshots" / commit
         missing = [
             file.path
             for file in self._files
-            if not (path := snapshot / file.path).exists() or path.stat().st_size != file.size_bytes
+            if not (path := snapshot / file.path).exists()
+            or path.stat().st_size != (file.size_bytes or path.stat().st_size)
         ]
         if missing:
             return missing
@@ -9130,14 +9169,15 @@ class Download:
                 words = f"for {format_duration(now - moved_at)}; {transfer.last_words()}"
                 raise HubError("stalled", self._wanted, words.removesuffix("; "))
 
-    def _progress(self, note: str) -> DownloadProgress:
-        sizes = _bytes_by_blob(self._folder / "blobs")
+    def _progress(self, sizes: Mapping[str, int], note: str) -> DownloadProgress:
         progress = DownloadProgress(
             repository=self._wanted.repository,
             files=tuple(
                 FileProgress(
                     path=file.path,
-                    bytes_done=min(sizes.get(file.blob or "", 0), file.size_bytes),
+                    bytes_done=file.size_bytes
+                    if self._has(file)
+                    else min(sizes.get(file.blob or "", 0), file.size_bytes),
                     bytes_total=file.size_bytes,
                 )
                 for file in self._files
@@ -9161,7 +9201,7 @@ class Download:
         wait = error.retry_seconds or self._hub.retry_seconds * 2 ** (tries - 1)
         until = time.monotonic() + min(wait, LONGEST_RETRY_SECONDS)
         note = f"{error.fact} Trying again"
-        note += " without Xet" if error.kind == "stalled" else ""
+        note += "" if self._xet else " without Xet"
         while (left := until - time.monotonic()) > 0:
             look(f"{note} in {format_duration(left + 1)}.")
             time.sleep(min(POLL_SECONDS, left))
@@ -9234,8 +9274,10 @@ class Transfer:
         return error
 
     def last_words(self) -> str:
-        self._said.seek(max(self._said.seek(0, os.SEEK_END) - 4096, 0))
-        lines = self._said.read().decode(errors="replace").split("\n")
+        # Not read(): the place in the file is shared with the process that writes it.
+        handle = self._said.fileno()
+        said = os.pread(handle, 4096, max(os.fstat(handle).st_size - 4096, 0))
+        lines = said.decode(errors="replace").split("\n")
         return _short(ValueError(next((line for line in reversed(lines) if line.strip()), "")))
 
 
@@ -9258,6 +9300,7 @@ def fetch_weights() -> HubError | None:
                 cache_dir=request["cache"],
                 endpoint=wanted.endpoint,
                 token=request["token"] or False,
+                max_workers=WORKERS,
                 allow_patterns=[glob.escape(path) for path in request["files"]],
             )
     except HubError as error:

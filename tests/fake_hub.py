@@ -60,6 +60,9 @@ class Troubles:
     retry_after: int | None = None
     failing_times: int = 0  # 500
     forbidden: bool = False  # 403 and no reason
+    silent: bool = False  # never answers
+    babbling: bool = False  # a page where JSON was asked for, as from a captive portal
+    own_names: bool = False  # ETags of its own, as some mirrors have
 
 
 @dataclass
@@ -196,15 +199,18 @@ class _Handler(BaseHTTPRequestHandler):
         if sha is None:
             return self._refuse(404, "RevisionNotFound")
         files = repository.commits[sha]
-        if verb == "tree":
-            return self._send_json([_tree_entry(p, c) for p, c in sorted(files.items())])
+        if repository.troubles.babbling:
+            return self._send(b"<html>Please log in</html>", "text/html")
         if verb != "resolve":
-            return self._send_json(_facts(repository, sha, files))
-        if path not in files:
-            return self._refuse(404, "EntryNotFound")
-        return self._send_file(repository.troubles, sha, files[path])
+            tree = [_tree_entry(p, c) for p, c in sorted(files.items())]
+            return self._send_json(tree if verb == "tree" else _facts(repository, sha, files))
+        if path in files:
+            return self._send_file(repository.troubles, sha, files[path])
+        return self._refuse(404, "EntryNotFound")
 
     def _refusal(self, troubles: Troubles, verb: str | None) -> tuple[int, str] | None:
+        if troubles.silent:
+            self.hub.closed.wait()
         if self.hub.use_up(troubles, "failing_times"):
             return 500, ""
         if self.hub.use_up(troubles, "busy_times"):
@@ -231,9 +237,11 @@ class _Handler(BaseHTTPRequestHandler):
         return found[: int(query.get("limit", ["1000"])[0])]
 
     def _send_json(self, content: object) -> None:
-        body = json.dumps(content).encode()
+        self._send(json.dumps(content).encode(), "application/json")
+
+    def _send(self, body: bytes, content_type: str) -> None:
         self.send_response(200)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -258,9 +266,10 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self.send_response(200)
         self.send_header("X-Repo-Commit", sha)
-        self.send_header("ETag", f'"{blob_of(content)}"')
+        name = blob_of(content)[::-1] if troubles.own_names else blob_of(content)
+        self.send_header("ETag", f'"{name}"')
         if len(content) >= LFS_FROM:
-            self.send_header("X-Linked-ETag", f'"{blob_of(content)}"')
+            self.send_header("X-Linked-ETag", f'"{name}"')
             self.send_header("X-Linked-Size", str(len(content)))
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("Content-Length", str(len(content) - start))
