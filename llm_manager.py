@@ -3476,6 +3476,7 @@ INSTALL_PACKAGES: Final = r"""RUN \
   if [ -n "$index" ]; then export PIP_INDEX_URL="$index" UV_DEFAULT_INDEX="$index"; fi; \
   export PIP_NO_INPUT=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 UV_NO_CACHE=1; \
   export PIP_BREAK_SYSTEM_PACKAGES=1 PIP_ROOT_USER_ACTION=ignore UV_BREAK_SYSTEM_PACKAGES=1; \
+  export UV_SYSTEM_CERTS=1 UV_NATIVE_TLS=1; \
   has_pip() { python3 -m pip --version >/dev/null 2>&1; }; \
   has_pip || command -v uv >/dev/null || python3 -m ensurepip || exit 1; \
   pip_install() { if has_pip; then python3 -m pip install "$@"; \
@@ -6046,6 +6047,10 @@ class BuildLog:
 
 BUILD_LINE_SECONDS: Final = 2.0
 BUILD_CAUSES: Final = (
+    (
+        r"CERTIFICATE_VERIFY_FAILED|UnknownIssuer",
+        "Set PIP_INDEX_URL to a mirror whose certificate the base image trusts.",
+    ),
     # Without a network pip ends with "No matching distribution", too.
     (
         r"name resolution|Failed to establish a new connection|timed out|error sending request",

@@ -329,6 +329,8 @@ def test_a_failed_command_is_named_with_its_last_error() -> None:
         ("E: Unable to locate package nothing", "that system package's name"),
         ("Retrying: Temporary failure in name resolution\nERROR: No matching distribution found",
          "set PIP_INDEX_URL or HTTPS_PROXY"),
+        ("error: failed\n  cause: invalid peer certificate: UnknownIssuer",
+         "a mirror whose certificate the base image trusts"),
     ],
 )  # fmt: skip
 def test_a_known_cause_of_a_failed_build_comes_with_one_thing_to_do(said: str, advice: str) -> None:

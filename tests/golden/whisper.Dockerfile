@@ -5,6 +5,7 @@ RUN \
   if [ -n "$index" ]; then export PIP_INDEX_URL="$index" UV_DEFAULT_INDEX="$index"; fi; \
   export PIP_NO_INPUT=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 UV_NO_CACHE=1; \
   export PIP_BREAK_SYSTEM_PACKAGES=1 PIP_ROOT_USER_ACTION=ignore UV_BREAK_SYSTEM_PACKAGES=1; \
+  export UV_SYSTEM_CERTS=1 UV_NATIVE_TLS=1; \
   has_pip() { python3 -m pip --version >/dev/null 2>&1; }; \
   has_pip || command -v uv >/dev/null || python3 -m ensurepip || exit 1; \
   pip_install() { if has_pip; then python3 -m pip install "$@"; \
