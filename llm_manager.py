@@ -3621,6 +3621,11 @@ def parse_model(
     return model
 
 
+def parse_source(raw: Json) -> HubSource | LocalSource:
+    kind: type[HubSource | LocalSource] = LocalSource if raw["kind"] == "local" else HubSource
+    return _parsed(kind, raw, "That names no weights")
+
+
 def parse_edge(raw: Json) -> Edge:
     return _parsed(Edge, raw, "These HTTPS settings cannot be used")
 
@@ -7497,6 +7502,11 @@ def port_is_free(address: str, port: int) -> bool:
     return True
 
 
+def server_memory_mib() -> int:
+    """All of this server's memory, what others use included."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // MIB
+
+
 def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
@@ -8855,9 +8865,6 @@ class HuggingFace:
         self.retry_seconds = retry_seconds
         self._token = token
 
-    def stored(self) -> dict[str, frozenset[str]]:
-        return self.cache.stored()
-
     def token(self) -> str | None:
         """The stored one, else the environment's; the only place where it is plain text."""
         stored = self._token()
@@ -10078,12 +10085,26 @@ class Files(Protocol):
     def note_measured(self, key: str, measured: Measured) -> None: ...
 
 
-class WeightsStore(Protocol):
-    """Weights of the hub that are on this server, and the way to more."""
+class Shelf(Protocol):
+    """The cache of weights on this server's disk; see `HubCache`."""
 
+    def commit(self, repository: str, revision: str | None = None) -> str | None: ...
+    def inspect(self, repository: str, revision: str | None = None) -> RepositoryFacts | None: ...
+    def read(self) -> WeightsCache: ...
+    def remove(self, removal: Removal) -> None: ...
     def stored(self) -> Mapping[str, frozenset[str]]: ...
+
+
+class Hub(Protocol):
+    """Where weights come from, and where they are kept; see `HuggingFace`."""
+
+    @property
+    def cache(self) -> Shelf: ...
+    def search(self, text: str, *, kind: ModelType | None = None) -> Sequence[RepositoryHit]: ...
+    def inspect(self, repository: str, revision: str | None = None) -> RepositoryFacts: ...
+    def resolve(self, repository: str, revision: str | None = None) -> str: ...
     def download(
-        self, repository: str, revision: str | None, *, kind: ModelType | None,
+        self, repository: str, revision: str | None = None, *, kind: ModelType | None = None,
         on_progress: Callable[[DownloadProgress], None], check: Callable[[], None],
     ) -> str: ...  # fmt: skip
 
@@ -10097,7 +10118,7 @@ class Tools:
     files: Files
     clock: Clock
     gpus: GpuDriver
-    weights: WeightsStore
+    weights: Hub
     images: LocalImages
     failures: tuple[KnownFailure, ...] = ()  # what engines say when they cannot start
 
@@ -10145,7 +10166,7 @@ def observe(tools: Tools) -> Observed:
         if any(gpu.mig_enabled is not None for gpu in hardware.gpus)
         else {},
         start_seconds=tools.files.read_starts(),
-        weights=tools.weights.stored(),
+        weights=tools.weights.cache.stored(),
     )
     return tools.probes.fill(seen)
 
@@ -10426,9 +10447,7 @@ def _undo_set_aside(name: ContainerName, containers: Containers) -> None:
         containers.start(name)
 
 
-def download(
-    source: HubSource, kind: ModelType | None, weights: WeightsStore, control: Control
-) -> str:
+def download(source: HubSource, kind: ModelType | None, weights: Hub, control: Control) -> str:
     """Fetch weights and tell how far it is: always as progress, and now and then as a line."""
     said = -math.inf
 
@@ -10824,6 +10843,9 @@ class Keys:
         )
 
 
+StartTask = Callable[[str, Callable[[Control], None], str], Job]
+
+
 class ImageLibrary:
     """The images of this installation: pulled, built from recipes, pinned and pruned."""
 
@@ -10832,7 +10854,7 @@ class ImageLibrary:
         store: StateStore,
         tools: Tools,
         recipes: Callable[[], Recipes],
-        start_task: Callable[[str, Callable[[Control], None], str], Job],
+        start_task: StartTask,
         save: Callable[[Change], State],
     ) -> None:
         self.recipes = recipes  # as their files are now
@@ -10927,6 +10949,115 @@ class ImageLibrary:
 WHOLE_LOG: Final = 1_000_000  # lines
 
 
+class WeightsLibrary:
+    """What the hub has, what is on this server, and whether it fits where it shall run."""
+
+    def __init__(
+        self,
+        store: StateStore,
+        tools: Tools,
+        start_task: StartTask,
+        hardware: Callable[[], Hardware],
+    ) -> None:
+        self._store = store
+        self._tools = tools
+        self._start_task = start_task
+        self._hardware = hardware
+        self._known: dict[HubSource | LocalSource, RepositoryFacts] = {}
+
+    def search(self, text: str, kind: ModelType | None = None) -> Sequence[RepositoryHit]:
+        """The most downloaded repositories whose names hold the text."""
+        return self._tools.weights.search(text, kind=kind)
+
+    def look(self, source: HubSource | LocalSource) -> RepositoryFacts:
+        """What a repository or directory holds, asked anew; remembered for the fit."""
+        if isinstance(source, LocalSource):
+            facts = inspect_directory(Path(source.path))
+        else:
+            facts = self._tools.weights.inspect(source.repository, source.revision)
+        self._known[source] = facts
+        return facts
+
+    def facts(self, source: HubSource | LocalSource) -> RepositoryFacts | None:
+        """The same without asking the hub; None where nothing is known here."""
+        if source not in self._known:
+            with contextlib.suppress(ManagerError):
+                if isinstance(source, LocalSource):
+                    return self.look(source)
+                known = self._tools.weights.cache.inspect(source.repository, source.revision)
+                if known is not None:
+                    self._known[source] = known
+        return self._known.get(source)
+
+    def pinned(self, source: HubSource | LocalSource) -> HubSource | LocalSource:
+        """The source at the commit that it means now; as it is where the hub cannot be asked."""
+        if isinstance(source, LocalSource) or COMMIT.fullmatch(source.revision or ""):
+            return source
+        hub = self._tools.weights
+        try:
+            commit: str | None = hub.resolve(source.repository, source.revision)
+        except HubError as error:
+            if error.kind not in {*TRANSIENT, "offline", "gated", "token"}:
+                raise  # a name that the hub does not know is best said now
+            commit = hub.cache.commit(source.repository, source.revision)
+        return replace(source, revision=commit) if commit else source
+
+    def download(self, source: HubSource, kind: ModelType | None = None) -> Job:
+        """Fetch weights beside whatever else runs; what is here already is not fetched again."""
+
+        def work(control: Control) -> None:
+            commit = download(source, kind, self._tools.weights, control)
+            control.report(f"{source.repository}@{commit} is on this server.")
+
+        return self._start_task(f"Download {format_source(source)}", work, "")
+
+    def cache(self) -> WeightsCache:
+        return self._tools.weights.cache.read()
+
+    def removal(
+        self, repository: str, revision: str | None = None, *, despite_use: bool = False
+    ) -> Removal:
+        """What removing would take away; refused while a registered model uses it."""
+        state = self._store.load()
+        return plan_removal(self.cache(), state, repository, revision, despite_use=despite_use)
+
+    def orphans(self) -> tuple[Removal, ...]:
+        """What no registered model uses."""
+        return orphans(self.cache(), self._store.load())
+
+    def remove(self, removal: Removal) -> None:
+        self._tools.weights.cache.remove(removal)
+
+    def fit(self, model: Model, at_once: int = 1) -> Fit | None:
+        """Whether a model fits where it is placed; None where its weights are not known here."""
+        facts = self.facts(model.source)
+        if facts is None:
+            return None
+        hardware = self._hardware()
+        place = place_of(model.placement, hardware, server_memory_mib())
+        return estimate(
+            facts.weights_bytes, read_architecture(facts.config),
+            engine_wish(model.engine_arguments), place,
+            measured=self.measured(model), at_once=at_once,
+        )  # fmt: skip
+
+    def places(self, model: Model, at_once: int = 1) -> list[Candidate]:
+        """Where on this server it would fit, the best first."""
+        facts = self.facts(model.source)
+        if facts is None:
+            return []
+        return places_that_fit(
+            facts.weights_bytes, read_architecture(facts.config),
+            engine_wish(model.engine_arguments), self._hardware(), self._store.load(),
+            at_once=at_once, model=model.name,
+        )  # fmt: skip
+
+    def measured(self, model: Model) -> Measured | None:
+        """What the last start of such an engine on such a place showed; None: there was none."""
+        image = engine_image(model, self._store.load())
+        return self._store.read_measured().get(measurement_key(model, image, self._hardware()))
+
+
 class Manager:
     """Every change of this installation, first as a plan, then as a job."""
 
@@ -10948,6 +11079,7 @@ class Manager:
         self._jobs: deque[Job] = deque(maxlen=50)
         self.keys = Keys(store, tools)
         self.images = ImageLibrary(store, tools, recipes, self.start_task, self.save)
+        self.weights = WeightsLibrary(store, tools, self.start_task, self.hardware)
 
     @property
     def _site(self) -> Site:
@@ -10966,12 +11098,6 @@ class Manager:
 
     def observe(self) -> Observed:
         return observe(self._tools)
-
-    def measured(self, model: Model) -> Measured | None:
-        """What the last start of such an engine on such a place showed; None: there was none."""
-        image = engine_image(model, self._store.load())
-        key = measurement_key(model, image, self.hardware())
-        return self._store.read_measured().get(key)
 
     def jobs(self) -> list[JobView]:
         """Newest first."""
@@ -11078,17 +11204,21 @@ class Manager:
         return {unit: self._enabled(unit) for unit in BOOT_UNITS}
 
     def register(self, raw: Json) -> Model:
-        """A new model from what the operator typed; where it goes is chosen when not said."""
+        """A new model from what the operator typed; its place and commit are chosen if not said."""
+        model = self.draft(raw)
+        model = replace(model, source=self.weights.pinned(model.source))
+        self.save(registering(model, self.images.recipes()))
+        return model
+
+    def draft(self, raw: Json) -> Model:
+        """The model that registering would make; nothing is saved."""
         state = self._store.load()
         if "placement" not in raw:
             hardware = self.hardware()
             if hardware.fault is not None:  # not silently onto the processor of a GPU server
                 raise hardware.fault
             raw = raw | {"placement": asdict(default_placement(hardware, state.models))}
-        recipes = self.images.recipes()
-        model = parse_model(raw, state, self._options, recipes)
-        self.save(registering(model, recipes))
-        return model
+        return parse_model(raw, state, self._options, self.images.recipes())
 
     def revise(self, name: str, changes: Json) -> Model:
         """A registered model with some settings changed; it takes effect with the next plan."""
@@ -12129,6 +12259,7 @@ def build_parser() -> argparse.ArgumentParser:
     rollback.add_argument("number", type=int, nargs="?", help="from history/; default: the last")
     rollback.add_argument("--plan", action="store_true", help="show the plan only")
     add_model_commands(commands, add)
+    add_weights_commands(commands, add)
     add_gpu_commands(commands)
     add_key_commands(commands)
     add_system_commands(commands, add)
@@ -12166,6 +12297,10 @@ def add_model_commands(commands: Any, add: Callable[..., Any]) -> None:
         sub.add_argument("--json", action="store_true")
         if verb == "show":
             sub.add_argument("name")
+    fit = group.add_parser("fit", help="whether it fits its place, and where else it would")
+    fit.set_defaults(command=command_model_fit)
+    fit.add_argument("name")
+    fit.add_argument("--at-once", type=int, default=1, help="requests at a time")
     _add_named_change(group.add_parser("remove"), removing)
 
 
@@ -12192,6 +12327,38 @@ def _add_model_options(sub: argparse.ArgumentParser, *, required: bool) -> None:
     sub.add_argument("--memory-fraction", type=float, help="of each GPU, at most 1")
     sub.add_argument("--cpu-kv-cache", type=int, metavar="MIB", help="place it on the CPU")
     sub.add_argument("--json", action="store_true")
+
+
+def add_weights_commands(commands: Any, add: Callable[..., Any]) -> None:
+    """`search`, `inspect`, `pull`, `cache …`."""
+    search = add("search", command_search, "find models on the Hugging Face hub")
+    search.add_argument("text")
+    search.add_argument("--type", choices=MODEL_TYPES)
+    look = add(
+        "inspect", command_inspect, "what a repository or directory holds, and where it fits"
+    )
+    pull = add("pull", command_pull, "download weights")
+    for sub in (look, pull):
+        sub.add_argument("repository", help="like Qwen/Qwen3-8B")
+        sub.add_argument("--revision", help="branch, tag or commit")
+        sub.add_argument("--type", choices=MODEL_TYPES, help="default: guessed")
+    look.add_argument("--arguments", default="", help='for the engine: "--max-model-len 8192"')
+    look.add_argument("--at-once", type=int, default=1, help="requests at a time")
+    cache = commands.add_parser("cache", help="the weights on this server").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    listing = cache.add_parser("list", help="what is stored, and which models use it")
+    listing.set_defaults(command=command_cache_list)
+    listing.add_argument("--json", action="store_true")
+    remove = cache.add_parser("remove", help="delete weights that no model uses")
+    remove.set_defaults(command=command_cache_remove)
+    remove.add_argument("repository")
+    remove.add_argument("--revision", help="default: all of them")
+    remove.add_argument("--despite-use", action="store_true", help="models that use it fail then")
+    prune = cache.add_parser("prune", help="delete all that no registered model uses")
+    prune.set_defaults(command=command_cache_prune)
+    for sub in (remove, prune):
+        sub.add_argument("--plan", action="store_true", help="show what would go")
 
 
 def add_gpu_commands(commands: Any) -> None:
@@ -12495,6 +12662,98 @@ def command_restore(arguments: argparse.Namespace) -> int:
     enabled = manager.boot_units()
     out(reboot_text(state, observed, enabled))
     return TO_DO if reboot_warnings(state, observed, enabled) else DONE
+
+
+def command_search(arguments: argparse.Namespace) -> int:
+    hits = open_manager().weights.search(arguments.text, arguments.type)
+    if arguments.json:
+        out_json([asdict(hit) for hit in hits])
+    else:
+        out_table(HIT_HEADERS, hit_rows(hits))
+        out("" if hits else "Nothing has that in its name.")
+    return DONE
+
+
+def named_source(text: str, revision: str | None) -> HubSource | LocalSource:
+    """A directory of this server by its absolute path, else a repository of the hub."""
+    raw: Json = {"kind": "hub", "repository": text, "revision": revision}
+    return parse_source({"kind": "local", "path": text} if text.startswith("/") else raw)
+
+
+def command_inspect(arguments: argparse.Namespace) -> int:
+    """The facts, then whether it would fit the place that it would get, and where else."""
+    manager = open_manager()
+    source = named_source(arguments.repository, arguments.revision)
+    facts = manager.weights.look(source)
+    if arguments.json:
+        out_json(asdict(facts))
+        return DONE
+    out_table(("", ""), facts_rows(facts))
+    kind = arguments.type or guess_type(facts) or "chat"
+    given = {"name": "draft", "type": kind, "source": asdict(source)}
+    words = split_arguments(arguments.arguments)
+    model = manager.draft(given | {"engine_arguments": words})
+    out_fit(manager, model, arguments.at_once)
+    return DONE
+
+
+def out_fit(manager: Manager, model: Model, at_once: int) -> None:
+    """The sum for where a model is placed, then every place where it would fit."""
+    fit = manager.weights.fit(model, at_once)
+    if fit is None:
+        raise RefusedError(
+            f"The weights of {model.name} are not on this server, so nothing is known of them.",
+            advice=f"Look at the hub: `inspect {format_source(model.source).partition('@')[0]}`.",
+        )
+    for line in fit_lines(fit):
+        out(line)
+    out_table(PLACE_HEADERS, place_rows(manager.weights.places(model, at_once)))
+
+
+def command_model_fit(arguments: argparse.Namespace) -> int:
+    manager = open_manager()
+    out_fit(manager, manager.state().model(arguments.name), arguments.at_once)
+    return DONE
+
+
+def command_pull(arguments: argparse.Namespace) -> int:
+    source = named_source(arguments.repository, arguments.revision)
+    if isinstance(source, LocalSource):
+        raise RefusedError("A directory of this server needs no download.", advice="Register it.")
+    return follow(open_manager().weights.download(source, arguments.type))
+
+
+def command_cache_list(arguments: argparse.Namespace) -> int:
+    manager = open_manager()
+    cache = manager.weights.cache()
+    rows = cache_rows(cache, manager.state())
+    if arguments.json:
+        out_json(keyed(CACHE_HEADERS, rows))
+    else:
+        out(cache_summary(cache))
+        out_table(CACHE_HEADERS, rows)
+    return DONE
+
+
+def command_cache_remove(arguments: argparse.Namespace) -> int:
+    weights = open_manager().weights
+    use = arguments.despite_use
+    removal = weights.removal(arguments.repository, arguments.revision, despite_use=use)
+    return _remove([removal], weights, plan=arguments.plan)
+
+
+def command_cache_prune(arguments: argparse.Namespace) -> int:
+    weights = open_manager().weights
+    return _remove(weights.orphans(), weights, plan=arguments.plan)
+
+
+def _remove(removals: Sequence[Removal], weights: WeightsLibrary, *, plan: bool) -> int:
+    for removal in removals:
+        out(removal_text(removal))
+        if not plan:
+            weights.remove(removal)
+    out("" if removals else "Nothing to do.")
+    return TO_DO if plan and removals else DONE
 
 
 def command_gpu_list(arguments: argparse.Namespace) -> int:

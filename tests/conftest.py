@@ -15,6 +15,9 @@ import pytest
 from builders import Golden
 from hypothesis import HealthCheck, settings
 
+# No test asks the real hub, not even by mistake: this one refuses at once.
+os.environ.setdefault("HF_ENDPOINT", "http://127.0.0.1:9")
+
 GOLDEN = Path(__file__).parent / "golden"
 DOCKER_SOCKET = "unix:///var/run/docker.sock"
 

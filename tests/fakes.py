@@ -11,7 +11,7 @@ import itertools
 import re
 import shutil
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from hashlib import sha256
@@ -170,6 +170,7 @@ class World:
     foreign_devices: dict[str, frozenset[str]] = field(default_factory=dict)
     weights: dict[str, frozenset[str]] = field(default_factory=lambda: {**STORED})
     absent_weights: set[str] = field(default_factory=set)  # the hub does not have these
+    repositories: dict[str, lm.RepositoryFacts] = field(default_factory=dict)  # it tells of these
     needs: dict[str, int] = field(default_factory=dict)  # MiB of a GPU, by container
     rejected: str = "\0"  # Caddy rejects a Caddyfile with this in it
     start_seconds: float = 0.0
@@ -623,22 +624,66 @@ def some_tools(world: World, trouble: Trouble | None = None) -> lm.Tools:
 
 
 @dataclass
-class FakeWeights:
-    """The cache of weights, and a hub that has whatever is not absent."""
+class FakeShelf:
+    """The cache of weights of a simulated server: names alone, no files."""
 
     world: World
-    trouble: Trouble
 
     def stored(self) -> dict[str, frozenset[str]]:
         return {**self.world.weights}
 
+    def commit(self, repository: str, revision: str | None = None) -> str | None:  # noqa: ARG002
+        return None
+
+    def inspect(self, repository: str, revision: str | None = None) -> lm.RepositoryFacts | None:
+        here = (revision or "main") in self.world.weights.get(repository, ())
+        return self.world.repositories.get(repository) if here else None
+
+    def read(self) -> lm.WeightsCache:
+        return lm.WeightsCache()
+
+    def remove(self, removal: lm.Removal) -> None:
+        self.world.weights.pop(removal.repository, None)
+
+
+@dataclass
+class FakeWeights:
+    """A hub that has whatever is not absent; it can be asked for what it was given."""
+
+    world: World
+    trouble: Trouble
+
+    @property
+    def cache(self) -> FakeShelf:
+        return FakeShelf(self.world)
+
+    def _refuse(self, repository: str) -> None:
+        if repository in self.world.absent_weights:
+            raise lm.HubError("absent", lm.Wanted(endpoint="https://hub", repository=repository))
+
+    def search(self, text: str, *, kind: lm.ModelType | None = None) -> Sequence[lm.RepositoryHit]:
+        found = (facts for name, facts in self.world.repositories.items() if text in name)
+        return [lm.RepositoryHit(repository=facts.repository) for facts in found
+                if kind in {None, lm.guess_type(facts)}]  # fmt: skip
+
+    def inspect(self, repository: str, revision: str | None = None) -> lm.RepositoryFacts:
+        self._refuse(repository)
+        return replace(self.world.repositories[repository], revision=revision)
+
+    def resolve(self, repository: str, revision: str | None = None) -> str:
+        self._refuse(repository)
+        raise lm.HubError(
+            "offline",
+            lm.Wanted(endpoint="https://hub", repository=repository, revision=revision or ""),
+        )
+
     def download(
-        self, repository: str, revision: str | None, *, kind: lm.ModelType | None,  # noqa: ARG002
+        self, repository: str, revision: str | None = None, *,
+        kind: lm.ModelType | None = None,  # noqa: ARG002
         on_progress: Callable[[lm.DownloadProgress], None], check: Callable[[], None],
     ) -> str:  # fmt: skip
         check()
-        if repository in self.world.absent_weights:
-            raise lm.HubError("absent", lm.Wanted(endpoint="https://hub", repository=repository))
+        self._refuse(repository)
         with self.trouble.around():
             whole = self.world.weights.get(repository, frozenset())
             self.world.weights[repository] = whole | {revision or "main"}

@@ -39,7 +39,7 @@ def test_what_the_engine_reported_is_remembered(served: Installation) -> None:
         r"CPU KV cache size: ([\d,]+) tokens, .* for ([\d,]+) tokens per request: ([\d.]+)x", log
     )[-1]
     manager = served.manager()
-    measured = manager.measured(manager.state().model("chat"))
+    measured = manager.weights.measured(manager.state().model("chat"))
     assert measured is not None
     assert f"{measured.kv_cache_tokens:,}" == tokens
     assert f"{measured.context:,}" == context
