@@ -9112,7 +9112,7 @@ class Download:
         facts = self._inspect(look)
         self._commit = str(facts.commit)
         self._files = files_needed(facts.files, self._kind or guess_type(facts))
-        if not self._files:
+        if not any(file.suffix in WEIGHTS for file in self._files):
             raise RefusedError(
                 f"{self._wanted.repository} holds no weights.", advice="Choose another repository."
             )
