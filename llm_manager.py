@@ -3626,6 +3626,12 @@ def parse_source(raw: Json) -> HubSource | LocalSource:
     return _parsed(kind, raw, "That names no weights")
 
 
+def named_source(text: str, revision: str | None) -> HubSource | LocalSource:
+    """A directory of this server by its absolute path, else a repository of the hub."""
+    raw: Json = {"kind": "hub", "repository": text, "revision": revision}
+    return parse_source({"kind": "local", "path": text} if text.startswith("/") else raw)
+
+
 def parse_edge(raw: Json) -> Edge:
     return _parsed(Edge, raw, "These HTTPS settings cannot be used")
 
@@ -6231,7 +6237,8 @@ def job_title(snapshot: Snapshot) -> str:
         return ""
     if job.finished_at is None:
         elapsed = format_duration((snapshot.taken_at - job.started_at).total_seconds())
-        return f"**{plain(job.title)}** · running for {elapsed}"
+        far = f" · {plain(job.progress)}" if job.progress else ""
+        return f"**{plain(job.title)}** · running for {elapsed}{far}"
     took = format_duration((job.finished_at - job.started_at).total_seconds())
     if job.fault:
         return f"**{plain(job.title)}** · failed after {took}: {plain(job.fault)}"
@@ -6260,6 +6267,7 @@ def registration(  # noqa: PLR0913, PLR0917 - one argument per field of the form
     served: str | None, revision: str | None, image: str | None,
     kv_cache_mib: float | None, replicas: float | None, gpus: Sequence[str] | None = None,
     mig_slice: str | None = None, memory_fraction: float | None = None,
+    recipe: str | None = None,
 ) -> Json:  # fmt: skip
     """The form's fields in the shape of a stored model; what is not there is left to defaults.
 
@@ -6275,6 +6283,7 @@ def registration(  # noqa: PLR0913, PLR0917 - one argument per field of the form
         "served_model_name": typed(served) or typed(name),
         "engine_arguments": split_arguments(typed(arguments)),
         "image": typed(image) or None,
+        "recipe": recipe or None,
         "replicas": replicas or 1,
     } | ({"placement": chosen} if chosen else {})
 
@@ -7202,6 +7211,63 @@ def place_rows(candidates: Sequence[Candidate]) -> list[list[str]]:
 def _place_state(candidate: Candidate) -> str:
     taken = f"taken by {', '.join(candidate.taken_by)}" if candidate.taken_by else "free"
     return f"{taken}, to be cut" if candidate.to_cut else taken
+
+
+def facts_line(facts: RepositoryFacts) -> str:
+    """A repository in one line, under the form that registers it."""
+    parameters = sum(facts.parameters.values())
+    parts = [
+        guess_type(facts) or "of unknown type",
+        f"{format_count(parameters)} parameters" if parameters else "",
+        f"{facts.context:,} tokens" if facts.context else "",
+        format_size(facts.weights_bytes),
+        facts.licence or "",
+        _access_text(facts) if facts.gated or not facts.readable else "",
+        "needs --trust-remote-code" if facts.runs_own_code else "",
+    ]
+    return f"**{plain(facts.repository)}**: {plain(' · '.join(filter(None, parts)))}"
+
+
+def suggest_name(source: str) -> str:
+    """A model's name from its repository or directory: `Qwen/Qwen3-8B` gives `qwen3-8b`."""
+    last = PurePosixPath(source.strip()).name.lower()
+    return re.sub(r"[^a-z0-9]+", "-", last).strip("-")[:32].rstrip("-")
+
+
+ANY_TYPE: Final = "any type"
+
+
+def tasks_html(snapshot: Snapshot) -> str:
+    """Every download and build that is under way, with a bar where it knows how far it is."""
+    return "".join(_task_html(job, snapshot) for job in running_tasks(snapshot))
+
+
+def running_tasks(snapshot: Snapshot) -> list[JobView]:
+    return [job for job in snapshot.jobs if job.kind == "task" and job.finished_at is None]
+
+
+def _task_html(job: JobView, snapshot: Snapshot) -> str:
+    elapsed = format_age(snapshot.taken_at - job.started_at)
+    far = html.escape(job.progress or (job.lines[-1].strip() if job.lines else ""))
+    part = job.done_part or 0.0
+    return (
+        f'<div class="fit-card"><div class="fit-head"><b>{html.escape(job.title)}</b>'
+        f"<span>{elapsed}</span></div>"
+        f'<div class="task-bar" role="progressbar" aria-valuenow="{part:.0%}">'
+        f'<div style="width:{part:.1%}"></div></div><div>{far}</div></div>'
+    )
+
+
+def task_choices(snapshot: Snapshot) -> Json:
+    running = running_tasks(snapshot)
+    choices = [(job.title, job.id) for job in running]
+    return {"choices": choices, "visible": bool(running)} | (
+        {"value": choices[0][1]} if len(choices) == 1 else {}
+    )
+
+
+def task_cancel(snapshot: Snapshot) -> Json:
+    return {"visible": bool(running_tasks(snapshot))}
 
 
 # =============================================================================
@@ -11678,6 +11744,17 @@ def table(headers: Sequence[str], widths: Sequence[str] | None = None) -> Any:
     )  # fmt: skip
 
 
+def hidden_table(
+    headers: Sequence[str], label: str = "", widths: Sequence[str] | None = None
+) -> Any:
+    """A table that appears with its rows."""
+    return gr.Dataframe(
+        headers=list(headers), interactive=False, wrap=True, buttons=[], type="array",
+        column_widths=list(widths) if widths else None, label=label, show_label=bool(label),
+        visible=False,
+    )  # fmt: skip
+
+
 def build_overview_tab(desk: Desk) -> None:
     """Is all well, and if not, what to do."""
     with gr.Tab("Overview"):
@@ -11697,6 +11774,10 @@ class PlanCard:
     picture: gr.HTML
     text: gr.Markdown
     pending: gr.State
+
+    @property
+    def outputs(self) -> list[Any]:
+        return [self.group, self.picture, self.text, self.pending]
 
 
 def build_plan_card(desk: Desk, changes: Mapping[str, Callable[[str], Change]]) -> PlanCard:
@@ -11726,16 +11807,24 @@ def wire_plan(
 ) -> None:  # fmt: skip
     """A button that opens the card with the plan of its change."""
 
-    def on_click(chosen: str | None) -> tuple[Any, Any, Any]:
+    def on_click(chosen: str | None) -> tuple[Any, ...]:
         with shown_to_operator():
             if not chosen:
                 raise RefusedError("Nothing is chosen yet.", advice="Choose one first.")
-            wished = change(chosen)
-            text = plan_markdown(wished.title, desk.manager.plan(wished))
-            return gr.update(visible=True), text, (verb, chosen)
+            return planned(desk, verb, chosen, change(chosen))
 
-    outputs = [card.group, card.text, card.pending]
-    button.click(on_click, subject, outputs, **PRIVATE)
+    button.click(on_click, subject, card.outputs, **PRIVATE)
+
+
+def planned(desk: Desk, verb: str, subject: str, wished: Change) -> tuple[Any, ...]:
+    """What opens the card: the fit of what would be deployed, the plan, and how to confirm it."""
+    picture = ""
+    if verb == "deploy":
+        fit = desk.manager.weights.fit(desk.manager.state().model(subject))
+        picture = fit_html(fit) if fit else ""
+    text = plan_markdown(wished.title, desk.manager.plan(wished))
+    shown = gr.HTML(picture, visible=bool(picture))
+    return gr.update(visible=True), shown, text, (verb, subject)
 
 
 MODEL_VERBS: Final[Mapping[str, tuple[str, Literal["primary", "secondary", "stop"]]]] = {
@@ -11746,14 +11835,11 @@ MODEL_VERBS: Final[Mapping[str, tuple[str, Literal["primary", "secondary", "stop
 }
 
 
-def build_models_tab(desk: Desk) -> None:
+def build_models_tab(desk: Desk) -> ModelForm:
     """The registered models, what can be done with one, its log, and a form for a new one."""
     changes = {"deploy": deploying, "stop": stopping, "restart": restarting, "remove": removing}
 
-    def on_select(event: gr.SelectData) -> str:
-        return str(event.row_value[0])
-
-    with gr.Tab("Models"):
+    with gr.Tab("Models", id="models"):
         rows = live(desk, table(MODEL_HEADERS), model_rows)
         with gr.Row(elem_classes="actions"):
             chosen = gr.Dropdown(
@@ -11765,14 +11851,32 @@ def build_models_tab(desk: Desk) -> None:
                 for verb, (label, variant) in MODEL_VERBS.items()
             }
         card = build_plan_card(desk, changes)
-        build_registration_form(desk, chosen)
+        form = build_registration_form(desk, chosen, card)
         build_log_view(desk, chosen)
-    rows.select(on_select, None, chosen, **PRIVATE)
+    rows.select(first_cell, None, chosen, **PRIVATE)
     for verb, button in buttons.items():
         wire_plan(desk, button, chosen, card, verb, changes[verb])
+    return form
 
 
-def build_registration_form(desk: Desk, chosen: gr.Dropdown) -> None:
+@dataclass(frozen=True, slots=True)
+class ModelForm:
+    """The fields that describe a new model, in the order of `registration`, and its fold."""
+
+    fold: gr.Accordion
+    inputs: list[Any]
+    at_once: gr.Number
+    facts: gr.Markdown
+    fit: gr.HTML
+
+    @property
+    def known(self) -> list[Any]:
+        """What the library fills in: name, type, origin, source, revision."""
+        name, kind, origin, source, _, _, revision, *_ = self.inputs
+        return [name, kind, origin, source, revision]
+
+
+def build_registration_form(desk: Desk, chosen: gr.Dropdown, card: PlanCard) -> ModelForm:
     """Register a model: the fields that matter first, the rest folded away."""
 
     def on_register(*values: Any) -> tuple[Any, str]:
@@ -11785,42 +11889,95 @@ def build_registration_form(desk: Desk, chosen: gr.Dropdown) -> None:
                 f"Registered **{model.name}**{joined}. Now press **Deploy** above.",
             )
 
-    with gr.Accordion("Register a model", open=not desk.watch.latest().state_has_models):
+    def on_registered(name: str | None) -> tuple[Any, ...]:
+        with shown_to_operator():
+            return planned(desk, "deploy", typed(name), deploying(typed(name)))
+
+    form = build_model_form(desk)
+    with form.fold:
+        with gr.Row():
+            both = gr.Button("Register and deploy", variant="primary", scale=0, min_width=200)
+            register = gr.Button("Register", scale=0, min_width=130)
+        said = gr.Markdown()
+    register.click(on_register, form.inputs, [chosen, said], **PRIVATE)
+    added = both.click(on_register, form.inputs, [chosen, said], **PRIVATE)
+    added.success(on_registered, form.inputs[0], card.outputs, **PRIVATE)
+    wire_fit(desk, form)
+    return form
+
+
+def build_model_form(desk: Desk) -> ModelForm:
+    """The fields, and below them whether the model would fit."""
+    recipes = desk.manager.images.recipes()
+    with gr.Accordion("Register a model", open=not desk.watch.latest().state_has_models) as fold:
         with gr.Row():
             name = gr.Textbox(
                 label="Name", placeholder="chat", info="lower-case letters, digits, -"
             )
             kind = gr.Dropdown(list(MODEL_TYPES), value="chat", label="Type")
-            origin = gr.Radio(
-                list(ORIGINS), value=ORIGINS[0], label="Weights come from",
-            )  # fmt: skip
-        source = gr.Textbox(label="Repository or directory", placeholder="Qwen/Qwen3-8B")
+            origin = gr.Radio(list(ORIGINS), value=ORIGINS[0], label="Weights come from")
+        source = gr.Textbox(
+            label="Repository or directory", placeholder="Qwen/Qwen3-8B",
+            info="the tab Library finds one; Enter looks at it",
+        )  # fmt: skip
+        facts = gr.Markdown()
         arguments = gr.Textbox(
             label="Engine arguments", lines=2, placeholder="--max-model-len 8192"
         )
         with gr.Accordion("More settings", open=False), gr.Row():
             served = gr.Textbox(label="Served as", info="what clients ask for; empty: the name")
-            revision = gr.Textbox(label="Revision", info="branch, tag or commit; empty: default")
+            revision = gr.Textbox(label="Revision", info="empty: today's commit, from then on")
             image = gr.Textbox(label="Engine image", info="empty: the pinned vLLM image")
+            recipe = gr.Dropdown(["", *recipes], value="", label="Recipe", info="empty: none")
             kv_cache = gr.Number(4096, label="KV cache on the CPU (MiB)", precision=0, minimum=16)
             replicas = gr.Number(1, label="Replicas", precision=0, minimum=1, maximum=16)
+            at_once = gr.Number(
+                1, label="Requests at a time", precision=0, minimum=1, info="for the sum below"
+            )
         placement = build_placement_fields(desk)
-        register = gr.Button("Register", variant="primary")
-        said = gr.Markdown()
+        fit = gr.HTML()
     inputs = [
-        name,
-        kind,
-        origin,
-        source,
-        arguments,
-        served,
-        revision,
-        image,
-        kv_cache,
-        replicas,
-        *placement,
-    ]
-    register.click(on_register, inputs, [chosen, said], **PRIVATE)
+        name, kind, origin, source, arguments, served, revision, image, kv_cache, replicas,
+        *placement, recipe,
+    ]  # fmt: skip
+    return ModelForm(fold, inputs, at_once, facts, fit)
+
+
+def wire_fit(desk: Desk, form: ModelForm) -> None:
+    """The sum follows what is typed; the hub is asked only when a source is entered."""
+    _, kind, origin, source, arguments, _, revision, *_ = form.inputs
+    every = [*form.inputs, form.at_once]
+
+    def on_typed(*values: Any) -> str:
+        with contextlib.suppress(ManagerError):  # half-typed is no error yet
+            return fit_preview(desk.manager, values)
+        return ""
+
+    def on_source(*values: Any) -> tuple[Any, str, str]:
+        if not typed(values[3]):
+            return gr.skip(), "", ""
+        try:
+            with shown_to_operator():
+                wanted = registration(*values[:-1])["source"]
+                facts = desk.manager.weights.look(parse_source(wanted))
+        except gr.Error as error:
+            return gr.skip(), f"⚠️ {error.message}", ""
+        return guess_type(facts) or gr.skip(), facts_line(facts), on_typed(*values)
+
+    for entered in (source.submit, source.blur, revision.submit, origin.input):
+        entered(on_source, every, [kind, form.facts, form.fit], **QUIET)
+    for changed in (arguments.input, *(choice.change for choice in form.inputs[8:]), kind.input):
+        changed(on_typed, every, form.fit, trigger_mode="always_last", **QUIET)
+    form.at_once.change(on_typed, every, form.fit, trigger_mode="always_last", **QUIET)
+
+
+def fit_preview(manager: Manager, values: Sequence[Any]) -> str:
+    """The sum of what the form describes now; empty where the weights are not known yet."""
+    *fields, at_once = values
+    raw = registration(*fields)
+    draft = {"name": raw["name"] or "draft", "served_model_name": raw["served_model_name"] or "m"}
+    fit = manager.weights.fit(manager.draft(raw | draft), int(at_once or 1))
+    return fit_html(fit) if fit else ""
 
 
 def build_placement_fields(desk: Desk) -> tuple[gr.CheckboxGroup, gr.Dropdown, gr.Number]:
@@ -11844,19 +12001,272 @@ def build_placement_fields(desk: Desk) -> tuple[gr.CheckboxGroup, gr.Dropdown, g
 
 
 def build_log_view(desk: Desk, chosen: gr.Dropdown) -> None:
-    """The chosen model's log, live while it is opened; the last start's log when it is gone."""
+    """The chosen model's log, live while it is followed; what was kept of it when it is gone."""
 
-    def on_show(name: str | None) -> str:
+    def on_show(name: str | None, wanted: str | None, which: str) -> str:
         with shown_to_operator():
-            return desk.manager.log_of(name) if name else ""
+            previous = which == RUNS[1]
+            return (
+                desk.manager.log_of(name, search=typed(wanted), previous=previous) if name else ""
+            )
+
+    def on_tick(name: str | None, wanted: str | None, which: str) -> Any:
+        with contextlib.suppress(gr.Error):  # it was told when the log was opened
+            return on_show(name, wanted, which)
+        return gr.skip()
 
     with gr.Accordion("Log", open=False):
+        with gr.Row(elem_classes="actions"):
+            wanted = gr.Textbox(label="Only lines with", placeholder="error", scale=2)
+            which = gr.Radio(list(RUNS), value=RUNS[0], label="Of", scale=2)
+            follow = gr.Checkbox(label="Follow", scale=0, min_width=110)
+            show = gr.Button("Show the log", scale=0, min_width=130)
         text = gr.Textbox(
             show_label=False, lines=16, max_lines=16, interactive=False, autoscroll=True,
             buttons=["copy"], placeholder="Choose a model above, then show its log.",
+            elem_classes="log",
         )  # fmt: skip
-        show = gr.Button("Show the log")
-    show.click(on_show, chosen, text, **PRIVATE)
+    inputs = [chosen, wanted, which]
+    timer = gr.Timer(REFRESH_SECONDS, active=False)
+    follow.change(lambda on: gr.Timer(active=on), follow, timer, **QUIET)
+    timer.tick(on_tick, inputs, text, **QUIET)
+    for asked in (show.click, wanted.submit):
+        asked(on_show, inputs, text, **PRIVATE)
+
+
+RUNS: Final = ("this run", "the run before")
+
+
+def build_library_tab(desk: Desk, tabs: gr.Tabs, form: ModelForm) -> None:
+    """Weights on the hub and on this server, and the images that engines run in."""
+    with gr.Tab("Library", id="library") as tab:
+        build_search(desk, tabs, form)
+        live(desk, gr.HTML(), tasks_html)
+        build_task_cancel(desk)
+        build_cache_view(desk, tab)
+        build_image_view(desk, tab)
+
+
+def build_search(desk: Desk, tabs: gr.Tabs, form: ModelForm) -> None:
+    """Find a repository; then look at it, download it or make it a model."""
+
+    def on_search(text: str | None, kind: str) -> tuple[list[list[str]], str]:
+        with shown_to_operator():
+            wanted = next((known for known in MODEL_TYPES if known == kind), None)
+            hits = desk.manager.weights.search(typed(text), wanted)
+            return hit_rows(hits), "" if hits else "Nothing on the hub has that in its name."
+
+    with gr.Row(elem_classes="actions"):
+        text = gr.Textbox(label="Search the Hugging Face hub", placeholder="qwen3 8b", scale=3)
+        kind = gr.Dropdown([ANY_TYPE, *MODEL_TYPES], value=ANY_TYPE, label="Type", scale=1)
+        search = gr.Button("Search", variant="primary", scale=0, min_width=110)
+    said = gr.Markdown()
+    hits = table(HIT_HEADERS)
+    for asked in (search.click, text.submit):
+        asked(on_search, [text, kind], [hits, said], **PRIVATE)
+    build_choice(desk, hits, tabs, form)
+
+
+def build_choice(desk: Desk, hits: gr.Dataframe, tabs: gr.Tabs, form: ModelForm) -> None:
+    """One repository or directory, and what can be done with it."""
+
+    def on_look(name: str | None, revision: str | None) -> tuple[Any, Any]:
+        with shown_to_operator():
+            facts, places = look_at(desk.manager, name, revision)
+            return gr.update(value=facts_rows(facts), visible=True), gr.update(
+                value=place_rows(places), visible=bool(places)
+            )
+
+    def on_download(name: str | None, revision: str | None) -> None:
+        with shown_to_operator():
+            start_download(desk.manager, name, revision)
+
+    def on_add(name: str | None, revision: str | None) -> tuple[Any, ...]:
+        place = typed(name)
+        with shown_to_operator():
+            facts, _ = look_at(desk.manager, place, revision)
+        origin = ORIGINS[1] if place.startswith("/") else ORIGINS[0]
+        kind = guess_type(facts) or gr.skip()
+        known = (suggest_name(place), kind, origin, place, typed(revision))
+        said = facts_line(facts)
+        return gr.Tabs(selected="models"), gr.Accordion(open=True), said, *known
+
+    with gr.Row(elem_classes="actions"):
+        name = gr.Textbox(
+            label="Repository, or directory of this server", placeholder="Qwen/Qwen3-8B", scale=3,
+            info="click a row above, or type it",
+        )  # fmt: skip
+        revision = gr.Textbox(label="Revision", info="empty: the newest", scale=1)
+        look = gr.Button("Look at it", scale=0, min_width=110)
+        fetch = gr.Button("Download", scale=0, min_width=110)
+        add = gr.Button("Add as a model", variant="primary", scale=0, min_width=150)
+    facts = hidden_table(("What", "Found"), widths=("20%", "80%"))
+    places = hidden_table(PLACE_HEADERS, label="Where it would fit, the best first")
+    asked, seen = [name, revision], [facts, places]
+    hits.select(first_cell, None, name, **PRIVATE).then(on_look, asked, seen, **PRIVATE)
+    for wanted in (look.click, name.submit):
+        wanted(on_look, asked, seen, **PRIVATE)
+    fetch.click(on_download, asked, None, **PRIVATE)
+    filled = add.click(on_add, asked, [tabs, form.fold, form.facts, *form.known], **PRIVATE)
+    preview = partial(_preview, desk.manager)
+    filled.success(preview, [*form.inputs, form.at_once], form.fit, **QUIET)
+
+
+def start_download(manager: Manager, name: str | None, revision: str | None) -> None:
+    source = named_source(typed(name), typed(revision) or None)
+    if isinstance(source, LocalSource):
+        raise RefusedError("A directory needs no download.", advice="Add it as a model.")
+    known = manager.weights.facts(source)
+    manager.weights.download(source, guess_type(known) if known else None)
+
+
+def look_at(
+    manager: Manager, name: str | None, revision: str | None
+) -> tuple[RepositoryFacts, list[Candidate]]:
+    """What is there, and the places of this server where it would fit."""
+    source = named_source(typed(name), typed(revision) or None)
+    facts = manager.weights.look(source)
+    raw = {"name": "draft", "type": guess_type(facts) or "chat", "source": asdict(source)}
+    return facts, manager.weights.places(manager.draft(raw))
+
+
+def first_cell(event: gr.SelectData) -> str:
+    """What a row of a table is about."""
+    return str(event.row_value[0])
+
+
+def _preview(manager: Manager, *values: Any) -> str:
+    return fit_preview(manager, values)
+
+
+def build_task_cancel(desk: Desk) -> None:
+    """Downloads and builds go on beside changes; each can be called off."""
+    with gr.Row(elem_classes="actions"):
+        task = live(desk, gr.Dropdown(label="Under way", visible=False, scale=3), task_choices)
+        cancel = gr.Button("Cancel it", visible=False, scale=0, min_width=110)
+        live(desk, cancel, task_cancel)
+    cancel.click(lambda task_id: desk.manager.cancel_job(task_id or ""), task, None, **PRIVATE)
+
+
+def build_question(label: str, act: Callable[[Any], str]) -> tuple[list[Any], gr.Markdown]:
+    """A hidden card that asks before something goes for good; (group, text, pending) open it."""
+
+    def on_confirm(pending: Any) -> tuple[Any, str]:
+        with shown_to_operator():
+            return gr.update(visible=False), act(pending)
+
+    with gr.Group(visible=False, elem_classes="plan-card") as group:
+        text = gr.Markdown(padding=True)
+        with gr.Row():
+            confirm = gr.Button(label, variant="stop")
+            leave = gr.Button("Not now")
+    pending, said = gr.State(None), gr.Markdown()
+    confirm.click(on_confirm, pending, [group, said], **PRIVATE)
+    leave.click(lambda: gr.update(visible=False), None, group, **PRIVATE)
+    return [group, text, pending], said
+
+
+def build_cache_view(desk: Desk, tab: gr.Tab) -> None:
+    """What is stored, who uses it, and a way to make room that is shown first."""
+    weights = desk.manager.weights
+
+    def on_list() -> tuple[str, list[list[str]]]:
+        with shown_to_operator():
+            cache = weights.cache()
+            return cache_summary(cache), cache_rows(cache, desk.manager.state())
+
+    def on_remove(repository: str | None) -> tuple[Any, ...]:
+        with shown_to_operator():
+            if not typed(repository):
+                raise RefusedError("Nothing is chosen yet.", advice="Click a row first.")
+            return removal_question([weights.removal(typed(repository))])
+
+    def on_prune() -> tuple[Any, ...]:
+        with shown_to_operator():
+            return removal_question(weights.orphans())
+
+    def delete(removals: Sequence[Removal]) -> str:
+        for removal in removals:
+            weights.remove(removal)
+        return f"Deleted: {format_size(sum(removal.freed_bytes for removal in removals))}."
+
+    with gr.Accordion("On this server", open=True):
+        summary = gr.Markdown()
+        rows = table(CACHE_HEADERS)
+        with gr.Row(elem_classes="actions"):
+            chosen = gr.Textbox(label="Stored repository", info="click a row above", scale=3)
+            remove = gr.Button("Delete", variant="stop", scale=0, min_width=110)
+            prune = gr.Button("Delete all that is unused", scale=0, min_width=210)
+            fresh = gr.Button("Refresh", scale=0, min_width=110)
+        question, said = build_question("Delete for good", delete)
+    rows.select(first_cell, None, chosen, **PRIVATE)
+    remove.click(on_remove, chosen, question, **PRIVATE)
+    prune.click(on_prune, None, question, **PRIVATE)
+    for changed in (tab.select, fresh.click, said.change):
+        changed(on_list, None, [summary, rows], **QUIET)
+
+
+def removal_question(removals: Sequence[Removal]) -> tuple[Any, ...]:
+    """What opens the card that asks before weights go."""
+    if not removals:
+        raise RefusedError("Every stored repository is in use.", advice="Remove a model first.")
+    lines = "\n".join(map(removal_text, removals))
+    return gr.update(visible=True), f"**This would be deleted:**\n{code_block(lines)}", removals
+
+
+def build_image_view(desk: Desk, tab: gr.Tab) -> None:
+    """The images, pinned, and those that recipes build here."""
+    images = desk.manager.images
+
+    def on_build(name: str | None, device: Device) -> None:
+        with shown_to_operator():
+            if not name:
+                raise RefusedError("No recipe is chosen yet.", advice="Choose one first.")
+            images.build_recipe(name, device)
+
+    def on_pull(role: str | None) -> None:
+        with shown_to_operator():
+            images.pull(role or None)
+
+    with gr.Accordion("Engine images", open=False):
+        rows = table(IMAGE_HEADERS)
+        with gr.Row(elem_classes="actions"):
+            recipe = gr.Dropdown([*images.recipes()], label="Recipe", value=None, scale=2)
+            device = gr.Radio(["gpu", "cpu"], value="gpu", label="For", scale=1)
+            build = gr.Button("Build", scale=0, min_width=110)
+        with gr.Row(elem_classes="actions"):
+            parts = [f.name for f in fields(Images)]
+            role = gr.Dropdown(parts, label="Part", value=None, info="none: all that is needed")
+            pull = gr.Button("Pull", scale=0, min_width=110)
+            pin = gr.Button("Pin its digest", scale=0, min_width=140)
+        card = build_plan_card(desk, {"pin": images.pinning_digest})
+        pruned = build_image_pruning(desk)
+    build.click(on_build, [recipe, device], None, **PRIVATE)
+    pull.click(on_pull, role, None, **PRIVATE)
+    wire_plan(desk, pin, role, card, "pin", images.pinning_digest)
+    for changed in (tab.select, pruned.change):
+        changed(images.rows, None, rows, **QUIET)
+
+
+def build_image_pruning(desk: Desk) -> gr.Markdown:
+    """A button that shows what would go before it goes; the Markdown says that it does."""
+    images = desk.manager.images
+
+    def on_prune() -> tuple[Any, ...]:
+        with shown_to_operator():
+            unused = [" · ".join(row) for row in images.unused_rows()]
+            if not unused:
+                raise RefusedError("No image is unused.", advice="There is nothing to do.")
+            lines = "\n".join(unused)
+            return gr.update(visible=True), f"**This would be deleted:**\n{code_block(lines)}", None
+
+    def delete(_: None) -> str:
+        return f"{images.prune().title}: see the progress above."
+
+    prune = gr.Button("Delete unused images", variant="stop")
+    question, said = build_question("Delete for good", delete)
+    prune.click(on_prune, None, question, **PRIVATE)
+    return said
 
 
 def build_hardware_tab(desk: Desk) -> None:
@@ -11889,7 +12299,7 @@ def build_mig_planner(desk: Desk) -> None:
             wished = change(subject)
             text = plan_markdown(wished.title, desk.manager.plan(wished))
             picture = planned_card(wished, desk.manager.state(), desk.manager.hardware())
-            return gr.HTML(picture, visible=True), gr.update(visible=True), text, ("cut", subject)
+            return gr.update(visible=True), gr.HTML(picture, visible=True), text, ("cut", subject)
 
     with gr.Accordion("Cut a GPU into MIG slices", open=False):
         with gr.Row(elem_classes="actions"):
@@ -11901,8 +12311,7 @@ def build_mig_planner(desk: Desk) -> None:
             plan = gr.Button("Plan", variant="primary", scale=0, min_width=110)
         card = build_plan_card(desk, {"cut": change})
     gpu.change(on_gpu, gpu, wish, **PRIVATE)
-    outputs = [card.picture, card.group, card.text, card.pending]
-    plan.click(on_plan, [gpu, wish], outputs, **PRIVATE)
+    plan.click(on_plan, [gpu, wish], card.outputs, **PRIVATE)
 
 
 def build_reboot_view(desk: Desk) -> None:
@@ -12121,6 +12530,9 @@ footer { display: none !important; }
 .card-bar .empty { background: var(--background-fill-secondary);
   border-color: var(--border-color-primary); }
 .card-bar .free { border: none; opacity: 0.75; }
+.task-bar { height: 10px; border-radius: 5px; overflow: hidden; margin-bottom: 6px;
+  background: var(--border-color-primary); }
+.task-bar div { height: 100%; background: var(--color-accent); }
 .card-foot { margin-top: 6px; font-size: 13px; color: var(--body-text-color-subdued); }
 """
 # Fonts of the operator's own machine: the console must not ask the internet for any.
@@ -12136,9 +12548,10 @@ def build_console(manager: Manager, watch: Watch) -> gr.Blocks:
         gr.Markdown("# LLM Manager")
         live(desk, gr.Markdown(), summary_line)
         build_job_panel(desk)
-        with gr.Tabs():
+        with gr.Tabs() as tabs:
             build_overview_tab(desk)
-            build_models_tab(desk)
+            form = build_models_tab(desk)
+            build_library_tab(desk, tabs, form)
             build_hardware_tab(desk)
             build_keys_tab(desk)
             build_system_tab(desk)
@@ -12161,7 +12574,7 @@ def build_app(manager: Manager, watch: Watch) -> Guard:
         path="/",
         auth_dependency=operator,
         app_kwargs={"openapi_url": None, "docs_url": None, "redoc_url": None},
-        css=STYLE,
+        css=STYLE + FIT_STYLE,
         theme=gr.themes.Default(primary_hue="blue", font=FONTS, font_mono=MONOSPACE_FONTS),
         footer_links=[],
         run_history=False,
@@ -12672,12 +13085,6 @@ def command_search(arguments: argparse.Namespace) -> int:
         out_table(HIT_HEADERS, hit_rows(hits))
         out("" if hits else "Nothing has that in its name.")
     return DONE
-
-
-def named_source(text: str, revision: str | None) -> HubSource | LocalSource:
-    """A directory of this server by its absolute path, else a repository of the hub."""
-    raw: Json = {"kind": "hub", "repository": text, "revision": revision}
-    return parse_source({"kind": "local", "path": text} if text.startswith("/") else raw)
 
 
 def command_inspect(arguments: argparse.Namespace) -> int:
