@@ -5881,8 +5881,12 @@ def summary_line(snapshot: Snapshot) -> str:
 def last_error_line(log_text: str) -> str | None:
     """The engine's own cause: vLLM's last lines only point upwards to it."""
     pattern = re.compile(r"(?:\b\w*(?:Error|Exception)\b: .+|vllm: error: .+|error: .+)$")
-    lines = [m[0] for line in log_text.splitlines() if (m := pattern.search(line.strip()))]
-    pointers = ("Engine core initialization failed", "WorkerProc initialization failed")
+    said = (line.strip() for line in log_text.splitlines() if "WARNING " not in line)
+    lines = [m[0] for line in said if (m := pattern.search(line))]
+    pointers = (
+        "Engine core initialization failed", "WorkerProc initialization failed",
+        "EngineCore encountered an issue",
+    )  # fmt: skip
     causes = [line for line in lines if not any(pointer in line for pointer in pointers)]
     return causes[-1][:400] if causes else None
 
@@ -5932,13 +5936,16 @@ def cause_of_end(
     known = explain(log_text, failures)
     if known is not None:
         return known
-    if exit_code == KILLED:
+    reason = last_error_line(log_text)
+    # Where only the process behind vLLM's server is killed, the server ends with 0.
+    if exit_code == KILLED or (reason is None and "engine core exited unexpectedly" in log_text):
         return (
             "it was killed, as the kernel does when the server's memory is full",
             "Give it less memory, or stop another model on the processor.",
         )
-    reason = last_error_line(log_text) or "it gave no reason"
-    return reason.rstrip("."), "Mend that, then deploy again; its whole log is kept."
+    return (reason or "it gave no reason").rstrip(
+        "."
+    ), "Mend that, then deploy again; its whole log is kept."
 
 
 # Where a start stands and what an engine says then, the last step first: lines of vLLM 0.30 on

@@ -140,3 +140,22 @@ def test_being_killed_is_a_cause_only_where_the_log_has_no_better_one() -> None:
     assert lm.cause_of_end("", 137, CATALOGUE)[0].startswith("it was killed, as the kernel does")
     fact, _ = lm.cause_of_end(SAID["out of memory"], 137, CATALOGUE)
     assert fact == "its GPU's memory is too small for it"
+
+
+# What vLLM 0.30 says when the process behind its server is killed, and then ends with 0.
+ENDED_IN_SERVICE = """\
+(Worker pid=40) WARNING 11-21 10:56:01 [utils.py:561] Failed to create oneDNN linear, fallback to torch linear. Exception: could not create a primitive descriptor
+(APIServer pid=1) INFO:     Application startup complete.
+(APIServer pid=1) WARNING 11-21 10:56:19 [core_client.py:791] [shutdown] MPClient: engine core exited unexpectedly; starting cleanup
+(APIServer pid=1) ERROR 11-21 10:56:19 [async_llm.py:843] AsyncLLM output_handler failed.
+(APIServer pid=1) ERROR 11-21 10:56:19 [async_llm.py:843] vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue. See stack trace (above) for the root cause.
+(APIServer pid=1) INFO:     Finished server process [1]
+"""
+
+
+def test_an_engine_whose_process_is_killed_in_service_is_not_said_to_have_failed_otherwise() -> (
+    None
+):
+    assert lm.cause_of_end(ENDED_IN_SERVICE, 0, CATALOGUE)[0].startswith("it was killed, as the")
+    real = f"(EngineCore pid=28) ERROR RuntimeError: a fault in a kernel.\n{ENDED_IN_SERVICE}"
+    assert lm.cause_of_end(real, 0, CATALOGUE)[0] == "RuntimeError: a fault in a kernel"

@@ -309,6 +309,25 @@ def test_logs_are_read_and_followed_whole(real: Callable[[], Bench]) -> None:
     assert bench.containers.logs(spec.name, 2).split() == lines[-2:]
 
 
+def test_the_log_of_the_last_run_is_told_from_that_of_the_runs_before(
+    real: Callable[[], Bench],
+) -> None:
+    bench = real()
+
+    def end() -> None:
+        while (seen := bench.containers.look(spec.name)) is not None and seen.running:
+            time.sleep(0.1)
+
+    spec = bench.spec(entrypoint=("sh",), command=("-c", "echo starts; sleep 2; exit 3"))
+    bench.containers.create(spec)
+    end()
+    once = bench.containers.logs(spec.name, 10, last_run=True)
+    bench.containers.start(spec.name)
+    end()
+    assert bench.containers.logs(spec.name, 10, last_run=True) == once
+    assert len(bench.containers.logs(spec.name, 10).split("starts")) == 3
+
+
 # --- the edge ----------------------------------------------------------------
 
 

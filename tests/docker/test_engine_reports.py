@@ -116,3 +116,19 @@ def test_an_engine_that_hangs_is_reported_and_the_report_goes_when_it_works_agai
         until(lambda: not pulse.hung)
         assert request.result() == 3000, "nothing of the request is lost"
     looks[0] = lm.Snapshot(taken_at=lm.utc_now(), state=None, observed=None, plan=None)
+
+
+def test_what_an_engine_said_when_it_died_is_kept_beside_its_next_start(
+    served: Installation,
+) -> None:
+    signal_engine_core(served, "KILL")
+    until(lambda: served.container(ENGINE).status == "exited")
+    why = served.manager().why_ended("chat")
+    assert why.startswith("it was killed, as the kernel does")
+    with served.step("an engine that died is started again"):
+        served.cli("apply")
+    said = served.cli("logs", "chat", "--previous", "--search", "EXITED UNEXPECTEDLY")
+    assert re.match(r"\d+: .*exited unexpectedly", said)
+    log = served.home / "logs" / f"{served.container(ENGINE).name}.log"
+    assert "Application startup complete" in log.read_text()
+    assert "exited unexpectedly" not in log.read_text()
