@@ -3090,8 +3090,13 @@ class DownloadProgress:
 
     @property
     def seconds_left(self) -> float | None:
-        rate = self.bytes_per_second
-        return (self.bytes_total - self.bytes_done) / rate if rate else None
+        """None while only small files came: huggingface_hub writes large ones 10 MB at a time."""
+        rate, telling = self.bytes_per_second, min(self.bytes_total // 100, 2**24)
+        return (
+            (self.bytes_total - self.bytes_done) / rate
+            if rate and self.bytes_done > telling
+            else None
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -3786,6 +3791,12 @@ def engine_command(model: Model) -> tuple[str, ...]:
         *(("--runner", "pooling") if model.type in {"embedding", "rerank"} else ()),
         *model.engine_arguments,
     )
+
+
+def format_command(model: Model) -> str:
+    """What is run in its container, as a shell would be told; an option and its value a line."""
+    words = shlex.join(("vllm", *engine_command(model)))
+    return re.sub(r" (?=--[a-z])", " \\\n  ", words)
 
 
 def _placement_arguments(model: Model) -> tuple[str, ...]:
@@ -7040,9 +7051,9 @@ def _stored_text(cache: WeightsCache, known: CachedRevision) -> str:
 
 
 def cache_summary(cache: WeightsCache) -> str:
-    repositories = {known.repository for known in cache.revisions}
+    count = len({known.repository for known in cache.revisions})
     free = f"; {format_size(cache.free_bytes)} free" if cache.free_bytes is not None else ""
-    return f"{len(repositories)} repositories, {format_size(cache.size_bytes)}{free}"
+    return f"{count} repositor{'y' if count == 1 else 'ies'}, {format_size(cache.size_bytes)}{free}"
 
 
 def removal_text(removal: Removal) -> str:
@@ -11073,7 +11084,10 @@ class WeightsLibrary:
             if error.kind not in {*TRANSIENT, "offline", "gated", "token"}:
                 raise  # a name that the hub does not know is best said now
             commit = hub.cache.commit(source.repository, source.revision)
-        return replace(source, revision=commit) if commit else source
+        pinned = replace(source, revision=commit) if commit else source
+        if source in self._known:  # it was looked at before it was registered
+            self._known.setdefault(pinned, self._known[source])
+        return pinned
 
     def download(self, source: HubSource, kind: ModelType | None = None) -> Job:
         """Fetch weights beside whatever else runs; what is here already is not fetched again."""
@@ -11875,6 +11889,7 @@ class ModelForm:
     at_once: gr.Number
     facts: gr.Markdown
     fit: gr.HTML
+    command: gr.Code
 
     @property
     def known(self) -> list[Any]:
@@ -11893,7 +11908,7 @@ def build_registration_form(desk: Desk, chosen: gr.Dropdown, card: PlanCard) -> 
             joined = placement_note(model, desk.manager.hardware())
             return (
                 gr.Dropdown(choices=names, value=model.name),
-                f"Registered **{model.name}**{joined}. Now press **Deploy** above.",
+                f"Registered **{model.name}**{joined}. **Deploy**, above, starts it.",
             )
 
     def on_registered(name: str | None) -> tuple[Any, ...]:
@@ -11943,11 +11958,12 @@ def build_model_form(desk: Desk) -> ModelForm:
             )
         placement = build_placement_fields(desk)
         fit = gr.HTML()
+        command = gr.Code(label="What will be run", language="shell", visible=False)
     inputs = [
         name, kind, origin, source, arguments, served, revision, image, kv_cache, replicas,
         *placement, recipe,
     ]  # fmt: skip
-    return ModelForm(fold, inputs, at_once, facts, fit)
+    return ModelForm(fold, inputs, at_once, facts, fit, command)
 
 
 def wire_fit(desk: Desk, form: ModelForm) -> None:
@@ -11955,36 +11971,37 @@ def wire_fit(desk: Desk, form: ModelForm) -> None:
     _, kind, origin, source, arguments, _, revision, *_ = form.inputs
     every = [*form.inputs, form.at_once]
 
-    def on_typed(*values: Any) -> str:
-        with contextlib.suppress(ManagerError):  # half-typed is no error yet
-            return fit_preview(desk.manager, values)
-        return ""
+    on_typed = partial(preview, desk.manager)
+    seen = [form.fit, form.command]
 
-    def on_source(*values: Any) -> tuple[Any, str, str]:
+    def on_source(*values: Any) -> tuple[Any, ...]:
         if not typed(values[3]):
-            return gr.skip(), "", ""
+            return gr.skip(), "", *on_typed(*values)
         try:
             with shown_to_operator():
                 wanted = registration(*values[:-1])["source"]
                 facts = desk.manager.weights.look(parse_source(wanted))
         except gr.Error as error:
-            return gr.skip(), f"⚠️ {error.message}", ""
-        return guess_type(facts) or gr.skip(), facts_line(facts), on_typed(*values)
+            return gr.skip(), f"⚠️ {error.message}", *on_typed(*values)
+        return guess_type(facts) or gr.skip(), facts_line(facts), *on_typed(*values)
 
     for entered in (source.submit, source.blur, revision.submit, origin.input):
-        entered(on_source, every, [kind, form.facts, form.fit], **QUIET)
+        entered(on_source, every, [kind, form.facts, *seen], **QUIET)
     for changed in (arguments.input, *(choice.change for choice in form.inputs[8:]), kind.input):
-        changed(on_typed, every, form.fit, trigger_mode="always_last", **QUIET)
-    form.at_once.change(on_typed, every, form.fit, trigger_mode="always_last", **QUIET)
+        changed(on_typed, every, seen, trigger_mode="always_last", **QUIET)
+    form.at_once.change(on_typed, every, seen, trigger_mode="always_last", **QUIET)
 
 
-def fit_preview(manager: Manager, values: Sequence[Any]) -> str:
-    """The sum of what the form describes now; empty where the weights are not known yet."""
-    *fields, at_once = values
-    raw = registration(*fields)
-    draft = {"name": raw["name"] or "draft", "served_model_name": raw["served_model_name"] or "m"}
-    fit = manager.weights.fit(manager.draft(raw | draft), int(at_once or 1))
-    return fit_html(fit) if fit else ""
+def preview(manager: Manager, *values: Any) -> tuple[str, Any]:
+    """The sum and the command of what the form describes now; nothing while it is half-typed."""
+    with contextlib.suppress(ManagerError):
+        *described, at_once = values
+        raw = registration(*described)
+        names = {key: raw[key] or "draft" for key in ("name", "served_model_name")}
+        model = manager.draft(raw | names)
+        fit = manager.weights.fit(model, int(at_once or 1))
+        return fit_html(fit) if fit else "", gr.update(value=format_command(model), visible=True)
+    return "", gr.update(visible=False)
 
 
 def build_placement_fields(desk: Desk) -> tuple[gr.CheckboxGroup, gr.Dropdown, gr.Number]:
@@ -12039,8 +12056,13 @@ def build_log_view(desk: Desk, chosen: gr.Dropdown) -> None:
     timer.tick(on_tick, inputs, text, **QUIET)
     for asked in (show.click, wanted.submit):
         asked(on_show, inputs, text, **PRIVATE)
+    # Its own autoscroll (6.31) stays at the top when a page shows a log for the first time.
+    text.change(None, js=SCROLL_LOG, **QUIET)
 
 
+SCROLL_LOG: Final = (
+    "() => document.querySelectorAll('.log textarea').forEach(t => t.scrollTop = t.scrollHeight)"
+)
 RUNS: Final = ("this run", "the run before")
 
 
@@ -12115,8 +12137,8 @@ def build_choice(desk: Desk, hits: gr.Dataframe, tabs: gr.Tabs, form: ModelForm)
         wanted(on_look, asked, seen, **PRIVATE)
     fetch.click(on_download, asked, None, **PRIVATE)
     filled = add.click(on_add, asked, [tabs, form.fold, form.facts, *form.known], **PRIVATE)
-    preview = partial(_preview, desk.manager)
-    filled.success(preview, [*form.inputs, form.at_once], form.fit, **QUIET)
+    described = [*form.inputs, form.at_once]
+    filled.success(partial(preview, desk.manager), described, [form.fit, form.command], **QUIET)
 
 
 def start_download(manager: Manager, name: str | None, revision: str | None) -> None:
@@ -12140,10 +12162,6 @@ def look_at(
 def first_cell(event: gr.SelectData) -> str:
     """What a row of a table is about."""
     return str(event.row_value[0])
-
-
-def _preview(manager: Manager, *values: Any) -> str:
-    return fit_preview(manager, values)
 
 
 def build_task_cancel(desk: Desk) -> None:
@@ -12203,7 +12221,7 @@ def build_cache_view(desk: Desk, tab: gr.Tab) -> None:
         with gr.Row(elem_classes="actions"):
             chosen = gr.Textbox(label="Stored repository", info="click a row above", scale=3)
             remove = gr.Button("Delete", variant="stop", scale=0, min_width=110)
-            prune = gr.Button("Delete all that is unused", scale=0, min_width=210)
+            prune = gr.Button("Delete all that is unused", scale=0, min_width=240)
             fresh = gr.Button("Refresh", scale=0, min_width=110)
         question, said = build_question("Delete for good", delete)
     rows.select(first_cell, None, chosen, **PRIVATE)
@@ -12236,7 +12254,7 @@ def build_image_view(desk: Desk, tab: gr.Tab) -> None:
             images.pull(role or None)
 
     with gr.Accordion("Engine images", open=False):
-        rows = table(IMAGE_HEADERS)
+        rows = table(IMAGE_HEADERS, ("14%", "28%", "14%", "10%", "12%", "22%"))
         with gr.Row(elem_classes="actions"):
             recipe = gr.Dropdown([*images.recipes()], label="Recipe", value=None, scale=2)
             device = gr.Radio(["gpu", "cpu"], value="gpu", label="For", scale=1)
@@ -12270,7 +12288,8 @@ def build_image_pruning(desk: Desk) -> gr.Markdown:
     def delete(_: None) -> str:
         return f"{images.prune().title}: see the progress above."
 
-    prune = gr.Button("Delete unused images", variant="stop")
+    with gr.Row():
+        prune = gr.Button("Delete unused images", variant="stop", scale=0, min_width=200)
     question, said = build_question("Delete for good", delete)
     prune.click(on_prune, None, question, **PRIVATE)
     return said
@@ -12510,11 +12529,13 @@ def build_job_panel(desk: Desk) -> None:
 
 
 STYLE: Final = """
-.gradio-container table td, .gradio-container table th { font-family: var(--font) !important; }
+.gradio-container table td, .gradio-container table th, .gradio-container [role="gridcell"] *
+  { font-family: var(--font) !important; }
 .plan-card { border: 2px solid var(--color-accent) !important; }
 button.lg { align-self: flex-start; flex-grow: 0 !important; min-width: 130px; }
 .actions { align-items: end; }
 .actions button { max-height: 42px; }
+.actions button, button.lg { white-space: nowrap; }
 .plan-card .row { padding: 12px; }
 .plan-card pre { max-height: 32em; overflow: auto; white-space: pre-wrap; }
 #job textarea, #new-key textarea, .log textarea { font-family: var(--font-mono); font-size: 12px; }
@@ -13334,8 +13355,8 @@ def command_model_list(arguments: argparse.Namespace) -> int:
 
 def command_model_show(arguments: argparse.Namespace) -> int:
     manager = open_manager()
-    state = manager.state()
-    out_json(asdict(state.model(arguments.name)))
+    model = manager.state().model(arguments.name)
+    out_json(asdict(model) | {"command": ["vllm", *engine_command(model)]})
     return DONE
 
 

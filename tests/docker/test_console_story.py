@@ -142,7 +142,7 @@ def test_the_story_in_the_console_with_a_reload_in_the_middle(
         register(page, "Chat_1", tiny_models / "tiny-chat")
         expect(page.get_by_text("must be lower-case letters")).to_be_visible()
         register(page, "chat", tiny_models / "tiny-chat")
-        expect(page.get_by_text("Now press Deploy")).to_be_visible()
+        expect(page.get_by_text("starts it")).to_be_visible()
         with here.step("deploy in the console, with a reload in the middle"):
             deploy(page)
         secret = create_key(page, "Ada <b>Lovelace</b>")
