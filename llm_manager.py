@@ -3153,12 +3153,15 @@ class WeightsCache:
         )
 
     def users(self, state: State, revision: CachedRevision) -> tuple[ModelName, ...]:
-        """The registered models that load it."""
+        """The registered models that load it, or name its repository among their arguments."""
         return tuple(
             model.name
             for model in state.models
-            if isinstance(model.source, HubSource)
-            and self.find(model.source.repository, model.source.revision) == revision
+            if any(revision.repository in argument for argument in model.engine_arguments)
+            or (
+                isinstance(model.source, HubSource)
+                and self.find(model.source.repository, model.source.revision) == revision
+            )
         )
 
 
@@ -4653,18 +4656,22 @@ def plan_state(  # noqa: PLR0913 - what is, what is wished, and how far to go
     restart: ModelName | None = None,
     despite_driver: bool = False,
     recut: bool = True,
+    gentle: bool = False,
 ) -> Plan:
     """Compare what is wished with what is; decide everything, do nothing.
 
     `scope` leaves every other model as it is, `restart` replaces a model that needs no change,
-    `despite_driver` makes GPU containers although the driver waits for a reboot. The endpoint's
+    `despite_driver` makes GPU containers although the driver waits for a reboot, `gentle` leaves
+    engines that serve as they are, even where something else is wished of them. The endpoint's
     stage assumes that the models' stages succeed; `plan_endpoint` after they ran says what is
     true then. Slices that a layout's stage will make have no UUID yet: plan again after it,
     with `recut` off: what could not be cut then refuses those that need it, and nobody else.
     """
     in_scope = [model for model in state.wished_models if scope.has(model)]
     stages = [
-        _plan_model(state, m, observed, site, "a restart was asked for" * (m.name == restart))
+        _plan_model(
+            state, m, observed, site, "a restart was asked for" * (m.name == restart), gentle=gentle
+        )
         for m in in_scope
     ]
     layouts_first = (
@@ -4917,12 +4924,12 @@ def _plan_database(state: State, observed: Observed) -> Stage:
 
 
 def _plan_model(
-    state: State, model: Model, observed: Observed, site: Site, restart_cause: str
+    state: State, model: Model, observed: Observed, site: Site, restart_cause: str, *, gentle: bool
 ) -> Stage:
     resources = frozenset[str](gpus_of(model)) or frozenset({"cpu"})
     specs = render_engines(state, model, site, observed.hardware)
     replacements = [
-        plan_container(_as_it_runs(spec, model, observed), observed, restart_cause)
+        plan_container(_as_it_runs(spec, model, observed), observed, restart_cause, gentle=gentle)
         for spec in specs
     ]
     # What cannot be undone comes last: a later replica may fail, and then all come back.
@@ -5000,7 +5007,7 @@ class Replacement:
 
 
 def plan_container(
-    wanted: ContainerSpec, observed: Observed, restart_cause: str = ""
+    wanted: ContainerSpec, observed: Observed, restart_cause: str = "", *, gentle: bool = False
 ) -> Replacement:
     """One container in place: the old one is set aside, and removed only after the new is ready."""
     seen = observed.containers.get(wanted.name)
@@ -5017,9 +5024,13 @@ def plan_container(
         return Replacement((*drop, back, WaitReady(wanted, "it starts")))
     if seen is None:
         return Replacement((*pull, *_create(wanted, "not there")), drop_left)
-    stale = _what_changed(wanted, seen) if seen.spec_hash != wanted.hash else restart_cause
-    if not stale:
-        stale = _sees_other_devices(wanted, seen) or _hangs(wanted, seen, observed.taken_at)
+    changed = _what_changed(wanted, seen) if seen.spec_hash != wanted.hash else restart_cause
+    stays = gentle and seen.running and seen.ready
+    stale = (
+        (changed if not stays else "")
+        or _sees_other_devices(wanted, seen)
+        or _hangs(wanted, seen, observed.taken_at)
+    )
     if stale:
         away = SetAside(wanted.name, wanted.stop_seconds, stale)
         drop_old = Discard(aside(wanted.name), wanted.stop_seconds, stale)
@@ -5282,6 +5293,7 @@ class Change:
     whole: bool = False  # a failure anywhere takes all of it back, the wish included
     despite_driver: bool = False
     accounts: bool = False  # ends with a result for every step of a restore
+    gentle: bool = False  # engines that serve stay as they are, whatever is wished of them
 
 
 def deploying(name: str) -> Change:
@@ -5634,10 +5646,15 @@ def applying(*, despite_driver: bool = False) -> Change:
 
 
 def restoring(*, despite_driver: bool = False) -> Change:
-    """The same machinery after a reboot: everything wished comes back."""
+    """The same machinery after a reboot: everything wished comes back.
+
+    The service does it whenever it starts, after an upgrade of this program too: nothing that
+    serves may be replaced by that.
+    """
     return Change(
-        title="Restore", edit=lambda state: state, despite_driver=despite_driver, accounts=True
-    )
+        title="Restore", edit=lambda state: state, despite_driver=despite_driver, accounts=True,
+        gentle=True,
+    )  # fmt: skip
 
 
 def reviving(name: ModelName) -> Change:
@@ -8641,6 +8658,23 @@ def _files_under(directory: Path) -> tuple[tuple[RepositoryFile, ...], tuple[str
     return tuple(sorted(files, key=lambda file: file.path)), tuple(sorted(broken))
 
 
+def _stamp(folder: Path) -> tuple[int, ...]:
+    """Changes whenever files of a cached repository come, go, or mean something else."""
+    watched = (folder / "blobs", folder / "trees", folder / "snapshots", folder / "refs")
+    paths = [*watched, *(folder / "snapshots").glob("*"), *(folder / "refs").rglob("*")]
+    return tuple(path.stat().st_mtime_ns if path.exists() else 0 for path in sorted(paths))
+
+
+def _texts(found: object, *, values: bool = False) -> list[str]:
+    """Texts in a list, or an object's keys or values; a damaged file may hold anything."""
+    several = found.values() if values and isinstance(found, dict) else found
+    return (
+        [each for each in several if isinstance(each, str)]
+        if isinstance(several, Collection) and not isinstance(several, str)
+        else []
+    )
+
+
 def _read_json(path: Path) -> Json:
     """Its object; empty where there is none, or no JSON."""
     try:
@@ -8737,6 +8771,7 @@ class HubCache:
         self.hub = home / "hub"
         self.claims = Claims(home, free, margin_bytes)
         self._free = free
+        self._whole: dict[str, tuple[tuple[int, ...], frozenset[str]]] = {}  # by folder
 
     def folder(self, repository: str) -> Path:
         """Where the repository is kept; always a direct child of the cache."""
@@ -8761,17 +8796,25 @@ class HubCache:
             return False
 
     def stored(self) -> dict[str, frozenset[str]]:
-        """Every whole revision by repository: its commit, and the names that mean it."""
+        """Every whole revision by repository: its commit, and the names that mean it.
+
+        Cheap enough for every look at the server: a folder is read again only when it changed.
+        """
         found: dict[str, frozenset[str]] = {}
-        with contextlib.suppress(OSError):  # it changes while we look; the next look sees it
-            for folder in self._folders():
-                refs = {path.relative_to(folder / "refs").as_posix(): path.read_text().strip()
-                        for path in (folder / "refs").rglob("*") if path.is_file()}  # fmt: skip
-                whole = {path.name for path in (folder / "snapshots").glob("*")
-                         if not self._missing(folder, path.name)}  # fmt: skip
-                names = whole | {ref for ref, commit in refs.items() if commit in whole}
-                found[_repository_of(folder)] = frozenset(names)
+        for folder in self._folders():
+            with contextlib.suppress(OSError):  # it changes, or is somebody else's
+                stamp = _stamp(folder)
+                if self._whole.get(folder.name, ((), frozenset()))[0] != stamp:
+                    self._whole[folder.name] = stamp, self._whole_revisions(folder)
+                found[_repository_of(folder)] = self._whole[folder.name][1]
         return found
+
+    def _whole_revisions(self, folder: Path) -> frozenset[str]:
+        whole = {path.name for path in (folder / "snapshots").glob("*")
+                 if not self._missing(folder, path.name)}  # fmt: skip
+        refs = {path.relative_to(folder / "refs").as_posix(): path.read_text(errors="replace")
+                for path in (folder / "refs").rglob("*") if path.is_file()}  # fmt: skip
+        return frozenset(whole | {ref for ref, commit in refs.items() if commit.strip() in whole})
 
     def inspect(self, repository: str, revision: str | None = None) -> RepositoryFacts | None:
         """What the cache knows of it, where it is present."""
@@ -8785,12 +8828,14 @@ class HubCache:
         snapshot = folder / "snapshots" / commit
         files, broken = _files_under(snapshot)
         shards = {
-            file.path: tuple(set(_read_json(snapshot / file.path).get("weight_map", {}).values()))
+            file.path: tuple(
+                {*_texts(_read_json(snapshot / file.path).get("weight_map"), values=True)}
+            )
             for file in files
             if file.name.endswith(".index.json")
         }
-        listed = _read_json(folder / "trees" / f"{commit}.json").get("files")
-        tree = [RepositoryFile(path=path, size_bytes=0) for path in listed] if listed else None
+        listed = _texts(_read_json(folder / "trees" / f"{commit}.json").get("files"))
+        tree = [RepositoryFile(path=path, size_bytes=0) for path in listed] or None
         return tuple(dict.fromkeys((*broken, *missing_files(files, tree, shards))))
 
     def read(self) -> WeightsCache:
@@ -10264,7 +10309,7 @@ def converge(
     def planned(observed: Observed, *, recut: bool) -> Plan:
         return plan_state(
             state, observed, site, scope=reach.scope, restart=reach.restart,
-            despite_driver=reach.despite_driver, recut=recut,
+            despite_driver=reach.despite_driver, recut=recut, gentle=reach.gentle,
         )  # fmt: skip
 
     first = observe(tools)
@@ -10406,7 +10451,7 @@ def apply_step(  # noqa: C901, PLR0912, PLR0915 - one line per kind of step
         case BuildImage():
             _build(step, tools, control)
         case DownloadWeights(source, model_type, _):
-            download(source, model_type, tools.weights, control)
+            download(source, model_type, tools, control)
         case CreateNetwork(name, _):
             containers.create_network(name)
         case CreateVolume(name, _):
@@ -10531,26 +10576,43 @@ def _undo_set_aside(name: ContainerName, containers: Containers) -> None:
         containers.start(name)
 
 
-def download(source: HubSource, kind: ModelType | None, weights: Hub, control: Control) -> str:
+def download(source: HubSource, kind: ModelType | None, tools: Tools, control: Control) -> str:
     """Fetch weights and tell how far it is: always as progress, and now and then as a line."""
-    said = -math.inf
+    said, note = -math.inf, ""
 
     def on_progress(seen: DownloadProgress) -> None:
-        nonlocal said
+        nonlocal said, note
         control.progress = format_progress(seen)
         control.done_part = seen.bytes_done / seen.bytes_total if seen.bytes_total else None
-        now = time.monotonic()
-        if now - said >= STARTING_LINE_SECONDS or seen.note:
-            said = now
+        now = tools.clock.monotonic()
+        if now - said >= STARTING_LINE_SECONDS or seen.note != note:
+            said, note = now, seen.note
             control.report(f"  {control.progress}")
 
-    try:
-        return weights.download(
+    def fetch() -> str:
+        return tools.weights.download(
             source.repository, source.revision, kind=kind,
             on_progress=on_progress, check=control.check,
         )  # fmt: skip
+
+    try:
+        return when_free(fetch, tools, control)
     finally:
         control.progress, control.done_part = "", None
+
+
+def when_free(work: Callable[[], T], tools: Tools, control: Control) -> T:
+    """Do it when whoever has it now is done: another model, or another process."""
+    told = False
+    while True:
+        try:
+            return work()
+        except BusyError as error:
+            if not told:
+                control.report(f"  {error.fact} This waits for it.")
+            told = True
+            control.check()
+            tools.clock.sleep(0.5)
 
 
 def _pull(image: str, containers: Containers, control: Control) -> None:
@@ -10970,24 +11032,10 @@ class ImageLibrary:
                 control.report(f"{image} is here already: the recipe has not changed.")
             else:
                 apply_stage(Stage(title=name, steps=steps), self._tools, control)
-            self._save_when_free(pinning_recipe(pin), control)
+            # A build of minutes is not thrown away because a change is just under way.
+            when_free(lambda: self._save(pinning_recipe(pin)), self._tools, control)
 
         return self._start_task(f"Build {name}", work, "Next: `plan`, for the models that use it.")
-
-    def _save_when_free(self, change: Change, control: Control) -> None:
-        """A build of minutes is not thrown away because a change is just under way."""
-        told = False
-        while True:
-            control.check()
-            try:
-                self._save(change)
-            except BusyError as error:
-                if not told:
-                    control.report(f"  The image is pinned when this is done. {error.fact}")
-                told = True
-                self._tools.clock.sleep(0.5)
-            else:
-                return
 
     def pull(self, role: str | None = None) -> Job:
         """Pull the image of a role, or all that registered models and the endpoint need."""
@@ -11093,7 +11141,7 @@ class WeightsLibrary:
         """Fetch weights beside whatever else runs; what is here already is not fetched again."""
 
         def work(control: Control) -> None:
-            commit = download(source, kind, self._tools.weights, control)
+            commit = download(source, kind, self._tools, control)
             control.report(f"{source.repository}@{commit} is on this server.")
 
         return self._start_task(f"Download {format_source(source)}", work, "")

@@ -271,6 +271,25 @@ def test_what_somebody_else_downloaded_is_present_and_parts_of_it_are_not(
     assert cache.read().revisions[0].missing == ("config.json",)
 
 
+def test_all_that_is_whole_is_seen_beside_what_is_damaged(hub: FakeHub, cache: lm.HubCache) -> None:
+    commit = a_repository(hub).refs["main"]
+    hf(cache.home, "acme/tiny")
+    assert cache.stored() == {"acme/tiny": frozenset({"main", commit})}
+    odd = cache.hub / "models--a--odd"
+    (odd / "snapshots" / ("a" * 40)).mkdir(parents=True)
+    (odd / "snapshots" / ("a" * 40) / "model.safetensors.index.json").write_text(
+        '{"weight_map": null}'
+    )
+    (odd / "refs").mkdir()
+    (odd / "refs" / "main").write_bytes(b"\xff\xfe")
+    loop = cache.hub / "models--b--loop"
+    (loop / "snapshots").mkdir(parents=True)
+    (loop / "snapshots" / ("b" * 40)).symlink_to(loop / "snapshots" / ("b" * 40))
+    assert cache.stored()["acme/tiny"] == {"main", commit}
+    (cache.folder("acme/tiny") / "snapshots" / commit / "config.json").resolve().unlink()
+    assert cache.stored()["acme/tiny"] == frozenset()
+
+
 def test_a_connection_that_breaks_off_costs_nothing(hub: FakeHub, cache: lm.HubCache) -> None:
     repository = a_repository(hub)
     repository.troubles.break_after = 100_000

@@ -70,6 +70,19 @@ def test_weights_are_downloaded_before_anything_is_stopped_for_them() -> None:
     )
 
 
+def test_a_restore_replaces_nothing_that_serves() -> None:
+    """The service restores at every start: an upgrade of the program must not restart models."""
+    before, site = a_state(a_model(), a_model("other")), a_site()
+    after = before.with_model(a_model(engine_arguments=("--max-model-len", "8192")))
+    world = as_wished(before)
+    assert not lm.plan_state(after, world, site, gentle=True)
+    assert "its settings changed" in str(lm.plan_state(after, world, site))
+    down = but(world, ended(the(world, CHAT)))
+    assert "set aside llm-model-chat-0: its settings changed" in str(
+        lm.plan_state(after, down, site, gentle=True)
+    )
+
+
 def test_weights_that_went_are_no_business_of_a_model_that_runs() -> None:
     state = a_state(a_model())
     assert planned(state, as_wished(state, weights={})) == "\n"
