@@ -11081,6 +11081,51 @@ class ImageLibrary:
 WHOLE_LOG: Final = 1_000_000  # lines
 
 
+class Logs:
+    """What a model's engines said, in this run and in the one before."""
+
+    def __init__(self, store: StateStore, tools: Tools) -> None:
+        self._store = store
+        self._tools = tools
+
+    def of(self, name: str, *, search: str = "", tail: int = 2000, previous: bool = False) -> str:
+        """The container's where there is one, else what was kept of it.
+
+        With `search` only the lines that have this text, with their numbers; `previous`: of the
+        run before, which is a failed start where the container from before it is back.
+        """
+        state = self._store.load()
+        names = replica_names(state, state.model(name))
+        read = self._previous_log if previous else self._replica_log
+        said = "\n".join(read(replica, tail) for replica in names)
+        return search_log(said, search) if search else said
+
+    def _replica_log(self, replica: ContainerName, tail: int) -> str:
+        if self._tools.containers.look(replica) is not None:
+            return self._tools.containers.logs(replica, tail)
+        return "\n".join(self._store.kept_log(replica).splitlines()[-tail:])
+
+    def _previous_log(self, replica: ContainerName, tail: int) -> str:
+        kept = self._store.kept_log(replica)
+        if kept in self._replica_log(replica, WHOLE_LOG):
+            kept = self._store.kept_log(replica, previous=True)
+        return "\n".join(kept.splitlines()[-tail:])
+
+    def why_ended(self, name: str) -> str:
+        """A sentence of fact and one of advice, about a model that has a container that ended."""
+        state = self._store.load()
+        for replica in replica_names(state, state.model(name)):
+            seen = self._tools.containers.look(replica)
+            if seen is not None and not seen.running:
+                fact, advice = why_ended(seen, self._tools)
+                return f"{fact}. {advice}"
+        return "its container is gone. Deploy it again."
+
+    def follow(self, name: str) -> Iterator[str]:
+        state = self._store.load()
+        return self._tools.containers.follow(replica_names(state, state.model(name))[0])
+
+
 class WeightsLibrary:
     """What the hub has, what is on this server, and whether it fits where it shall run."""
 
@@ -11213,6 +11258,7 @@ class Manager:
         self._options = engine_options
         self._jobs: deque[Job] = deque(maxlen=50)
         self.keys = Keys(store, tools)
+        self.logs = Logs(store, tools)
         self.images = ImageLibrary(store, tools, recipes, self.start_task, self.save)
         self.weights = WeightsLibrary(store, tools, self.start_task, self.hardware)
 
@@ -11364,45 +11410,6 @@ class Manager:
         versions = self._store.versions()
         wanted = number if number is not None else (versions or [0])[-1]
         return returning_to(wanted, self._store.version(wanted))
-
-    def log_of(
-        self, name: str, *, search: str = "", tail: int = 2000, previous: bool = False
-    ) -> str:
-        """A model's log: the container's where there is one, else what was kept of it.
-
-        With `search` only the lines that have this text, with their numbers; `previous`: of the
-        run before, which is a failed start where the container from before it is back.
-        """
-        state = self._store.load()
-        names = replica_names(state, state.model(name))
-        read = self._previous_log if previous else self._replica_log
-        said = "\n".join(read(replica, tail) for replica in names)
-        return search_log(said, search) if search else said
-
-    def _replica_log(self, replica: ContainerName, tail: int) -> str:
-        if self._tools.containers.look(replica) is not None:
-            return self._tools.containers.logs(replica, tail)
-        return "\n".join(self._store.kept_log(replica).splitlines()[-tail:])
-
-    def _previous_log(self, replica: ContainerName, tail: int) -> str:
-        kept = self._store.kept_log(replica)
-        if kept in self._replica_log(replica, WHOLE_LOG):
-            kept = self._store.kept_log(replica, previous=True)
-        return "\n".join(kept.splitlines()[-tail:])
-
-    def why_ended(self, name: str) -> str:
-        """A sentence of fact and one of advice, about a model that has a container that ended."""
-        state = self._store.load()
-        for replica in replica_names(state, state.model(name)):
-            seen = self._tools.containers.look(replica)
-            if seen is not None and not seen.running:
-                fact, advice = why_ended(seen, self._tools)
-                return f"{fact}. {advice}"
-        return "its container is gone. Deploy it again."
-
-    def follow_log(self, name: str) -> Iterator[str]:
-        state = self._store.load()
-        return self._tools.containers.follow(replica_names(state, state.model(name))[0])
 
     def loads(self, engines: Sequence[ObservedContainer]) -> dict[ContainerName, EngineLoad | None]:
         """What each of these engines is at, asked side by side; None where one does not say."""
@@ -11646,7 +11653,7 @@ class Watch:
         dead = dead_models(state, observed)
         due = self._revivals.due(dead, snapshot.taken_at)
         self._causes = {
-            name: self._causes.get(name) or self._manager.why_ended(name) for name in dead
+            name: self._causes.get(name) or self._manager.logs.why_ended(name) for name in dead
         }
         self._fates = {name: self._revivals.fate(name, why) for name, why in self._causes.items()}
         for name in due[:1]:  # one change at a time; the next look has the next one
@@ -12079,7 +12086,7 @@ def build_log_view(desk: Desk, chosen: gr.Dropdown) -> None:
         with shown_to_operator():
             previous = which == RUNS[1]
             return (
-                desk.manager.log_of(name, search=typed(wanted), previous=previous) if name else ""
+                desk.manager.logs.of(name, search=typed(wanted), previous=previous) if name else ""
             )
 
     def on_tick(name: str | None, wanted: str | None, which: str) -> Any:
@@ -13306,13 +13313,13 @@ def command_logs(arguments: argparse.Namespace) -> int:
     manager = open_manager()
     if not arguments.follow:
         tail = WHOLE_LOG if arguments.search else 2000
-        said = manager.log_of(
+        said = manager.logs.of(
             arguments.name, search=arguments.search, tail=tail, previous=arguments.previous
         )
         out(said)
         return DONE
     with contextlib.suppress(KeyboardInterrupt):
-        for line in manager.follow_log(arguments.name):
+        for line in manager.logs.follow(arguments.name):
             if arguments.search.casefold() in line.casefold():
                 out(line)
     return DONE

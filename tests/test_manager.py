@@ -315,10 +315,10 @@ def test_a_spoilt_generated_file_is_written_anew(server: Server, text: str) -> N
 
 def test_the_log_of_a_model_is_its_containers_or_what_was_kept(server: Server) -> None:
     serve(server, "chat")
-    assert server.manager.log_of("chat") == "llm-model-chat-0 starts"
-    assert list(server.manager.follow_log("chat")) == ["llm-model-chat-0 starts"]
+    assert server.manager.logs.of("chat") == "llm-model-chat-0 starts"
+    assert list(server.manager.logs.follow("chat")) == ["llm-model-chat-0 starts"]
     server.do(lm.stopping("chat"))
-    assert server.manager.log_of("chat") == "llm-model-chat-0 starts"
+    assert server.manager.logs.of("chat") == "llm-model-chat-0 starts"
 
 
 def test_what_an_engine_said_before_it_ended_is_kept_when_it_is_started_again(
@@ -331,7 +331,7 @@ def test_what_an_engine_said_before_it_ended_is_kept_when_it_is_started_again(
     server.do(lm.reviving(lm.ModelName("chat")))
     died = "llm-model-chat-0 starts\nRuntimeError: EngineCore died."
     assert server.store.kept_log(container.name) == "llm-model-chat-0 starts"
-    assert server.manager.log_of("chat", previous=True) == died
+    assert server.manager.logs.of("chat", previous=True) == died
 
 
 def test_the_log_of_a_failed_start_can_be_read_while_the_container_from_before_serves(
@@ -342,17 +342,17 @@ def test_the_log_of_a_failed_start_can_be_read_while_the_container_from_before_s
     server.manager.revise("chat", {"engine_arguments": ["--nonsense"]})
     with pytest.raises(lm.ContainerFailedError):
         server.do(lm.applying())
-    assert "ValueError" not in server.manager.log_of("chat")
-    assert "ValueError: The model does not fit." in server.manager.log_of("chat", previous=True)
+    assert "ValueError" not in server.manager.logs.of("chat")
+    assert "ValueError: The model does not fit." in server.manager.logs.of("chat", previous=True)
 
 
 def test_a_log_is_searched_in_whatever_case_and_says_where(server: Server) -> None:
     serve(server, "chat")
     container = server.world.containers[lm.ContainerName("llm-model-chat-0")]
     container.log += ["INFO one", "ERROR two", "an error as well"]
-    assert server.manager.log_of("chat", search="Error") == "3: ERROR two\n4: an error as well"
-    assert server.manager.log_of("chat", search="[", tail=2) == "No line has '['."
-    assert server.manager.log_of("chat", tail=1) == "an error as well"
+    assert server.manager.logs.of("chat", search="Error") == "3: ERROR two\n4: an error as well"
+    assert server.manager.logs.of("chat", search="[", tail=2) == "No line has '['."
+    assert server.manager.logs.of("chat", tail=1) == "an error as well"
 
 
 def test_the_doctor_finds_a_well_server_well(start: Callable[..., Server]) -> None:

@@ -123,7 +123,7 @@ def test_what_an_engine_said_when_it_died_is_kept_beside_its_next_start(
 ) -> None:
     signal_engine_core(served, "KILL")
     until(lambda: served.container(ENGINE).status == "exited")
-    why = served.manager().why_ended("chat")
+    why = served.manager().logs.why_ended("chat")
     assert why.startswith("it was killed, as the kernel does")
     with served.step("an engine that died is started again"):
         served.cli("apply")
