@@ -3848,8 +3848,12 @@ COMPILE_CACHES: Final[Mapping[str, str]] = {
 
 def compile_cache(image: str, site: Site) -> Mount:
     """One directory for each image: what one version compiled is wrong for another."""
-    folder = sha256(image.encode()).hexdigest()[:12]
-    return Mount(source=f"{site.compile_caches}/{folder}", target=COMPILED_MOUNT, read_only=False)
+    source = f"{site.compile_caches}/{compile_folder(image)}"
+    return Mount(source=source, target=COMPILED_MOUNT, read_only=False)
+
+
+def compile_folder(image: str) -> str:
+    return sha256(image.encode()).hexdigest()[:12]
 
 
 def _weights_mount(model: Model, site: Site) -> Mount:
@@ -7476,6 +7480,18 @@ class StateStore:
         with file_errors(f"make {path}"):
             Path(path).mkdir(mode=0o700, parents=True, exist_ok=True)
 
+    def compiled(self) -> dict[str, int]:
+        """What engines compiled, in bytes by folder; see `compile_folder`."""
+        with file_errors("look at what was compiled"):
+            return {
+                folder.name: sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+                for folder in sorted((self.home / "compiled").glob("*"))
+            }
+
+    def drop_compiled(self, folder: str) -> None:
+        with file_errors("remove what was compiled"):
+            shutil.rmtree(self.home / "compiled" / folder)
+
     def keep_log(self, name: ContainerName, text: str) -> None:
         """The log of a replica's last run, which survives its container, beside that before it."""
         with file_errors("keep a log"):
@@ -11060,10 +11076,22 @@ class ImageLibrary:
     def unused_rows(self) -> list[list[str]]:
         """What `prune` would remove."""
         images = self._tools.images.observe()
-        return unused_rows(unused_images(self._store.load(), images), images)
+        rows = unused_rows(unused_images(self._store.load(), images), images)
+        return rows + [
+            [f"compiled/{folder}", "", "", format_size(size)]
+            for folder, size in self._unused_compiled().items()
+        ]
+
+    def _unused_compiled(self) -> dict[str, int]:
+        """What was compiled in images that neither a model nor a container has any more."""
+        state = self._store.load()
+        wanted = {engine_image(model, state) for model in state.models}
+        there = {seen.image for seen in self._tools.containers.observe().containers.values()}
+        kept = {compile_folder(image) for image in wanted | there}
+        return {name: size for name, size in self._store.compiled().items() if name not in kept}
 
     def prune(self) -> Job:
-        """Remove what this installation built and nothing needs any more."""
+        """Remove what this installation built or compiled and nothing needs any more."""
 
         def work(control: Control) -> None:
             images = self._tools.images.observe()
@@ -11072,7 +11100,10 @@ class ImageLibrary:
                 control.check()
                 self._tools.images.remove(image)
                 control.report(f"removed {row[0]}: {row[-1]}")
-            freed = sum(own_bytes(image, images) for image in unused)
+            compiled = self._unused_compiled()
+            for folder in compiled:
+                self._store.drop_compiled(folder)
+            freed = sum(own_bytes(image, images) for image in unused) + sum(compiled.values())
             control.report(f"{len(unused)} images removed, about {format_size(freed)} freed.")
 
         return self._start_task("Prune images", work, "")

@@ -558,6 +558,18 @@ def test_pruning_removes_old_builds_and_says_so_before(server: Server) -> None:
     assert server.manager.images.unused_rows() == []
 
 
+def test_pruning_removes_what_was_compiled_in_images_that_nothing_runs_in(server: Server) -> None:
+    server.manager.register(CHAT | {"name": "plain", "placement": {"kind": "cpu"}})
+    wanted = lm.compile_folder(server.manager.state().images.vllm_cpu)
+    for folder in (wanted, "0123456789ab"):
+        compiled = server.store.home / "compiled" / folder / "vllm"
+        compiled.mkdir(parents=True)
+        (compiled / "kernel.so").write_bytes(bytes(2048))
+    assert server.manager.images.unused_rows() == [["compiled/0123456789ab", "", "", "2.0 KiB"]]
+    list(server.manager.images.prune().follow())
+    assert {*server.store.compiled()} == {wanted}
+
+
 def test_pulling_fetches_what_is_needed_and_absent(server: Server) -> None:
     server.manager.register(ON_CPU)
     server.manager.register(CHAT | {"name": "plain", "placement": {"kind": "cpu"}})
