@@ -4941,7 +4941,19 @@ def _plan_model(
     steps = [*_download_if_absent(model, steps, observed), *steps]
     farewell = [step for replacement in replacements for step in replacement.farewell]
     built = _built_first((*steps, *farewell), state, model, observed, site.recipes)
-    return Stage(title=f"model {model.name}", steps=built, resources=frozenset(resources))
+    return Stage(title=model_stage_title(model), steps=built, resources=frozenset(resources))
+
+
+def model_stage_title(model: Model) -> str:
+    return f"model {model.name}"
+
+
+def fetches(stage: Stage) -> tuple[Step, ...]:
+    """What of a model's stage may take hours and touches nothing that runs."""
+    if any(isinstance(step, Refuse) for step in stage.steps):
+        return ()
+    kinds = DownloadWeights | PullImage | BuildImage
+    return tuple(step for step in stage.steps if isinstance(step, kinds))
 
 
 def _built_first(
@@ -5644,6 +5656,15 @@ def way_back(before: State, after: State, hardware: Hardware) -> State:
     return replace(before, mig_layouts=(*before.mig_layouts, *found))
 
 
+def without_change(now: State, before: State, after: State) -> State:
+    """What one change wished taken back; what others wished meanwhile stays."""
+    old = {model.name: model for model in before.models}
+    new = {model.name: model for model in after.models}
+    models = tuple(old.get(m.name, m) if new.get(m.name) == m else m for m in now.models)
+    found = replace(now, models=models)
+    return replace(found, endpoint=now.endpoint if found.wished_models else before.endpoint)
+
+
 def applying(*, despite_driver: bool = False) -> Change:
     """Do whatever is planned."""
     return Change(title="Apply the plan", edit=lambda state: state, despite_driver=despite_driver)
@@ -5695,6 +5716,7 @@ class JobView:
     fault: str | None
     hint: str = ""
     kind: JobKind = "change"
+    fetching: frozenset[str] = frozenset()  # titles of the stages that wait for what it fetches
     progress: str = ""  # how far what is under way has come, by its own words
     done_part: float | None = None  # 0 to 1
 
@@ -5759,12 +5781,11 @@ def model_rows(snapshot: Snapshot) -> list[list[str]]:
     state, observed = snapshot.state, snapshot.observed
     if state is None:
         return []
-    busy = running_job(snapshot) is not None
     return [
         [
             model.name,
             model.type,
-            phase_of(state, model, observed, busy) if observed else "unknown",
+            phase_of(state, model, observed, is_busy(snapshot, model)) if observed else "unknown",
             model.served_model_name,
             format_source(model.source),
             format_placement(model.placement, snapshot.hardware),
@@ -5848,14 +5869,17 @@ def attention(snapshot: Snapshot) -> list[Attention]:
     state, observed = snapshot.state, snapshot.observed
     if state is None or observed is None:
         return found
-    busy = running_job(snapshot) is not None
-    failed = [m for m in state.models if phase_of(state, m, observed, busy) == "failed"]
+    failed = [
+        m for m in state.models
+        if phase_of(state, m, observed, is_busy(snapshot, m)) == "failed"
+    ]  # fmt: skip
     unknown = "should run and does not. Read its log, then deploy it again."
     found += [
         Attention(snapshot.fates.get(m.name, f"{m.name} {unknown}"), "Models") for m in failed
     ]
     found += [Attention(text, "Models") for text in snapshot.hung.values()]
-    if snapshot.plan and not busy:
+    fetching = any(job.fetching for job in snapshot.jobs if job.finished_at is None)
+    if snapshot.plan and running_job(snapshot) is None and not fetching:
         count = sum(len(stage.steps) for stage in snapshot.plan.stages)
         found.append(
             Attention(
@@ -5900,8 +5924,7 @@ def summary_line(snapshot: Snapshot) -> str:
         return "The state cannot be read."
     if observed is None:
         return "Docker does not answer."
-    busy = running_job(snapshot) is not None
-    phases = [phase_of(state, model, observed, busy) for model in state.models]
+    phases = [phase_of(state, m, observed, is_busy(snapshot, m)) for m in state.models]
     ready = f"{phases.count('ready')} of {len(phases)} models ready"
     if state.endpoint == "stopped":
         return f"{ready}; the endpoint starts with the first deployment."
@@ -6258,6 +6281,13 @@ def running_job(snapshot: Snapshot) -> JobView | None:
     """The change that is under way; tasks beside it do not count."""
     going = (job for job in snapshot.jobs if job.finished_at is None and job.kind == "change")
     return next(going, None)
+
+
+def is_busy(snapshot: Snapshot, model: Model) -> bool:
+    """Whether a model may be down because a change is under way, or fetches what it needs."""
+    title = model_stage_title(model)
+    fetching = any(title in job.fetching for job in snapshot.jobs if job.finished_at is None)
+    return fetching or running_job(snapshot) is not None
 
 
 def shown_job(snapshot: Snapshot) -> JobView | None:
@@ -10282,6 +10312,10 @@ class Control:
     def cancel(self) -> None:
         self._cancelled.set()
 
+    @property
+    def is_cancelled(self) -> bool:
+        return self._cancelled.is_set()
+
     def check(self) -> None:
         """Raise where the operator has cancelled; called only where undoing is safe."""
         if self._cancelled.is_set() and self._kind == "task":
@@ -10317,9 +10351,13 @@ def observe(tools: Tools) -> Observed:
 
 
 def converge(
-    state: State, site: Site, tools: Tools, control: Control, change: Change | None = None
-) -> None:
-    """Make the world as wished; what fails is undone alone, reported, and raised at the end."""
+    state: State, site: Site, tools: Tools, control: Control, change: Change | None = None,
+    *, skip: Collection[str] = (),
+) -> None:  # fmt: skip
+    """Make the world as wished; what fails is undone alone, reported, and raised at the end.
+
+    `skip` names stages of models that are left as they are.
+    """
     reach = change or applying()
 
     def planned(observed: Observed, *, recut: bool) -> Plan:
@@ -10341,7 +10379,8 @@ def converge(
     faults += _attempt([plan.devices], tools, control)
     apply_stage(plan.foundation, tools, control)
     database = _attempt([plan.database], tools, control)
-    faults += database + _side_by_side(plan.models, tools, control)
+    models = [stage for stage in plan.models if stage.title not in skip]
+    faults += database + _side_by_side(models, tools, control)
     names = reach.scope.names(state)
     if not database:
         faults += _turn_endpoint(state, site, tools, control, names)
@@ -10367,7 +10406,7 @@ def _counting(
 ) -> list[ManagerError]:
     """A model that did not serve before the change is no reason to take the change back."""
     excused = [
-        control.faults.get(f"model {model.name}")
+        control.faults.get(model_stage_title(model))
         for model in state.wished_models
         if phase_of(state, model, before, busy=False) != "ready"
     ]
@@ -10779,16 +10818,17 @@ class Job:
     title: str
     hint: str = ""
     kind: JobKind = "change"
+    fetching: frozenset[str] = frozenset()
     id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
     started_at: datetime = field(default_factory=utc_now)
     finished_at: datetime | None = None
     lines: list[str] = field(default_factory=list)
     fault: ManagerError | None = None
     _changed: threading.Condition = field(default_factory=threading.Condition)
-    _control: Control = field(init=False)
+    control: Control = field(init=False)
 
     def __post_init__(self) -> None:
-        self._control = Control(self.report, self.kind)
+        self.control = Control(self.report, self.kind)
 
     def report(self, line: str) -> None:
         log.info("%s: %s", self.title, line)
@@ -10798,7 +10838,7 @@ class Job:
 
     def cancel(self) -> None:
         """Undo what is under way at the next safe point; a finished job stays as it is."""
-        self._control.cancel()
+        self.control.cancel()
 
     def run(self, work: Callable[[Control], None], *, at_end: Callable[[], None]) -> Job:
         threading.Thread(
@@ -10808,7 +10848,7 @@ class Job:
 
     def _run(self, work: Callable[[Control], None], at_end: Callable[[], None]) -> None:
         try:
-            work(self._control)
+            work(self.control)
         except ManagerError as error:
             self.fault = error
         except Exception:  # boundary: a bug must not leave the job "running" for ever
@@ -10842,9 +10882,10 @@ class Job:
                 lines=tuple(self.lines),
                 fault=str(self.fault) if self.fault else None,
                 hint=self.hint,
-                kind=self.kind,
-                progress=self._control.progress,
-                done_part=self._control.done_part,
+                kind="task" if self.fetching else self.kind,
+                fetching=self.fetching,
+                progress=self.control.progress,
+                done_part=self.control.done_part,
             )
 
 
@@ -11350,17 +11391,71 @@ class Manager:
         return after
 
     def start(self, change: Change) -> Job:
-        """Save the wish and make it so, as a job; refused at once while another change runs."""
-        release = self._store.acquire(change.title)
+        """Save the wish and make it so, as a job; refused at once while another change runs.
+
+        What takes hours to fetch comes first, and other changes are made meanwhile.
+        """
+        held = contextlib.ExitStack()
+        held.callback(self._store.acquire(change.title))
         try:
             before = self._store.load()
-            state = self._saved(change)
+            after = self._saved(change)
+            absent = self._absent(change, before, after)
         except BaseException:
-            release()
+            held.close()
             raise
         job = Job(change.title, change.hint)
         self._jobs.append(job)
-        return job.run(lambda control: self._work(change, before, state, control), at_end=release)
+
+        def work(control: Control) -> None:
+            if absent:
+                self._fetch_then_work(change, before, after, absent, job, held)
+            else:
+                self._work(change, before, after, control)
+
+        return job.run(work, at_end=held.close)
+
+    def _absent(self, change: Change, before: State, after: State) -> dict[str, tuple[Step, ...]]:
+        """What is to be fetched, by stage; a change that is one transaction fetches on its way."""
+        if change.whole or before.mig_layouts != after.mig_layouts:
+            return {}
+        with contextlib.suppress(ManagerError):  # the job itself will meet it, and say it
+            plan = plan_state(
+                after, self.observe(), self._site, scope=change.scope, restart=change.restart,
+                despite_driver=change.despite_driver, gentle=change.gentle,
+            )  # fmt: skip
+            return {stage.title: fetches(stage) for stage in plan.models if fetches(stage)}
+        return {}
+
+    def _fetch_then_work(
+        self, change: Change, before: State, after: State,
+        absent: Mapping[str, tuple[Step, ...]], job: Job, held: contextlib.ExitStack,
+    ) -> None:  # fmt: skip
+        control = job.control
+        if change.scope == EVERYTHING:  # nobody else waits for that
+            with contextlib.suppress(ManagerError):  # it is tried again, and told, in the end
+                converge(after, self._site, self._tools, control, change, skip=absent)
+        held.close()
+        job.fetching = frozenset(absent)
+        try:
+            for title, steps in absent.items():
+                _attempt([Stage(title=title, steps=steps)], self._tools, control)
+        finally:
+            take = partial(self._store.acquire, change.title)
+            held.callback(when_free(take, self._tools, Control(control.report)))
+            job.fetching = frozenset()
+            now = self._store.load()
+            former = without_change(now, before, after)
+            if control.is_cancelled:
+                self._save_changed(former)
+        missing = {title: fault for title, fault in control.faults.items() if title in absent}
+        try:
+            self._work(change, former, now, control, skip=missing)
+        except ManagerError as error:
+            _raise_all(
+                [*missing.values(), error] if not isinstance(error, CancelledError) else [error]
+            )
+        _raise_all([*missing.values()])
 
     def start_task(self, title: str, work: Callable[[Control], None], hint: str = "") -> Job:
         """Work beside the changes, as a job; refused while one of the same title runs."""
@@ -11369,12 +11464,17 @@ class Manager:
         self._jobs.append(job)
         return job.run(work, at_end=release)
 
-    def _work(self, change: Change, before: State, after: State, control: Control) -> None:
+    def _work(
+        self, change: Change, before: State, after: State, control: Control,
+        skip: Collection[str] = (),
+    ) -> None:  # fmt: skip
         former = way_back(before, after, self.hardware(fresh=True))
         # Whoever changes a layout, by a cut or by rolling back, gets all of it or nothing.
         whole = change.whole or after.mig_layouts != before.mig_layouts
         try:
-            converge(after, self._site, self._tools, control, replace(change, whole=whole))
+            converge(
+                after, self._site, self._tools, control, replace(change, whole=whole), skip=skip
+            )
         except ManagerError as error:
             if isinstance(error, CancelledError) or whole:
                 self._withdraw(replace(change, whole=whole), before, former, control)

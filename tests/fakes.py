@@ -170,6 +170,7 @@ class World:
     foreign_devices: dict[str, frozenset[str]] = field(default_factory=dict)
     weights: dict[str, frozenset[str]] = field(default_factory=lambda: {**STORED})
     absent_weights: set[str] = field(default_factory=set)  # the hub does not have these
+    while_downloading: Callable[[], None] = lambda: None
     repositories: dict[str, lm.RepositoryFacts] = field(default_factory=dict)  # it tells of these
     needs: dict[str, int] = field(default_factory=dict)  # MiB of a GPU, by container
     rejected: str = "\0"  # Caddy rejects a Caddyfile with this in it
@@ -682,8 +683,9 @@ class FakeWeights:
         kind: lm.ModelType | None = None,  # noqa: ARG002
         on_progress: Callable[[lm.DownloadProgress], None], check: Callable[[], None],
     ) -> str:  # fmt: skip
-        check()
         self._refuse(repository)
+        self.world.while_downloading()
+        check()
         with self.trouble.around():
             whole = self.world.weights.get(repository, frozenset())
             self.world.weights[repository] = whole | {revision or "main"}

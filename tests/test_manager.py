@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -153,7 +153,14 @@ def test_a_change_of_an_unknown_model_starts_no_job_and_frees_the_lock(
     assert server.manager.jobs() == []
 
 
+def everything_is_here(server: Server) -> None:
+    """No image and no weights are to be fetched."""
+    server.world.images |= {*asdict(server.manager.state().images).values()}
+    server.world.weights["a/b"] = frozenset({"main"})
+
+
 def test_a_second_change_is_refused_while_one_runs(server: Server) -> None:
+    everything_is_here(server)
     server.manager.register(CHAT)
     gate, reached = threading.Event(), threading.Event()
 
@@ -171,6 +178,69 @@ def test_a_second_change_is_refused_while_one_runs(server: Server) -> None:
     gate.set()
     list(job.follow())
     server.do(lm.stopping("chat"))
+
+
+@contextlib.contextmanager
+def fetching(server: Server, change: lm.Change) -> Iterator[lm.Job]:
+    """A change whose weights are on their way for as long as the block lasts."""
+    gate, reached = threading.Event(), threading.Event()
+
+    def wait_here() -> None:
+        reached.set()
+        assert gate.wait(5)
+
+    server.world.while_downloading = wait_here
+    job = server.manager.start(change)
+    assert reached.wait(5)
+    try:
+        yield job
+    finally:
+        gate.set()
+
+
+def test_other_models_are_changed_while_one_is_fetched(server: Server) -> None:
+    serve(server, "other")
+    del server.world.weights["a/b"]
+    server.manager.register(CHAT)
+    with fetching(server, lm.deploying("chat")) as job:
+        snapshot = server.manager.snapshot()
+        assert lm.running_job(snapshot) is None
+        assert [row[2] for row in lm.model_rows(snapshot)] == ["ready", "pending"]
+        assert lm.attention(snapshot) == []
+        server.do(lm.stopping("other"))
+        assert server.world.routed() == frozenset()
+    list(job.follow())
+    assert server.world.routed() == {"chat"}
+    assert server.manager.state().model("other").wish == "stopped"
+
+
+def test_a_deployment_that_is_cancelled_while_it_is_fetched_takes_back_its_own_wish_alone(
+    server: Server,
+) -> None:
+    serve(server, "other")
+    del server.world.weights["a/b"]
+    server.manager.register(CHAT)
+    with fetching(server, lm.deploying("chat")) as job:
+        server.do(lm.stopping("other"))
+        server.manager.cancel_job(job.id)
+    with pytest.raises(lm.CancelledError):
+        list(job.follow())
+    wishes = {model.name: model.wish for model in server.manager.state().models}
+    assert wishes == {"chat": "stopped", "other": "stopped"}
+
+
+def test_what_is_here_comes_back_before_what_must_be_fetched(server: Server) -> None:
+    serve(server, "other")
+    server.manager.register(CHAT | {"source": {"kind": "hub", "repository": "c/d"}})
+    server.world.absent_weights.add("c/d")
+    server.manager.save(lm.deploying("chat"))
+    server.world.end(lm.ContainerName("llm-model-other-0"), 137)
+    job = server.manager.start(lm.restoring())
+    with pytest.raises(lm.ManagerError, match="c/d is not on"):
+        list(job.follow())
+    back = job.lines.index("  llm-model-other-0 is ready after 0 s")
+    assert back < next(n for n, line in enumerate(job.lines) if line.startswith("download c/d"))
+    assert server.world.routed() == {"other"}
 
 
 def test_a_cancelled_deployment_is_undone_and_listed(server: Server) -> None:

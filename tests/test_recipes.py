@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -516,6 +516,8 @@ def test_deployments_go_on_while_an_image_is_built_and_its_pin_waits_for_them(
     server: Server,
 ) -> None:
     server.manager.register(ON_CPU | {"recipe": None})
+    server.world.images |= {*asdict(server.manager.state().images).values()}
+    server.world.weights[ON_CPU["source"]["repository"]] = frozenset({"main"})
     gate, reached = threading.Event(), threading.Event()
 
     def wait_here() -> None:
