@@ -212,6 +212,7 @@ def an_image_that_would_ask_a_hub(here: Installation) -> None:
         tag=f"llm-manager-online-{instance}:latest",
         labels={lm.LABEL_IMAGE_INSTANCE: instance},  # so that it goes with the installation
         network_mode="none",
+        rm=True,
     )
     here.cli("image", "set", "vllm_cpu", image.tags[0])
 
