@@ -1755,6 +1755,12 @@ class EngineLoad:
     running: int
     waiting: int
     tokens: int
+    cached: float = 0.0  # part of the KV cache in use: a long prompt grows there before any token
+
+    @property
+    def progress(self) -> tuple[int, float]:
+        """What stands still in an engine that hangs."""
+        return self.tokens, self.cached
 
 
 LOAD_METRICS: Final = (
@@ -1771,7 +1777,9 @@ def parse_load(metrics: str) -> EngineLoad | None:
     if not all(found):
         return None
     running, waiting, read, made = (int(sum(map(float, figures))) for figures in found)
-    return EngineLoad(running=running, waiting=waiting, tokens=read + made)
+    used = re.findall(r"^vllm:kv_cache_usage_perc\{.*\} (\S+)$", metrics, re.MULTILINE)
+    cached = sum(map(float, used))
+    return EngineLoad(running=running, waiting=waiting, tokens=read + made, cached=cached)
 
 
 def measurement_key(model: Model, image: str, hardware: Hardware | None) -> str:
@@ -2461,7 +2469,7 @@ def estimate(
         place=place,
         parts=parts,
         budget_mib=budget,
-        verdict="too small" if short else _verdict(parts, budget),
+        verdict="too small" if short else _verdict(parts, budget, known=needed is not None),
         context=context,
         requests=at_once,
         largest_context=longest,
@@ -2574,7 +2582,7 @@ def _kv_part(
     return FitPart(name="KV cache", mib=needed, origin="estimated")
 
 
-def _verdict(parts: Sequence[FitPart], budget: float | None) -> Verdict | None:
+def _verdict(parts: Sequence[FitPart], budget: float | None, *, known: bool) -> Verdict | None:
     """What is measured is not wrong by a tenth; what is unknown is never called more than tight."""
     if budget is None:
         return None
@@ -2582,7 +2590,8 @@ def _verdict(parts: Sequence[FitPart], budget: float | None) -> Verdict | None:
     if needed > budget:
         return "too small"
     sure = all(part.origin != "estimated" for part in parts)
-    if any(part.mib is None for part in parts) or (needed > FITS_UP_TO * budget and not sure):
+    unknown = not known or any(part.mib is None for part in parts)
+    if unknown or (needed > FITS_UP_TO * budget and not sure):
         return "tight"
     return "roomy" if needed <= ROOMY_UP_TO * budget else "fits"
 
@@ -2643,7 +2652,8 @@ def places_that_fit(  # noqa: PLR0913 - the quantities that it depends on
     """
     others = replace(state, models=tuple(m for m in state.wished_models if m.name != model))
     found = []
-    for placement, to_cut in _possible_places(hardware):
+    taken = frozenset[GpuUuid]().union(*(gpus_of(m) for m in others.models))
+    for placement, to_cut in _possible_places(hardware, taken):
         place = place_of(placement, hardware)
         fit = estimate(weights_bytes, architecture, wish, place, at_once=at_once)
         if fit.starts:
@@ -2657,13 +2667,18 @@ def _worth(candidate: Candidate) -> tuple[bool, bool, bool, int, int]:
     return bool(candidate.taken_by), fit.verdict == "tight", candidate.to_cut, gpus, memory
 
 
-def _possible_places(hardware: Hardware) -> Iterator[tuple[Placement, bool]]:
+def _possible_places(
+    hardware: Hardware, taken: Collection[GpuUuid]
+) -> Iterator[tuple[Placement, bool]]:
     """Whole GPUs, the best joined 2, 4 and 8 of a kind, slices, and slices that could be cut."""
     for gpu in whole_gpus(hardware):
         yield GpuPlacement(gpu_uuids=(gpu.uuid,)), False
-    for count in (2, 4, 8):
+    joined: dict[tuple[GpuUuid, ...], None] = {}  # in this order, each once
+    for count, busy in itertools.product((2, 4, 8), (taken, ())):
         with contextlib.suppress(RefusedError):
-            yield GpuPlacement(gpu_uuids=choose_gpus(hardware, count).gpu_uuids), False
+            joined[choose_gpus(hardware, count, busy).gpu_uuids] = None
+    for uuids in joined:
+        yield GpuPlacement(gpu_uuids=uuids), False
     for gpu in hardware.gpus:
         for profile, start in along(gpu.layout):
             yield MigPlacement(gpu_uuid=gpu.uuid, profile=profile, start=start), False
@@ -2748,7 +2763,7 @@ HUB_TROUBLES: Final[Mapping[HubTrouble, tuple[str, str]]] = {
         "Wait some minutes, then try again; requests with a token may be more.",
     ),
     "server": ("{host} is in trouble itself{detail}.", f"Try again in some minutes; {KEPT}."),
-    "broken": ("The download of {repository} broke off{detail}.", f"Try again; {KEPT}."),
+    "broken": ("The connection to {host} broke off{detail}.", f"Try again; {KEPT}."),
     "stalled": (
         "The download of {repository} stood still{detail}.",
         f"Check this server's network and proxy, then try again; {KEPT}.",
@@ -2868,7 +2883,8 @@ class RepositoryFacts:
 
     @property
     def architectures(self) -> tuple[str, ...]:
-        return tuple(self.config.get("architectures") or ())
+        named = self.config.get("architectures")
+        return tuple(n for n in named if isinstance(n, str)) if isinstance(named, list) else ()
 
     @property
     def context(self) -> int | None:
@@ -2877,7 +2893,9 @@ class RepositoryFacts:
 
     @property
     def quantisation(self) -> str | None:
-        for part in (self.config, self.config.get("text_config") or {}):
+        for part in (self.config, self.config.get("text_config")):
+            if not isinstance(part, dict):
+                continue
             settings = part.get("quantization_config") or part.get("compression_config")
             if isinstance(settings, dict):
                 return str(settings.get("quant_method") or settings.get("quant_algo") or "unknown")
@@ -2935,7 +2953,7 @@ def guess_type(facts: RepositoryFacts) -> ModelType | None:
 
 def _labels(config: Json) -> int:
     labels = config.get("id2label")
-    return len(labels) if isinstance(labels, dict) else int(config.get("num_labels", 2))
+    return len(labels) if isinstance(labels, dict) else _count(config, "num_labels") or 2
 
 
 def _type_of_architecture(architecture: str) -> ModelType | None:
@@ -3054,7 +3072,8 @@ def missing_files(
         for shard in shards.get(file.path, ()):
             path = str(PurePosixPath(file.folder) / shard)
             lacking |= set() if path in here else {path}
-    if not any(file.suffix in WEIGHTS for file in needed):
+    suffixes = {file.suffix for file in needed} | {PurePosixPath(p).suffix for p in lacking}
+    if not suffixes & WEIGHTS:
         lacking.add("weights")
     return sorted(lacking)
 
@@ -3090,7 +3109,7 @@ class DownloadProgress:
 
     @property
     def seconds_left(self) -> float | None:
-        """None while only small files came: huggingface_hub writes large ones 10 MB at a time."""
+        """None while only small files came, which tell nothing of the line."""
         rate, telling = self.bytes_per_second, min(self.bytes_total // 100, 2**24)
         return (
             (self.bytes_total - self.bytes_done) / rate
@@ -5715,6 +5734,7 @@ class JobView:
     lines: tuple[str, ...]
     fault: str | None
     hint: str = ""
+    cancelled: bool = False
     kind: JobKind = "change"
     fetching: frozenset[str] = frozenset()  # titles of the stages that wait for what it fetches
     progress: str = ""  # how far what is under way has come, by its own words
@@ -6310,7 +6330,8 @@ def job_title(snapshot: Snapshot) -> str:
         return f"**{plain(job.title)}** · running for {elapsed}{far}"
     took = format_duration((job.finished_at - job.started_at).total_seconds())
     if job.fault:
-        return f"**{plain(job.title)}** · failed after {took}: {plain(job.fault)}"
+        how = "cancelled" if job.cancelled else "failed"
+        return f"**{plain(job.title)}** · {how} after {took}: {plain(job.fault)}"
     return f"**{plain(job.title)}** · done in {took}. {job.hint}"
 
 
@@ -7586,9 +7607,12 @@ def take_lock(path: Path, *, wait: bool = False) -> IO[str] | None:
     handle = open(path, "r+", encoding="utf-8", opener=_creating_opener)  # noqa: SIM115
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
+    except BlockingIOError:
         handle.close()
         return None
+    except OSError:  # a file system without locks
+        handle.close()
+        raise
     return handle
 
 
@@ -7618,8 +7642,12 @@ def write_atomic(path: Path, text: str) -> None:
         os.close(directory)
 
 
+HOME_ADVICE: Final = "Check the owner and mode of LLM Manager's home directory."
+PLACE_ADVICE: Final = "Check that it is there, and its owner and mode."
+
+
 @contextlib.contextmanager
-def file_errors(action: str) -> Iterator[None]:
+def file_errors(action: str, advice: str = HOME_ADVICE) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -7630,8 +7658,7 @@ def file_errors(action: str) -> Iterator[None]:
             ) from error
         where = f" ({error.filename})" if error.filename else ""
         raise ManagerError(
-            f"LLM Manager could not {action}: {error.strerror or error}{where}.",
-            advice="Check the owner and mode of LLM Manager's home directory.",
+            f"LLM Manager could not {action}: {error.strerror or error}{where}.", advice=advice
         ) from error
 
 
@@ -8233,7 +8260,8 @@ class DockerImages:
             api = self._connected().api
             users: dict[str, list[str]] = {}
             for container in api.containers(all=True):
-                name = container["Names"][0].removeprefix("/")
+                # One that is being removed has no name any more.
+                name = (container["Names"] or [container["Id"][:12]])[0].removeprefix("/")
                 users.setdefault(container["ImageID"], []).append(name)
             found: list[ObservedImage] = []
             for listed in api.images():
@@ -8535,6 +8563,7 @@ def _virtual_key(entry: Json) -> VirtualKey:
 
 LOOK_SECONDS: Final = 10.0  # one request to the hub; a download has its own watchdog
 POLL_SECONDS: Final = 0.25
+WRITTEN_BYTES: Final = 256 * 1024  # of a file at a time
 STALL_SECONDS: Final = 60.0
 RETRY_SECONDS: Final = 2.0  # before the second attempt; doubles with each
 LONGEST_RETRY_SECONDS: Final = 300.0
@@ -8551,6 +8580,7 @@ FETCH_WEIGHTS: Final = "fetch-weights"  # the hidden command; see Transfer
 PASSED_ON: Final = (
     "PATH", "LANG", "TMPDIR", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy",
     "https_proxy", "all_proxy", "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR", "HF_ENDPOINT",
+    "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "HOME", "LD_LIBRARY_PATH",
 )  # fmt: skip
 
 
@@ -8595,6 +8625,8 @@ def _kind_of(error: BaseException, token: str | None) -> HubTrouble | None:
         (errors.DisabledRepoError, "disabled"),
         (errors.OfflineModeIsEnabled, "offline"),
         (errors.HFValidationError, "name"),
+        (httpx2.RemoteProtocolError, "broken"),
+        (httpx2.ReadError, "broken"),
     )
     for category, kind in known:
         if isinstance(error, category):
@@ -8627,13 +8659,13 @@ def _detail_of(error: BaseException, kind: HubTrouble) -> str:
     response = getattr(error, "response", None)
     if response is not None:
         return f"status {response.status_code}" if kind in {"server", "rate"} else ""
-    return _short(error) if kind in {"unreachable", "files"} else ""
+    return _short(error) if kind in {"unreachable", "broken", "files"} else ""
 
 
 def _short(error: BaseException) -> str:
     """One line without addresses' queries: a signed address opens what it names."""
     words = " ".join(str(error).split()) or type(error).__name__
-    return re.sub(r"\?\S+|hf_\w+", "…", words)[:200].rstrip(".")
+    return re.sub(r"\?\S+|hf_\w+|(?<=//)[^/@\s]+(?=@)", "…", words)[:200].rstrip(".")
 
 
 def _asked_for(error: BaseException) -> float | None:
@@ -8650,7 +8682,7 @@ def _asked_for(error: BaseException) -> float | None:
 
 def inspect_directory(path: Path) -> RepositoryFacts:
     """What a directory of weights says of itself; exact, from its safetensors' headers."""
-    with file_errors(f"read {path}"):
+    with file_errors(f"read {path}", PLACE_ADVICE):
         files, broken = _files_under(path)
         if not files or broken:
             what = f"{path}/{broken[0]} leads nowhere." if broken else f"{path} holds no files."
@@ -8668,6 +8700,21 @@ def inspect_directory(path: Path) -> RepositoryFacts:
         parameters=dict(parameters),
         config=config,
     )
+
+
+def refuse_links_out(path: Path) -> None:
+    """A container sees the directory alone: what its links mean elsewhere is not there."""
+    with file_errors(f"look into {path}", PLACE_ADVICE):
+        home = path.resolve()
+        astray = [
+            link.name for link in path.rglob("*")
+            if link.is_symlink() and not link.resolve().is_relative_to(home)
+        ]  # fmt: skip
+    if astray:
+        raise RefusedError(
+            f"{path} holds links that lead out of it, such as {astray[0]}.",
+            advice="Register the repository by its name, or copy the directory with `cp -rL`.",
+        )
 
 
 def _parameters_of(path: Path) -> Counter[str]:
@@ -8777,7 +8824,7 @@ class Claims:
     @contextlib.contextmanager
     def _counting(self) -> Iterator[None]:
         """One process at a time looks at claims, or a look would pass for a claim."""
-        with file_errors("reserve room for weights"):
+        with file_errors("reserve room for weights", PLACE_ADVICE):
             self._hub.mkdir(parents=True, exist_ok=True)
             self._directory.mkdir(mode=0o700, exist_ok=True)
             mutex = take_lock(self._directory / "mutex", wait=True)
@@ -8888,7 +8935,7 @@ class HubCache:
         """All there is; what is being written at the moment is no leftover."""
         revisions: list[CachedRevision] = []
         leftovers: list[Leftover] = []
-        with file_errors("read the cache of weights"):
+        with file_errors("read the cache of weights", PLACE_ADVICE):
             for folder in self._folders():
                 known = self._revisions(folder)
                 revisions += known
@@ -8972,7 +9019,7 @@ class HubCache:
     def remove(self, removal: Removal) -> None:
         """Take away what was planned and nothing else; refused while it is being downloaded."""
         folder = self.folder(removal.repository)
-        with self.claims.claim(removal.repository), file_errors("remove weights"):
+        with self.claims.claim(removal.repository), file_errors("remove weights", PLACE_ADVICE):
             if folder.is_symlink() or not folder.is_dir():
                 return
             known = self._revisions(folder)
@@ -9002,7 +9049,7 @@ class HubCache:
     def sweep(self, repository: str) -> None:
         """Remove what broken-off transfers left: no later one goes on from a part of a file."""
         folder = self.folder(repository)
-        with file_errors("clear up after a download"):
+        with file_errors("clear up after a download", PLACE_ADVICE):
             for path in (folder / "blobs").glob("*.incomplete"):
                 if not self._is_being_written(path):
                     path.unlink(missing_ok=True)
@@ -9058,11 +9105,9 @@ class HuggingFace:
                          "gated", "safetensors"),
         }  # fmt: skip
         tags = [{"pipeline_tag": tag} for tag, type_ in PIPELINES.items() if type_ == kind]
-        hits = [
-            _hit(found)
-            for tag in tags or [{}]
-            for found in self._get("/api/models", wanted, **query, **tag)
-        ]
+        answers = [self._get("/api/models", wanted, **query, **tag) for tag in tags or [{}]]
+        with understood(wanted):
+            hits = [_hit(found) for answer in answers for found in answer]
         return tuple(sorted(hits, key=lambda hit: -(hit.downloads or 0))[:limit])
 
     def inspect(self, repository: str, revision: str | None = None) -> RepositoryFacts:
@@ -9074,7 +9119,8 @@ class HuggingFace:
                 raise HubError("offline", wanted)
             return cached
         found = self._ask(wanted, revision, blobs="true")
-        facts = _facts(found, repository, revision)
+        with understood(wanted):
+            facts = _facts(found, repository, revision)
         if not any(file.path == "config.json" for file in facts.files):
             return facts
         try:
@@ -9115,11 +9161,14 @@ class HuggingFace:
             if commit is None or not self.cache.present(repository, commit):
                 raise HubError("offline", wanted)
             return commit
+        if COMMIT.fullmatch(revision or "") and self.cache.present(repository, revision):
+            return revision or ""
         with self.cache.claims.claim(repository) as claim:
             try:
                 return Download(self, wanted, revision, kind, claim).run(on_progress, check)
             finally:
-                self.cache.sweep(repository)
+                with contextlib.suppress(ManagerError):  # it must not hide what went wrong
+                    self.cache.sweep(repository)
 
     @staticmethod
     def _wanted(repository: str, revision: str | None) -> Wanted:
@@ -9159,6 +9208,15 @@ class HuggingFace:
                 return answer.json()
             except ValueError as error:
                 raise HubError("server", wanted, "its answer is no JSON") from error
+
+
+@contextlib.contextmanager
+def understood(wanted: Wanted) -> Iterator[None]:
+    """A mirror may answer anything."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise HubError("server", wanted, "its answer is not understood") from error
 
 
 def _hit(found: Json) -> RepositoryHit:
@@ -9465,7 +9523,8 @@ class Transfer:
         handle = self._said.fileno()
         said = os.pread(handle, 4096, max(os.fstat(handle).st_size - 4096, 0))
         lines = said.decode(errors="replace").split("\n")
-        return _short(ValueError(next((line for line in reversed(lines) if line.strip()), "")))
+        line = next((line for line in reversed(lines) if line.strip()), "")
+        return _short(ValueError(line)) if line else ""
 
 
 def fetch_weights() -> HubError | None:
@@ -9479,6 +9538,9 @@ def fetch_weights() -> HubError | None:
 
     threading.Thread(target=end_with_parent, daemon=True).start()
     wanted = Wanted(**request["wanted"])
+    # Its 10 MiB (2.4) stand still for a minute on a slow line, which would look like a stall.
+    constants: Any = huggingface_hub.constants
+    constants.DOWNLOAD_CHUNK_SIZE = WRITTEN_BYTES
     try:
         with hub_errors(wanted, request["token"]):
             huggingface_hub.snapshot_download(
@@ -10633,15 +10695,15 @@ def _undo_set_aside(name: ContainerName, containers: Containers) -> None:
 
 def download(source: HubSource, kind: ModelType | None, tools: Tools, control: Control) -> str:
     """Fetch weights and tell how far it is: always as progress, and now and then as a line."""
-    said, note = -math.inf, ""
+    said, attempt = -math.inf, 1
 
     def on_progress(seen: DownloadProgress) -> None:
-        nonlocal said, note
+        nonlocal said, attempt
         control.progress = format_progress(seen)
         control.done_part = seen.bytes_done / seen.bytes_total if seen.bytes_total else None
         now = tools.clock.monotonic()
-        if now - said >= STARTING_LINE_SECONDS or seen.note != note:
-            said, note = now, seen.note
+        if now - said >= STARTING_LINE_SECONDS or seen.attempt != attempt:
+            said, attempt = now, seen.attempt
             control.report(f"  {control.progress}")
 
     def fetch() -> str:
@@ -10881,6 +10943,7 @@ class Job:
                 finished_at=self.finished_at,
                 lines=tuple(self.lines),
                 fault=str(self.fault) if self.fault else None,
+                cancelled=isinstance(self.fault, CancelledError),
                 hint=self.hint,
                 kind="task" if self.fetching else self.kind,
                 fetching=self.fetching,
@@ -11246,9 +11309,9 @@ class WeightsLibrary:
         try:
             commit: str | None = hub.resolve(source.repository, source.revision)
         except HubError as error:
-            if error.kind not in {*TRANSIENT, "offline", "gated", "token"}:
-                raise  # a name that the hub does not know is best said now
             commit = hub.cache.commit(source.repository, source.revision)
+            if commit is None and error.kind not in {*TRANSIENT, "offline", "gated", "token"}:
+                raise  # a name that the hub does not know is best said now
         pinned = replace(source, revision=commit) if commit else source
         if source in self._known:  # it was looked at before it was registered
             self._known.setdefault(pinned, self._known[source])
@@ -11274,8 +11337,14 @@ class WeightsLibrary:
         return plan_removal(self.cache(), state, repository, revision, despite_use=despite_use)
 
     def orphans(self) -> tuple[Removal, ...]:
-        """What no registered model uses."""
-        return orphans(self.cache(), self._store.load())
+        """What no registered model uses; refused where others may keep theirs as well."""
+        state = self._store.load()
+        if state.hugging_face_home is not None:
+            raise RefusedError(
+                f"{state.hugging_face_home} may hold what others downloaded.",
+                advice="Remove repositories one by one, with `cache remove`.",
+            )
+        return orphans(self.cache(), state)
 
     def remove(self, removal: Removal) -> None:
         self._tools.weights.cache.remove(removal)
@@ -11328,7 +11397,7 @@ class Manager:
         self._tools = tools
         self._paths = site
         self._options = engine_options
-        self._jobs: deque[Job] = deque(maxlen=50)
+        self._jobs: list[Job] = []
         self.keys = Keys(store, tools)
         self.logs = Logs(store, tools)
         self.images = ImageLibrary(store, tools, recipes, self.start_task, self.save)
@@ -11405,7 +11474,7 @@ class Manager:
             held.close()
             raise
         job = Job(change.title, change.hint)
-        self._jobs.append(job)
+        self._keep(job)
 
         def work(control: Control) -> None:
             if absent:
@@ -11457,11 +11526,16 @@ class Manager:
             )
         _raise_all([*missing.values()])
 
+    def _keep(self, job: Job) -> None:
+        """The last 50 that are done, and all that run."""
+        done = [known for known in self._jobs if known.finished_at is not None][:-50]
+        self._jobs = [known for known in self._jobs if known not in done] + [job]
+
     def start_task(self, title: str, work: Callable[[Control], None], hint: str = "") -> Job:
         """Work beside the changes, as a job; refused while one of the same title runs."""
         release = self._store.acquire(title, kind="task")
         job = Job(title, hint, "task")
-        self._jobs.append(job)
+        self._keep(job)
         return job.run(work, at_end=release)
 
     def _work(
@@ -11518,6 +11592,8 @@ class Manager:
     def register(self, raw: Json) -> Model:
         """A new model from what the operator typed; its place and commit are chosen if not said."""
         model = self.draft(raw)
+        if isinstance(model.source, LocalSource):
+            refuse_links_out(Path(model.source.path))
         model = replace(model, source=self.weights.pinned(model.source))
         self.save(registering(model, self.images.recipes()))
         return model
@@ -11532,8 +11608,18 @@ class Manager:
             raw = raw | {"placement": asdict(default_placement(hardware, state.models))}
         return parse_model(raw, state, self._options, self.images.recipes())
 
+    def sketch(self, raw: Json) -> Model:
+        """A draft that needs no place: where none can be chosen, the processor stands for it."""
+        try:
+            return self.draft(raw)
+        except (RefusedError, HardwareError):
+            return self.draft(raw | {"placement": asdict(CpuPlacement())})
+
     def revise(self, name: str, changes: Json) -> Model:
         """A registered model with some settings changed; it takes effect with the next plan."""
+        if "source" in changes:
+            source = self.weights.pinned(parse_source(changes["source"]))
+            changes = changes | {"source": asdict(source)}
         return self.save(revising(name, changes, self._options, self.images.recipes())).model(name)
 
     def returning(self, number: int | None) -> Change:
@@ -11634,7 +11720,9 @@ class Stalls:
     pause: float = 5.0  # seconds between two looks
     seconds: float = 60.0  # without a token, until an engine is suspected
     patience: float = 30.0  # seconds for the request that tries it
-    still: dict[ContainerName, tuple[int, datetime]] = field(default_factory=dict)  # tokens, since
+    still: dict[ContainerName, tuple[tuple[int, float], datetime]] = field(
+        default_factory=dict
+    )  # progress, since
     hung: frozenset[ContainerName] = frozenset()
 
     def suspects(
@@ -11644,10 +11732,10 @@ class Stalls:
         before, self.still = self.still, {}
         for name, load in loads.items():
             known = before.get(name)
-            if known and (load is None or (load.running and load.tokens == known[0])):
+            if known and (load is None or (load.running and load.progress == known[0])):
                 self.still[name] = known
             elif load is not None and load.running:
-                self.still[name] = (load.tokens, now)
+                self.still[name] = (load.progress, now)
         self.hung &= {name for name in self.still if self.still[name] == before.get(name)}
         limit = now - timedelta(seconds=self.seconds)
         return [n for n, (_, at) in self.still.items() if at <= limit and n not in self.hung]
@@ -12173,7 +12261,8 @@ def wire_fit(desk: Desk, form: ModelForm) -> None:
 
     for entered in (source.submit, source.blur, revision.submit, origin.input):
         entered(on_source, every, [kind, form.facts, *seen], **QUIET)
-    for changed in (arguments.input, *(choice.change for choice in form.inputs[8:]), kind.input):
+    # Not `input`: Gradio (6.31) fires that for keys, and neither for a paste nor for Backspace.
+    for changed in (arguments.change, *(choice.change for choice in form.inputs[8:]), kind.input):
         changed(on_typed, every, seen, trigger_mode="always_last", **QUIET)
     form.at_once.change(on_typed, every, seen, trigger_mode="always_last", **QUIET)
 
@@ -12342,7 +12431,7 @@ def look_at(
     source = named_source(typed(name), typed(revision) or None)
     facts = manager.weights.look(source)
     raw = {"name": "draft", "type": guess_type(facts) or "chat", "source": asdict(source)}
-    return facts, manager.weights.places(manager.draft(raw))
+    return facts, manager.weights.places(manager.sketch(raw))
 
 
 def first_cell(event: gr.SelectData) -> str:
@@ -12927,7 +13016,7 @@ def add_model_commands(commands: Any, add: Callable[..., Any]) -> None:
     fit = group.add_parser("fit", help="whether it fits its place, and where else it would")
     fit.set_defaults(command=command_model_fit)
     fit.add_argument("name")
-    fit.add_argument("--at-once", type=int, default=1, help="requests at a time")
+    fit.add_argument("--at-once", type=positive, default=1, help="requests at a time")
     _add_named_change(group.add_parser("remove"), removing)
 
 
@@ -12956,6 +13045,14 @@ def _add_model_options(sub: argparse.ArgumentParser, *, required: bool) -> None:
     sub.add_argument("--json", action="store_true")
 
 
+def positive(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
 def add_weights_commands(commands: Any, add: Callable[..., Any]) -> None:
     """`search`, `inspect`, `pull`, `cache …`."""
     search = add("search", command_search, "find models on the Hugging Face hub")
@@ -12970,7 +13067,7 @@ def add_weights_commands(commands: Any, add: Callable[..., Any]) -> None:
         sub.add_argument("--revision", help="branch, tag or commit")
         sub.add_argument("--type", choices=MODEL_TYPES, help="default: guessed")
     look.add_argument("--arguments", default="", help='for the engine: "--max-model-len 8192"')
-    look.add_argument("--at-once", type=int, default=1, help="requests at a time")
+    look.add_argument("--at-once", type=positive, default=1, help="requests at a time")
     cache = commands.add_parser("cache", help="the weights on this server").add_subparsers(
         required=True, metavar="COMMAND"
     )
@@ -13118,8 +13215,10 @@ def open_manager() -> Manager:
     store = StateStore(find_home())
     state = store.ensure(fixed_names=store.home == SYSTEM_HOME)
     cache = Path(state.hugging_face_home or store.home / "huggingface")
-    with file_errors("make the weights' directory"):
-        (cache / "hub").mkdir(parents=True, exist_ok=True)
+    # A named one may be a disk that is not mounted yet, and must not come to be on another.
+    if state.hugging_face_home is None or cache.is_dir():
+        with file_errors("make the weights' directory"):
+            (cache / "hub").mkdir(parents=True, exist_ok=True)
     docker_url = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
     recipes = PROGRAM.parent / "recipes"
     system = GpuSystem()
@@ -13313,7 +13412,7 @@ def command_inspect(arguments: argparse.Namespace) -> int:
     kind = arguments.type or guess_type(facts) or "chat"
     given = {"name": "draft", "type": kind, "source": asdict(source)}
     words = split_arguments(arguments.arguments)
-    model = manager.draft(given | {"engine_arguments": words})
+    model = manager.sketch(given | {"engine_arguments": words})
     out_fit(manager, model, arguments.at_once)
     return DONE
 
@@ -13462,6 +13561,8 @@ def command_model_add(arguments: argparse.Namespace) -> int:
     model = manager.register(given | {"name": arguments.name})
     where = format_placement(model.placement, manager.hardware())
     out(f"Registered {model.name} on {where}. Next: llm_manager.py deploy {model.name}")
+    if isinstance(model.source, HubSource) and model.source.revision is None:
+        out("The hub could not be asked for a commit: the model follows the branch `main`.")
     return DONE
 
 
@@ -13615,7 +13716,7 @@ def command_config_token(_: argparse.Namespace) -> int:
     """Never an argument: those are visible to every user of the server."""
     token = getpass("Hugging Face token: ") if sys.stdin.isatty() else sys.stdin.readline()
     open_manager().save(setting_hub_token(token.strip()))
-    out("Saved. Next: llm_manager.py plan")
+    out("Saved." if token.strip() else "Removed the token: nothing was typed.")
     return DONE
 
 

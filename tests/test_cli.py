@@ -186,6 +186,7 @@ def test_output_that_nobody_reads_is_no_failure(tmp_path: Path) -> None:
 def test_a_model_is_added_listed_shown_changed_and_removed(run: Run) -> None:
     assert run("model", "add", "chat", *HUB).out == (
         "Registered chat on CPU, 4096 MiB KV cache. Next: llm_manager.py deploy chat\n"
+        "The hub could not be asked for a commit: the model follows the branch `main`.\n"
     )
     (row,) = facts(run("model", "list", "--json"))
     assert (row["name"], row["phase"], row["source"]) == ("chat", "unknown", "Qwen/Qwen3-0.6B")

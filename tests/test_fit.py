@@ -590,6 +590,17 @@ def test_the_smallest_slice_that_a_card_could_be_cut_into_is_offered() -> None:
     assert cut.fit.place.placement.profile == "3g.40gb"
 
 
+def test_the_pair_that_nobody_has_is_offered_before_the_best_joined_one() -> None:
+    simulated = SimulatedGpus([a_card("A100 80 GB")] * 4)
+    uuids = [gpu.uuid for gpu in simulated.gpus]
+    busy = a_state(*(a_model(f"m{n}", placement=on_gpus(uuids[n])) for n in (0, 1)))
+    offered = placements(candidates(simulated, state=busy))
+    pairs = [
+        {*p.gpu_uuids} for p in offered if isinstance(p, lm.GpuPlacement) and len(p.gpu_uuids) == 2
+    ]
+    assert pairs[0] == {*uuids[2:]}
+
+
 def test_a_model_that_is_in_the_way_is_named_and_the_place_comes_last() -> None:
     simulated = SimulatedGpus([a_card("A100 80 GB"), a_card("A100 80 GB")])
     first, second = (gpu.uuid for gpu in simulated.gpus)

@@ -290,6 +290,27 @@ def test_all_that_is_whole_is_seen_beside_what_is_damaged(hub: FakeHub, cache: l
     assert cache.stored()["acme/tiny"] == frozenset()
 
 
+def test_a_pinned_commit_that_is_here_needs_no_hub(
+    hub: FakeHub, cache: lm.HubCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = a_repository(hub).refs["main"]
+    hf(cache.home, "acme/tiny")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    adapter = lm.HuggingFace(cache, lambda: None)
+    said: list[lm.DownloadProgress] = []
+    found = adapter.download("acme/tiny", commit, on_progress=said.append, check=lambda: None)
+    assert (found, said) == (commit, [])
+
+
+@pytest.mark.parametrize(
+    "odd", [[{"modelId": "a/b"}], [{"id": "a/b", "lastModified": 3}], ["a/b"]], ids=str
+)
+def test_a_mirror_that_answers_something_else_is_said_in_words(odd: list[Any]) -> None:
+    wanted = lm.Wanted(endpoint="https://mirror", repository="a/b")
+    with pytest.raises(lm.HubError, match="not understood"), lm.understood(wanted):
+        [lm._hit(found) for found in odd]
+
+
 def test_a_connection_that_breaks_off_costs_nothing(hub: FakeHub, cache: lm.HubCache) -> None:
     repository = a_repository(hub)
     repository.troubles.break_after = 100_000

@@ -198,6 +198,27 @@ def fetching(server: Server, change: lm.Change) -> Iterator[lm.Job]:
         gate.set()
 
 
+def test_a_directory_whose_links_lead_out_of_it_is_refused(server: Server, tmp_path: Path) -> None:
+    """As a snapshot of the hub's cache is: a container would see links to nowhere."""
+    blob = tmp_path / "blobs" / "abc"
+    blob.parent.mkdir()
+    blob.write_text("{}")
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    (snapshot / "config.json").symlink_to(blob)
+    local = {"source": {"kind": "local", "path": str(snapshot)}}
+    with pytest.raises(lm.RefusedError, match=r"links that lead out of it, such as config\.json"):
+        server.manager.register(CHAT | local)
+    assert server.manager.state().models == ()
+
+
+def test_a_shared_cache_is_never_pruned_at_once(server: Server) -> None:
+    shared = replace(server.store.load(), hugging_face_home="/data/hf")
+    server.store.save(shared)
+    with pytest.raises(lm.RefusedError, match="may hold what others downloaded"):
+        server.manager.weights.orphans()
+
+
 def test_other_models_are_changed_while_one_is_fetched(server: Server) -> None:
     serve(server, "other")
     del server.world.weights["a/b"]

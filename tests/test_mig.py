@@ -849,7 +849,7 @@ def test_after_a_reboot_layouts_come_back_before_the_models_on_them(tmp_path: Pa
         "read back that GPU 1 has 1g.10gb at 2, 3g.40gb at 4",
         "wait until llm-postgres is ready",
         "wait until llm-model-chat-0 is ready",
-        "wait until llm-litellm-a is ready",
+        "wait until llm-litellm-b is ready",
         "wait until llm-caddy is ready",
     ]
     at = [next(n for n, line in enumerate(lines) if line.startswith(text)) for text in order]
