@@ -35,6 +35,7 @@ import os
 import subprocess
 import sys
 from hashlib import sha256
+from importlib import import_module
 from importlib.util import LazyLoader, find_spec, module_from_spec
 from pathlib import Path, PurePath, PurePosixPath
 from types import ModuleType
@@ -9539,7 +9540,7 @@ def fetch_weights() -> HubError | None:
     threading.Thread(target=end_with_parent, daemon=True).start()
     wanted = Wanted(**request["wanted"])
     # Its 10 MiB (2.4) stand still for a minute on a slow line, which would look like a stall.
-    constants: Any = huggingface_hub.constants
+    constants: Any = import_module("huggingface_hub.constants")
     constants.DOWNLOAD_CHUNK_SIZE = WRITTEN_BYTES
     try:
         with hub_errors(wanted, request["token"]):
