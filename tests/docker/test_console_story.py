@@ -2,83 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-import shutil
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import nvml_standin
 import pytest
-from conftest import Install
-from installation import CHEAP, Installation, free_ports
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from browsing import button, cell, open_console, open_tab, serving, without_docker
+from fake_hub import FakeHub
+from installation import CHEAP, Install, Installation
+from playwright.sync_api import Page, expect
 from test_story import ANSWER, ask
 
 pytestmark = pytest.mark.browser
-# No sandbox: tests run as root. The rest keeps Chromium from calling home.
-FLAGS = [
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
-    *("--disable-background-networking", "--disable-component-update"),
-]
-TABS = ("Overview", "Models", "Hardware", "Keys", "System")
+TABS = ("Overview", "Models", "Library", "Hardware", "Keys", "System")
 DEPLOY_SECONDS = 240
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = next(filter(None, map(shutil.which, names)))
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
-    page = browser.new_page(viewport={"width": 1280, "height": 900})
-    yield page
-    page.close()
-
-
-@contextlib.contextmanager
-def serving(here: Installation, **variables: str) -> Iterator[str]:
-    """The real console of an installation, and its address with the token."""
-    (port,) = free_ports(1)
-    console = here.popen("serve", "--port", str(port), **variables)
-    try:
-        assert console.stdout is not None
-        assert "listens on" in console.stdout.readline()
-        yield here.cli("url", "--port", str(port)).strip()
-    finally:
-        console.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            console.wait(20)
-        console.kill()
-
-
-def open_console(page: Page, url: str) -> None:
-    page.goto(url)
-    expect(page.get_by_role("tab", name="Overview")).to_be_visible(timeout=30_000)
-    assert "token" not in page.url, "the token does not stay in the address bar or the history"
-
-
-def open_tab(page: Page, name: str) -> None:
-    page.get_by_role("tab", name=name).click()
-    expect(page.get_by_role("tab", name=name)).to_have_attribute("aria-selected", "true")
-
-
 def test_without_docker_the_console_comes_up_and_says_what_to_do(
-    page: Page, tmp_path: Path, docker_client: object
+    page: Page, tmp_path: Path
 ) -> None:
-    here = Installation(docker_client, tmp_path / "home")
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
-    nowhere = "unix:///nonexistent.sock"
-    here.run("image", "list", DOCKER_HOST=nowhere)
-    with serving(here, DOCKER_HOST=nowhere) as url:
+    with serving(without_docker(tmp_path / "home")) as url:
         open_console(page, url)
         expect(page.get_by_text(re.compile("Docker does not answer.*systemctl start docker"))
                ).to_be_visible()  # fmt: skip
@@ -134,16 +80,18 @@ def test_the_story_in_the_console_with_a_reload_in_the_middle(
     page: Page, install: Install, tiny_models: Path
 ) -> None:
     here = install()
-    with serving(here) as url:
+    with FakeHub() as hub, serving(here, HF_ENDPOINT=hub.url) as url:
+        hub.add("acme/chat", tiny_models / "tiny-chat", pipeline_tag="text-generation")
         open_console(page, url)
         expect(page.get_by_text("Register your first model")).to_be_visible()
-        open_tab(page, "Models")
+        add_from_the_hub(page, "acme/chat")
         choose_a_small_kv_cache(page)
-        register(page, "Chat_1", tiny_models / "tiny-chat")
+        page.get_by_label("Engine arguments").press_sequentially(f"{CHEAP} --max-model-len 512")
+        expect(page.locator(".fit-card:visible")).to_contain_text("requests of 512 tokens")
+        register(page, "Chat_1")
         expect(page.get_by_text("must be lower-case letters")).to_be_visible()
-        register(page, "chat", tiny_models / "tiny-chat")
-        expect(page.get_by_text("starts it")).to_be_visible()
-        with here.step("deploy in the console, with a reload in the middle"):
+        register(page, "chat")
+        with here.step("deploy from the hub in the console, with a reload in the middle"):
             deploy(page)
         secret = create_key(page, "Ada <b>Lovelace</b>")
         assert ask(here.openai(secret)) == ANSWER
@@ -152,6 +100,17 @@ def test_the_story_in_the_console_with_a_reload_in_the_middle(
         expect(page.get_by_role("gridcell", name="Ada <b>Lovelace</b>")).to_be_visible()
         assert secret not in page.content(), "a secret is shown once"
         stop_and_see_the_plan_first(page)
+
+
+def add_from_the_hub(page: Page, repository: str) -> None:
+    """From a search to the form that registers what was found."""
+    open_tab(page, "Library")
+    page.get_by_label("Search the Hugging Face hub").fill("chat")
+    button(page, "Search").click()
+    cell(page, repository).click()
+    expect(cell(page, "LlamaForCausalLM")).to_be_visible()
+    button(page, "Add as a model").click()
+    expect(page.get_by_label("Repository or directory")).to_have_value(repository)
 
 
 def choose_a_small_kv_cache(page: Page) -> None:
@@ -169,17 +128,14 @@ def choose_a_small_kv_cache(page: Page) -> None:
     expect(kv_cache).to_have_value("64")
 
 
-def register(page: Page, name: str, weights: Path) -> None:
-    page.get_by_label("Name", exact=False).first.fill(name)
-    page.get_by_label("a directory of this server").check()
-    page.get_by_label("Repository or directory").fill(str(weights))
-    page.get_by_label("Engine arguments").fill(f"{CHEAP} --max-model-len 512")
-    page.get_by_role("button", name="Register", exact=True).click()
+def register(page: Page, name: str) -> None:
+    page.get_by_label("Name", exact=False).filter(visible=True).first.fill(name)
+    button(page, "Register and deploy").click()
 
 
 def deploy(page: Page) -> None:
-    page.get_by_role("button", name="Deploy", exact=True).click()
-    expect(page.get_by_text("create").first).to_be_visible()
+    """Confirm the plan that came with the registration, and wait for an answer."""
+    expect(page.locator(".plan-card:visible").first).to_contain_text("download acme/chat")
     page.get_by_role("button", name="Do it").click()
     expect(page.get_by_text("running for")).to_be_visible()
     # Gradio (6.31) ties no label to a text box with a copy button: found by their ids.

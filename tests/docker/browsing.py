@@ -1,0 +1,71 @@
+"""What tests in a real browser share: the console of an installation, and ways around in it."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+import docker
+from installation import Installation, free_ports
+from playwright.sync_api import Locator, Page, expect
+
+# No sandbox: tests run as root. The rest keeps Chromium from calling home.
+FLAGS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update"),
+]
+NOWHERE = "unix:///nonexistent.sock"
+
+
+def without_docker(home: Path, **variables: str) -> Installation:
+    """An installation that no Docker engine answers, and that nobody needs one for."""
+    client = cast("docker.DockerClient", None)
+    here = Installation(client, home, variables={"DOCKER_HOST": NOWHERE} | variables)
+    here.cli("image", "list")  # its state is there from now on
+    return here
+
+
+@contextlib.contextmanager
+def serving(here: Installation, **variables: str) -> Iterator[str]:
+    """The real console of an installation, and its address with the token."""
+    (port,) = free_ports(1)
+    console = here.popen("serve", "--port", str(port), **variables)
+    try:
+        assert console.stdout is not None
+        assert "listens on" in console.stdout.readline()
+        yield here.cli("url", "--port", str(port)).strip()
+    finally:
+        console.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            console.wait(20)
+        console.kill()
+
+
+def open_console(page: Page, url: str) -> None:
+    page.goto(url)
+    expect(page.get_by_role("tab", name="Overview")).to_be_visible(timeout=30_000)
+    assert "token" not in page.url, "the token does not stay in the address bar or the history"
+
+
+def open_tab(page: Page, name: str) -> None:
+    page.get_by_role("tab", name=name).click()
+    expect(page.get_by_role("tab", name=name)).to_have_attribute("aria-selected", "true")
+
+
+def button(page: Page, name: str) -> Locator:
+    """The visible one of exactly this name."""
+    return page.get_by_role("button", name=name, exact=True)
+
+
+def cell(page: Page, text: str) -> Locator:
+    """A cell of a visible table; Gradio adds its buttons' names to that of a chosen one."""
+    return page.get_by_role("gridcell").filter(has_text=text).filter(visible=True).first
+
+
+def choose(page: Page, label: str, option: str) -> None:
+    """Pick from a dropdown."""
+    page.get_by_label(label, exact=True).filter(visible=True).click()
+    page.get_by_role("option", name=option, exact=True).click()
