@@ -130,7 +130,7 @@ def test_a_found_repository_fills_the_form_whose_sum_follows_what_is_typed(libra
     expect(total).to_contain_text("these requests need 5,778 MiB")  # 40,960 tokens, on the CPU
     run = library.locator(".cm-content:visible")
     expect(run).to_contain_text("acme/chat-8b")
-    library.get_by_label("Engine arguments").press_sequentially("--max-model-len 512")
+    library.get_by_label("Engine arguments").fill("--max-model-len 512")
     expect(total).to_contain_text("requests of 512 tokens at a time")
     expect(total).not_to_contain_text("these requests need")
     expect(run).to_contain_text("--max-model-len 512")
