@@ -11203,8 +11203,12 @@ class ImageLibrary:
             unused = unused_images(self._store.load(), images)
             for image, row in zip(unused, unused_rows(unused, images), strict=True):
                 control.check()
-                self._tools.images.remove(image)
-                control.report(f"removed {row[0]}: {row[-1]}")
+                try:
+                    self._tools.images.remove(image)
+                except ContainerFailedError as error:  # it came into use meanwhile
+                    control.report(f"kept {row[0]}: {error}")
+                else:
+                    control.report(f"removed {row[0]}: {row[-1]}")
             compiled = self._unused_compiled()
             for folder in compiled:
                 self._store.drop_compiled(folder)
@@ -11380,33 +11384,21 @@ class WeightsLibrary:
         return self._store.read_measured().get(measurement_key(model, image, self._hardware()))
 
 
-class Manager:
-    """Every change of this installation, first as a plan, then as a job."""
+class ChangeRunner:
+    """How a change is planned, saved and made so: one at a time, as jobs that outlive pages."""
 
     def __init__(
-        self,
-        store: StateStore,
-        tools: Tools,
-        site: Site,
-        *,
-        engine_options: EngineOptions,
-        recipes: Callable[[], Recipes] = dict,
-        enabled: Callable[[str], bool | None] = lambda _: None,
+        self, store: StateStore, tools: Tools, site: Site, recipes: Callable[[], Recipes]
     ) -> None:
-        self._enabled = enabled
         self._store = store
         self._tools = tools
         self._paths = site
-        self._options = engine_options
+        self._recipes = recipes
         self._jobs: list[Job] = []
-        self.keys = Keys(store, tools)
-        self.logs = Logs(store, tools)
-        self.images = ImageLibrary(store, tools, recipes, self.start_task, self.save)
-        self.weights = WeightsLibrary(store, tools, self.start_task, self.hardware)
 
     @property
     def _site(self) -> Site:
-        return replace(self._paths, recipes=self.images.recipes())
+        return replace(self._paths, recipes=self._recipes())
 
     @property
     def home(self) -> Path:
@@ -11433,10 +11425,12 @@ class Manager:
 
     def plan(self, change: Change) -> Plan:
         """What the change would do; nothing is saved."""
-        state = self._edited(change, self._store.load())
+        return self._planned(change, self._edited(change, self._store.load()))
+
+    def _planned(self, change: Change, state: State) -> Plan:
         return plan_state(
             state, self.observe(), self._site, scope=change.scope, restart=change.restart,
-            despite_driver=change.despite_driver,
+            despite_driver=change.despite_driver, gentle=change.gentle,
         )  # fmt: skip
 
     def _edited(self, change: Change, before: State) -> State:
@@ -11490,11 +11484,8 @@ class Manager:
         if change.whole or before.mig_layouts != after.mig_layouts:
             return {}
         with contextlib.suppress(ManagerError):  # the job itself will meet it, and say it
-            plan = plan_state(
-                after, self.observe(), self._site, scope=change.scope, restart=change.restart,
-                despite_driver=change.despite_driver, gentle=change.gentle,
-            )  # fmt: skip
-            return {stage.title: fetches(stage) for stage in plan.models if fetches(stage)}
+            models = self._planned(change, after).models
+            return {stage.title: fetches(stage) for stage in models if fetches(stage)}
         return {}
 
     def _fetch_then_work(
@@ -11580,6 +11571,28 @@ class Manager:
     def _account(self, state: State, control: Control) -> None:
         for row in restore_rows(state, self.observe(), control.faults):
             control.report(": ".join(row))
+
+
+class Manager(ChangeRunner):
+    """The use cases of one installation: all that console and command line may call."""
+
+    def __init__(
+        self,
+        store: StateStore,
+        tools: Tools,
+        site: Site,
+        *,
+        engine_options: EngineOptions,
+        recipes: Callable[[], Recipes] = dict,
+        enabled: Callable[[str], bool | None] = lambda _: None,
+    ) -> None:
+        super().__init__(store, tools, site, recipes)
+        self._enabled = enabled
+        self._options = engine_options
+        self.keys = Keys(store, tools)
+        self.logs = Logs(store, tools)
+        self.images = ImageLibrary(store, tools, recipes, self.start_task, self.save)
+        self.weights = WeightsLibrary(store, tools, self.start_task, self.hardware)
 
     def cutting(self, gpu: str, wish: str) -> Change:
         """The change of one GPU to what was typed; see `cutting_as_typed`."""
