@@ -12127,12 +12127,13 @@ def wire_plan(
 
 def planned(desk: Desk, verb: str, subject: str, wished: Change) -> tuple[Any, ...]:
     """What opens the card: the fit of what would be deployed, the plan, and how to confirm it."""
-    picture = ""
+    text = plan_markdown(wished.title, desk.manager.plan(wished))
+    fit = None
     if verb == "deploy":
         fit = desk.manager.weights.fit(desk.manager.state().model(subject))
-        picture = fit_html(fit) if fit else ""
-    text = plan_markdown(wished.title, desk.manager.plan(wished))
-    shown = gr.HTML(picture, visible=bool(picture))
+    if fit and fit.verdict and not fit.starts:
+        text = f"⚠️ It will probably not start there. **Do it** tries it all the same.\n\n{text}"
+    shown = gr.HTML(fit_html(fit) if fit else "", visible=fit is not None)
     return gr.update(visible=True), shown, text, (verb, subject)
 
 
