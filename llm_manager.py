@@ -2692,7 +2692,10 @@ def _cuttable(gpu: Gpu) -> Iterator[Slice]:
     if gpu.geometry is None or gpu.slices is None:
         return
     names = [name for name, _ in gpu.layout]
-    plain = [profile for profile in gpu.geometry.profiles if not profile.variant]
+    plain = [
+        profile for profile in gpu.geometry.profiles
+        if not profile.variant and profile.compute_slices < gpu.geometry.compute_slices
+    ]  # fmt: skip
     for profile in _room(gpu.geometry, gpu.layout, plain):
         with contextlib.suppress(RefusedError):
             layout = choose_layout(gpu.geometry, [*names, profile.name], staying=gpu.layout)
@@ -7226,6 +7229,15 @@ def _reach_lines(fit: Fit) -> list[str]:
             f"Room for {fit.concurrency:.1f} requests of {fit.context:,} tokens at a time."
         )
     return lines
+
+
+def free_gpus(candidates: Sequence[Candidate]) -> list[str]:
+    """The whole GPUs to propose for a model: the best place that nobody has."""
+    for candidate in candidates:
+        place = candidate.fit.place.placement
+        if isinstance(place, GpuPlacement) and not candidate.taken_by:
+            return [*place.gpu_uuids]
+    return []
 
 
 def fit_html(fit: Fit) -> str:
@@ -12181,6 +12193,10 @@ class ModelForm:
     command: gr.Code
 
     @property
+    def gpus(self) -> Any:
+        return self.inputs[10]
+
+    @property
     def known(self) -> list[Any]:
         """What the library fills in: name, type, origin, source, revision."""
         name, kind, origin, source, _, _, revision, *_ = self.inputs
@@ -12401,14 +12417,8 @@ def build_choice(desk: Desk, hits: gr.Dataframe, tabs: gr.Tabs, form: ModelForm)
             start_download(desk.manager, name, revision)
 
     def on_add(name: str | None, revision: str | None) -> tuple[Any, ...]:
-        place = typed(name)
         with shown_to_operator():
-            facts, _ = look_at(desk.manager, place, revision)
-        origin = ORIGINS[1] if place.startswith("/") else ORIGINS[0]
-        kind = guess_type(facts) or gr.skip()
-        known = (suggest_name(place), kind, origin, place, typed(revision))
-        said = facts_line(facts)
-        return gr.Tabs(selected="models"), gr.Accordion(open=True), said, *known
+            return gr.Tabs(selected="models"), *form_of(desk.manager, name, revision)
 
     with gr.Row(elem_classes="actions"):
         name = gr.Textbox(
@@ -12426,9 +12436,20 @@ def build_choice(desk: Desk, hits: gr.Dataframe, tabs: gr.Tabs, form: ModelForm)
     for wanted in (look.click, name.submit):
         wanted(on_look, asked, seen, **PRIVATE)
     fetch.click(on_download, asked, None, **PRIVATE)
-    filled = add.click(on_add, asked, [tabs, form.fold, form.facts, *form.known], **PRIVATE)
+    outputs = [tabs, form.fold, form.facts, form.gpus, *form.known]
+    filled = add.click(on_add, asked, outputs, **PRIVATE)
     described = [*form.inputs, form.at_once]
     filled.success(partial(preview, desk.manager), described, [form.fit, form.command], **QUIET)
+
+
+def form_of(manager: Manager, name: str | None, revision: str | None) -> tuple[Any, ...]:
+    """The registration form, opened and filled in with what was found: fold, facts, GPUs, …"""
+    place = typed(name)
+    facts, places = look_at(manager, place, revision)
+    origin = ORIGINS[1] if place.startswith("/") else ORIGINS[0]
+    kind = guess_type(facts) or gr.skip()
+    known = (suggest_name(place), kind, origin, place, typed(revision))
+    return gr.Accordion(open=True), facts_line(facts), free_gpus(places) or gr.skip(), *known
 
 
 def start_download(manager: Manager, name: str | None, revision: str | None) -> None:

@@ -599,6 +599,8 @@ def test_the_pair_that_nobody_has_is_offered_before_the_best_joined_one() -> Non
         {*p.gpu_uuids} for p in offered if isinstance(p, lm.GpuPlacement) and len(p.gpu_uuids) == 2
     ]
     assert pairs[0] == {*uuids[2:]}
+    found = candidates(simulated, "--max-model-len", "8K", state=busy)
+    assert lm.free_gpus(found) == [uuids[2]], "one is enough, and nobody has it"
 
 
 def test_a_model_that_is_in_the_way_is_named_and_the_place_comes_last() -> None:
