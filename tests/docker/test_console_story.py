@@ -143,7 +143,7 @@ def deploy(page: Page) -> None:
     expect(progress).to_have_value(re.compile("wait until"), timeout=60_000)
     page.reload()
     # Another page, the same job from its first line on.
-    expect(progress).to_have_value(re.compile("^create network"))
+    expect(progress).to_have_value(re.compile("^download acme/chat"))
     expect(page.get_by_text(re.compile("Deploy chat · done in"))).to_be_visible(
         timeout=DEPLOY_SECONDS * 1000
     )
