@@ -79,7 +79,7 @@ def browser() -> Iterator[Browser]:
     path = next(filter(None, map(shutil.which, names)))
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
-        expect.set_options(timeout=20_000)  # two cores may be busy with other things
+        expect.set_options(timeout=40_000)  # two cores may be busy with other things
         yield browser
         browser.close()
 
