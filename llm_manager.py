@@ -1897,7 +1897,7 @@ def read_architecture(config: object, tokenizer: object = None) -> Architecture:
         context=_context(inner, tokenizer if isinstance(tokenizer, dict) else {}),
         dtype=dtype.removeprefix("torch.") if dtype else None,
         kv_dtype=_calibrated(quantized),
-        quantization=_word(quantized, "quant_method") if isinstance(quantized, dict) else None,
+        quantization=_quantization(outer) or _quantization(inner),
         has_encoder=any(
             key in outer for key in ("vision_config", "audio_config", "encoder_layers")
         ),
@@ -1944,6 +1944,14 @@ def _word(config: Mapping[str, object], *names: str) -> str | None:
 
 def _first_word(value: object) -> str | None:
     return value[0] if isinstance(value, list) and value and isinstance(value[0], str) else None
+
+
+def _quantization(config: Json) -> str | None:
+    """How its weights are stored where that is not plainly; "unknown" where nobody says how."""
+    settings = config.get("quantization_config") or config.get("compression_config")
+    if not isinstance(settings, dict):
+        return None
+    return _word(settings, "quant_method", "quant_algo") or "unknown"
 
 
 def _calibrated(quantized: object) -> str | None:
@@ -2304,15 +2312,6 @@ def _request_blocks(layer: KvLayers, context: int, block: int, wish: EngineWish)
             return math.ceil(batch / block)
         case _:
             assert_never(layer.kind)
-
-
-def kv_cache_bytes(
-    architecture: Architecture, context: int, sequences: int, wish: EngineWish,
-    tensor_parallel: int = 1, block_size: int = BLOCK_TOKENS,
-) -> int | None:  # fmt: skip
-    """The KV cache of so many requests at a time, in bytes on each GPU; None is unknown."""
-    blocks = kv_blocks(architecture, context, wish, tensor_parallel, block_size)
-    return None if blocks is None else blocks.request_bytes * sequences
 
 
 def largest_context(
@@ -2897,13 +2896,7 @@ class RepositoryFacts:
 
     @property
     def quantisation(self) -> str | None:
-        for part in (self.config, self.config.get("text_config")):
-            if not isinstance(part, dict):
-                continue
-            settings = part.get("quantization_config") or part.get("compression_config")
-            if isinstance(settings, dict):
-                return str(settings.get("quant_method") or settings.get("quant_algo") or "unknown")
-        return None
+        return read_architecture(self.config).quantization
 
     @property
     def runs_own_code(self) -> bool:
@@ -3138,6 +3131,10 @@ class CachedRevision:
     def size_bytes(self) -> int:
         return sum(self.blobs.values())
 
+    def is_meant_by(self, repository: str, revision: str | None) -> bool:
+        """Whether a branch, tag or commit of a repository, or its default branch, is this here."""
+        return self.repository == repository and (revision or "main") in {self.commit, *self.refs}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Leftover:
@@ -3163,18 +3160,6 @@ class WeightsCache:
         blobs = {path: size for revision in self.revisions for path, size in revision.blobs.items()}
         return sum(blobs.values()) + sum(leftover.size_bytes for leftover in self.leftovers)
 
-    def find(self, repository: str, revision: str | None) -> CachedRevision | None:
-        """The stored revision that a branch, tag or commit means here."""
-        wanted = revision or "main"
-        return next(
-            (
-                known
-                for known in self.revisions
-                if known.repository == repository and wanted in {known.commit, *known.refs}
-            ),
-            None,
-        )
-
     def users(self, state: State, revision: CachedRevision) -> tuple[ModelName, ...]:
         """The registered models that load it, or name its repository among their arguments."""
         return tuple(
@@ -3183,7 +3168,7 @@ class WeightsCache:
             if any(revision.repository in argument for argument in model.engine_arguments)
             or (
                 isinstance(model.source, HubSource)
-                and self.find(model.source.repository, model.source.revision) == revision
+                and revision.is_meant_by(model.source.repository, model.source.revision)
             )
         )
 
@@ -5902,7 +5887,7 @@ def attention(snapshot: Snapshot) -> list[Attention]:
         Attention(snapshot.fates.get(m.name, f"{m.name} {unknown}"), "Models") for m in failed
     ]
     found += [Attention(text, "Models") for text in snapshot.hung.values()]
-    fetching = any(job.fetching for job in snapshot.jobs if job.finished_at is None)
+    fetching = any(job.fetching for job in snapshot.jobs)
     if snapshot.plan and running_job(snapshot) is None and not fetching:
         count = sum(len(stage.steps) for stage in snapshot.plan.stages)
         found.append(
@@ -6310,7 +6295,7 @@ def running_job(snapshot: Snapshot) -> JobView | None:
 def is_busy(snapshot: Snapshot, model: Model) -> bool:
     """Whether a model may be down because a change is under way, or fetches what it needs."""
     title = model_stage_title(model)
-    fetching = any(title in job.fetching for job in snapshot.jobs if job.finished_at is None)
+    fetching = any(title in job.fetching for job in snapshot.jobs)
     return fetching or running_job(snapshot) is not None
 
 
@@ -8759,7 +8744,7 @@ def _files_under(directory: Path) -> tuple[tuple[RepositoryFile, ...], tuple[str
             relative = path.relative_to(directory).as_posix()
             try:
                 files.append(RepositoryFile(path=relative, size_bytes=path.stat().st_size))
-            except FileNotFoundError:
+            except OSError:  # a link to nothing, or to itself
                 broken.append(relative)
     return tuple(sorted(files, key=lambda file: file.path)), tuple(sorted(broken))
 
@@ -8838,7 +8823,7 @@ class Claims:
     def _counting(self) -> Iterator[None]:
         """One process at a time looks at claims, or a look would pass for a claim."""
         with file_errors("reserve room for weights", PLACE_ADVICE):
-            self._hub.mkdir(parents=True, exist_ok=True)
+            self._hub.mkdir(exist_ok=True)  # its home may be a disk that is not mounted
             self._directory.mkdir(mode=0o700, exist_ok=True)
             mutex = take_lock(self._directory / "mutex", wait=True)
         with mutex or contextlib.nullcontext():
@@ -8888,7 +8873,8 @@ class HubCache:
         if revision and COMMIT.fullmatch(revision):
             return revision
         try:
-            text = (self.folder(repository) / "refs" / (revision or "main")).read_text().strip()
+            path = self.folder(repository) / "refs" / (revision or "main")
+            text = path.read_text(errors="replace").strip()
         except OSError:
             return None
         return text if COMMIT.fullmatch(text) else None
@@ -8916,11 +8902,9 @@ class HubCache:
         return found
 
     def _whole_revisions(self, folder: Path) -> frozenset[str]:
-        whole = {path.name for path in (folder / "snapshots").glob("*")
-                 if not self._missing(folder, path.name)}  # fmt: skip
-        refs = {path.relative_to(folder / "refs").as_posix(): path.read_text(errors="replace")
-                for path in (folder / "refs").rglob("*") if path.is_file()}  # fmt: skip
-        return frozenset(whole | {ref for ref, commit in refs.items() if commit.strip() in whole})
+        whole = {commit for commit in _commits(folder) if not self._missing(folder, commit)}
+        named = {ref for ref, commit in _refs(folder).items() if commit in whole}
+        return frozenset(whole | named)
 
     def inspect(self, repository: str, revision: str | None = None) -> RepositoryFacts | None:
         """What the cache knows of it, where it is present."""
@@ -8967,17 +8951,10 @@ class HubCache:
         return [folder for folder in found if folder.is_dir() and not folder.is_symlink()]
 
     def _revisions(self, folder: Path) -> list[CachedRevision]:
-        refs: dict[str, list[str]] = {}
-        for path in sorted((folder / "refs").rglob("*")):
-            if path.is_file():
-                name = path.relative_to(folder / "refs").as_posix()
-                refs.setdefault(path.read_text().strip(), []).append(name)
-        snapshots = folder / "snapshots"
-        found = sorted(snapshots.iterdir()) if snapshots.is_dir() else []
+        refs = _refs(folder)
         return [
-            self._revision(folder, path.name, tuple(refs.get(path.name, ())))
-            for path in found
-            if COMMIT.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+            self._revision(folder, commit, tuple(ref for ref in refs if refs[ref] == commit))
+            for commit in _commits(folder)
         ]
 
     def _revision(self, folder: Path, commit: str, refs: tuple[str, ...]) -> CachedRevision:
@@ -9066,6 +9043,24 @@ class HubCache:
             for path in (folder / "blobs").glob("*.incomplete"):
                 if not self._is_being_written(path):
                     path.unlink(missing_ok=True)
+
+
+def _commits(folder: Path) -> list[str]:
+    """The revisions of a cached repository that have a directory of their own."""
+    return [
+        path.name
+        for path in sorted((folder / "snapshots").glob("*"))
+        if COMMIT.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+    ]
+
+
+def _refs(folder: Path) -> dict[str, str]:
+    """The commit that each branch or tag meant when it was downloaded; damaged ones mean none."""
+    return {
+        path.relative_to(folder / "refs").as_posix(): path.read_text(errors="replace").strip()
+        for path in sorted((folder / "refs").rglob("*"))
+        if path.is_file()
+    }
 
 
 def folder_name(repository: str) -> str:
@@ -11806,7 +11801,7 @@ class Pulse:
                 log.exception("no pulse could be felt")
 
     def _feel(self) -> None:
-        if (snapshot := self._latest()) is self._felt:  # nobody looks at the server just now
+        if (snapshot := self._latest()) is self._felt:  # the watch itself stands still
             return
         self._felt, observed = snapshot, snapshot.observed
         seen = observed.containers.values() if observed else ()
@@ -12058,21 +12053,17 @@ def _update(fresh: Any) -> Any:
     return gr.update(**fresh) if isinstance(fresh, dict) else fresh
 
 
-def table(headers: Sequence[str], widths: Sequence[str] | None = None) -> Any:
-    return gr.Dataframe(
-        headers=list(headers), interactive=False, wrap=True, buttons=[], type="array",
-        column_widths=list(widths) if widths else None, show_label=False,
-    )  # fmt: skip
-
-
-def hidden_table(
-    headers: Sequence[str], label: str = "", widths: Sequence[str] | None = None
+def table(
+    headers: Sequence[str],
+    widths: Sequence[str] | None = None,
+    *,
+    label: str = "",
+    visible: bool = True,
 ) -> Any:
-    """A table that appears with its rows."""
     return gr.Dataframe(
         headers=list(headers), interactive=False, wrap=True, buttons=[], type="array",
         column_widths=list(widths) if widths else None, label=label, show_label=bool(label),
-        visible=False,
+        visible=visible,
     )  # fmt: skip
 
 
@@ -12149,6 +12140,30 @@ def planned(desk: Desk, verb: str, subject: str, wished: Change) -> tuple[Any, .
     return gr.update(visible=True), shown, text, (verb, subject)
 
 
+def build_question(label: str, act: Callable[[Any], str]) -> tuple[list[Any], gr.Markdown]:
+    """A hidden card that asks before something goes for good; (group, text, pending) open it."""
+
+    def on_confirm(pending: Any) -> tuple[Any, str]:
+        with shown_to_operator():
+            return gr.update(visible=False), act(pending)
+
+    with gr.Group(visible=False, elem_classes="plan-card") as group:
+        text = gr.Markdown(padding=True)
+        with gr.Row():
+            confirm = gr.Button(label, variant="stop")
+            leave = gr.Button("Not now")
+    pending, said = gr.State(None), gr.Markdown()
+    confirm.click(on_confirm, pending, [group, said], **PRIVATE)
+    leave.click(lambda: gr.update(visible=False), None, group, **PRIVATE)
+    return [group, text, pending], said
+
+
+def deletion_question(lines: Sequence[str], pending: Any) -> tuple[Any, ...]:
+    """What opens the card before this is deleted."""
+    text = "**This would be deleted:**\n" + code_block("\n".join(lines))
+    return gr.update(visible=True), text, pending
+
+
 MODEL_VERBS: Final[Mapping[str, tuple[str, Literal["primary", "secondary", "stop"]]]] = {
     "deploy": ("Deploy", "primary"),
     "stop": ("Stop", "secondary"),
@@ -12191,10 +12206,7 @@ class ModelForm:
     facts: gr.Markdown
     fit: gr.HTML
     command: gr.Code
-
-    @property
-    def gpus(self) -> Any:
-        return self.inputs[10]
+    gpus: gr.CheckboxGroup  # of the inputs, too
 
     @property
     def known(self) -> list[Any]:
@@ -12268,7 +12280,7 @@ def build_model_form(desk: Desk) -> ModelForm:
         name, kind, origin, source, arguments, served, revision, image, kv_cache, replicas,
         *placement, recipe,
     ]  # fmt: skip
-    return ModelForm(fold, inputs, at_once, facts, fit, command)
+    return ModelForm(fold, inputs, at_once, facts, fit, command, gpus=placement[0])
 
 
 def wire_fit(desk: Desk, form: ModelForm) -> None:
@@ -12429,8 +12441,9 @@ def build_choice(desk: Desk, hits: gr.Dataframe, tabs: gr.Tabs, form: ModelForm)
         look = gr.Button("Look at it", scale=0, min_width=110)
         fetch = gr.Button("Download", scale=0, min_width=110)
         add = gr.Button("Add as a model", variant="primary", scale=0, min_width=150)
-    facts = hidden_table(("What", "Found"), widths=("20%", "80%"))
-    places = hidden_table(PLACE_HEADERS, label="Where it would fit, the best first")
+    facts = table(("What", "Found"), ("20%", "80%"), visible=False)
+    best = "Where it would fit, the best first"
+    places = table(PLACE_HEADERS, label=best, visible=False)
     asked, seen = [name, revision], [facts, places]
     hits.select(first_cell, None, name, **PRIVATE).then(on_look, asked, seen, **PRIVATE)
     for wanted in (look.click, name.submit):
@@ -12484,24 +12497,6 @@ def build_task_cancel(desk: Desk) -> None:
     cancel.click(lambda task_id: desk.manager.cancel_job(task_id or ""), task, None, **PRIVATE)
 
 
-def build_question(label: str, act: Callable[[Any], str]) -> tuple[list[Any], gr.Markdown]:
-    """A hidden card that asks before something goes for good; (group, text, pending) open it."""
-
-    def on_confirm(pending: Any) -> tuple[Any, str]:
-        with shown_to_operator():
-            return gr.update(visible=False), act(pending)
-
-    with gr.Group(visible=False, elem_classes="plan-card") as group:
-        text = gr.Markdown(padding=True)
-        with gr.Row():
-            confirm = gr.Button(label, variant="stop")
-            leave = gr.Button("Not now")
-    pending, said = gr.State(None), gr.Markdown()
-    confirm.click(on_confirm, pending, [group, said], **PRIVATE)
-    leave.click(lambda: gr.update(visible=False), None, group, **PRIVATE)
-    return [group, text, pending], said
-
-
 def build_cache_view(desk: Desk, tab: gr.Tab) -> None:
     """What is stored, who uses it, and a way to make room that is shown first."""
     weights = desk.manager.weights
@@ -12546,8 +12541,7 @@ def removal_question(removals: Sequence[Removal]) -> tuple[Any, ...]:
     """What opens the card that asks before weights go."""
     if not removals:
         raise RefusedError("Every stored repository is in use.", advice="Remove a model first.")
-    lines = "\n".join(map(removal_text, removals))
-    return gr.update(visible=True), f"**This would be deleted:**\n{code_block(lines)}", removals
+    return deletion_question([*map(removal_text, removals)], removals)
 
 
 def build_image_view(desk: Desk, tab: gr.Tab) -> None:
@@ -12593,8 +12587,7 @@ def build_image_pruning(desk: Desk) -> gr.Markdown:
             unused = [" · ".join(row) for row in images.unused_rows()]
             if not unused:
                 raise RefusedError("No image is unused.", advice="There is nothing to do.")
-            lines = "\n".join(unused)
-            return gr.update(visible=True), f"**This would be deleted:**\n{code_block(lines)}", None
+            return deletion_question(unused, None)
 
     def delete(_: None) -> str:
         return f"{images.prune().title}: see the progress above."
@@ -12689,29 +12682,21 @@ def build_keys_tab(desk: Desk) -> None:
 def build_revocation(desk: Desk) -> tuple[gr.Dropdown, gr.Markdown]:
     """Choose a key, be asked, revoke it; the Markdown says which was revoked."""
 
-    def on_revoke(alias: str | None) -> tuple[Any, str]:
+    def on_revoke(alias: str | None) -> tuple[Any, ...]:
         with shown_to_operator():
             if not alias:
                 raise RefusedError("No key is chosen yet.", advice="Choose one first.")
-            return gr.update(visible=True), revoke_question(alias)
+            return gr.update(visible=True), revoke_question(alias), alias
 
-    def on_confirm(alias: str) -> tuple[Any, str]:
-        with shown_to_operator():
-            desk.manager.keys.revoke(alias)
-            return gr.update(visible=False), f"Revoked the key of {plain(alias)}."
+    def revoke_it(alias: str) -> str:
+        desk.manager.keys.revoke(alias)
+        return f"Revoked the key of {plain(alias)}."
 
     with gr.Row(elem_classes="actions"):
         chosen = gr.Dropdown(label="Key to revoke", scale=3)
         revoke = gr.Button("Revoke", variant="stop", scale=0, min_width=110)
-    with gr.Group(visible=False, elem_classes="plan-card") as sure:
-        question = gr.Markdown(padding=True)
-        with gr.Row():
-            confirm = gr.Button("Revoke it", variant="stop")
-            leave = gr.Button("Not now")
-    said = gr.Markdown()
-    revoke.click(on_revoke, chosen, [sure, question], **PRIVATE)
-    confirm.click(on_confirm, chosen, [sure, said], **PRIVATE)
-    leave.click(lambda: gr.update(visible=False), None, sure, **PRIVATE)
+    question, said = build_question("Revoke it", revoke_it)
+    revoke.click(on_revoke, chosen, question, **PRIVATE)
     return chosen, said
 
 

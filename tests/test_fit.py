@@ -37,6 +37,15 @@ FIGURES = [
 ]
 
 
+def kv_cache_bytes(
+    architecture: lm.Architecture, context: int, sequences: int, wish: lm.EngineWish,
+    tensor_parallel: int = 1, block_size: int = lm.BLOCK_TOKENS,
+) -> int | None:  # fmt: skip
+    """The KV cache of so many requests at a time, in bytes on each GPU; None is unknown."""
+    blocks = lm.kv_blocks(architecture, context, wish, tensor_parallel, block_size)
+    return None if blocks is None else blocks.request_bytes * sequences
+
+
 def the_architecture(name: str) -> lm.Architecture:
     return lm.read_architecture(json.loads((FOLDER / f"{name}.json").read_text())["config"])
 
@@ -186,7 +195,7 @@ def test_families_are_read_by_their_own_names(
     config: dict[str, Any], token_bytes: int, context: int | None
 ) -> None:
     found = lm.read_architecture(config)
-    assert lm.kv_cache_bytes(found, 1600, 1, lm.EngineWish()) == 1600 * token_bytes
+    assert kv_cache_bytes(found, 1600, 1, lm.EngineWish()) == 1600 * token_bytes
     assert found.context == context
 
 
@@ -229,23 +238,23 @@ def test_deepseeks_indexer_adds_its_keys_to_the_latent_cache() -> None:
     plain = lm.read_architecture(v3)
     sparse = lm.read_architecture({**v3, "index_topk": 2048, "index_head_dim": 128})
     wish = lm.EngineWish()
-    more = lm.kv_cache_bytes(sparse, 16, 1, wish) or 0
-    assert more - (lm.kv_cache_bytes(plain, 16, 1, wish) or 0) == 16 * 61 * 132
+    more = kv_cache_bytes(sparse, 16, 1, wish) or 0
+    assert more - (kv_cache_bytes(plain, 16, 1, wish) or 0) == 16 * 61 * 132
     packed = lm.EngineWish(kv_cache_dtype="fp8_ds_mla")
-    assert lm.kv_cache_bytes(plain, 16, 1, packed) == 16 * 61 * 656
+    assert kv_cache_bytes(plain, 16, 1, packed) == 16 * 61 * 656
 
 
 def test_a_checkpoint_with_calibrated_scales_keeps_its_cache_in_8_bit() -> None:
     for said in ({"kv_cache_scheme": {"num_bits": 8}}, {"kv_cache_quant_algo": "FP8"}):
         found = lm.read_architecture({**SMALL, "quantization_config": said})
-        assert lm.kv_cache_bytes(found, 16, 1, lm.EngineWish()) == 16 * 12 * 2 * 128
+        assert kv_cache_bytes(found, 16, 1, lm.EngineWish()) == 16 * 12 * 2 * 128
 
 
 def test_what_a_config_does_not_tell_is_said() -> None:
     nothing = lm.read_architecture({})
     assert nothing.layers is None
     assert "how its layers keep their KV cache" in nothing.unknown
-    assert lm.kv_cache_bytes(nothing, 16, 1, lm.EngineWish()) is None
+    assert kv_cache_bytes(nothing, 16, 1, lm.EngineWish()) is None
     stateless = lm.read_architecture({**SMALL, "full_attention_interval": 3})
     assert "how large the state of its linear layers is" in stateless.unknown
     assert not [text for text in LLAMA.unknown if "type of its numbers" not in text]
@@ -276,7 +285,7 @@ def test_reading_never_raises_and_what_it_reads_can_be_computed_with(
     config: Any, tokenizer: Any
 ) -> None:
     found = lm.read_architecture(config, tokenizer)
-    needed = lm.kv_cache_bytes(found, 4096, 2, lm.EngineWish())
+    needed = kv_cache_bytes(found, 4096, 2, lm.EngineWish())
     assert needed is None or needed >= 0
     assert lm.fit_lines(lm.estimate(GIB, found, lm.EngineWish(), a_place()))
 
@@ -353,8 +362,8 @@ def test_a_longer_context_never_needs_less(
 ) -> None:
     wish = lm.EngineWish(max_num_batched_tokens=batch, prefix_caching=caching)
     short, long = sorted((one, other))
-    less = lm.kv_cache_bytes(model, short, 1, wish)
-    more = lm.kv_cache_bytes(model, long, 1, wish)
+    less = kv_cache_bytes(model, short, 1, wish)
+    more = kv_cache_bytes(model, long, 1, wish)
     assert less is not None
     assert more is not None
     assert less <= more

@@ -83,6 +83,7 @@ def download(
     watcher: Watcher | None = None,
 ) -> str:
     watcher = watcher or Watcher()
+    client.cache.home.mkdir(exist_ok=True)  # as the program does with a home of its own
     return client.download(
         repository, revision, on_progress=watcher.on_progress, check=watcher.check
     )
@@ -286,8 +287,20 @@ def test_all_that_is_whole_is_seen_beside_what_is_damaged(hub: FakeHub, cache: l
     (loop / "snapshots").mkdir(parents=True)
     (loop / "snapshots" / ("b" * 40)).symlink_to(loop / "snapshots" / ("b" * 40))
     assert cache.stored()["acme/tiny"] == {"main", commit}
+    (looped,) = [known for known in cache.read().revisions if known.repository == "acme/tiny"]
+    assert (looped.refs, looped.missing) == (("main",), ())
+    assert not cache.present("a/odd")
     (cache.folder("acme/tiny") / "snapshots" / commit / "config.json").resolve().unlink()
     assert cache.stored()["acme/tiny"] == frozenset()
+
+
+def test_a_home_that_is_not_mounted_is_not_made(hub: FakeHub, tmp_path: Path) -> None:
+    a_repository(hub)
+    absent = tmp_path / "disk" / "hf"
+    adapter = lm.HuggingFace(lm.HubCache(absent), lambda: None)
+    with pytest.raises(lm.ManagerError, match="Check that it is there"):
+        adapter.download("acme/tiny", on_progress=lambda _: None, check=lambda: None)
+    assert not absent.parent.exists()
 
 
 def test_a_pinned_commit_that_is_here_needs_no_hub(
@@ -353,6 +366,7 @@ client.download("acme/tiny", on_progress=lambda _: None, check=lambda: None)
 def test_a_killed_manager_leaves_no_transfer_behind(hub: FakeHub, cache: lm.HubCache) -> None:
     a_repository(hub).troubles.bytes_per_second = 2_000
     home = cache.home
+    home.mkdir()
     manager = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(home)], env=os.environ, cwd=lm.PROGRAM.parent
     )
@@ -376,6 +390,7 @@ def test_a_transfer_that_stands_still_is_restarted_without_xet(
 ) -> None:
     repository = a_repository(hub)
     repository.troubles.stall_after = 100_000
+    cache.home.mkdir()
     xet: list[str] = []
 
     def look(progress: lm.DownloadProgress) -> None:
@@ -438,6 +453,7 @@ def test_attempts_that_get_something_done_are_not_counted(hub: FakeHub, cache: l
             return self.done
 
     wanted = lm.Wanted(endpoint=hub.url, repository="acme/tiny")
+    cache.home.mkdir()
     with cache.claims.claim("acme/tiny") as claim:
         slow = OneFileAtATime(a_client(cache), wanted, None, None, claim)
         assert slow.run(lambda _: None, lambda: None) == COMMIT
@@ -453,6 +469,7 @@ def test_a_gated_download_says_what_to_do_and_shows_no_token(
     hub: FakeHub, cache: lm.HubCache
 ) -> None:
     a_repository(hub).troubles.gated = True
+    cache.home.mkdir()
     shown: list[str] = []
 
     def look(_: lm.DownloadProgress) -> None:

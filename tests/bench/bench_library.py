@@ -12,16 +12,15 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT.parent), str(ROOT)]
 
+from bench_render import milliseconds, say
 from builders import a_model, a_state, on_gpus
 from fake_gpus import SimulatedGpus, a_card
 from huggingface_hub import scan_cache_dir
@@ -36,21 +35,6 @@ DEEPSEEK, QWEN = (
 )
 TYPED = ("--max-model-len", "32K", "--max-num-seqs", "64", "--enable-chunked-prefill")
 Work = Callable[[], object]
-
-
-def say(line: str) -> None:
-    print(line, flush=True)  # noqa: T201 - this is what it is for
-
-
-def milliseconds(work: Work, rounds: int) -> float:
-    """The median of several rounds, after one to warm up."""
-    work()
-    taken = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        work()
-        taken.append((time.perf_counter() - start) * 1000)
-    return statistics.median(taken)
 
 
 def compare(title: str, work: Work, baselines: dict[str, Work], rounds: int) -> None:

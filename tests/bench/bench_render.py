@@ -30,7 +30,7 @@ TARGET_MS = 100
 
 
 def say(line: str) -> None:
-    print(line)  # noqa: T201 - this is what it is for
+    print(line, flush=True)  # noqa: T201 - this is what it is for
 
 
 def milliseconds(work: Callable[[], object], rounds: int) -> float:
