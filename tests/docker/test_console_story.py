@@ -8,7 +8,7 @@ from pathlib import Path
 
 import nvml_standin
 import pytest
-from browsing import button, cell, open_console, open_tab, serving, without_docker
+from browsing import button, cell, choose, open_console, open_tab, serving, without_docker
 from fake_hub import FakeHub
 from installation import CHEAP, Install, Installation
 from playwright.sync_api import Page, expect
@@ -99,7 +99,20 @@ def test_the_story_in_the_console_with_a_reload_in_the_middle(
         open_tab(page, "Keys")
         expect(page.get_by_role("gridcell", name="Ada <b>Lovelace</b>")).to_be_visible()
         assert secret not in page.content(), "a secret is shown once"
+        revoke_after_a_question(page, "Ada <b>Lovelace</b>")
         stop_and_see_the_plan_first(page)
+
+
+def revoke_after_a_question(page: Page, alias: str) -> None:
+    choose(page, "Key to revoke", alias)
+    button(page, "Revoke").click()
+    expect(page.get_by_text("Its requests are refused from then on")).to_be_visible()
+    button(page, "Not now").click()
+    expect(page.get_by_role("gridcell", name=alias)).to_be_visible()
+    button(page, "Revoke").click()
+    button(page, "Revoke it").click()
+    expect(page.get_by_text(f"Revoked the key of {alias}.")).to_be_visible()
+    expect(page.get_by_role("gridcell", name=alias)).to_have_count(0)
 
 
 def add_from_the_hub(page: Page, repository: str) -> None:
