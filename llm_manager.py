@@ -10,23 +10,26 @@ Outline (search for "§5"; tests/test_layout.py keeps it true):
   §6  Placement          pure     who gets which GPU or slice, and whether it is theirs alone
   §7  Memory fit         pure     what a model needs of a GPU, and what its engine reported
   §8  Weights            pure     repositories, what to fetch of them, and what is stored here
-  §9  Config generation  pure     containers, LiteLLM's YAML, the Caddyfile
-  §10 Steps              pure     what is observed, and all that can be done about it
-  §11 Planning           pure     desired + observed -> Plan
-  §12 Changes            pure     what an operator can ask for
-  §13 Views              pure     what the operator reads
-  §14 Hardware views     pure     GPUs, slices and restores as the operator sees them
-  §15 Library views      pure     weights, fit and images as the operator sees them
-  §16 Home               effects  time, and the state and files on the disk
-  §17 Containers         effects  Docker
-  §18 Images             effects  pulled, built from recipes, pruned
-  §19 Requests           effects  HTTP to containers on the bridge, LiteLLM's management API
-  §20 Hub                effects  Hugging Face, downloads, and the cache on the disk
-  §21 Drivers            effects  NVML, and what the system knows about GPUs
-  §22 Orchestration      effects  Plan -> world, undo, jobs
-  §23 Manager            effects  the use cases; all that console and command line may call
-  §24 Console            effects  one builder per tab, and who may open it
-  §25 Main               effects  arguments, wiring, systemd
+  §9  Routes             pure     public names, who answers for them, and how
+  §10 Config generation  pure     containers, LiteLLM's YAML, the Caddyfile
+  §11 Steps              pure     what is observed, and all that can be done about it
+  §12 Planning           pure     desired + observed -> Plan
+  §13 Changes            pure     what an operator can ask for
+  §14 Proofs             pure     what every way in should answer, and what must be found nowhere
+  §15 Views              pure     what the operator reads
+  §16 Hardware views     pure     GPUs, slices and restores as the operator sees them
+  §17 Library views      pure     weights, fit and images as the operator sees them
+  §18 Route views        pure     the ways in as the operator sees them
+  §19 Home               effects  time, and the state and files on the disk
+  §20 Containers         effects  Docker
+  §21 Images             effects  pulled, built from recipes, pruned
+  §22 Requests           effects  HTTP to containers on the bridge, LiteLLM's management API
+  §23 Hub                effects  Hugging Face, downloads, and the cache on the disk
+  §24 Drivers            effects  NVML, and what the system knows about GPUs
+  §25 Orchestration      effects  Plan -> world, undo, jobs
+  §26 Manager            effects  the use cases; all that console and command line may call
+  §27 Console            effects  one builder per tab, and who may open it
+  §28 Main               effects  arguments, wiring, systemd
 """
 
 from __future__ import annotations
@@ -178,7 +181,7 @@ from typing import (
     assert_never,
     get_args,
 )
-from urllib.parse import parse_qs, quote
+from urllib.parse import parse_qs, quote, urlsplit
 
 import docker
 import docker.errors
@@ -361,6 +364,14 @@ IMAGE_RULE: Final = _checked(
     "a pinned image like vllm/vllm-openai:v0.30.0",
     longest=255,
 )
+ROUTE_NAME_RULE: Final = _checked(
+    r"[A-Za-z0-9][A-Za-z0-9._:/-]*\*?",
+    "letters, digits and . _ : / -, with * at its end for a pattern", longest=128,
+)  # fmt: skip
+TARGET_RULE: Final = _checked(
+    r"[a-z0-9-]+(/[A-Za-z0-9@._:/+-]*\*?)?", "a model's name, or provider/model", longest=192
+)
+BEARER_RULE: Final = re.compile(r"sk-[A-Za-z0-9_-]{8,}")
 HOSTNAME_RULE: Final = _checked(
     r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", "a lower-case host name or IPv4 address", longest=253
 )
@@ -457,6 +468,7 @@ class Model:
     replicas: Annotated[int, pydantic.Field(ge=1, le=16)] = 1
     placement: Placement = field(default_factory=CpuPlacement)
     host: Name = "local"
+    open_route: bool = False  # reachable at /open/{name}/v1 while the edge opens such routes
     wish: Wish = "stopped"
 
 
@@ -495,26 +507,51 @@ class RecipeImage:
     image: ImageRef
 
 
+ProviderKind = Literal["openai", "ollama", "llama.cpp", "lm-studio", "exo", "cloud"]
+PROVIDER_KINDS: Final[tuple[ProviderKind, ...]] = get_args(ProviderKind)
+
+
 @_strict
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Provider:
-    """An OpenAI-compatible endpoint that runs elsewhere."""
+    """A server of models that runs elsewhere; a cloud is known to LiteLLM by its vendor's name."""
 
     name: Name
-    kind: Literal["openai", "ollama", "llama.cpp", "lm-studio", "exo", "cloud"]
+    kind: ProviderKind
     base_url: Annotated[str, URL_RULE] | None = None
+    vendor: Annotated[str, _checked(r"[a-z0-9_]+", "LiteLLM's name of it", longest=40)] | None = (
+        None
+    )
     api_key: pydantic.SecretStr | None = None
+
+
+Strategy = Literal["least-busy", "latency", "usage", "shuffle", "weighted"]
+STRATEGIES: Final[tuple[Strategy, ...]] = get_args(Strategy)
+RouteName = Annotated[str, ROUTE_NAME_RULE]
 
 
 @_strict
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Route:
-    """A public name and the models or providers' models that answer for it, in order."""
+    """A public name and who answers for it; one named as a model's own stands in its place.
 
-    name: Annotated[str, SERVED_NAME_RULE]
-    members: tuple[str, ...]
-    strategy: Literal["least-busy", "latency", "usage", "round-robin", "weighted"] = "least-busy"
-    fallbacks: tuple[str, ...] = ()
+    Members are models by name and providers' models as `provider/model`; of a pattern they are
+    `provider/*`. Where all of a route fail, its fallbacks, which are public names or members,
+    are tried in order.
+    """
+
+    name: RouteName
+    members: Annotated[tuple[Annotated[str, TARGET_RULE], ...], pydantic.Field(min_length=1)]
+    weights: tuple[Annotated[int, pydantic.Field(ge=1, le=1000)], ...] = ()
+    aliases: tuple[Annotated[str, SERVED_NAME_RULE], ...] = ()
+    strategy: Strategy = "least-busy"
+    fallbacks: tuple[Annotated[str, SERVED_NAME_RULE], ...] = ()
+    context_fallbacks: tuple[Annotated[str, SERVED_NAME_RULE], ...] = ()
+    timeout_seconds: Annotated[int, pydantic.Field(ge=1, le=3600)] = 600
+    retries: Annotated[int, pydantic.Field(ge=0, le=10)] = 2
+    cooldown_seconds: Annotated[int, pydantic.Field(ge=0, le=3600)] = 10
+    parallel: Annotated[int, pydantic.Field(ge=1, le=10_000)] | None = None  # for each replica
+    cache_seconds: Annotated[int, pydantic.Field(ge=1, le=30 * 86400)] | None = None
 
 
 @_strict
@@ -570,7 +607,8 @@ class Edge:
     https_port: Port = 443
     http_port: Port = 80
     tls: Tls = field(default_factory=InternalTls)
-    open_routes: bool = False
+    open_routes: bool = False  # off closes every open route at once
+    max_request_mib: Annotated[int, pydantic.Field(ge=1, le=4096)] = 64
 
 
 @_strict
@@ -628,6 +666,14 @@ class State:
         raise RefusedError(
             f"There is no model called {name!r}.", advice=f"Registered models: {known}."
         )
+
+    def provider(self, name: str) -> Provider:
+        """The provider of that name, or a refusal that lists what there is."""
+        for provider in self.providers:
+            if provider.name == name:
+                return provider
+        known = ", ".join(provider.name for provider in self.providers) or "none yet"
+        raise RefusedError(f"There is no provider called {name!r}.", advice=f"Providers: {known}.")
 
     def with_model(self, model: Model) -> State:
         """This state with the model added, or put in the place of its namesake."""
@@ -747,6 +793,7 @@ def check_state(state: State) -> None:
         *_doubles("model name", [m.name for m in state.models]),
         *_doubles("served model name", [m.served_model_name for m in state.models]),
         *_doubles("provider", [p.name for p in state.providers]),
+        *_doubles("public name", _public_names(state)),
         *_doubles("direct key", [k.name for k in state.direct_keys]),
         *_doubles("recipe image", [f"{p.recipe} ({p.device})" for p in state.recipe_images]),
         *_doubles("MIG layout", [layout.gpu_uuid for layout in state.mig_layouts]),
@@ -755,6 +802,13 @@ def check_state(state: State) -> None:
         faults.append(f"HTTP and HTTPS cannot both use port {state.edge.http_port}")
     if faults:
         raise RefusedError(f"{'; '.join(faults)}.", advice="Change one of them.")
+
+
+def _public_names(state: State) -> list[str]:
+    """What a request may name, patterns included; a route of a model's own name stands for it."""
+    routed = [name for route in state.routes for name in (route.name, *route.aliases)]
+    stood_for = {route.name for route in state.routes}
+    return routed + [n for m in state.models if (n := m.served_model_name) not in stood_for]
 
 
 def _doubles(what: str, names: Sequence[str]) -> list[str]:
@@ -3257,7 +3311,217 @@ def _removal_of(
 
 
 # =============================================================================
-# §9 Config generation — pure: containers, LiteLLM's YAML, the Caddyfile
+# §9 Routes — pure: public names, who answers for them, and how
+# =============================================================================
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServedModel:
+    """A model as it is served: its name for requests, and the replicas that answer to it."""
+
+    model: ModelName
+    served_model_name: str
+    type: str
+    replicas: tuple[ContainerName, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Deployment:
+    """What LiteLLM sends a request to: a replica, or a provider's model."""
+
+    target: str  # the route's member
+    deployment_id: str  # unique among all routes
+    model: str  # with LiteLLM's name of who serves it before it
+    api_base: str | None
+    api_key: str  # an environment variable, or a word where no key is needed
+    weight: int = 1
+    mode: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pool:
+    """A public name as it is served now: its route, and who answers for it."""
+
+    route: Route
+    deployments: tuple[Deployment, ...]
+
+
+# LiteLLM's provider and mode for each kind; its vLLM provider has no speech and no images.
+ROUTING: Final[Mapping[str, tuple[str, str]]] = {
+    "chat": ("hosted_vllm", "chat"),
+    "vision": ("hosted_vllm", "chat"),
+    "embedding": ("hosted_vllm", "embedding"),
+    "rerank": ("hosted_vllm", "rerank"),
+    "speech-to-text": ("hosted_vllm", "audio_transcription"),
+    "text-to-speech": ("openai", "audio_speech"),
+    "image": ("openai", "image_generation"),
+}
+
+
+def pools(state: State, served: Sequence[ServedModel]) -> tuple[Pool, ...]:
+    """Every public name that somebody answers for, by name.
+
+    Each model has its own, unless a route stands in its place. A route none of whose members is
+    served is served by its first fallback that is.
+    """
+    stood_for = {route.name for route in state.routes}
+    own = [
+        Pool(
+            route=Route(name=model.served_model_name, members=(model.model,)),
+            deployments=_replicas(model.served_model_name, model),
+        )
+        for model in served
+        if model.served_model_name not in stood_for
+    ]
+    found = {pool.route.name: pool for pool in own}
+    found |= {r.name: Pool(route=r, deployments=_members(r, state, served)) for r in state.routes}
+    for target in {t for r in state.routes for t in (*r.fallbacks, *r.context_fallbacks)}:
+        if target not in found and "/" in target and target not in _aliases(state):
+            route = Route(name=target, members=(target,))
+            found[target] = Pool(route=route, deployments=_members(route, state, served))
+    standing_in = (_with_stand_in(pool, found) for _, pool in sorted(found.items()))
+    return tuple(pool for pool in standing_in if pool.deployments)
+
+
+def _aliases(state: State) -> dict[str, str]:
+    """The routes' names by their aliases."""
+    return {alias: route.name for route in state.routes for alias in route.aliases}
+
+
+def _with_stand_in(pool: Pool, known: Mapping[str, Pool]) -> Pool:
+    if pool.deployments:
+        return pool
+    able = (known[name] for name in pool.route.fallbacks if name in known)
+    stand_in = next((other for other in able if other.deployments), pool)
+    return replace(
+        pool,
+        deployments=tuple(
+            replace(d, deployment_id=f"{pool.route.name}@{d.deployment_id.partition('@')[2]}")
+            for d in stand_in.deployments
+        ),
+    )
+
+
+def _members(route: Route, state: State, served: Sequence[ServedModel]) -> tuple[Deployment, ...]:
+    weights = route.weights or (1,) * len(route.members)
+    return tuple(
+        replace(deployment, weight=weight)
+        for target, weight in zip(route.members, weights, strict=False)
+        for deployment in _deployments(route.name, target, state, served)
+    )
+
+
+def _deployments(
+    name: str, target: str, state: State, served: Sequence[ServedModel]
+) -> tuple[Deployment, ...]:
+    provider_name, slash, model = target.partition("/")
+    if not slash:
+        replicas = (_replicas(name, model) for model in served if model.model == target)
+        return tuple(itertools.chain.from_iterable(replicas))
+    provider = next((p for p in state.providers if p.name == provider_name), None)
+    if provider is None:
+        return ()
+    return (
+        Deployment(
+            target=target,
+            deployment_id=f"{name}@{target}",
+            model=f"{vendor_of(provider)}/{model}",
+            api_base=api_base(provider),
+            api_key=f"os.environ/{key_variable(provider)}" if provider.api_key else "none",
+        ),
+    )
+
+
+def _replicas(name: str, model: ServedModel) -> tuple[Deployment, ...]:
+    vendor, mode = ROUTING[model.type]
+    return tuple(
+        Deployment(
+            target=model.model,
+            deployment_id=f"{name}@{replica}",
+            model=f"{vendor}/{model.served_model_name}",
+            api_base=f"http://{replica}:{ENGINE_PORT}/v1",
+            api_key="os.environ/ENGINE_API_KEY",
+            mode=mode,
+        )
+        for replica in model.replicas
+    )
+
+
+def vendor_of(provider: Provider) -> str:
+    """LiteLLM's name of who serves; all that are not clouds speak OpenAI's protocol."""
+    return (provider.vendor or provider.name) if provider.kind == "cloud" else "openai"
+
+
+def api_base(provider: Provider) -> str | None:
+    """Where its OpenAI API begins: `/v1` goes without saying."""
+    if provider.base_url is None or provider.kind == "cloud":
+        return provider.base_url
+    base = provider.base_url.rstrip("/")
+    return base if re.search(r"//[^/]+/", base) else f"{base}/v1"
+
+
+def key_variable(provider: Provider) -> str:
+    """The gateway's environment variable that holds its key."""
+    return f"PROVIDER_KEY_{provider.name.upper().replace('-', '_')}"
+
+
+def used_providers(state: State) -> tuple[Provider, ...]:
+    """Those that a route names."""
+    targets = {t for r in state.routes for t in (*r.members, *r.fallbacks, *r.context_fallbacks)}
+    names = {target.partition("/")[0] for target in targets if "/" in target}
+    return tuple(provider for provider in state.providers if provider.name in names)
+
+
+def check_route(route: Route, state: State) -> None:
+    """Whether a route can be served; all faults in one refusal."""
+    faults = [*_target_faults(route, state), *_shape_faults(route)]
+    namesake = next((m for m in state.models if m.served_model_name == route.name), None)
+    if namesake is not None and namesake.name not in route.members:
+        faults.append(
+            f"it bears the name of the model {namesake.name}, which is not among its members"
+        )
+    if faults:
+        raise RefusedError(
+            f"The route {route.name} cannot be served: {'; '.join(faults)}.",
+            advice="Correct that and try again.",
+        )
+
+
+def _shape_faults(route: Route) -> Iterator[str]:
+    patterns = [target for target in route.members if target.endswith("*")]
+    if route.name.endswith("*") != (len(patterns) == len(route.members)) or (
+        patterns and not route.name.endswith("*")
+    ):
+        yield "a pattern like lab/* has members like provider/*, and nothing else has"
+    if bool(route.weights) != (route.strategy == "weighted"):
+        yield "weights and the strategy weighted belong together"
+    elif route.weights and len(route.weights) != len(route.members):
+        yield f"{len(route.members)} members need as many weights, not {len(route.weights)}"
+    if len({*route.members}) < len(route.members):
+        yield "a member is named twice"
+    if route.name in {*route.aliases, *route.fallbacks, *route.context_fallbacks}:
+        yield "it names itself"
+
+
+def _target_faults(route: Route, state: State) -> Iterator[str]:
+    names = {*_public_names(state), *(model.name for model in state.models), route.name}
+    for target in route.members:
+        if _is_absent(target, state):
+            yield f"there is no model or provider for {target!r}"
+    for target in (*route.fallbacks, *route.context_fallbacks):
+        if target not in names and ("/" not in target or _is_absent(target, state)):
+            yield f"nothing is called {target!r} to fall back to"
+
+
+def _is_absent(target: str, state: State) -> bool:
+    owner, slash, model = target.partition("/")
+    if slash:
+        return not model or all(provider.name != owner for provider in state.providers)
+    return all(known.name != owner for known in state.models)
+
+
+# =============================================================================
+# §10 Config generation — pure: containers, LiteLLM's YAML, the Caddyfile
 # =============================================================================
 
 
@@ -3652,6 +3916,27 @@ def parse_edge(raw: Json) -> Edge:
     return _parsed(Edge, raw, "These HTTPS settings cannot be used")
 
 
+def parse_route(raw: Json) -> Route:
+    return _parsed(Route, raw, "This route cannot be used")
+
+
+def parse_provider(raw: Json) -> Provider:
+    """A provider from what the operator typed: reachable from inside the gateway's container."""
+    provider = _parsed(Provider, raw, "This provider cannot be used")
+    host = urlsplit(provider.base_url or "").hostname or ""
+    if host == "localhost" or host.startswith("127."):
+        raise RefusedError(
+            f"{provider.base_url} means the gateway's own container, not this server.",
+            advice="Write host.docker.internal, and let the server there listen on all addresses.",
+        )
+    if provider.kind != "cloud" and provider.base_url is None:
+        raise RefusedError(
+            f"A provider of the kind {provider.kind} needs its address.",
+            advice="Give one like http://10.0.0.7:11434.",
+        )
+    return provider
+
+
 def parse_images(raw: Json) -> Images:
     return _parsed(Images, raw, "That image cannot be pinned")
 
@@ -3957,19 +4242,11 @@ def render_database(state: State) -> ContainerSpec:
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ServedModel:
-    """What the gateway routes: a public name and the replicas that answer to it."""
-
-    served_model_name: str
-    type: str
-    replicas: tuple[ContainerName, ...]
-
-
 def served_models(state: State, models: Sequence[Model]) -> tuple[ServedModel, ...]:
     """The models as they are once everything wished of them runs."""
     return tuple(
         ServedModel(
+            model=model.name,
             served_model_name=model.served_model_name,
             type=model.type,
             replicas=replica_names(state, model),
@@ -3984,7 +4261,7 @@ def render_gateway(
     """LiteLLM in one of its two slots; a changed configuration is a new container."""
     database = database_name(state)
     password = state.secrets.database_password.get_secret_value()
-    config = render_litellm_config(served)
+    config = render_litellm_config(state, served)
     return ContainerSpec(
         name=gateway_name(state, slot),
         role="gateway",
@@ -4012,20 +4289,16 @@ def render_gateway(
         content_hash=sha256(config.encode()).hexdigest()[:16],
         start_seconds=GATEWAY_START_SECONDS,
         readiness=GatewayServes(
-            model_names=tuple(sorted(model.served_model_name for model in served)),
+            model_names=tuple(pool.route.name for pool in pools(state, served)),
             master_key=state.secrets.master_key,
         ),
     )
 
 
-def render_litellm_config(served: Sequence[ServedModel]) -> str:
+def render_litellm_config(state: State, served: Sequence[ServedModel]) -> str:
     """LiteLLM's `config.yaml`: one entry per replica; no secret, no content logging."""
     config = {
-        "model_list": [
-            entry
-            for model in sorted(served, key=lambda model: model.served_model_name)
-            for entry in _model_entries(model)
-        ],
+        "model_list": [entry for pool in pools(state, served) for entry in _entries(pool)],
         "router_settings": {
             "routing_strategy": "least-busy",
             # allowed_fails 1 would retry the same bad replica and then leave the group.
@@ -4053,31 +4326,15 @@ def render_litellm_config(served: Sequence[ServedModel]) -> str:
     return GENERATED_BANNER + yaml.dump(config, Dumper=YAML_DUMPER, sort_keys=False)
 
 
-# LiteLLM's provider and mode for each kind; its vLLM provider has no speech and no images.
-ROUTING: Final[Mapping[str, tuple[str, str]]] = {
-    "chat": ("hosted_vllm", "chat"),
-    "vision": ("hosted_vllm", "chat"),
-    "embedding": ("hosted_vllm", "embedding"),
-    "rerank": ("hosted_vllm", "rerank"),
-    "speech-to-text": ("hosted_vllm", "audio_transcription"),
-    "text-to-speech": ("openai", "audio_speech"),
-    "image": ("openai", "image_generation"),
-}
-
-
-def _model_entries(model: ServedModel) -> list[Json]:
-    provider, mode = ROUTING[model.type]
+def _entries(pool: Pool) -> list[Json]:
     return [
         {
-            "model_name": model.served_model_name,
-            "litellm_params": {
-                "model": f"{provider}/{model.served_model_name}",
-                "api_base": f"http://{replica}:{ENGINE_PORT}/v1",
-                "api_key": "os.environ/ENGINE_API_KEY",
-            },
-            "model_info": {"id": str(replica), "mode": mode},
+            "model_name": pool.route.name,
+            "litellm_params": {"model": d.model, "api_key": d.api_key}
+            | ({"api_base": d.api_base} if d.api_base else {}),
+            "model_info": {"id": d.deployment_id} | ({"mode": d.mode} if d.mode else {}),
         }
-        for replica in model.replicas
+        for d in pool.deployments
     ]
 
 
@@ -4225,7 +4482,7 @@ def render_unit(template: str, *, python: str, program: str, home: str) -> str:
 
 
 # =============================================================================
-# §10 Steps — pure: what is observed, and all that can be done about it
+# §11 Steps — pure: what is observed, and all that can be done about it
 # =============================================================================
 
 
@@ -4630,7 +4887,7 @@ def aside(name: ContainerName) -> ContainerName:
 
 
 # =============================================================================
-# §11 Planning — pure: desired + observed -> Plan
+# §12 Planning — pure: desired + observed -> Plan
 # =============================================================================
 
 
@@ -5143,6 +5400,7 @@ def _serving_now(
         by_name.setdefault(name, []).append(container)
     return [
         ServedModel(
+            model=model.name,
             served_model_name=name,
             type=containers[0].model_type or model.type,
             replicas=tuple(c.name for c in containers),
@@ -5158,7 +5416,9 @@ def routed_replicas(state: State, observed: Observed) -> frozenset[str]:
         return frozenset()
     text = observed.files.get(f"litellm-{slot}/config.yaml", "")
     # Its own words, read back line by line: a damaged file names nobody, and is written anew.
-    return frozenset(re.findall(r"^    id: (\S+)$", text, re.MULTILINE))
+    return frozenset(
+        re.findall(rf"^    api_base: http://([\w-]+):{ENGINE_PORT}/v1$", text, re.MULTILINE)
+    )
 
 
 def serving_slot(observed: Observed) -> Slot | None:
@@ -5176,7 +5436,7 @@ def _plan_gateway(
     state: State, served: Sequence[ServedModel], observed: Observed, site: Site
 ) -> tuple[Slot, list[Step]]:
     """The slot that shall serve, and how it gets there while the other goes on serving."""
-    text = render_litellm_config(served)
+    text = render_litellm_config(state, served)
     serving = serving_slot(observed)
     wanted = {slot: render_gateway(state, slot, served, site) for slot in SLOTS}
     slot = _right_slot(wanted, observed, serving)
@@ -5301,7 +5561,7 @@ def lanes(stages: Sequence[Stage]) -> list[list[Stage]]:
 
 
 # =============================================================================
-# §12 Changes — pure: what an operator can ask for
+# §13 Changes — pure: what an operator can ask for
 # =============================================================================
 
 
@@ -5352,7 +5612,17 @@ def restarting(name: str) -> Change:
 def removing(name: str) -> Change:
     def edit(state: State) -> State:
         gone = state.model(name)
-        return replace(state, models=tuple(m for m in state.models if m is not gone))
+        own = Route(name=gone.served_model_name, members=(gone.name,))
+        routes = [r for r in state.routes if (r.name, r.members) != (own.name, own.members)]
+        _refuse_if_routed(f"The model {name}", {gone.name, gone.served_model_name}, routes)
+        # A key for this model alone goes with it: without models it would be one for all.
+        keys = [
+            replace(key, models=tuple(m for m in key.models if m != name))
+            for key in state.direct_keys
+            if key.models != (name,)
+        ]
+        models = tuple(m for m in state.models if m is not gone)
+        return replace(state, models=models, routes=tuple(routes), direct_keys=tuple(keys))
 
     return Change(title=f"Remove {name}", edit=edit, scope=_only(name))
 
@@ -5382,11 +5652,101 @@ def revising(
     return Change(title=f"Change {name}", edit=edit)
 
 
+NO_MODELS: Final = Scope(models=frozenset())  # only what stands before the engines
+
+
 def configuring_edge(changes: Json) -> Change:
     def edit(state: State) -> State:
         return replace(state, edge=parse_edge(asdict(state.edge) | changes))
 
-    return Change(title="Change HTTPS", edit=edit)
+    return Change(title="Change HTTPS", edit=edit, scope=NO_MODELS)
+
+
+def routing(raw: Json) -> Change:
+    """A route, new or in the place of its namesake; every fault is told before anything changes."""
+    route = parse_route(raw)
+
+    def edit(state: State) -> State:
+        check_route(route, state)
+        others = [known for known in state.routes if known.name != route.name]
+        return replace(state, routes=(*others, route))
+
+    return Change(title=f"Route {route.name}", edit=edit, scope=NO_MODELS)
+
+
+def unrouting(name: str) -> Change:
+    def edit(state: State) -> State:
+        kept = tuple(route for route in state.routes if route.name != name)
+        if len(kept) == len(state.routes):
+            raise RefusedError(f"There is no route called {name!r}.", advice="See `route list`.")
+        _refuse_if_routed(f"The route {name}", {name}, kept)
+        return replace(state, routes=kept)
+
+    return Change(title=f"Remove the route {name}", edit=edit, scope=NO_MODELS)
+
+
+def _refuse_if_routed(what: str, names: Collection[str], routes: Sequence[Route]) -> None:
+    users = [
+        route.name
+        for route in routes
+        if {*route.members, *route.fallbacks, *route.context_fallbacks} & {*names}
+    ]
+    if users:
+        raise RefusedError(
+            f"{what} is named by the route{'s' * (len(users) > 1)} {', '.join(users)}.",
+            advice="Take it out there first.",
+        )
+
+
+def providing(raw: Json) -> Change:
+    """A provider, new or in the place of its namesake; without a key it keeps the one it had."""
+    provider = parse_provider(raw)
+
+    def edit(state: State) -> State:
+        known = next((p for p in state.providers if p.name == provider.name), None)
+        kept = known.api_key if known and "api_key" not in raw else provider.api_key
+        others = [p for p in state.providers if p.name != provider.name]
+        return replace(state, providers=(*others, replace(provider, api_key=kept)))
+
+    return Change(title=f"Provider {provider.name}", edit=edit, scope=NO_MODELS)
+
+
+def unproviding(name: str) -> Change:
+    def edit(state: State) -> State:
+        gone = state.provider(name)
+        targets = {t for r in state.routes for t in (*r.members, *r.fallbacks, *r.context_fallbacks)
+                   if t.startswith(f"{name}/")}  # fmt: skip
+        _refuse_if_routed(f"The provider {name}", targets, state.routes)
+        return replace(state, providers=tuple(p for p in state.providers if p is not gone))
+
+    return Change(title=f"Remove the provider {name}", edit=edit, scope=NO_MODELS)
+
+
+def granting_direct(key: DirectKey) -> Change:
+    """A key for `/models`, new or with another secret in the place of its namesake."""
+    if not BEARER_RULE.fullmatch(key.secret.get_secret_value()):
+        raise RefusedError(
+            "A direct key's secret begins with sk- and has 8 or more letters, digits, _ or -.",
+            advice="Leave it out, and one is made.",
+        )
+
+    def edit(state: State) -> State:
+        for name in key.models:
+            state.model(name)
+        others = [known for known in state.direct_keys if known.name != key.name]
+        return replace(state, direct_keys=(*others, key))
+
+    return Change(title=f"Direct key {key.name}", edit=edit, scope=NO_MODELS)
+
+
+def revoking_direct(name: str) -> Change:
+    def edit(state: State) -> State:
+        kept = tuple(key for key in state.direct_keys if key.name != name)
+        if len(kept) == len(state.direct_keys):
+            raise RefusedError(f"There is no direct key called {name!r}.", advice="See the list.")
+        return replace(state, direct_keys=kept)
+
+    return Change(title=f"Revoke the direct key {name}", edit=edit, scope=NO_MODELS)
 
 
 def setting_hub_token(token: str) -> Change:
@@ -5702,7 +6062,12 @@ def repairing(names: Collection[ModelName]) -> Change:
 
 
 # =============================================================================
-# §13 Views — pure: what the operator reads
+# §14 Proofs — pure: what every way in should answer, and what must be found nowhere
+# =============================================================================
+
+
+# =============================================================================
+# §15 Views — pure: what the operator reads
 # =============================================================================
 
 Phase = Literal["stopped", "pending", "starting", "ready", "failed", "stopping"]
@@ -6439,7 +6804,7 @@ def edge_settings(  # noqa: PLR0913, PLR0917 - one argument per field of the for
 
 
 # =============================================================================
-# §14 Hardware views — pure: GPUs, slices and restores as the operator sees them
+# §16 Hardware views — pure: GPUs, slices and restores as the operator sees them
 # =============================================================================
 
 
@@ -6935,7 +7300,7 @@ def slice_choices(snapshot: Snapshot) -> Json:
 
 
 # =============================================================================
-# §15 Library views — pure: weights, fit and images as the operator sees them
+# §17 Library views — pure: weights, fit and images as the operator sees them
 # =============================================================================
 
 IMAGE_HEADERS: Final = ("Part", "Image", "On this server", "Size", "Digest", "Used by")
@@ -7359,7 +7724,12 @@ def task_cancel(snapshot: Snapshot) -> Json:
 
 
 # =============================================================================
-# §16 Home — effects: time, and the state and files on the disk
+# §18 Route views — pure: the ways in as the operator sees them
+# =============================================================================
+
+
+# =============================================================================
+# §19 Home — effects: time, and the state and files on the disk
 # =============================================================================
 
 
@@ -7684,7 +8054,7 @@ def free_bytes(path: Path) -> int:
 
 
 # =============================================================================
-# §17 Containers — effects: Docker
+# §20 Containers — effects: Docker
 # =============================================================================
 
 
@@ -8166,7 +8536,7 @@ def _docker_fault(action: str, said: str) -> ContainerFailedError:
 
 
 # =============================================================================
-# §18 Images — effects: pulled, built from recipes, pruned
+# §21 Images — effects: pulled, built from recipes, pruned
 # =============================================================================
 
 
@@ -8339,7 +8709,7 @@ def build_arguments(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 # =============================================================================
-# §19 Requests — effects: HTTP to containers on the bridge, LiteLLM's management API
+# §22 Requests — effects: HTTP to containers on the bridge, LiteLLM's management API
 # =============================================================================
 
 
@@ -8556,7 +8926,7 @@ def _virtual_key(entry: Json) -> VirtualKey:
 
 
 # =============================================================================
-# §20 Hub — effects: Hugging Face, downloads, and the cache on the disk
+# §23 Hub — effects: Hugging Face, downloads, and the cache on the disk
 # =============================================================================
 
 LOOK_SECONDS: Final = 10.0  # one request to the hub; a download has its own watchdog
@@ -9566,7 +9936,7 @@ def fetch_weights() -> HubError | None:
 
 
 # =============================================================================
-# §21 Drivers — effects: NVML, and what the system knows about GPUs
+# §24 Drivers — effects: NVML, and what the system knows about GPUs
 # =============================================================================
 
 
@@ -10313,7 +10683,7 @@ def kernel_log(device: Path) -> str | None:
 
 
 # =============================================================================
-# §22 Orchestration — effects: Plan -> world, undo, jobs
+# §25 Orchestration — effects: Plan -> world, undo, jobs
 # =============================================================================
 
 
@@ -10961,7 +11331,7 @@ class Job:
 
 
 # =============================================================================
-# §23 Manager — effects: the use cases; all that console and command line may call
+# §26 Manager — effects: the use cases; all that console and command line may call
 # =============================================================================
 
 
@@ -11903,7 +12273,7 @@ class Watch:
 
 
 # =============================================================================
-# §24 Console — effects: one builder per tab, and who may open it
+# §27 Console — effects: one builder per tab, and who may open it
 # =============================================================================
 
 LOOPBACK_HOSTS: Final = frozenset({"127.0.0.1", "localhost", "[::1]"})
@@ -12910,7 +13280,7 @@ def build_app(manager: Manager, watch: Watch) -> Guard:
 
 
 # =============================================================================
-# §25 Main — effects: arguments, wiring, systemd
+# §28 Main — effects: arguments, wiring, systemd
 # =============================================================================
 
 DONE, FAILED, WRONG_USAGE, TO_DO = range(4)

@@ -143,7 +143,7 @@ def as_wished(state: lm.State, slot: lm.Slot = "a", **changes: Any) -> lm.Observ
         text = lm.render_caddyfile(state, slot)
         files = {
             f"litellm-{slot}/config.yaml": lm.render_litellm_config(
-                lm.served_models(state, models)
+                state, lm.served_models(state, models)
             ),
             lm.CADDYFILE: text,
         }

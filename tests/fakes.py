@@ -317,7 +317,8 @@ def entries_of(litellm_config: str) -> set[tuple[str, str]]:
     """(served name, replica) of every entry."""
     loaded = yaml.load(litellm_config, FAST_LOADER)  # noqa: S506 - it is the safe one, in C
     listed = (loaded or {}).get("model_list", [])
-    return {(entry["model_name"], entry["model_info"]["id"]) for entry in listed}
+    ids = [(entry["model_name"], entry["model_info"]["id"]) for entry in listed]
+    return {(name, deployment.partition("@")[2]) for name, deployment in ids}
 
 
 FAST_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

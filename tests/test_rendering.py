@@ -59,7 +59,7 @@ def as_json(spec: lm.ContainerSpec) -> str:
 
 
 def test_the_gateways_configuration(golden: Golden) -> None:
-    golden("litellm.yaml", lm.render_litellm_config(lm.served_models(FULL, FULL.models)))
+    golden("litellm.yaml", lm.render_litellm_config(FULL, lm.served_models(FULL, FULL.models)))
 
 
 def test_the_caddyfile_with_caddys_own_authority(golden: Golden) -> None:
@@ -121,7 +121,8 @@ AWKWARD = st.sampled_from(["true", "null", "1.0", "1e3", "0x1", "yes", "2026-01-
 @given(SERVED | AWKWARD)
 def test_no_served_name_can_break_the_yaml(name: str) -> None:
     model = a_model(served_model_name=name)
-    text = lm.render_litellm_config(lm.served_models(a_state(model), [model]))
+    state = a_state(model)
+    text = lm.render_litellm_config(state, lm.served_models(state, [model]))
     (entry,) = yaml.safe_load(text)["model_list"]
     assert entry["model_name"] == name
     assert entry["litellm_params"]["model"] == f"hosted_vllm/{name}"
@@ -131,9 +132,9 @@ def test_no_served_name_can_break_the_yaml(name: str) -> None:
 @given(st.permutations(FULL.models))
 def test_the_order_of_models_changes_no_file(models: list[lm.Model]) -> None:
     state = replace(FULL, models=tuple(models))
-    assert lm.render_litellm_config(lm.served_models(state, models)) == lm.render_litellm_config(
-        lm.served_models(FULL, FULL.models)
-    )
+    assert lm.render_litellm_config(
+        state, lm.served_models(state, models)
+    ) == lm.render_litellm_config(FULL, lm.served_models(FULL, FULL.models))
     one, other = (
         lm.render_gateway(s, "a", lm.served_models(s, s.models), a_site()) for s in (state, FULL)
     )
@@ -148,7 +149,7 @@ def test_no_secret_is_in_any_generated_file_or_printed_container() -> None:
         *(spec for model in FULL.models for spec in lm.render_engines(FULL, model, a_site())),
     ]
     texts = [
-        lm.render_litellm_config(lm.served_models(FULL, FULL.models)),
+        lm.render_litellm_config(FULL, lm.served_models(FULL, FULL.models)),
         *(lm.render_caddyfile(edge_of(tls=tls), "a") for tls in (lm.InternalTls(), OWN, ACME)),
         *(form(spec) for spec in specs for form in (repr, str, as_json)),
         *("".join((*spec.command, *spec.labels.values(), spec.hash)) for spec in specs),
@@ -161,7 +162,7 @@ def test_no_secret_is_in_any_generated_file_or_printed_container() -> None:
 
 def test_content_logging_is_off_whatever_is_served() -> None:
     for models in ([], FULL.models):
-        config = yaml.safe_load(lm.render_litellm_config(lm.served_models(FULL, models)))
+        config = yaml.safe_load(lm.render_litellm_config(FULL, lm.served_models(FULL, models)))
         settings_of = config["litellm_settings"] | config["general_settings"]
         assert {
             key: settings_of[key]
@@ -224,9 +225,9 @@ def test_every_name_of_an_installation_carries_its_prefix() -> None:
         *lm.replica_names(state, CHAT),
     ]
     assert all(name.startswith("a1b2-llm-") for name in names)
-    text = lm.render_litellm_config(lm.served_models(state, state.models)) + lm.render_caddyfile(
-        state, "a"
-    )
+    text = lm.render_litellm_config(
+        state, lm.served_models(state, state.models)
+    ) + lm.render_caddyfile(state, "a")
     for spec in (lm.render_database(state), lm.render_edge(state, a_site())):
         text += as_json(spec)
     assert "//llm-" not in text

@@ -56,7 +56,7 @@ def main() -> None:
     models = state.wished_models
 
     def litellm() -> str:
-        return lm.render_litellm_config(lm.served_models(state, models))
+        return lm.render_litellm_config(state, lm.served_models(state, models))
 
     def specs() -> list[str]:
         return [spec.hash for model in models for spec in lm.render_engines(state, model, site)]
