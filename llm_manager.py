@@ -525,7 +525,7 @@ class Provider:
     api_key: pydantic.SecretStr | None = None
 
 
-Strategy = Literal["least-busy", "latency", "usage", "shuffle", "weighted"]
+Strategy = Literal["least-busy", "latency", "usage", "shuffle", "weighted", "in-order"]
 STRATEGIES: Final[tuple[Strategy, ...]] = get_args(Strategy)
 RouteName = Annotated[str, ROUTE_NAME_RULE]
 
@@ -535,9 +535,9 @@ RouteName = Annotated[str, ROUTE_NAME_RULE]
 class Route:
     """A public name and who answers for it; one named as a model's own stands in its place.
 
-    Members are models by name and providers' models as `provider/model`; of a pattern they are
-    `provider/*`. Where all of a route fail, its fallbacks, which are public names or members,
-    are tried in order.
+    Members are models by name and providers' models as `provider/model`; a pattern such as `lab/*`
+    has one like `provider/*`. Where all of a route fail, its fallbacks, which are public names or
+    members, are tried in order; where a prompt is too long for them, its context fallbacks.
     """
 
     name: RouteName
@@ -549,6 +549,9 @@ class Route:
     context_fallbacks: tuple[Annotated[str, SERVED_NAME_RULE], ...] = ()
     timeout_seconds: Annotated[int, pydantic.Field(ge=1, le=3600)] = 600
     retries: Annotated[int, pydantic.Field(ge=0, le=10)] = 2
+    failures_allowed: Annotated[int, pydantic.Field(ge=0, le=1000)] = (
+        0  # of one, within a cool-down
+    )
     cooldown_seconds: Annotated[int, pydantic.Field(ge=0, le=3600)] = 10
     parallel: Annotated[int, pydantic.Field(ge=1, le=10_000)] | None = None  # for each replica
     cache_seconds: Annotated[int, pydantic.Field(ge=1, le=30 * 86400)] | None = None
@@ -3425,7 +3428,7 @@ def _deployments(
         Deployment(
             target=target,
             deployment_id=f"{name}@{target}",
-            model=f"{vendor_of(provider)}/{model}",
+            model=f"{vendor_of(provider, model)}/{model}",
             api_base=api_base(provider),
             api_key=f"os.environ/{key_variable(provider)}" if provider.api_key else "none",
         ),
@@ -3447,9 +3450,13 @@ def _replicas(name: str, model: ServedModel) -> tuple[Deployment, ...]:
     )
 
 
-def vendor_of(provider: Provider) -> str:
+def vendor_of(provider: Provider, model: str) -> str:
     """LiteLLM's name of who serves; all that are not clouds speak OpenAI's protocol."""
-    return (provider.vendor or provider.name) if provider.kind == "cloud" else "openai"
+    if provider.kind == "cloud":
+        return provider.vendor or provider.name
+    # For `openai/*` LiteLLM lists OpenAI's own models, for its vLLM provider none; but that one
+    # has neither speech nor images.
+    return "hosted_vllm" if model == "*" else "openai"
 
 
 def api_base(provider: Provider) -> str | None:
@@ -3489,10 +3496,11 @@ def check_route(route: Route, state: State) -> None:
 
 def _shape_faults(route: Route) -> Iterator[str]:
     patterns = [target for target in route.members if target.endswith("*")]
-    if route.name.endswith("*") != (len(patterns) == len(route.members)) or (
-        patterns and not route.name.endswith("*")
-    ):
-        yield "a pattern like lab/* has members like provider/*, and nothing else has"
+    if route.name.endswith("*") != bool(patterns):
+        yield "a pattern like lab/* has a member like provider/*, and nothing else has"
+    elif patterns and (route.fallbacks or route.context_fallbacks or route.aliases):
+        # LiteLLM 1.109 asks for the fallbacks of the name that was requested, and finds none.
+        yield "a pattern has no aliases and no fallbacks; give it members in order instead"
     if bool(route.weights) != (route.strategy == "weighted"):
         yield "weights and the strategy weighted belong together"
     elif route.weights and len(route.weights) != len(route.members):
@@ -3576,7 +3584,7 @@ class ContainerSpec:
     """Everything Docker must know to run one container; equal hashes need no replacement."""
 
     name: ContainerName
-    role: Literal["engine", "gateway", "edge", "database"]
+    role: Literal["engine", "gateway", "edge", "database", "cache"]
     image: str
     network: str
     entrypoint: tuple[str, ...] = ()
@@ -3641,6 +3649,10 @@ def volume_names(state: State) -> tuple[str, ...]:
 
 def database_name(state: State) -> ContainerName:
     return ContainerName(f"{state.name_prefix}llm-postgres")
+
+
+def cache_name(state: State) -> ContainerName:
+    return ContainerName(f"{state.name_prefix}llm-redis")
 
 
 def edge_name(state: State) -> ContainerName:
@@ -4242,6 +4254,48 @@ def render_database(state: State) -> ContainerSpec:
     )
 
 
+def uses_cache(state: State) -> bool:
+    """Whether any route keeps answers."""
+    return any(route.cache_seconds for route in state.routes)
+
+
+def cache_password(state: State) -> pydantic.SecretStr:
+    """Made from the salt key, so that no state needs another secret."""
+    salt = state.secrets.salt_key.get_secret_value()
+    return pydantic.SecretStr(sha256(f"cache {salt}".encode()).hexdigest())
+
+
+CACHE_MIB: Final = 256
+
+
+def render_cache(state: State) -> ContainerSpec:
+    """Redis with the answers that routes keep: in memory alone, gone with the container."""
+    settings = (
+        'requirepass $REDIS_PASSWORD', 'save ""', "appendonly no",
+        f"maxmemory {CACHE_MIB}mb", "maxmemory-policy allkeys-lru",
+    )  # fmt: skip
+    # Read from its standard input: a password among the arguments would be in every `ps`.
+    script = f"printf '%s\\n' {' '.join(map(_shell_quoted, settings))} | exec redis-server -"
+    return ContainerSpec(
+        name=cache_name(state),
+        role="cache",
+        image=state.images.redis,
+        network=network_name(state),
+        entrypoint=("sh", "-c"),
+        command=(script,),
+        environment={"REDIS_PASSWORD": cache_password(state)},
+        healthcheck='REDISCLI_AUTH="$REDIS_PASSWORD" redis-cli ping | grep -q PONG',
+        drop_capabilities=True,
+        start_seconds=60.0,
+        readiness=DockerHealthy(),
+    )
+
+
+def _shell_quoted(text: str) -> str:
+    """In double quotes, where the shell still puts in its variables."""
+    return '"' + text.replace('"', '\\"') + '"'
+
+
 def served_models(state: State, models: Sequence[Model]) -> tuple[ServedModel, ...]:
     """The models as they are once everything wished of them runs."""
     return tuple(
@@ -4272,6 +4326,8 @@ def render_gateway(
             "LITELLM_MASTER_KEY": state.secrets.master_key,
             "LITELLM_SALT_KEY": state.secrets.salt_key,
             "ENGINE_API_KEY": state.secrets.engine_key,
+            **{key_variable(p): p.api_key for p in used_providers(state) if p.api_key},
+            **({"REDIS_PASSWORD": cache_password(state)} if uses_cache(state) else {}),
             "DATABASE_URL": pydantic.SecretStr(
                 f"postgresql://litellm:{password}@{database}:5432/litellm"
             ),
@@ -4281,6 +4337,8 @@ def render_gateway(
             "DISABLE_ADMIN_UI": "True",
             "NO_DOCS": "True",
             "NO_REDOC": "True",
+            # Requests in flight when it is stopped; uvicorn cancels what is left then.
+            "GRACEFUL_SHUTDOWN_TIMEOUT": str(DRAIN_SECONDS - 10),
             # With the default transport a killed engine makes one request hang its whole timeout.
             "DISABLE_AIOHTTP_TRANSPORT": "True",
         },
@@ -4289,7 +4347,12 @@ def render_gateway(
         content_hash=sha256(config.encode()).hexdigest()[:16],
         start_seconds=GATEWAY_START_SECONDS,
         readiness=GatewayServes(
-            model_names=tuple(pool.route.name for pool in pools(state, served)),
+            # Patterns are not listed.
+            model_names=tuple(
+                pool.route.name
+                for pool in pools(state, served)
+                if not pool.route.name.endswith("*")
+            ),
             master_key=state.secrets.master_key,
         ),
     )
@@ -4297,16 +4360,10 @@ def render_gateway(
 
 def render_litellm_config(state: State, served: Sequence[ServedModel]) -> str:
     """LiteLLM's `config.yaml`: one entry per replica; no secret, no content logging."""
+    routed = pools(state, served)
     config = {
-        "model_list": [entry for pool in pools(state, served) for entry in _entries(pool)],
-        "router_settings": {
-            "routing_strategy": "least-busy",
-            # allowed_fails 1 would retry the same bad replica and then leave the group.
-            "allowed_fails": 0,
-            "num_retries": 2,
-            "cooldown_time": 10,
-            "timeout": 600,
-        },
+        "model_list": [entry for pool in routed for entry in _entries(pool)],
+        "router_settings": _router_settings(routed),
         "litellm_settings": {
             "turn_off_message_logging": True,
             "redact_messages_in_exceptions": True,
@@ -4315,6 +4372,12 @@ def render_litellm_config(state: State, served: Sequence[ServedModel]) -> str:
             "drop_params": True,
             "request_timeout": 600,
             "telemetry": False,
+            "callbacks": ["prometheus"],
+            "prometheus_metrics_config": [
+                {"group": metrics[0], "metrics": list(metrics), "include_labels": list(labels)}
+                for metrics, labels in METRICS
+            ],
+            **_cache_settings(state),
         },
         "general_settings": {
             "master_key": "os.environ/LITELLM_MASTER_KEY",
@@ -4326,16 +4389,129 @@ def render_litellm_config(state: State, served: Sequence[ServedModel]) -> str:
     return GENERATED_BANNER + yaml.dump(config, Dumper=YAML_DUMPER, sort_keys=False)
 
 
+# What the console shows of routes, with no label that says whose request it was. LiteLLM starts
+# without its metrics, and says so in its log only, where a label does not belong to a metric.
+METRICS: Final[tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]] = (
+    (("litellm_deployment_state",), ("model_id",)),
+    (("litellm_deployment_cooled_down",), ("model_id", "exception_status")),
+    (("litellm_deployment_failure_responses",),
+     ("model_id", "exception_status", "exception_class")),
+    (("litellm_deployment_success_responses",), ("model_id",)),
+    (("litellm_deployment_successful_fallbacks", "litellm_deployment_failed_fallbacks"),
+     ("requested_model", "fallback_model")),
+    (("litellm_cache_hits_metric", "litellm_cache_misses_metric"), ("model",)),
+)  # fmt: skip
+# LiteLLM has no true round robin; its plain shuffle heeds weights.
+STRATEGY_NAMES: Final[Mapping[Strategy, str]] = {
+    "least-busy": "least-busy",
+    "latency": "latency-based-routing",
+    "usage": "usage-based-routing-v2",
+    "shuffle": "simple-shuffle",
+    "weighted": "simple-shuffle",
+    "in-order": "least-busy",  # among those of the same order
+}
+
+
+def _router_settings(routed: Sequence[Pool]) -> Json:
+    return {
+        "routing_strategy": STRATEGY_NAMES["least-busy"],
+        # A group of its own name gives a pool its strategy, and adds no name to the list.
+        "routing_groups": [
+            {
+                "group_name": r.name,
+                "models": [r.name],
+                "routing_strategy": STRATEGY_NAMES[r.strategy],
+            }
+            for r in (pool.route for pool in routed)
+            if STRATEGY_NAMES[r.strategy] != STRATEGY_NAMES["least-busy"]
+        ],
+        "model_group_alias": {a: pool.route.name for pool in routed for a in pool.route.aliases},
+        "fallbacks": _chains(routed, lambda route: route.fallbacks),
+        "context_window_fallbacks": _chains(routed, lambda route: route.context_fallbacks),
+        # A client's own mistake is told to the client, and not tried on everybody in the chain.
+        "fallback_on_unsupported_params": False,
+        # allowed_fails 1 would retry the same bad replica and then leave the group.
+        "allowed_fails": 0,
+        "num_retries": 2,
+        "cooldown_time": 10,
+        "timeout": 600,
+    }
+
+
+def _chains(routed: Sequence[Pool], of: Callable[[Route], Sequence[str]]) -> list[Json]:
+    """A chain for each name and alias: LiteLLM does not look through an alias for it."""
+    callable_names = {p.route.name for p in routed} | {a for p in routed for a in p.route.aliases}
+    own = {p.route.members[0]: p.route.name for p in routed if len(p.route.members) == 1}
+    chains = {
+        pool.route: [
+            name
+            for target in of(pool.route)
+            if (name := target if target in callable_names else own.get(target))
+        ]
+        for pool in routed
+    }
+    return [
+        {name: chain}
+        for route, chain in chains.items()
+        for name in (route.name, *route.aliases)
+        if chain
+    ]
+
+
 def _entries(pool: Pool) -> list[Json]:
+    route, usual = pool.route, Route(name=pool.route.name, members=pool.route.members)
+    order = {target: place for place, target in enumerate(route.members, 1)}
+    parameters: Json = {
+        "timeout": route.timeout_seconds
+        if route.timeout_seconds != usual.timeout_seconds
+        else None,
+        "num_retries": route.retries if route.retries != usual.retries else None,
+        "max_parallel_requests": route.parallel,
+        "cache": {"use-cache": True, "ttl": route.cache_seconds} if route.cache_seconds else None,
+    }
+    breaker: Json = {}
+    if (route.failures_allowed, route.cooldown_seconds) != (0, usual.cooldown_seconds):
+        breaker = {"allowed_fails": route.failures_allowed, "cooldown_time": route.cooldown_seconds}
     return [
         {
-            "model_name": pool.route.name,
-            "litellm_params": {"model": d.model, "api_key": d.api_key}
-            | ({"api_base": d.api_base} if d.api_base else {}),
-            "model_info": {"id": d.deployment_id} | ({"mode": d.mode} if d.mode else {}),
+            "model_name": route.name,
+            "litellm_params": _given(
+                {
+                    "model": d.model,
+                    "api_base": d.api_base,
+                    "api_key": d.api_key,
+                    **parameters,
+                    "weight": d.weight if route.strategy == "weighted" else None,
+                    "order": order.get(d.target, 1) if route.strategy == "in-order" else None,
+                }
+            ),
+            "model_info": _given({"id": d.deployment_id, "mode": d.mode, **breaker}),
         }
         for d in pool.deployments
     ]
+
+
+def _given(settings: Json) -> Json:
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _cache_settings(state: State) -> Json:
+    """Off unless a route asks for it: what is kept are answers, in memory, for a while."""
+    if not uses_cache(state):
+        return {}
+    return {
+        "cache": True,
+        "cache_params": {
+            "type": "redis",
+            "host": str(cache_name(state)),
+            "port": 6379,
+            "password": "os.environ/REDIS_PASSWORD",
+            "mode": "default_off",
+            "namespace": "llm",
+            # Without Redis a request must go on, and soon.
+            "socket_timeout": 0.5,
+        },
+    }
 
 
 def render_edge(state: State, site: Site) -> ContainerSpec:
@@ -4824,6 +5000,7 @@ class Plan:
     devices: Stage
     foundation: Stage
     database: Stage
+    cache: Stage
     models: tuple[Stage, ...]
     endpoint: Stage
     retirement: Stage
@@ -4833,7 +5010,7 @@ class Plan:
     @property
     def stages(self) -> tuple[Stage, ...]:
         """Those that have something to do."""
-        before = (*self.layouts, self.devices, self.foundation, self.database)
+        before = (*self.layouts, self.devices, self.foundation, self.database, self.cache)
         every = (*before, *self.models, self.endpoint, self.retirement)
         return tuple(stage for stage in every if stage.steps)
 
@@ -4965,6 +5142,7 @@ def plan_state(  # noqa: PLR0913 - what is, what is wished, and how far to go
         devices=_plan_devices(state, observed, bool(layouts_first)),
         foundation=_plan_foundation(state, observed),
         database=_plan_database(state, observed),
+        cache=_plan_cache(state, observed),
         models=tuple(stages),
         endpoint=endpoint,
         retirement=retirement,
@@ -5190,6 +5368,12 @@ def _plan_database(state: State, observed: Observed) -> Stage:
     wished = state.endpoint == "running"
     steps = plan_container(render_database(state), observed).whole if wished else ()
     return Stage(title="database", steps=steps)
+
+
+def _plan_cache(state: State, observed: Observed) -> Stage:
+    wished = state.endpoint == "running" and uses_cache(state)
+    steps = plan_container(render_cache(state), observed).whole if wished else ()
+    return Stage(title="cache", steps=steps)
 
 
 def _plan_model(
@@ -5508,6 +5692,7 @@ def plan_retirement(
     wanted = {*(kept or ())}
     if state.endpoint == "running":
         wanted.add(database_name(state))
+        wanted |= {cache_name(state)} if uses_cache(state) else set()
     wanted |= {name for m in state.wished_models for name in replica_names(state, m)}
     steps: list[Step] = []
     for name, seen in sorted(observed.containers.items()):
@@ -6186,6 +6371,7 @@ def format_age(age: timedelta) -> str:
 COMPONENT_HEADERS: Final = ("Container", "Part", "State", "Image")
 _PARTS: Final = {
     "database": "PostgreSQL: keys and usage",
+    "cache": "Redis: kept answers",
     "gateway": "LiteLLM: the OpenAI API",
     "edge": "Caddy: HTTPS",
     "engine": "engine",
@@ -10819,6 +11005,7 @@ def converge(
     faults += _attempt([plan.devices], tools, control)
     apply_stage(plan.foundation, tools, control)
     database = _attempt([plan.database], tools, control)
+    faults += _attempt([plan.cache], tools, control)  # without it LiteLLM goes on, uncached
     models = [stage for stage in plan.models if stage.title not in skip]
     faults += database + _side_by_side(models, tools, control)
     names = reach.scope.names(state)
