@@ -3406,11 +3406,14 @@ def _with_stand_in(pool: Pool, known: Mapping[str, Pool]) -> Pool:
 
 
 def _members(route: Route, state: State, served: Sequence[ServedModel]) -> tuple[Deployment, ...]:
-    weights = route.weights or (1,) * len(route.members)
+    members = [_deployments(route.name, target, state, served) for target in route.members]
+    # A member's weight is shared by its replicas, in whole numbers.
+    common = math.lcm(*(len(member) or 1 for member in members))
+    weights = route.weights or (1,) * len(members)
     return tuple(
-        replace(deployment, weight=weight)
-        for target, weight in zip(route.members, weights, strict=False)
-        for deployment in _deployments(route.name, target, state, served)
+        replace(deployment, weight=weight * common // len(member))
+        for member, weight in zip(members, weights, strict=False)
+        for deployment in member
     )
 
 
@@ -4451,7 +4454,7 @@ def _chains(routed: Sequence[Pool], of: Callable[[Route], Sequence[str]]) -> lis
         for pool in routed
     }
     return [
-        {name: chain}
+        {name: [*chain]}
         for route, chain in chains.items()
         for name in (route.name, *route.aliases)
         if chain
@@ -4459,36 +4462,41 @@ def _chains(routed: Sequence[Pool], of: Callable[[Route], Sequence[str]]) -> lis
 
 
 def _entries(pool: Pool) -> list[Json]:
-    route, usual = pool.route, Route(name=pool.route.name, members=pool.route.members)
-    order = {target: place for place, target in enumerate(route.members, 1)}
-    parameters: Json = {
-        "timeout": route.timeout_seconds
-        if route.timeout_seconds != usual.timeout_seconds
-        else None,
-        "num_retries": route.retries if route.retries != usual.retries else None,
-        "max_parallel_requests": route.parallel,
-        "cache": {"use-cache": True, "ttl": route.cache_seconds} if route.cache_seconds else None,
-    }
-    breaker: Json = {}
-    if (route.failures_allowed, route.cooldown_seconds) != (0, usual.cooldown_seconds):
-        breaker = {"allowed_fails": route.failures_allowed, "cooldown_time": route.cooldown_seconds}
     return [
         {
-            "model_name": route.name,
-            "litellm_params": _given(
-                {
-                    "model": d.model,
-                    "api_base": d.api_base,
-                    "api_key": d.api_key,
-                    **parameters,
-                    "weight": d.weight if route.strategy == "weighted" else None,
-                    "order": order.get(d.target, 1) if route.strategy == "in-order" else None,
-                }
+            "model_name": pool.route.name,
+            "litellm_params": _given(_parameters(pool.route, deployment)),
+            "model_info": _given(
+                {"id": deployment.deployment_id, "mode": deployment.mode, **_breaker(pool.route)}
             ),
-            "model_info": _given({"id": d.deployment_id, "mode": d.mode, **breaker}),
         }
-        for d in pool.deployments
+        for deployment in pool.deployments
     ]
+
+
+def _parameters(route: Route, deployment: Deployment) -> Json:
+    order = {target: place for place, target in enumerate(route.members, 1)}
+    usual = Route(name=route.name, members=route.members)
+    timeout, retries, kept = route.timeout_seconds, route.retries, route.cache_seconds
+    return {
+        "model": deployment.model,
+        "api_base": deployment.api_base,
+        "api_key": deployment.api_key,
+        "timeout": timeout if timeout != usual.timeout_seconds else None,
+        "num_retries": retries if retries != usual.retries else None,
+        "max_parallel_requests": route.parallel,
+        "cache": {"use-cache": True, "ttl": kept} if kept else None,
+        "weight": deployment.weight if route.strategy == "weighted" else None,
+        "order": order.get(deployment.target, 1) if route.strategy == "in-order" else None,
+    }
+
+
+def _breaker(route: Route) -> Json:
+    usual = Route(name=route.name, members=route.members)
+    settings = (route.failures_allowed, route.cooldown_seconds)
+    if settings == (usual.failures_allowed, usual.cooldown_seconds):
+        return {}
+    return {"allowed_fails": route.failures_allowed, "cooldown_time": route.cooldown_seconds}
 
 
 def _given(settings: Json) -> Json:
@@ -5975,7 +5983,8 @@ def needed_images(state: State) -> list[str]:
     """What the registered models and the endpoint run on and a registry has."""
     engines = [engine_image(m, state) for m in state.models]
     built = {pin.image for pin in state.recipe_images}
-    parts = (state.images.postgres, state.images.litellm, state.images.caddy)
+    kept = (state.images.redis,) if uses_cache(state) else ()
+    parts = (state.images.postgres, state.images.litellm, state.images.caddy, *kept)
     return [image for image in dict.fromkeys((*engines, *parts)) if image not in built]
 
 
@@ -6009,7 +6018,19 @@ def own_bytes(image: ObservedImage, others: Sequence[ObservedImage]) -> int:
 
 
 def returning_to(number: int, earlier: State) -> Change:
-    return Change(title=f"Roll back to version {number}", edit=lambda _: earlier)
+    """An earlier state with today's keys: one that was revoked since must not work again."""
+
+    def edit(today: State) -> State:
+        keys = {provider.name: provider.api_key for provider in today.providers}
+        providers = (replace(p, api_key=keys.get(p.name, p.api_key)) for p in earlier.providers)
+        return replace(
+            earlier,
+            secrets=today.secrets,
+            direct_keys=today.direct_keys,
+            providers=tuple(providers),
+        )
+
+    return Change(title=f"Roll back to version {number}", edit=edit)
 
 
 def cutting(
@@ -8017,7 +8038,7 @@ class StateStore:
         return sorted(int(name) for name in names if name.isdigit())
 
     def version(self, number: int) -> State:
-        """An earlier state, with today's secrets: keys and database would not follow."""
+        """An earlier state as it was saved, its secrets included; see `returning_to`."""
         path = self.home / "history" / f"{number:06d}" / "config.json"
         if not path.exists():
             known = self.versions()
@@ -8026,7 +8047,7 @@ class StateStore:
                 advice=f"There are {known[0]} to {known[-1]}." if known else "There is none yet.",
             )
         with file_errors("read the history"):
-            return replace(parse_state(path.read_text()), secrets=self.load().secrets)
+            return parse_state(path.read_text())
 
     @contextlib.contextmanager
     def lock(self, title: str) -> Iterator[None]:
@@ -8930,7 +8951,7 @@ class HttpProbes:
         if not seen.running:
             return seen
         match seen.role:
-            case "database":
+            case "database" | "cache":
                 return replace(seen, ready=seen.docker_health == "healthy")
             case "engine":
                 return replace(seen, ready=self._ok(seen, ENGINE_PORT, "/health") is not None)

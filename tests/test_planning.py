@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from textwrap import dedent
 
@@ -291,6 +291,48 @@ def test_a_second_model_turns_the_gateway_to_its_other_slot() -> None:
           pause 2 s: the edge has just turned to the other slot
           discard llm-litellm-b: drained: its last requests finish first
         """)
+
+
+def test_a_route_turns_the_gateway_and_touches_nothing_else() -> None:
+    before = a_state(a_model(), a_model("other"))
+    route = lm.Route(name="code", members=("chat", "other"), aliases=("gpt-4o",))
+    change = lm.routing(asdict(route))
+    text = planned_change(change, before, as_wished(before))
+    assert text == expect("""
+        endpoint:
+          write litellm-b/config.yaml: what is routed changed
+          create llm-litellm-b from ghcr.io/berriai/litellm:v1.109.1: what is routed changed
+          wait until llm-litellm-b is ready: it starts
+          check and load caddy/Caddyfile: what is served changed
+        retirement:
+          pause 2 s: the edge has just turned to the other slot
+          discard llm-litellm-a: drained: its last requests finish first
+        """)
+
+
+def test_redis_runs_only_while_a_route_keeps_answers() -> None:
+    plain = a_state(a_model())
+    kept = replace(plain, routes=(lm.Route(name="chat", members=("chat",), cache_seconds=60),))
+    coming = planned(kept, as_wished(plain))
+    assert "create llm-redis from redis:7-alpine: not there" in coming
+    assert coming.index("llm-redis") < coming.index("create llm-litellm-b")
+    assert planned(kept, as_wished(kept)) == "\n"
+    going = planned(plain, as_wished(kept))
+    assert going.index("llm-litellm-b") < going.index("discard llm-redis: no longer wanted")
+
+
+def test_the_key_of_a_provider_that_no_route_names_restarts_nothing() -> None:
+    before = a_state(a_model())
+    raw = {"name": "lab", "kind": "openai", "base_url": "http://10.0.0.7:1234", "api_key": "k"}
+    assert planned_change(lm.providing(raw), before, as_wished(before)) == "\n"
+    route = lm.Route(name="far", members=("lab/m",))
+    state = replace(lm.providing(raw).edit(before), routes=(route,))
+    again = lm.providing(raw | {"api_key": "k2"})
+    assert "create llm-litellm-b" in planned_change(again, state, as_wished(state))
+
+
+def planned_change(change: lm.Change, before: lm.State, observed: lm.Observed) -> str:
+    return f"{lm.plan_state(change.edit(before), observed, a_site(), scope=change.scope)}\n"
 
 
 def test_a_slot_with_an_older_configuration_is_cleared_first_and_rests() -> None:

@@ -62,6 +62,29 @@ def test_the_gateways_configuration(golden: Golden) -> None:
     golden("litellm.yaml", lm.render_litellm_config(FULL, lm.served_models(FULL, FULL.models)))
 
 
+LAB = lm.Provider(name="lab", kind="ollama", base_url="http://10.0.0.7:11434/")
+CLOUD = lm.Provider(name="mistral", kind="cloud", api_key=lm.pydantic.SecretStr(SECRET_MARK))
+ROUTES = (
+    lm.Route(
+        name="code", members=("chat", "lab/qwen3:8b"), weights=(3, 1), strategy="weighted",
+        aliases=("gpt-4o", "o3"), fallbacks=("mistral/small", "rank"), context_fallbacks=("long",),
+        timeout_seconds=30, retries=1, failures_allowed=3, cooldown_seconds=60,
+        parallel=8, cache_seconds=600,
+    ),
+    lm.Route(name="long", members=("chat", "mistral/large"), strategy="in-order"),
+    lm.Route(name="lab/*", members=("lab/*",), strategy="usage"),
+    lm.Route(name="asleep", members=("stopped",), fallbacks=("long",)),
+)  # fmt: skip
+
+
+def test_the_gateways_configuration_with_routes(golden: Golden) -> None:
+    state = replace(FULL, providers=(LAB, CLOUD), routes=ROUTES)
+    served = lm.served_models(state, state.models)
+    golden("litellm-routes.yaml", lm.render_litellm_config(state, served))
+    golden("gateway-routes.json", as_json(lm.render_gateway(state, "b", served, a_site())))
+    golden("cache.json", as_json(lm.render_cache(state)))
+
+
 def test_the_caddyfile_with_caddys_own_authority(golden: Golden) -> None:
     golden("Caddyfile", lm.render_caddyfile(FULL, "a"))
 

@@ -146,13 +146,22 @@ def test_history_holds_every_earlier_version_with_its_files(store: lm.StateStore
         assert file.read_text() == f"of {number - 1}"
 
 
-def test_an_earlier_version_comes_with_todays_secrets(store: lm.StateStore) -> None:
-    store.save(a_state(a_model(), secrets=some_secrets()))
-    today = some_secrets(master_key=lm.pydantic.SecretStr("sk-today"))
-    store.save(a_state(secrets=today))
-    earlier = store.version(2)
-    assert earlier.models == (a_model(),)
-    assert earlier.secrets == today
+def test_rolling_back_brings_back_no_key(store: lm.StateStore) -> None:
+    """Database and colleagues would not follow, and what was revoked must stay so."""
+    was = lm.DirectKey(name="was", secret=lm.pydantic.SecretStr("sk-revoked-since"))
+    now = replace(was, name="now")
+    provider = lm.Provider(name="lab", kind="openai", base_url="http://lab.example.org:1")
+    old, new = (replace(provider, api_key=lm.pydantic.SecretStr(key)) for key in ("old", "new"))
+    gone = replace(old, name="gone")
+    store.save(a_state(a_model(), direct_keys=(was,), providers=(old, gone)))
+    secrets = some_secrets(master_key=lm.pydantic.SecretStr("sk-today"))
+    today = a_state(secrets=secrets, direct_keys=(now,), providers=(new,))
+    store.save(today)
+    back = lm.returning_to(2, store.version(2)).edit(today)
+    assert back.models == (a_model(),)
+    assert back.secrets == secrets
+    assert back.direct_keys == (now,)
+    assert back.providers == (new, gone)
 
 
 def test_a_version_that_never_was_is_refused_with_what_there_is(store: lm.StateStore) -> None:
