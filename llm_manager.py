@@ -4268,6 +4268,12 @@ def cache_password(state: State) -> pydantic.SecretStr:
     return pydantic.SecretStr(sha256(f"cache {salt}".encode()).hexdigest())
 
 
+def cache_url(state: State) -> pydantic.SecretStr:
+    """Not called REDIS_URL in the gateway: LiteLLM would take more from that than its cache."""
+    password = cache_password(state).get_secret_value()
+    return pydantic.SecretStr(f"redis://:{password}@{cache_name(state)}:6379/0")
+
+
 CACHE_MIB: Final = 256
 
 
@@ -4330,7 +4336,7 @@ def render_gateway(
             "LITELLM_SALT_KEY": state.secrets.salt_key,
             "ENGINE_API_KEY": state.secrets.engine_key,
             **{key_variable(p): p.api_key for p in used_providers(state) if p.api_key},
-            **({"REDIS_PASSWORD": cache_password(state)} if uses_cache(state) else {}),
+            **({"CACHE_URL": cache_url(state)} if uses_cache(state) else {}),
             "DATABASE_URL": pydantic.SecretStr(
                 f"postgresql://litellm:{password}@{database}:5432/litellm"
             ),
@@ -4396,13 +4402,15 @@ def render_litellm_config(state: State, served: Sequence[ServedModel]) -> str:
 # without its metrics, and says so in its log only, where a label does not belong to a metric.
 METRICS: Final[tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]] = (
     (("litellm_deployment_state",), ("model_id",)),
-    (("litellm_deployment_cooled_down",), ("model_id", "exception_status")),
+    # This one is lost when it does not keep all of its labels (1.109).
+    (("litellm_deployment_cooled_down",),
+     ("litellm_model_name", "model_id", "api_base", "api_provider", "exception_status")),
     (("litellm_deployment_failure_responses",),
      ("model_id", "exception_status", "exception_class")),
     (("litellm_deployment_success_responses",), ("model_id",)),
     (("litellm_deployment_successful_fallbacks", "litellm_deployment_failed_fallbacks"),
      ("requested_model", "fallback_model")),
-    (("litellm_cache_hits_metric", "litellm_cache_misses_metric"), ("model",)),
+    (("litellm_cache_hits_metric",), ("model",)),
 )  # fmt: skip
 # LiteLLM has no true round robin; its plain shuffle heeds weights.
 STRATEGY_NAMES: Final[Mapping[Strategy, str]] = {
@@ -4511,13 +4519,13 @@ def _cache_settings(state: State) -> Json:
         "cache": True,
         "cache_params": {
             "type": "redis",
-            "host": str(cache_name(state)),
-            "port": 6379,
-            "password": "os.environ/REDIS_PASSWORD",
+            # As an address: with host and port, redis-py's own retries hold up every request for
+            # seconds once Redis is gone (LiteLLM 1.109).
+            "url": "os.environ/CACHE_URL",
+            "socket_timeout": 0.5,
+            "socket_connect_timeout": 0.5,
             "mode": "default_off",
             "namespace": "llm",
-            # Without Redis a request must go on, and soon.
-            "socket_timeout": 0.5,
         },
     }
 
