@@ -4846,12 +4846,17 @@ class CreateVolume:
 
 @dataclass(frozen=True, slots=True)
 class WriteFile:
-    """A generated file, by its path under `generated/`; `before` is None where it is new."""
+    """A generated file, by its path under `generated/`; `before` is None where it is new.
+
+    Its difference is shown from `serving`, the file that does its work until now, where there is
+    one: the two slots of the gateway write in turns.
+    """
 
     path: str
     text: str
     before: str | None
     cause: str
+    serving: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -4975,7 +4980,7 @@ def describe(step: Step) -> str:  # noqa: C901, PLR0911, PLR0912 - one line per 
             return f"create network {name}: {cause}"
         case CreateVolume(name, cause):
             return f"create volume {name}: {cause}"
-        case WriteFile(path, _, _, cause):
+        case WriteFile(path, _, _, cause, _):
             return f"write {path}: {cause}"
         case LoadCaddyfile(_, _, _, reload, cause):
             return f"check and {'load' if reload else 'write'} caddy/Caddyfile: {cause}"
@@ -5061,7 +5066,7 @@ class Plan:
         return "".join(
             _unified(path, before, text)
             for path, before, text in (
-                (step.path, step.before, step.text)
+                (step.path, step.serving or step.before, step.text)
                 if isinstance(step, WriteFile)
                 else (CADDYFILE, step.before, step.text)
                 for step in steps
@@ -5640,7 +5645,8 @@ def _plan_gateway(
     serving = serving_slot(observed)
     wanted = {slot: render_gateway(state, slot, served, site) for slot in SLOTS}
     slot = _right_slot(wanted, observed, serving)
-    write = _write(f"litellm-{slot}/config.yaml", text, observed, "what is routed changed")
+    write = _write(f"litellm-{slot}/config.yaml", text, observed, "what is routed changed",
+                   serving=f"litellm-{serving}/config.yaml")  # fmt: skip
     seen = observed.containers.get(wanted[slot].name)
     if seen is not None and seen.spec_hash == wanted[slot].hash:
         return slot, [*write, *plan_container(wanted[slot], observed).whole]
@@ -5688,9 +5694,13 @@ def _load(spec: ContainerSpec, text: str, before: str | None, *, reload: bool) -
     return LoadCaddyfile(spec=spec, text=text, before=before, reload=reload, cause=cause)
 
 
-def _write(path: str, text: str, observed: Observed, cause: str) -> list[Step]:
+def _write(
+    path: str, text: str, observed: Observed, cause: str, *, serving: str = ""
+) -> list[Step]:
     before = observed.files.get(path)
-    return [] if before == text else [WriteFile(path, text, before, cause)]
+    if before == text:
+        return []
+    return [WriteFile(path, text, before, cause, observed.files.get(serving))]
 
 
 def plan_retirement(
@@ -11167,7 +11177,7 @@ def apply_step(  # noqa: C901, PLR0912, PLR0915 - one line per kind of step
             containers.create_network(name)
         case CreateVolume(name, _):
             containers.create_volume(name)
-        case WriteFile(path, text, _, _):
+        case WriteFile(path, text, _, _, _):
             tools.files.write_generated(path, text)
         case LoadCaddyfile(spec, text, _, reload, _):
             containers.check_caddyfile(spec, text)
@@ -11254,7 +11264,7 @@ def _undo(step: Step, tools: Tools) -> bool:  # noqa: C901, PLR0912 - one line p
             _bring_slice_back(gpu, wanted, tools)
         case CreateSlice(gpu, wanted, _):
             tools.gpus.destroy_slice(gpu.uuid, wanted)
-        case WriteFile(path, _, before, _):
+        case WriteFile(path, _, before, _, _):
             tools.files.write_generated(path, before)
         case LoadCaddyfile(spec, _, before, reload, _):
             tools.files.write_generated(CADDYFILE, before)

@@ -310,6 +310,16 @@ def test_a_route_turns_the_gateway_and_touches_nothing_else() -> None:
         """)
 
 
+def test_the_difference_is_to_what_serves_and_not_to_what_served_before_it() -> None:
+    before = a_state(a_model())
+    world = as_wished(before, files=as_wished(before).files | {"litellm-b/config.yaml": "old\n"})
+    route = lm.Route(name="code", members=("chat",))
+    plan = lm.plan_state(lm.routing(asdict(route)).edit(before), world, a_site())
+    added = [line for line in plan.diff().splitlines() if line.startswith("+- model_name")]
+    assert added == ["+- model_name: code"]
+    assert "-old" not in plan.diff()
+
+
 def test_redis_runs_only_while_a_route_keeps_answers() -> None:
     plain = a_state(a_model())
     kept = replace(plain, routes=(lm.Route(name="chat", members=("chat",), cache_seconds=60),))

@@ -34,6 +34,7 @@ TEST_IMAGES = {
     "caddy": CADDY,
     "litellm": "llm-manager-test/litellm:latest",
     "postgres": "llm-manager-test/postgres:latest",
+    "redis": "llm-manager-test/redis:latest",
     "vllm_cpu": ENGINE,
     "vllm_omni": ENGINE,
 }

@@ -3,7 +3,7 @@
 Run in a container: `python3 upstreams.py NAME [PORT]`. What it answers names it (`answer of NAME`).
 `POST /control` takes the behaviour of the next requests, `GET /control` what was seen:
 
-    fail    status of a refusal, or "context", "drop" (close without an answer), "break" (mid-stream)
+    fail    status of a refusal, or "context", "drop" (no answer at all), "break" (mid-stream)
     times   how many requests that holds for, then the server is well again; absent: for good
     message text of the refusal
     delay   seconds before the answer; gap: seconds between two chunks of a stream
@@ -138,7 +138,9 @@ class Handler(BaseHTTPRequestHandler):
             if number == 1 and now["fail"] == "break":
                 self.close_connection = True
                 return
-            self.chunk(delta(body, {"role": "assistant", "content": f"{word} " if number < 2 else word}))
+            self.chunk(
+                delta(body, {"role": "assistant", "content": f"{word} " if number < 2 else word})
+            )
             time.sleep(now["gap"])
         self.chunk(delta(body, {}, "stop"))
         self.wfile.write(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
