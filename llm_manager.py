@@ -3394,15 +3394,28 @@ def _aliases(state: State) -> dict[str, str]:
 def _with_stand_in(pool: Pool, known: Mapping[str, Pool]) -> Pool:
     if pool.deployments:
         return pool
-    able = (known[name] for name in pool.route.fallbacks if name in known)
-    stand_in = next((other for other in able if other.deployments), pool)
+    able = [
+        name for name in _resolved(pool.route.fallbacks, known.values()) if known[name].deployments
+    ]
     return replace(
         pool,
         deployments=tuple(
             replace(d, deployment_id=f"{pool.route.name}@{d.deployment_id.partition('@')[2]}")
-            for d in stand_in.deployments
+            for name in able[:1]
+            for d in known[name].deployments
         ),
     )
+
+
+def _resolved(targets: Sequence[str], known: Collection[Pool]) -> list[str]:
+    """The pools that fallbacks mean: by public name, by alias, or by their one member."""
+    names: dict[str, str] = {}
+    for pool in known:
+        alone = pool.route.members if len(pool.route.members) == 1 else ()
+        for name in (*alone, *pool.route.aliases):
+            names.setdefault(name, pool.route.name)
+    names |= {pool.route.name: pool.route.name for pool in known}
+    return [names[target] for target in targets if target in names]
 
 
 def _members(route: Route, state: State, served: Sequence[ServedModel]) -> tuple[Deployment, ...]:
@@ -4451,21 +4464,11 @@ def _router_settings(routed: Sequence[Pool]) -> Json:
 
 def _chains(routed: Sequence[Pool], of: Callable[[Route], Sequence[str]]) -> list[Json]:
     """A chain for each name and alias: LiteLLM does not look through an alias for it."""
-    callable_names = {p.route.name for p in routed} | {a for p in routed for a in p.route.aliases}
-    own = {p.route.members[0]: p.route.name for p in routed if len(p.route.members) == 1}
-    chains = {
-        pool.route: [
-            name
-            for target in of(pool.route)
-            if (name := target if target in callable_names else own.get(target))
-        ]
-        for pool in routed
-    }
     return [
-        {name: [*chain]}
-        for route, chain in chains.items()
-        for name in (route.name, *route.aliases)
-        if chain
+        {name: chain}
+        for pool in routed
+        for name in (pool.route.name, *pool.route.aliases)
+        if (chain := _resolved(of(pool.route), routed))
     ]
 
 
