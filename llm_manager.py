@@ -4476,16 +4476,22 @@ def _entries(pool: Pool) -> list[Json]:
     return [
         {
             "model_name": pool.route.name,
-            "litellm_params": _given(_parameters(pool.route, deployment)),
+            "litellm_params": _given(_parameters(pool, deployment)),
             "model_info": _given(
-                {"id": deployment.deployment_id, "mode": deployment.mode, **_breaker(pool.route)}
+                {"id": deployment.deployment_id, "mode": deployment.mode, **_breaker(pool)}
             ),
         }
         for deployment in pool.deployments
     ]
 
 
-def _parameters(route: Route, deployment: Deployment) -> Json:
+def _is_alone(pool: Pool) -> bool:
+    """Whether nobody else could answer: left out for a while, its next caller would be refused."""
+    return len(pool.deployments) == 1 and not pool.route.fallbacks
+
+
+def _parameters(pool: Pool, deployment: Deployment) -> Json:
+    route = pool.route
     order = {target: place for place, target in enumerate(route.members, 1)}
     usual = Route(name=route.name, members=route.members)
     timeout, retries, kept = route.timeout_seconds, route.retries, route.cache_seconds
@@ -4496,16 +4502,17 @@ def _parameters(route: Route, deployment: Deployment) -> Json:
         "timeout": timeout if timeout != usual.timeout_seconds else None,
         "num_retries": retries if retries != usual.retries else None,
         "max_parallel_requests": route.parallel,
+        "cooldown_time": 0 if _is_alone(pool) else None,
         "cache": {"use-cache": True, "ttl": kept} if kept else None,
         "weight": deployment.weight if route.strategy == "weighted" else None,
         "order": order.get(deployment.target, 1) if route.strategy == "in-order" else None,
     }
 
 
-def _breaker(route: Route) -> Json:
-    usual = Route(name=route.name, members=route.members)
+def _breaker(pool: Pool) -> Json:
+    route, usual = pool.route, Route(name=pool.route.name, members=pool.route.members)
     settings = (route.failures_allowed, route.cooldown_seconds)
-    if settings == (usual.failures_allowed, usual.cooldown_seconds):
+    if _is_alone(pool) or settings == (usual.failures_allowed, usual.cooldown_seconds):
         return {}
     return {"allowed_fails": route.failures_allowed, "cooldown_time": route.cooldown_seconds}
 
