@@ -156,6 +156,7 @@ import secrets
 import shlex
 import shutil
 import socket
+import ssl
 import tarfile
 import tempfile
 import threading
@@ -300,6 +301,17 @@ class CancelledError(ManagerError):
     """The operator took the change back; it was undone."""
 
 
+def mask_secrets(text: str) -> str:
+    """Generated text as it may be shown: a key's hash in its place, so that another one is seen."""
+
+    def mask(found: re.Match[str]) -> str:
+        return f"{found[1]}({sha256(found[2].encode()).hexdigest()[:8]})"
+
+    text = re.sub(r"(Bearer )([^\s\"]+)", mask, text)
+    pem = r"(?s)(-----BEGIN [A-Z ]*PRIVATE KEY-----)(.*?)(?=-----END|\Z)"
+    return re.sub(pem, mask, text)
+
+
 def format_duration(seconds: float) -> str:
     """Two units at most: 9 s, 3 min 20 s, 5 h 2 min, 4 d 3 h."""
     whole = int(max(seconds, 0))
@@ -372,6 +384,15 @@ TARGET_RULE: Final = _checked(
     r"[a-z0-9-]+(/[A-Za-z0-9@._:/+-]*\*?)?", "a model's name, or provider/model", longest=192
 )
 BEARER_RULE: Final = re.compile(r"sk-[A-Za-z0-9_-]{8,}")
+
+
+def _bearer(secret: pydantic.SecretStr) -> pydantic.SecretStr:
+    """Caddy compares it letter for letter: nothing in it may mean anything there."""
+    if not BEARER_RULE.fullmatch(secret.get_secret_value()):
+        raise ValueError("it must be sk- and 8 or more letters, digits, _ or -")
+    return secret
+
+
 HOSTNAME_RULE: Final = _checked(
     r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", "a lower-case host name or IPv4 address", longest=253
 )
@@ -563,7 +584,7 @@ class DirectKey:
     """A key for `/models/{name}/v1`, checked by Caddy; no models means all of them."""
 
     name: Name
-    secret: pydantic.SecretStr
+    secret: Annotated[pydantic.SecretStr, pydantic.AfterValidator(_bearer)]
     models: tuple[ModelName, ...] = ()
 
 
@@ -3651,6 +3672,7 @@ class Site:
 
 
 CADDYFILE: Final = "caddy/Caddyfile"
+CERTIFICATE: Final = "caddy/certificate.pem"
 Slot = Literal["a", "b"]
 SLOTS: Final[tuple[Slot, Slot]] = ("a", "b")
 
@@ -3942,6 +3964,10 @@ def named_source(text: str, revision: str | None) -> HubSource | LocalSource:
 
 def parse_edge(raw: Json) -> Edge:
     return _parsed(Edge, raw, "These HTTPS settings cannot be used")
+
+
+def parse_direct_key(raw: Json) -> DirectKey:
+    return _parsed(DirectKey, raw, "This direct key cannot be used")
 
 
 def parse_route(raw: Json) -> Route:
@@ -4540,15 +4566,12 @@ def _cache_settings(state: State) -> Json:
     }
 
 
+CERTIFICATE_MOUNT: Final = "/etc/caddy/certificate.pem"
+
+
 def render_edge(state: State, site: Site) -> ContainerSpec:
     """Caddy: the only container with published ports."""
     edge = state.edge
-    certificates: tuple[Mount, ...] = ()
-    if isinstance(edge.tls, OwnCertificate):
-        certificates = (
-            Mount(source=str(PurePath(edge.tls.certificate_path).parent), target="/certificate"),
-            Mount(source=str(PurePath(edge.tls.key_path).parent), target="/certificate-key"),
-        )
     return ContainerSpec(
         name=edge_name(state),
         role="edge",
@@ -4559,7 +4582,6 @@ def render_edge(state: State, site: Site) -> ContainerSpec:
             # The directory, not the file: a mounted file keeps its old inode after a replace.
             Mount(source=f"{site.generated}/caddy", target="/etc/caddy"),
             Mount(source=f"{state.name_prefix}llm-caddy-data", target="/data", read_only=False),
-            *certificates,
         ),
         ports=(
             PublishedPort(address=edge.address, host_port=edge.https_port, container_port=443),
@@ -4572,12 +4594,35 @@ def render_edge(state: State, site: Site) -> ContainerSpec:
     )
 
 
-def render_caddyfile(state: State, slot: Slot) -> str:
-    """The whole edge: HTTPS in front of one gateway slot, and 404 for all else.
+# What of an engine's own API passes the edge, under /v1; all else it has is nobody's.
+_GENERATING: Final = ("chat/completions", "completions", "responses")
+ENGINE_PATHS: Final[Mapping[str, tuple[str, ...]]] = {
+    "chat": _GENERATING,
+    "vision": _GENERATING,
+    "embedding": ("embeddings",),
+    "rerank": ("rerank", "score"),
+    "speech-to-text": ("audio/transcriptions", "audio/translations"),
+    "text-to-speech": ("audio/speech", "audio/voices"),
+    "image": ("images/generations", "images/edits"),
+}
+# Of LiteLLM's: its others manage, keep what was said (files, threads, stored responses), or tell
+# where models run (model/info).
+GATEWAY_PATHS: Final = (
+    *_GENERATING, "messages", "embeddings", "rerank", "audio/transcriptions", "audio/speech",
+    "images/generations", "images/edits",
+)  # fmt: skip
+READ_PATHS: Final = ("models", "audio/voices")  # with GET; all others with POST
+
+
+def render_caddyfile(
+    state: State, slot: Slot, served: Sequence[ServedModel], certificate: str = ""
+) -> str:
+    """The whole edge: HTTPS in front of one gateway slot and the engines, and 404 for all else.
 
     Its health path answers `ok SLOT HASH`, so that a look tells what Caddy has really loaded.
+    It holds the direct keys and the engines' key: show it through `mask_secrets` only.
     """
-    text = "\n".join(_caddyfile_lines(state, slot)) + "\n"
+    text = "\n".join(_caddyfile_lines(state, slot, served, certificate)) + "\n"
     return GENERATED_BANNER + text.replace(_HASH_MARK, sha256(text.encode()).hexdigest()[:12])
 
 
@@ -4590,57 +4635,202 @@ def caddyfile_hash(text: str) -> str:
     return found[1] if found else ""
 
 
-def _caddyfile_lines(state: State, slot: Slot) -> list[str]:
+def _caddyfile_lines(
+    state: State, slot: Slot, served: Sequence[ServedModel], certificate: str
+) -> list[str]:
     edge = state.edge
-    health = [f"handle {HEALTH_PATH} {{", f'\trespond "ok {slot} {_HASH_MARK}" 200', "}"]
+    health = _block(f"handle {HEALTH_PATH}", f'respond "ok {slot} {_HASH_MARK}" 200')
     https = "" if edge.https_port == 443 else f":{edge.https_port}"  # noqa: PLR2004 - HTTPS
+    routes = [
+        *_crooked_lines(state),
+        *health,
+        *_grafana_lines(state),
+        *_method_lines(),
+        *_gateway_lines(gateway_name(state, slot)),
+        *(line for model in _by_name(served) for line in _engine_lines(state, model)),
+        *_block("handle", "error 404"),
+    ]
     return [
-        "{",
-        "\tpersist_config off",
-        "\tskip_install_trust",
-        "\tauto_https disable_redirects",
-        f"\tdefault_sni {_quote(edge.hostnames[0])}",
-        f"\tgrace_period {DRAIN_SECONDS}s",
+        *_global_lines(edge),
+        *_ANSWERS,
+        *(_engine_snippet(state) if served else ()),
+        *_block(
+            "http://",
+            "import answers",
+            *health,
+            *_block("handle", f"redir https://{{host}}{https}{{uri}} 308"),
+        ),
+        # Without it Caddy answers other hosts' names with an empty 200.
+        *_block("https://", "import answers", "respond 404"),
+        *_block(
+            " ".join(f"https://{name}" for name in edge.hostnames),
+            *_tls_lines(edge.tls, certificate),
+            "import answers",
+            *_ERRORS,
+            *_block("request_body", f"max_size {edge.max_request_mib}MiB"),
+            *_block("route", *routes),
+        ),
+    ]
+
+
+def _block(head: str, *lines: str) -> list[str]:
+    return [f"{head} {{".lstrip(), *(f"\t{line}" for line in lines), "}"]
+
+
+def _global_lines(edge: Edge) -> list[str]:
+    return _block(
+        "",
+        "persist_config off",
+        "skip_install_trust",
+        "auto_https disable_redirects",
+        f"default_sni {_quote(edge.hostnames[0])}",
+        f"grace_period {DRAIN_SECONDS}s",
         *_acme_options(edge.tls),
-        "\tservers {",
-        "\t\ttimeouts {",
-        "\t\t\tread_header 10s",
-        "\t\t}",
-        "\t}",
-        "}",
-        "",
-        "http:// {",
-        *(f"\t{line}" for line in health),
-        "\thandle {",
-        f"\t\tredir https://{{host}}{https}{{uri}} 308",
-        "\t}",
-        "}",
-        "",
-        " ".join(f"https://{name}" for name in edge.hostnames) + " {",
-        *(f"\t{line}" for line in _tls_lines(edge.tls)),
-        "\theader {",
-        "\t\tX-Content-Type-Options nosniff",
-        "\t\tStrict-Transport-Security max-age=31536000",
-        "\t\t-Server",
-        "\t}",
-        # Caddy cleans a path for matching only and forwards it raw: /key/../v1/x would arrive.
-        "\t@crooked expression `{uri}.matches('(?i)^[^?]*(\\\\.\\\\.|%2e|%2f|%5c|//)')`",
-        "\thandle @crooked {",
-        "\t\trespond 400",
-        "\t}",
-        *(f"\t{line}" for line in health),
-        "\thandle /v1/* {",
-        f"\t\treverse_proxy {gateway_name(state, slot)}:{GATEWAY_PORT} {{",
-        "\t\t\ttransport http {",
-        # uvicorn closes an idle connection after 5 s; reusing it later would be a 502.
-        "\t\t\t\tkeepalive 4s",
-        "\t\t\t}",
-        "\t\t}",
-        "\t}",
-        "\thandle {",
-        "\t\trespond 404",
-        "\t}",
-        "}",
+        # An error's entry would hold the client's address and its headers, keys among them.
+        *_block("log", *_block("format filter", "wrap json", "request delete")),
+        # HTTP/3 is UDP, which is not published, and would be announced to every client.
+        *_block("servers", "protocols h1 h2", *_block("timeouts", "read_header 10s")),
+    )
+
+
+_ANSWERS: Final = _block(
+    "(answers)",
+    *_block(
+        "header",
+        "Strict-Transport-Security max-age=31536000",
+        "X-Content-Type-Options nosniff",
+        "X-Frame-Options DENY",
+        "Referrer-Policy no-referrer",
+        "-Server",
+        "-Via",
+    ),
+)
+# What went wrong, as OpenAI's clients expect to read it.
+_ERRORS: Final = _block(
+    "handle_errors",
+    "import answers",
+    "header Content-Type application/json",
+    'respond `{"error": {"message": "{err.status_text}", "type": "invalid_request_error",'
+    ' "param": null, "code": "{err.status_code}"}}`',
+)
+
+
+def _crooked_lines(state: State) -> list[str]:
+    """Caddy cleans a path for matching only and forwards it raw: /key/../v1/x would arrive.
+
+    After this a path that matches letter by letter is the very path that is forwarded.
+    """
+    crooked = "expression `{uri}.matches('^[^?]*(//|/[.]|%)')`"
+    apart = ["not path /grafana/*"] if state.monitoring else []  # its own paths have %2F and such
+    return [*_block("@crooked", crooked, *apart), *_block("handle @crooked", "error 400")]
+
+
+def _grafana_lines(state: State) -> list[str]:
+    if not state.monitoring:
+        return []
+    return _block("handle /grafana/*", f"reverse_proxy {state.name_prefix}llm-grafana:3000")
+
+
+def _method_lines() -> list[str]:
+    reads = f"path_regexp /v1/({'|'.join(READ_PATHS)})(/.*)?$"
+    return [
+        *_block(
+            "@wrong-method",
+            *_block("not", "method GET", reads),
+            *_block("not", "method POST", *_block("not", reads)),
+        ),
+        *_block("handle @wrong-method", "error 404"),
+    ]
+
+
+def _gateway_lines(gateway: ContainerName) -> list[str]:
+    paths = "|".join(("models(/[A-Za-z0-9._:/-]+)?", *GATEWAY_PATHS))
+    inside = ("X-Litellm-Model-Api-Base", "X-Litellm-Model-Name", "X-Litellm-Version",
+              "X-Litellm-Key-Spend", "X-Litellm-Response-Cost*", "Llm_provider-*")  # fmt: skip
+    return [
+        f"@gateway path_regexp ^/v1/({paths})$",
+        *_block(
+            "handle @gateway",
+            *_block(
+                f"reverse_proxy {gateway}:{GATEWAY_PORT}",
+                "header_up -Cookie",
+                "header_up -Litellm-*",  # its switches, as for redaction, are the operator's
+                *(f"header_down -{name}" for name in inside),
+                *_UVICORN,
+            ),
+        ),
+    ]
+
+
+# uvicorn closes an idle connection after 5 s; reusing it later would be a 502.
+_UVICORN: Final = _block("transport http", "dial_timeout 1s", "keepalive 4s")
+
+
+def _engine_snippet(state: State) -> list[str]:
+    """How engines are reached: the client's key and cookies stay behind, the engine's own goes.
+
+    A failed dial is tried again, on another replica if there is one; nothing else is.
+    """
+    key = state.secrets.engine_key.get_secret_value()
+    return _block(
+        "(engine)",
+        "lb_policy least_conn",
+        "lb_try_duration 3s",
+        "lb_try_interval 100ms",
+        # Three: a client whose body is too long counts as one, too (Caddy 2.11).
+        "max_fails 3",
+        "fail_duration 2s",
+        f"header_up Authorization {_quote(f'Bearer {key}')}",
+        *(f"header_up -{name}" for name in ("Cookie", "X-Api-Key", "Api-Key")),
+        *_UVICORN,
+    )
+
+
+def _by_name(served: Sequence[ServedModel]) -> list[ServedModel]:
+    """One entry for each model: while its public name changes it is served under both."""
+    merged: dict[str, ServedModel] = {}
+    for model in sorted(served, key=lambda model: model.model):
+        first = merged.setdefault(model.model, model)
+        if first is not model and first.type == model.type:
+            merged[model.model] = replace(first, replicas=(*first.replicas, *model.replicas))
+    return list(merged.values())
+
+
+def _engine_lines(state: State, model: ServedModel) -> list[str]:
+    """The ways to a model's engines past the gateway; the open one is there only while it is on.
+
+    They bear the engine's key, never the master key: with that a body's `model` or `fallbacks`
+    would reach other models.
+    """
+    opened = any(known.name == model.model and known.open_route for known in state.models)
+    keys = sorted(
+        f'"Bearer {key.secret.get_secret_value()}"'
+        for key in state.direct_keys
+        if not key.models or model.model in key.models
+    )
+    # `vars` compares the whole header: no wildcard, no case, no second header beside the first.
+    direct = f"vars {{header.Authorization}} {' '.join(keys)}" if keys else ""
+    anybody = "header_regexp Authorization ^Bearer\\s+\\S+$"
+    return [
+        *_way_lines("models", model, direct),
+        *(_way_lines("open", model, anybody) if state.edge.open_routes and opened else ()),
+    ]
+
+
+def _way_lines(way: str, model: ServedModel, admits: str) -> list[str]:
+    """One prefix; where `admits` names no matcher, nobody is admitted."""
+    name, prefix = f"{way}-{model.model}", f"/{way}/{model.model}"
+    engines = " ".join(f"{replica}:{ENGINE_PORT}" for replica in model.replicas)
+    paths = "|".join(("models", *ENGINE_PATHS[model.type]))
+    proxy = _block(f"reverse_proxy {engines}", "import engine")
+    admitted = [f"@key {admits}", *_block("handle @key", f"uri strip_prefix {prefix}", *proxy)]
+    return [
+        f"@{name} path_regexp ^{prefix}/v1/({paths})$",
+        *_block(
+            f"handle @{name}",
+            *(admitted if admits else ()),
+            *_block("handle", "header WWW-Authenticate Bearer", "error 401"),
+        ),
     ]
 
 
@@ -4651,15 +4841,14 @@ def _acme_options(tls: InternalTls | OwnCertificate | AcmeTls) -> list[str]:
     return [f"\temail {_quote(tls.email)}", *directory]
 
 
-def _tls_lines(tls: InternalTls | OwnCertificate | AcmeTls) -> list[str]:
+def _tls_lines(tls: InternalTls | OwnCertificate | AcmeTls, certificate: str) -> list[str]:
     match tls:
         case InternalTls():
             return ["tls internal"]
-        case OwnCertificate(certificate_path=certificate, key_path=key):
-            chain, private = PurePath(certificate).name, PurePath(key).name
-            return [
-                f"tls {_quote(f'/certificate/{chain}')} {_quote(f'/certificate-key/{private}')}"
-            ]
+        case OwnCertificate():
+            # Caddy does not watch it: with its hash a renewed one is another Caddyfile.
+            mark = sha256(certificate.encode()).hexdigest()[:12]
+            return [f"tls {CERTIFICATE_MOUNT} {CERTIFICATE_MOUNT}  # {mark}"]
         case AcmeTls():
             return []
         case _:
@@ -4748,6 +4937,15 @@ class LoadedCaddyfile:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Certificate:
+    """The operator's own, as its files were read: chain and key in one text, or what is wrong."""
+
+    pem: str = field(default="", repr=False)
+    fault: str = ""
+    expires_at: datetime | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Observed:
     """One look at the world; only what carries our labels is in it."""
 
@@ -4755,7 +4953,8 @@ class Observed:
     images: frozenset[str] = frozenset()
     networks: frozenset[str] = frozenset()
     volumes: frozenset[str] = frozenset()
-    files: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict, repr=False)  # keys are among them
+    certificate: Certificate | None = None  # None: none of the operator's own is wished
     edge: LoadedCaddyfile | None = None
     taken_at: datetime | None = None
     hardware: Hardware | None = None  # None: not looked at
@@ -4863,8 +5062,8 @@ class WriteFile:
     """
 
     path: str
-    text: str
-    before: str | None
+    text: str = field(repr=False)
+    before: str | None = field(repr=False)
     cause: str
     serving: str | None = None
 
@@ -4874,8 +5073,8 @@ class LoadCaddyfile:
     """Have Caddy check the text, write it, and reload Caddy where it runs."""
 
     spec: ContainerSpec
-    text: str
-    before: str | None
+    text: str = field(repr=False)
+    before: str | None = field(repr=False)
     reload: bool
     cause: str
 
@@ -5071,7 +5270,7 @@ class Plan:
         return name if seconds is None else f"{name} (its last start took {seconds:.0f} s)"
 
     def diff(self) -> str:
-        """What changes in the generated files; they hold no secrets."""
+        """What changes in the generated files, with hashes in the place of keys."""
         steps = [step for stage in self.stages for step in stage.steps]
         return "".join(
             _unified(path, before, text)
@@ -5086,7 +5285,7 @@ class Plan:
 
 
 def _unified(path: str, before: str | None, after: str) -> str:
-    old, new = (before or "").splitlines(keepends=True), after.splitlines(keepends=True)
+    old, new = (mask_secrets(text).splitlines(keepends=True) for text in (before or "", after))
     return "".join(difflib.unified_diff(old, new, f"generated/{path}", f"generated/{path} (new)"))
 
 
@@ -5597,8 +5796,11 @@ def plan_endpoint(
             else _serving_now(state, model, observed, routed)
         )
     ]
+    if refused := _refuse_certificate(state, observed):
+        staying = {edge_name(state), *(gateway_name(state, slot) for slot in SLOTS)}
+        return Stage(title="endpoint", steps=refused), frozenset(staying)
     slot, gateway_steps = _plan_gateway(state, served, observed, site)
-    steps = (*gateway_steps, *_plan_edge(state, slot, observed, site))
+    steps = (*gateway_steps, *_plan_edge(state, slot, served, observed, site))
     kept = frozenset({gateway_name(state, slot), edge_name(state)})
     return Stage(title="endpoint", steps=steps), kept
 
@@ -5683,20 +5885,51 @@ def _right_slot(
     return "b" if serving == "a" else "a"
 
 
-def _plan_edge(state: State, slot: Slot, observed: Observed, site: Site) -> list[Step]:
-    wanted, text = render_edge(state, site), render_caddyfile(state, slot)
+def _plan_edge(
+    state: State, slot: Slot, served: Sequence[ServedModel], observed: Observed, site: Site
+) -> list[Step]:
+    pem = certificate_to_serve(state, observed)
+    wanted, text = render_edge(state, site), render_caddyfile(state, slot, served, pem)
     seen = observed.containers.get(wanted.name)
     before = observed.files.get(CADDYFILE)
     steps = list(plan_container(wanted, observed).whole)
+    file = _write(CERTIFICATE, pem, observed, "the certificate changed")
+    first, last = (file, []) if pem else ([], file if CERTIFICATE in observed.files else [])
     if seen is not None and seen.running and seen.spec_hash == wanted.hash:
         if observed.edge == LoadedCaddyfile(slot, caddyfile_hash(text)):
-            return steps
-        return [_load(wanted, text, before, reload=True), *steps]
+            return [*first, *steps, *last]
+        return [*first, _load(wanted, text, before, reload=True), *steps, *last]
     if before == text:
-        return steps
+        return [*first, *steps, *last]
     pulls = [step for step in steps if isinstance(step, PullImage)]
     others = [step for step in steps if not isinstance(step, PullImage)]
-    return [*pulls, _load(wanted, text, before, reload=False), *others]
+    return [*pulls, *first, _load(wanted, text, before, reload=False), *others, *last]
+
+
+def certificate_to_serve(state: State, observed: Observed) -> str:
+    """The operator's own; while that cannot be used, what was served before goes on."""
+    if not isinstance(state.edge.tls, OwnCertificate):
+        return ""
+    seen = observed.certificate
+    return seen.pem if seen and not seen.fault else observed.files.get(CERTIFICATE, "")
+
+
+def renewed_certificate(state: State, observed: Observed) -> str:
+    """A sound certificate that is newer than the one served; empty where there is none."""
+    served = observed.files.get(CERTIFICATE)
+    wanted = certificate_to_serve(state, observed)
+    due = state.endpoint == "running" and observed.edge is not None and served
+    return wanted if due and wanted != served else ""
+
+
+def _refuse_certificate(state: State, observed: Observed) -> tuple[Refuse, ...]:
+    if not isinstance(state.edge.tls, OwnCertificate) or certificate_to_serve(state, observed):
+        return ()
+    fault = observed.certificate.fault if observed.certificate else "The certificate was not read."
+    return (Refuse(fault, CERTIFICATE_ADVICE),)
+
+
+CERTIFICATE_ADVICE: Final = "Correct its files, or choose another kind: `config set --tls`."
 
 
 def _load(spec: ContainerSpec, text: str, before: str | None, *, reload: bool) -> LoadCaddyfile:
@@ -5881,6 +6114,12 @@ def configuring_edge(changes: Json) -> Change:
         return replace(state, edge=parse_edge(asdict(state.edge) | changes))
 
     return Change(title="Change HTTPS", edit=edit, scope=NO_MODELS)
+
+
+def renewing_certificate() -> Change:
+    """The operator's certificate is another one: serve that."""
+    title = "Serve the renewed certificate"
+    return Change(title=title, edit=lambda state: state, scope=NO_MODELS)
 
 
 def routing(raw: Json) -> Change:
@@ -6487,6 +6726,7 @@ def attention(snapshot: Snapshot) -> list[Attention]:
         Attention(snapshot.fates.get(m.name, f"{m.name} {unknown}"), "Models") for m in failed
     ]
     found += [Attention(text, "Models") for text in snapshot.hung.values()]
+    found += [Attention(t, "System") for t in certificate_matters(observed, snapshot.taken_at)]
     fetching = any(job.fetching for job in snapshot.jobs)
     if snapshot.plan and running_job(snapshot) is None and not fetching:
         count = sum(len(stage.steps) for stage in snapshot.plan.stages)
@@ -6501,6 +6741,21 @@ def attention(snapshot: Snapshot) -> list[Attention]:
 
 
 OLD_SECONDS: Final = 30.0
+
+
+def certificate_matters(observed: Observed, now: datetime) -> list[str]:
+    """What is wrong with the operator's own certificate, or will be within two weeks."""
+    seen = observed.certificate
+    if seen is None:
+        return []
+    if seen.fault:
+        served = " The one before is still served." if observed.files.get(CERTIFICATE) else ""
+        return [f"{seen.fault}{served} {CERTIFICATE_ADVICE}"]
+    left = (seen.expires_at - now).days if seen.expires_at else math.inf
+    return [f"The certificate expires in {left} days. Renew it."] if left < CERTIFICATE_DAYS else []
+
+
+CERTIFICATE_DAYS: Final = 14
 
 
 def hardware_matters(hardware: Hardware) -> list[str]:
@@ -8265,6 +8520,73 @@ def file_errors(action: str, advice: str = HOME_ADVICE) -> Iterator[None]:
         ) from error
 
 
+def read_certificate(edge: Edge) -> Certificate | None:
+    """The operator's own as it is now, links followed; what it serves is exactly what was tested.
+
+    Tested is all that a client would: that key and chain belong together, the dates, and each of
+    the edge's names. None where another kind is wished.
+    """
+    tls = edge.tls
+    if not isinstance(tls, OwnCertificate):
+        return None
+    try:
+        chain = _pem_blocks(tls.certificate_path, "CERTIFICATE")
+        pem = chain + _pem_blocks(tls.key_path, "[A-Z ]*PRIVATE KEY")
+        expires_at = min(_handshake(chain, pem, name) for name in edge.hostnames)
+    except ssl.SSLCertVerificationError as error:
+        reason = error.verify_message.rstrip(".")
+    except ssl.SSLError as error:
+        reason = f"its key cannot be used with it ({error.reason or 'unreadable'})"
+    except OSError as error:
+        reason = f"{error.strerror or error} ({error.filename})"
+    except ValueError as error:
+        reason = str(error)
+    else:
+        return Certificate(pem=pem, expires_at=expires_at)
+    return Certificate(fault=f"The certificate {tls.certificate_path} cannot be used: {reason}.")
+
+
+def _pem_blocks(path: str, kind: str) -> str:
+    text = Path(path).read_text(errors="replace")
+    blocks = re.findall(rf"-----BEGIN {kind}-----.*?-----END {kind}-----", text, re.DOTALL)
+    if not blocks:
+        what = "certificate" if kind == "CERTIFICATE" else "private key"
+        raise ValueError(f"{path} holds no {what} in PEM")
+    return "\n".join(blocks) + "\n"
+
+
+def _handshake(chain: str, pem: str, name: str) -> datetime:
+    """Serve and visit it within this process; when it expires, or SSLError."""
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    with memory_file(pem) as path:
+        server.load_cert_chain(path, password="")  # never ask at the terminal
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    # Trust in the certificate itself: whether clients trust its issuer is known to them alone.
+    client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    client.load_verify_locations(cadata=chain)
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = [
+        server.wrap_bio(there, back, server_side=True),
+        client.wrap_bio(back, there, server_hostname=name),
+    ]
+    for end in reversed(ends * 3):
+        with contextlib.suppress(ssl.SSLWantReadError):
+            end.do_handshake()
+    shown = ends[1].getpeercert() or {}
+    return datetime.fromtimestamp(ssl.cert_time_to_seconds(str(shown["notAfter"])), UTC)
+
+
+@contextlib.contextmanager
+def memory_file(text: str) -> Iterator[str]:
+    """A path to a file that is on no disk, for what takes secrets by path only."""
+    descriptor = os.memfd_create("secret")
+    try:
+        os.write(descriptor, text.encode())
+        yield f"/proc/self/fd/{descriptor}"
+    finally:
+        os.close(descriptor)
+
+
 def port_is_free(address: str, port: int) -> bool:
     """Whether nobody listens there; without the right to bind, whether nobody answers."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -8446,7 +8768,8 @@ class DockerContainers:
                 ["caddy", "validate", "--config", "/tmp/Caddyfile", "--adapter", "caddyfile"],  # noqa: S108
                 name=name,
                 labels={**self._labels, LABEL_ROLE: "check", LABEL_SPEC_HASH: "check"},
-                mounts=[_docker_mount(m) for m in spec.mounts if "certificate" in m.target],
+                # The certificate, where there is one: it is written before it is checked.
+                mounts=[_docker_mount(m) for m in spec.mounts if f"{m.target}/cert" in text],
                 network_mode="none",
             )
             try:
@@ -8458,7 +8781,7 @@ class DockerContainers:
                 container.remove(force=True, v=True)
         if status:
             raise ContainerFailedError(
-                f"Caddy rejects the generated Caddyfile: {_last_line(said)}.",
+                f"Caddy rejects the generated Caddyfile: {_last_line(mask_secrets(said))}.",
                 advice="What ran before still runs. Correct the HTTPS settings.",
             )
 
@@ -8469,7 +8792,7 @@ class DockerContainers:
         if result.exit_code:
             said = result.output.decode() if isinstance(result.output, bytes) else ""
             raise ContainerFailedError(
-                f"Caddy did not load its new configuration: {_last_line(said)}.",
+                f"Caddy did not load its new configuration: {_last_line(mask_secrets(said))}.",
                 advice="What ran before still runs.",
             )
 
@@ -11002,8 +11325,8 @@ class Control:
             )
 
 
-def observe(tools: Tools) -> Observed:
-    """One whole look at the world."""
+def observe(tools: Tools, edge: Edge | None = None) -> Observed:
+    """One whole look at the world; of certificates, at the one that this edge names."""
     found, hardware = tools.containers.observe(), tools.gpus.read()
     with_gpu = [c for c in found.containers.values() if c.running and c.devices]
     with concurrent.futures.ThreadPoolExecutor(max_workers=len(with_gpu) or 1) as pool:
@@ -11013,6 +11336,7 @@ def observe(tools: Tools) -> Observed:
         found,
         containers={**found.containers, **looked},
         files=tools.files.read_generated(),
+        certificate=read_certificate(edge) if edge else None,
         taken_at=tools.clock.utc_now(),
         hardware=hardware,
         # Only where slices can go: each container is looked at once in its life.
@@ -11041,7 +11365,7 @@ def converge(
             despite_driver=reach.despite_driver, recut=recut, gentle=reach.gentle,
         )  # fmt: skip
 
-    first = observe(tools)
+    first = observe(tools, state.edge)
     _keep_last_words(first, tools)
     plan = planned(first, recut=True)
     if reach.whole:
@@ -11050,7 +11374,9 @@ def converge(
     if faults and reach.whole:
         _raise_all(faults)
     if plan.layouts:
-        plan = _without_consequences(planned(observe(tools), recut=False), plan.layouts, control)
+        plan = _without_consequences(
+            planned(observe(tools, state.edge), recut=False), plan.layouts, control
+        )
     faults += _attempt([plan.devices], tools, control)
     apply_stage(plan.foundation, tools, control)
     database = _attempt([plan.database], tools, control)
@@ -11061,7 +11387,9 @@ def converge(
     if not database:
         faults += _turn_endpoint(state, site, tools, control, names)
     else:  # what is wished stopped must stop all the same
-        faults += _attempt([plan_retirement(state, observe(tools), None, names)], tools, control)
+        faults += _attempt(
+            [plan_retirement(state, observe(tools, state.edge), None, names)], tools, control
+        )
     _raise_all(_counting(faults, state, first, control) if reach.whole else faults)
 
 
@@ -11100,10 +11428,10 @@ def _turn_endpoint(
     state: State, site: Site, tools: Tools, control: Control, names: frozenset[str] | None
 ) -> list[ManagerError]:
     """Route what is ready now, then retire what nobody wants any more."""
-    endpoint, kept = plan_endpoint(state, observe(tools), site)
+    endpoint, kept = plan_endpoint(state, observe(tools, state.edge), site)
     faults = _attempt([endpoint], tools, control)
     turned = kept if not faults else None
-    retirement = plan_retirement(state, observe(tools), turned, names)
+    retirement = plan_retirement(state, observe(tools, state.edge), turned, names)
     return faults + _attempt([retirement], tools, control)
 
 
@@ -12024,8 +12352,9 @@ class ChangeRunner:
         """The GPUs as they are; where nothing can be seen, its `fault` says why."""
         return self._tools.gpus.read(fresh=fresh)
 
-    def observe(self) -> Observed:
-        return observe(self._tools)
+    def observe(self, state: State | None = None) -> Observed:
+        """The world now, seen with the eyes of this state, or of the stored one."""
+        return observe(self._tools, (state or self._store.load()).edge)
 
     def jobs(self) -> list[JobView]:
         """Newest first."""
@@ -12042,7 +12371,7 @@ class ChangeRunner:
 
     def _planned(self, change: Change, state: State) -> Plan:
         return plan_state(
-            state, self.observe(), self._site, scope=change.scope, restart=change.restart,
+            state, self.observe(state), self._site, scope=change.scope, restart=change.restart,
             despite_driver=change.despite_driver, gentle=change.gentle,
         )  # fmt: skip
 
@@ -12050,6 +12379,10 @@ class ChangeRunner:
         """What would be wished then; a wish that books a GPU twice is refused."""
         after = change.edit(before)
         check_state(after)
+        if (after.edge.tls, after.edge.hostnames) != (before.edge.tls, before.edge.hostnames):
+            seen = read_certificate(after.edge)
+            if seen is not None and seen.fault:
+                raise RefusedError(seen.fault, advice=CERTIFICATE_ADVICE)
         # A hand-written double booking must be mendable step by step: taking away is allowed.
         if placements(after) - placements(before) or after.mig_layouts != before.mig_layouts:
             check_placements(after, known=placement_faults(before), hardware=self.hardware())
@@ -12281,7 +12614,7 @@ class Manager(ChangeRunner):
         faults: list[ManagerError] = []
         try:
             state = self._store.load()
-            observed = self.observe()
+            observed = self.observe(state)
             plan = plan_state(state, observed, self._site)
         except ManagerError as error:
             faults.append(error)
@@ -12443,6 +12776,7 @@ class Watch:
         self._fates: dict[ModelName, str] = {}
         self._latest = manager.snapshot()
         self._repaired: set[ModelName] = set()
+        self._renewed = ""  # the certificate that was last tried
         self._pulse = Pulse(manager, lambda: self._latest, stalls or Stalls())
         threading.Thread(target=self._run, name="watch", daemon=True).start()
 
@@ -12466,6 +12800,7 @@ class Watch:
                 if absent and self._latest.observed is not None:
                     self._restore()
                 self._repair()
+                self._renew()
                 self._revive()
             except Exception:  # boundary: a bug in one look must not freeze every page for ever
                 log.exception("snapshot failed")
@@ -12489,6 +12824,17 @@ class Watch:
             with contextlib.suppress(ManagerError):  # busy: the next look finds it again
                 self._manager.start(repairing(due))
                 self._repaired |= due
+
+    def _renew(self) -> None:
+        """Serve a renewed certificate; one that Caddy will not have is the operator's."""
+        state, observed = self._latest.state, self._latest.observed
+        if state is None or observed is None:
+            return
+        due = renewed_certificate(state, observed)
+        if due and due != self._renewed:
+            with contextlib.suppress(ManagerError):  # busy: the next look finds it again
+                self._manager.start(renewing_certificate())
+                self._renewed = due
 
     def _revive(self) -> None:
         """Start again what died in service; Docker must not, because slices come first."""

@@ -141,7 +141,7 @@ def as_wished(state: lm.State, slot: lm.Slot = "a", **changes: Any) -> lm.Observ
         gateway = lm.render_gateway(state, slot, lm.served_models(state, models), site)
         specs += [lm.render_database(state), gateway, lm.render_edge(state, site)]
         specs += [lm.render_cache(state)] if lm.uses_cache(state) else []
-        text = lm.render_caddyfile(state, slot)
+        text = lm.render_caddyfile(state, slot, lm.served_models(state, models))
         files = {
             f"litellm-{slot}/config.yaml": lm.render_litellm_config(
                 state, lm.served_models(state, models)

@@ -58,18 +58,21 @@ def main() -> None:
     def litellm() -> str:
         return lm.render_litellm_config(state, lm.served_models(state, models))
 
+    def caddyfile() -> str:
+        return lm.render_caddyfile(state, "a", lm.served_models(state, models))
+
     def specs() -> list[str]:
         return [spec.hash for model in models for spec in lm.render_engines(state, model, site)]
 
     def everything() -> None:
         litellm()
-        lm.render_caddyfile(state, "a")
+        caddyfile()
         specs()
 
     plain = yaml.safe_load(litellm())
     works: dict[str, Callable[[], object]] = {
         "LiteLLM's YAML": litellm,
-        "the Caddyfile": lambda: lm.render_caddyfile(state, "a"),
+        "the Caddyfile": caddyfile,
         "container specs with their hashes": specs,
         "a whole plan, from nothing": lambda: lm.plan_state(state, lm.Observed(), site),
         "C dumper: the same YAML": lambda: yaml.dump(

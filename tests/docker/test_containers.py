@@ -355,7 +355,8 @@ def own_certificate(folder: Path) -> lm.OwnCertificate:
         path.parent.mkdir()
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
-         "-nodes", "-keyout", key, "-out", certificate, "-days", "2", "-subj", "/CN=llm.test"],
+         "-nodes", "-keyout", key, "-out", certificate, "-days", "2", "-subj", "/CN=llm.test",
+         "-addext", "subjectAltName=DNS:localhost,DNS:llm.test"],
         check=True, capture_output=True,
     )  # fmt: skip
     return lm.OwnCertificate(certificate_path=str(certificate), key_path=str(key))
@@ -366,8 +367,10 @@ def test_caddy_takes_the_golden_caddyfile_of_every_kind_of_certificate(
     real: Callable[[], Bench], tmp_path: Path, name: str
 ) -> None:
     bench = real()
-    own = name == "Caddyfile.own-certificate"
-    state = an_edge(bench, tls=own_certificate(tmp_path) if own else lm.InternalTls())
+    state = an_edge(bench)
+    seen = lm.read_certificate(dataclasses.replace(state.edge, tls=own_certificate(tmp_path)))
+    assert seen is not None
+    bench.tools.files.write_generated(lm.CERTIFICATE, seen.pem)
     bench.containers.check_caddyfile(
         lm.render_edge(state, site_of(bench)), (GOLDEN / name).read_text()
     )
@@ -377,13 +380,15 @@ def test_caddy_takes_the_golden_caddyfile_of_every_kind_of_certificate(
 def test_a_rejected_caddyfile_changes_nothing(real: Callable[[], Bench], tmp_path: Path) -> None:
     bench = real()
     state = an_edge(bench, tls=own_certificate(tmp_path))
-    Path(state.edge.tls.key_path).write_text("no key\n")  # type: ignore[union-attr]
-    spec, text = lm.render_edge(state, site_of(bench)), lm.render_caddyfile(state, "a")
-    bench.tools.files.write_generated(lm.CADDYFILE, "before\n")
+    spec, text = lm.render_edge(state, site_of(bench)), lm.render_caddyfile(state, "a", ())
+    before = {lm.CADDYFILE: "before\n", lm.CERTIFICATE: "before\n"}
+    for path, content in before.items():
+        bench.tools.files.write_generated(path, content)
+    write = lm.WriteFile(lm.CERTIFICATE, "no certificate\n", "before\n", "a test")
     load = lm.LoadCaddyfile(spec, text, "before\n", False, "a test")
     with pytest.raises(lm.ContainerFailedError, match="Caddy rejects the generated Caddyfile"):
-        lm.apply_stage(lm.Stage(title="edge", steps=(load,)), bench.tools, lm.Control(str))
-    assert bench.tools.files.read_generated() == {lm.CADDYFILE: "before\n"}
+        lm.apply_stage(lm.Stage(title="edge", steps=(write, load)), bench.tools, lm.Control(str))
+    assert bench.tools.files.read_generated() == before
     assert bench.observed().containers == {}
 
 
@@ -394,9 +399,9 @@ def test_a_running_caddy_loads_a_good_file_and_survives_a_bad_one(
     state = an_edge(bench)
     start_edge(bench, state, "a")
     assert bench.observed().edge == lm.LoadedCaddyfile(
-        "a", lm.caddyfile_hash(lm.render_caddyfile(state, "a"))
+        "a", lm.caddyfile_hash(lm.render_caddyfile(state, "a", ()))
     )
-    turned = lm.render_caddyfile(state, "b")
+    turned = lm.render_caddyfile(state, "b", ())
     bench.tools.files.write_generated(lm.CADDYFILE, turned)
     bench.containers.reload_caddyfile(lm.edge_name(state))
     assert bench.observed().edge == lm.LoadedCaddyfile("b", lm.caddyfile_hash(turned))
@@ -408,7 +413,7 @@ def test_a_running_caddy_loads_a_good_file_and_survives_a_bad_one(
 
 def start_edge(bench: Bench, state: lm.State, slot: lm.Slot) -> None:
     """Network, volume, file and container of the edge, as a plan orders them."""
-    spec, text = lm.render_edge(state, site_of(bench)), lm.render_caddyfile(state, slot)
+    spec, text = lm.render_edge(state, site_of(bench)), lm.render_caddyfile(state, slot, ())
     bench.containers.create_network(lm.network_name(state))
     for volume in lm.volume_names(state):
         bench.containers.create_volume(volume)
