@@ -6687,6 +6687,30 @@ def base_url(edge: Edge) -> str:
     return f"https://{edge.hostnames[0]}{port}/v1"
 
 
+def direct_urls(state: State, key: DirectKey) -> list[str]:
+    """The base URLs that a direct key is good for, of the models registered now."""
+    root = base_url(state.edge).removesuffix("/v1")
+    names = key.models or tuple(model.name for model in state.models)
+    return [f"{root}/models/{name}/v1" for name in names]
+
+
+def hand_out_direct(state: State, key: DirectKey) -> str:
+    """All that a colleague needs; the only text that ever shows the secret."""
+    urls = "\n           ".join(direct_urls(state, key) or ["none yet: no model is registered"])
+    return f"API key:   {key.secret.get_secret_value()}\nBase URLs: {urls}"
+
+
+DIRECT_HEADERS: Final = ("Name", "Models", "Key")
+
+
+def direct_rows(state: State) -> list[list[str]]:
+    """The direct keys, by name; of each key its end, by which its owner knows it."""
+    return [
+        [key.name, ", ".join(key.models) or "all", f"…{key.secret.get_secret_value()[-4:]}"]
+        for key in sorted(state.direct_keys, key=lambda key: key.name)
+    ]
+
+
 def curl_example(edge: Edge, served_model_name: str, key: str) -> str:
     """A request that a colleague can paste; Caddy's own authority needs `-k` or its root."""
     insecure = "-k " if isinstance(edge.tls, InternalTls) else ""
@@ -12003,6 +12027,12 @@ def disk_check(home: Path) -> Check:
     )
 
 
+def new_direct_key(name: str, models: Sequence[str] = ()) -> DirectKey:
+    """A key with a fresh secret, not granted yet; see `granting_direct`."""
+    secret = f"sk-{secrets.token_urlsafe(32)}"
+    return parse_direct_key({"name": name, "secret": secret, "models": list(models)})
+
+
 class Keys:
     """The virtual keys of colleagues, which live in LiteLLM's database."""
 
@@ -13951,6 +13981,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_weights_commands(commands, add)
     add_gpu_commands(commands)
     add_key_commands(commands)
+    add_direct_commands(commands)
     add_system_commands(commands, add)
     return parser
 
@@ -14010,12 +14041,22 @@ def _add_model_options(sub: argparse.ArgumentParser, *, required: bool) -> None:
     sub.add_argument("--image", help="instead of the pinned engine image")
     sub.add_argument("--recipe", help="whose image is built here; empty for none")
     sub.add_argument("--replicas", type=int)
+    sub.add_argument(
+        "--open-route", choices=YES_OR_NO, help="any key at /open/NAME, while those are open"
+    )
     sub.add_argument("--gpu", action="append", metavar="GPU", help="index or UUID; repeatable")
     sub.add_argument("--gpus", type=int, metavar="N", help="so many free GPUs, the best joined")
     sub.add_argument("--mig", metavar="SLICE", help="3g.20gb, or GPU:3g.20gb:START")
     sub.add_argument("--memory-fraction", type=float, help="of each GPU, at most 1")
     sub.add_argument("--cpu-kv-cache", type=int, metavar="MIB", help="place it on the CPU")
     sub.add_argument("--json", action="store_true")
+
+
+YES_OR_NO: Final = ("yes", "no")
+
+
+def yes(choice: str | None) -> bool | None:
+    return None if choice is None else choice == "yes"
 
 
 def positive(text: str) -> int:
@@ -14128,6 +14169,21 @@ def add_key_commands(commands: Any) -> None:
     revoke.add_argument("name")
 
 
+def add_direct_commands(commands: Any) -> None:
+    """`direct …`."""
+    group = commands.add_parser("direct", help="keys past the gateway, straight to engines")
+    verbs = group.add_subparsers(required=True, metavar="COMMAND")
+    create = verbs.add_parser("create", help="a new key, or another one in its namesake's place")
+    create.set_defaults(command=command_direct_create)
+    create.add_argument("name")
+    create.add_argument("--model", action="append", default=[], help="repeat; none: all of them")
+    listing = verbs.add_parser("list")
+    listing.set_defaults(command=command_direct_list)
+    for sub in (create, listing):
+        sub.add_argument("--json", action="store_true")
+    _add_named_change(verbs.add_parser("revoke"), revoking_direct)
+
+
 def add_system_commands(commands: Any, add: Callable[..., Any]) -> None:
     """`config …`, `image …`, `install`."""
     config = commands.add_parser("config", help="the stored state").add_subparsers(
@@ -14146,6 +14202,8 @@ def add_system_commands(commands: Any, add: Callable[..., Any]) -> None:
     edge.add_argument("--key", default="")
     edge.add_argument("--email", default="")
     edge.add_argument("--acme-directory", default="", help="a company's own ACME server")
+    edge.add_argument("--open-routes", choices=YES_OR_NO, help="no closes all of them at once")
+    edge.add_argument("--max-request-mib", type=positive, metavar="MIB", help="larger ones: 413")
     token = config.add_parser("token", help="the Hugging Face token, from standard input")
     token.set_defaults(command=command_config_token)
     add_image_commands(commands)
@@ -14558,6 +14616,7 @@ def model_options(arguments: argparse.Namespace) -> Json:
         "image": arguments.image,
         "recipe": arguments.recipe,
         "replicas": arguments.replicas,
+        "open_route": yes(arguments.open_route),
     }
     if arguments.revision and not arguments.repository:
         raise RefusedError(
@@ -14652,6 +14711,29 @@ def command_key_revoke(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def command_direct_create(arguments: argparse.Namespace) -> int:
+    manager = open_manager()
+    key = new_direct_key(arguments.name, arguments.model)
+    job = manager.start(granting_direct(key))
+    # Shown first: it is saved, and where loading it fails now, the next `apply` will.
+    if not arguments.json:
+        out(hand_out_direct(manager.state(), key))
+        return follow(job)
+    urls = direct_urls(manager.state(), key)
+    out_json({"name": key.name, "key": key.secret.get_secret_value(), "base_urls": urls})
+    deque(job.follow(), maxlen=0)
+    return DONE
+
+
+def command_direct_list(arguments: argparse.Namespace) -> int:
+    rows = direct_rows(open_manager().state())
+    if arguments.json:
+        out_json(keyed(DIRECT_HEADERS, rows))
+    else:
+        out_table(DIRECT_HEADERS, rows)
+    return DONE
+
+
 def command_config_show(_: argparse.Namespace) -> int:
     shown = asdict(open_manager().state())
     out_json(shown)  # a SecretStr prints as stars
@@ -14670,6 +14752,8 @@ def command_config_set(arguments: argparse.Namespace) -> int:
         "address": arguments.address,
         "https_port": arguments.https_port,
         "http_port": arguments.http_port,
+        "open_routes": yes(arguments.open_routes),
+        "max_request_mib": arguments.max_request_mib,
     }
     if arguments.tls:
         given["tls"] = tls_settings(

@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 from builders import a_model
+from certificates import a_certificate, expired
 
 import llm_manager as lm
 
@@ -359,6 +360,54 @@ def test_https_settings_are_saved_and_kept(run: Run) -> None:
     edge = facts(run("config", "show"))["edge"]
     assert (edge["hostnames"], edge["https_port"]) == (["a.org", "b.org"], 8443)
     assert edge["tls"]["email"] == "it@a.org"
+
+
+def test_open_routes_and_the_largest_request_are_settings_of_the_edge(with_chat: Run) -> None:
+    with_chat("config", "set", "--open-routes", "yes", "--max-request-mib", "5")
+    with_chat("model", "set", "chat", "--open-route", "yes")
+    shown = json.loads(with_chat("config", "show").out)
+    assert (shown["edge"]["open_routes"], shown["edge"]["max_request_mib"]) == (True, 5)
+    assert shown["models"][0]["open_route"]
+    with_chat("config", "set", "--open-routes", "no")
+    with_chat("model", "set", "chat", "--open-route", "no", "--replicas", "2")
+    shown = json.loads(with_chat("config", "show").out)
+    assert not shown["edge"]["open_routes"]
+    assert not shown["models"][0]["open_route"]
+
+
+def test_a_direct_key_is_shown_once_and_saved_although_docker_is_absent(
+    with_chat: Run, tmp_path: Path
+) -> None:
+    made = with_chat("direct", "create", "lab", "--model", "chat")
+    assert made.status == lm.FAILED, "nothing could be loaded"
+    (secret,) = re.findall(r"sk-[\w-]{43}", made.out)
+    assert "https://localhost/models/chat/v1\n" in made.out
+    state = lm.parse_state((tmp_path / "home" / "config.json").read_text())
+    assert [(k.name, k.secret.get_secret_value(), k.models) for k in state.direct_keys] == [
+        ("lab", secret, ("chat",))
+    ]
+    listed = with_chat("direct", "list").out
+    assert secret not in listed + with_chat("config", "show").out
+    assert re.search(rf"^lab +chat +…{re.escape(secret[-4:])}$", listed, re.MULTILINE)
+    assert (
+        "no model called 'absent'"
+        in with_chat("direct", "create", "x", "--model", "absent").refusal()
+    )
+    assert "no direct key called 'x'" in with_chat("direct", "revoke", "x").refusal()
+    with_chat("direct", "revoke", "lab")
+    assert json.loads(with_chat("direct", "list", "--json").out) == []
+
+
+@pytest.mark.parametrize("files", ["absent", "expired"])
+def test_a_certificate_that_cannot_be_served_is_refused_before_it_is_wished(
+    run: Run, tmp_path: Path, files: str
+) -> None:
+    pair = expired(a_certificate(tmp_path / "tls")) if files == "expired" else tmp_path
+    chain, key = pair / "fullchain.pem", pair / "privkey.pem"
+    given = ("--certificate", str(chain), "--key", str(key))
+    line = run("config", "set", "--tls", "own", *given).refusal()
+    assert ("expired" if files == "expired" else "No such file") in line
+    assert json.loads(run("config", "show").out)["edge"]["tls"] == {"kind": "internal"}
 
 
 def test_an_image_is_pinned(run: Run) -> None:
