@@ -4704,6 +4704,8 @@ _ANSWERS: Final = _block(
         "-Server",
         "-Via",
     ),
+    # LiteLLM says "busy" without saying until when.
+    *_block("header", *_block("match", "status 429 503", "header !Retry-After"), "Retry-After 5"),
 )
 # What went wrong, as OpenAI's clients expect to read it.
 _ERRORS: Final = _block(
