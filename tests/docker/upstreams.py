@@ -3,10 +3,12 @@
 Run in a container: `python3 upstreams.py NAME [PORT]`. What it answers names it (`answer of NAME`).
 `POST /control` takes the behaviour of the next requests, `GET /control` what was seen:
 
-    fail    status of a refusal, or "context", "drop" (no answer at all), "break" (mid-stream)
-    times   how many requests that holds for, then the server is well again; absent: for good
+    fail    status of a refusal, "context", "drop" (close unanswered) or "break" (in mid-stream)
     message text of the refusal
-    delay   seconds before the answer; gap: seconds between two chunks of a stream
+    delay   seconds before the answer
+    gap     seconds between two chunks of a stream
+    hold    answer nothing until the next order
+    times   how many requests all that is for, then the server is well again; absent: for good
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ CONTEXT = (
     "(600 in the messages, 40 in the completion). Please reduce the length of the messages "
     "or completion."
 )
-WELL: dict[str, Any] = {"fail": None, "times": None, "message": "on command", "delay": 0, "gap": 0}
+WELL: dict[str, Any] = {
+    "fail": None, "message": "on command", "delay": 0, "gap": 0, "hold": False, "times": None,
+}  # fmt: skip
 
 
 class Upstream(ThreadingHTTPServer):
@@ -34,23 +38,25 @@ class Upstream(ThreadingHTTPServer):
 
     def __init__(self, name: str, port: int) -> None:
         self.name, self.lock = name, threading.Lock()
-        self.behaviour = dict(WELL)
+        self.behaviour, self.released, self.in_flight = dict(WELL), threading.Event(), 0
         self.forget()
         super().__init__(("0.0.0.0", port), Handler)  # noqa: S104 - in a container
 
     def forget(self) -> None:
-        self.served, self.in_flight, self.peak, self.paths = 0, 0, 0, []
+        self.served, self.peak, self.paths = 0, self.in_flight, []
 
     def command(self, order: dict[str, Any]) -> None:
         """A new behaviour; what it does not name is as in a healthy server. Counters start anew."""
         with self.lock:
             self.behaviour = WELL | order
             self.forget()
+            self.released.set()
+            self.released = threading.Event()
 
     def enter(self, path: str) -> dict[str, Any]:
         """How this request is to be treated."""
         with self.lock:
-            now = dict(self.behaviour)
+            now = self.behaviour | {"released": self.released}
             if now["times"] is not None:
                 self.behaviour["times"] -= 1
                 if self.behaviour["times"] <= 0:
@@ -62,7 +68,7 @@ class Upstream(ThreadingHTTPServer):
 
     def leave(self) -> None:
         with self.lock:
-            self.in_flight = max(0, self.in_flight - 1)
+            self.in_flight -= 1
 
     def seen(self) -> dict[str, Any]:
         with self.lock:
@@ -103,6 +109,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def treat(self, body: dict[str, Any], now: dict[str, Any]) -> None:
         time.sleep(now["delay"])
+        if now["hold"]:
+            now["released"].wait()
         match now["fail"]:
             case int(status):
                 self.refuse(status, now["message"])
