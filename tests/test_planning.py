@@ -104,9 +104,9 @@ def test_the_first_deployment_makes_everything() -> None:
           create llm-model-chat-0 from vllm/vllm-openai-cpu:v0.30.0-x86_64: not there
           wait until llm-model-chat-0 is ready: it starts
         endpoint:
-          pull image ghcr.io/berriai/litellm:v1.109.1: not on this server
+          pull image ghcr.io/berriai/litellm:v1.108.11: not on this server
           write litellm-a/config.yaml: what is routed changed
-          create llm-litellm-a from ghcr.io/berriai/litellm:v1.109.1: not there
+          create llm-litellm-a from ghcr.io/berriai/litellm:v1.108.11: not there
           wait until llm-litellm-a is ready: it starts
           pull image caddy:2.11.7-alpine: not on this server
           check and write caddy/Caddyfile: what is served changed
@@ -160,7 +160,7 @@ def test_a_stopped_model_loses_its_route_before_its_container() -> None:
     assert planned(state, as_wished(before), model="chat") == expect("""
         endpoint:
           write litellm-b/config.yaml: what is routed changed
-          create llm-litellm-b from ghcr.io/berriai/litellm:v1.109.1: what is routed changed
+          create llm-litellm-b from ghcr.io/berriai/litellm:v1.108.11: what is routed changed
           wait until llm-litellm-b is ready: it starts
           check and load caddy/Caddyfile: what is served changed
         retirement:
@@ -284,7 +284,7 @@ def test_a_second_model_turns_the_gateway_to_its_other_slot() -> None:
           wait until llm-model-other-0 is ready: it starts
         endpoint:
           write litellm-a/config.yaml: what is routed changed
-          create llm-litellm-a from ghcr.io/berriai/litellm:v1.109.1: what is routed changed
+          create llm-litellm-a from ghcr.io/berriai/litellm:v1.108.11: what is routed changed
           wait until llm-litellm-a is ready: it starts
           check and load caddy/Caddyfile: what is served changed
         retirement:
@@ -301,7 +301,7 @@ def test_a_route_turns_the_gateway_and_touches_nothing_else() -> None:
     assert text == expect("""
         endpoint:
           write litellm-b/config.yaml: what is routed changed
-          create llm-litellm-b from ghcr.io/berriai/litellm:v1.109.1: what is routed changed
+          create llm-litellm-b from ghcr.io/berriai/litellm:v1.108.11: what is routed changed
           wait until llm-litellm-b is ready: it starts
           check and load caddy/Caddyfile: what is served changed
         retirement:
