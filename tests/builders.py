@@ -141,12 +141,15 @@ def as_wished(state: lm.State, slot: lm.Slot = "a", **changes: Any) -> lm.Observ
         gateway = lm.render_gateway(state, slot, lm.served_models(state, models), site)
         specs += [lm.render_database(state), gateway, lm.render_edge(state, site)]
         specs += [lm.render_cache(state)] if lm.uses_cache(state) else []
-        text = lm.render_caddyfile(state, slot, lm.served_models(state, models))
+        seen_certificate = changes.get("certificate")
+        pem = seen_certificate.pem if seen_certificate else ""
+        text = lm.render_caddyfile(state, slot, lm.served_models(state, models), pem)
         files = {
             f"litellm-{slot}/config.yaml": lm.render_litellm_config(
                 state, lm.served_models(state, models)
             ),
             lm.CADDYFILE: text,
+            **({lm.CERTIFICATE: pem} if pem else {}),
         }
         edge = lm.LoadedCaddyfile(slot, lm.caddyfile_hash(text))
     given = {"files": files, "edge": edge} | changes

@@ -728,3 +728,9 @@ class Server:
     def do(self, change: lm.Change) -> list[str]:
         """A change from its start to its end."""
         return list(self.manager.start(change).follow())
+
+
+def until(holds: Callable[[], bool]) -> bool:
+    """Whether another thread makes it true; it has five seconds, and needs none of them."""
+    never = threading.Event()
+    return any(holds() or never.wait(0.005) for _ in range(1000))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from builders import GPU_0, GPU_1, NOW, SECRET_MARK, a_site, on_gpus
 from fake_gpus import Card, SimulatedGpus, a_card
-from fakes import Server, some_tools
+from fakes import Server, some_tools, until
 
 import llm_manager as lm
 
@@ -25,12 +25,6 @@ def serve(server: Server, *names: str) -> None:
     for name in names:
         server.manager.register(CHAT | {"name": name})
         server.do(lm.deploying(name))
-
-
-def until(holds: Callable[[], bool]) -> bool:
-    """Whether another thread makes it true; it has five seconds, and needs none of them."""
-    never = threading.Event()
-    return any(holds() or never.wait(0.005) for _ in range(1000))
 
 
 @pytest.fixture
