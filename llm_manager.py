@@ -5130,6 +5130,25 @@ class Pause:
 
 
 @dataclass(frozen=True, slots=True)
+class Drain:
+    """Let an engine that no new request reaches finish what it is at."""
+
+    name: ContainerName
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class TurnAway:
+    """The same, once the gateway routes to the model's other replicas; undone, it is ready again.
+
+    A stage is applied up to here before the gateway is turned: see `by_turns`.
+    """
+
+    spec: ContainerSpec
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
 class Discard:
     """Stop and remove a container, for good; its volumes stay."""
 
@@ -5160,6 +5179,8 @@ Step = (
     | StopContainer
     | WaitReady
     | Pause
+    | Drain
+    | TurnAway
     | Discard
 )
 
@@ -5209,6 +5230,10 @@ def describe(step: Step) -> str:  # noqa: C901, PLR0911, PLR0912 - one line per 
             return f"wait until {spec.name} is ready: {cause}"
         case Pause(seconds, cause):
             return f"pause {seconds:g} s: {cause}"
+        case Drain(name, cause):
+            return f"let {name} finish its requests: {cause}"
+        case TurnAway(spec, cause):
+            return f"turn the gateway away from {spec.name} and let it finish its requests: {cause}"
         case Discard(name, _, cause):
             return f"discard {name}: {cause}"
         case _:
@@ -5617,12 +5642,35 @@ def _plan_model(
         plan_container(_as_it_runs(spec, model, observed), observed, restart_cause, gentle=gentle)
         for spec in specs
     ]
+    in_turn = [
+        (TurnAway(spec, "its other replicas serve meanwhile"), *replacement.whole)
+        for spec, replacement in zip(specs, replacements, strict=True)
+        if len(specs) > 1 and _leaves_service(replacement, observed)
+    ]
+    at_once = [r for r in replacements if len(specs) == 1 or not _leaves_service(r, observed)]
     # What cannot be undone comes last: a later replica may fail, and then all come back.
-    steps = [step for replacement in replacements for step in replacement.steps]
+    steps = [
+        *(step for turn in in_turn for step in turn if isinstance(step, PullImage)),
+        *(step for replacement in at_once for step in replacement.steps),
+        *(step for replacement in at_once for step in replacement.farewell),
+        *(step for turn in in_turn for step in turn if not isinstance(step, PullImage)),
+    ]
     steps = [*_download_if_absent(model, steps, observed), *steps]
-    farewell = [step for replacement in replacements for step in replacement.farewell]
-    built = _built_first((*steps, *farewell), state, model, observed, site.recipes)
+    built = _built_first(tuple(steps), state, model, observed, site.recipes)
     return Stage(title=model_stage_title(model), steps=built, resources=frozenset(resources))
+
+
+def _leaves_service(replacement: Replacement, observed: Observed) -> bool:
+    """Whether it sets a replica aside that requests reach."""
+    away = [observed.containers[s.name] for s in replacement.steps if isinstance(s, SetAside)]
+    return any(seen.running and seen.ready for seen in away)
+
+
+def by_turns(stage: Stage) -> tuple[Stage, ...]:
+    """A model's stage in parts: what is done at once, then each replica that waits for its turn."""
+    cuts = [n for n, step in enumerate(stage.steps) if isinstance(step, TurnAway)]
+    bounds = itertools.pairwise((0, *cuts, len(stage.steps)))
+    return tuple(replace(stage, steps=stage.steps[begin:end]) for begin, end in bounds)
 
 
 def model_stage_title(model: Model) -> str:
@@ -5779,12 +5827,13 @@ def _create(wanted: ContainerSpec, cause: str) -> list[Step]:
 
 
 def plan_endpoint(
-    state: State, observed: Observed, site: Site, *, assumed: Sequence[Model] = ()
-) -> tuple[Stage, frozenset[ContainerName]]:
+    state: State, observed: Observed, site: Site, *, assumed: Sequence[Model] = (),
+    away: Collection[str] = (),
+) -> tuple[Stage, frozenset[ContainerName]]:  # fmt: skip
     """Gateway and edge for what is routable, and the containers of both that stay.
 
     Routable: `assumed`, or running and either ready or routed already. A busy engine that
-    misses one health check must not lose its route.
+    misses one health check must not lose its route. What is `away` is left to other replicas.
     """
     if state.endpoint == "stopped":
         return Stage(title="endpoint", steps=()), frozenset()
@@ -5795,7 +5844,7 @@ def plan_endpoint(
         for entry in (
             served_models(state, [model])
             if model in assumed
-            else _serving_now(state, model, observed, routed)
+            else _serving_now(state, model, observed, routed, away)
         )
     ]
     if refused := _refuse_certificate(state, observed):
@@ -5808,11 +5857,12 @@ def plan_endpoint(
 
 
 def _serving_now(
-    state: State, model: Model, observed: Observed, routed: frozenset[str]
+    state: State, model: Model, observed: Observed, routed: frozenset[str], away: Collection[str]
 ) -> list[ServedModel]:
     """A model as its replicas serve it, which a saved but unapplied wish must not change."""
     seen = [observed.containers.get(name) for name in replica_names(state, model)]
     able = [c for c in seen if c and c.running and (c.ready or c.name in routed)]
+    able = [c for c in able if c.name not in away] or able
     by_name: dict[str, list[ObservedContainer]] = {}
     for container in able:
         name = container.served_model_name or model.served_model_name
@@ -5966,7 +6016,11 @@ def plan_retirement(
         wanted |= {cache_name(state)} if uses_cache(state) else set()
     wanted |= {name for m in state.wished_models for name in replica_names(state, m)}
     steps: list[Step] = []
-    for name, seen in sorted(observed.containers.items()):
+    # Engines after the gateway that routed to them: its last requests are theirs.
+    order = sorted(
+        observed.containers.items(), key=lambda item: (item[1].role == "engine", item[0])
+    )
+    for name, seen in order:
         base = ContainerName(name.removesuffix(ASIDE))
         if base in wanted or (kept is None and seen.role != "engine"):
             continue
@@ -5981,25 +6035,27 @@ def plan_retirement(
                 Discard(name, DRAIN_SECONDS, "drained: its last requests finish first"),
             ]
         else:
+            if seen.role == "engine" and seen.running and kept is not None:
+                steps.append(Drain(name, "nothing routes to it any more"))
             steps.append(Discard(name, 30, "no longer wanted"))
     return Stage(title="retirement", steps=tuple(steps))
 
 
 def _interrupted(stages: Sequence[Stage], observed: Observed) -> tuple[ModelName, ...]:
-    stopped = {
-        step.name
-        for stage in stages
-        for step in stage.steps
-        if isinstance(step, SetAside | StopContainer | Discard)
-    }
-    roles = {c.role for c in observed.containers.values() if c.name in stopped and c.running}
+    """Models some of whose requests fail, or whose last replica goes."""
+    steps = [step for stage in stages for step in stage.steps]
+    stopped = {s.name for s in steps if isinstance(s, SetAside | StopContainer | Discard)}
+    stopped -= {step.spec.name for step in steps if isinstance(step, TurnAway)}
+    cut_off = stopped - {step.name for step in steps if isinstance(step, Drain)}
+    running = [seen for seen in observed.containers.values() if seen.running]
+    # Without the edge nobody is reached.
+    unreached = any(seen.role == "edge" and seen.name in stopped for seen in running)
+    left = {seen.model_name for seen in running if seen.name not in stopped}
     names = {
         ModelName(seen.model_name)
-        for seen in observed.containers.values()
-        # Without the edge nobody is reached.
+        for seen in running
         if seen.model_name is not None
-        and seen.running
-        and (seen.name in stopped or "edge" in roles)
+        and (unreached or seen.name in cut_off or seen.model_name not in left)
     }
     return tuple(sorted(names))
 
@@ -11407,11 +11463,13 @@ def converge(
     apply_stage(plan.foundation, tools, control)
     database = _attempt([plan.database], tools, control)
     faults += _attempt([plan.cache], tools, control)  # without it LiteLLM goes on, uncached
-    models = [stage for stage in plan.models if stage.title not in skip]
-    faults += database + _side_by_side(models, tools, control)
+    models = [by_turns(stage) for stage in plan.models if stage.title not in skip]
+    faults += database + _side_by_side([at_once for at_once, *_ in models], tools, control)
     names = reach.scope.names(state)
     if not database:
-        faults += _turn_endpoint(state, site, tools, control, names)
+        turn = partial(_turn_endpoint, state, site, tools, control, names)
+        faults += _in_turn([part for _, *parts in models for part in parts], turn, tools, control)
+        faults += turn()
     else:  # what is wished stopped must stop all the same
         faults += _attempt(
             [plan_retirement(state, observe(tools, state.edge), None, names)], tools, control
@@ -11450,11 +11508,28 @@ def _side_by_side(stages: Sequence[Stage], tools: Tools, control: Control) -> li
     return [fault for faults in attempts for fault in faults]
 
 
-def _turn_endpoint(
-    state: State, site: Site, tools: Tools, control: Control, names: frozenset[str] | None
+def _in_turn(
+    parts: Sequence[Stage], turn: Callable[..., list[ManagerError]], tools: Tools, control: Control
 ) -> list[ManagerError]:
+    """Replace replicas that serve, one after another, each when the gateway has turned from it."""
+    faults: list[ManagerError] = []
+    for part in parts:
+        if part.title in control.faults:
+            continue  # its model goes on with the replicas that it has
+        away = [step.spec.name for step in part.steps if isinstance(step, TurnAway)]
+        not_turned = turn(away=away)
+        faults += not_turned or _attempt([part], tools, control)
+        if not_turned:
+            break
+    return faults
+
+
+def _turn_endpoint(
+    state: State, site: Site, tools: Tools, control: Control, names: frozenset[str] | None,
+    *, away: Collection[str] = (),
+) -> list[ManagerError]:  # fmt: skip
     """Route what is ready now, then retire what nobody wants any more."""
-    endpoint, kept = plan_endpoint(state, observe(tools, state.edge), site)
+    endpoint, kept = plan_endpoint(state, observe(tools, state.edge), site, away=away)
     faults = _attempt([endpoint], tools, control)
     turned = kept if not faults else None
     retirement = plan_retirement(state, observe(tools, state.edge), turned, names)
@@ -11565,10 +11640,26 @@ def apply_step(  # noqa: C901, PLR0912, PLR0915 - one line per kind of step
             wait_until_ready(spec, tools, control)
         case Pause(seconds, _):
             tools.clock.sleep(seconds)
+        case Drain(name, _):
+            _drain(name, tools, control)
+        case TurnAway(spec, _):
+            _drain(spec.name, tools, control)
         case Discard(name, seconds, _):
             containers.remove(name, seconds)
         case _:
             assert_never(step)
+
+
+def _drain(name: ContainerName, tools: Tools, control: Control) -> None:
+    """Until an engine is idle, or its time is up; one that does not tell counts as idle."""
+    until = tools.clock.monotonic() + DRAIN_SECONDS
+    while tools.clock.monotonic() < until:
+        control.check()
+        seen = tools.containers.look(name)
+        load = tools.probes.load(seen) if seen is not None and seen.running else None
+        if load is None or not load.running + load.waiting:
+            return
+        tools.clock.sleep(0.5)
 
 
 def _check_clients(
@@ -11612,13 +11703,13 @@ def _verify_layout(gpu: GpuRef, slices: frozenset[Slice], tools: Tools) -> None:
 def undo_step(step: Step, tools: Tools, report: Report) -> None:
     """Take back one attempted step; report trouble instead of raising it."""
     try:
-        if _undo(step, tools):
+        if _undo(step, tools, report):
             report(f"undone: {describe(step)}")
     except ManagerError as error:
         report(f"could not undo {describe(step)}: {error}")
 
 
-def _undo(step: Step, tools: Tools) -> bool:  # noqa: C901, PLR0912 - one line per kind of step
+def _undo(step: Step, tools: Tools, report: Report) -> bool:  # noqa: C901, PLR0912 - one line per kind of step
     """Whether there was anything to take back."""
     containers = tools.containers
     match step:
@@ -11642,6 +11733,8 @@ def _undo(step: Step, tools: Tools) -> bool:  # noqa: C901, PLR0912 - one line p
             containers.stop(name, 30)
         case StopContainer(name, _, _):
             containers.start(name)
+        case TurnAway(spec, _):  # only what is ready is routed again
+            wait_until_ready(spec, tools, Control(report))
         case _:
             return False  # done for good, harmless to keep, or nothing was changed
     return True

@@ -42,12 +42,14 @@ def run(
     *,
     model: str | None = None,
     cancel_at: str = "nowhere",
+    at_line: Callable[[str], object] = lambda _: None,
 ) -> Outcome:
     """Converge to the end, bitter or not; `cancel_at`: the operator cancels at this line."""
     outcome = Outcome([], None)
 
     def report(line: str) -> None:
         outcome.lines.append(line)
+        at_line(line)
         if cancel_at in line:
             control.cancel()
 
@@ -130,6 +132,53 @@ def test_fewer_replicas_leave_no_route_to_a_dead_one() -> None:
     assert plan_for(fewer, world) == ""
     loaded = [c.loaded for c in world.containers.values() if c.spec.role == "gateway"]
     assert ["llm-model-chat-1" in text for text in loaded] == [False]
+
+
+REPLICAS = a_state(a_model(replicas=2))
+NEWER = a_state(a_model(replicas=2, engine_arguments=("--seed", "1")))
+SECOND = lm.ContainerName("llm-model-chat-1")
+
+
+def replicas_routed(world: World) -> set[str]:
+    """What the gateway that the edge turns to would send requests to."""
+    slot = lm.serving_slot(lm.observe(some_tools(world)))
+    gateway = world.containers[lm.gateway_name(REPLICAS, slot or "a")]
+    return {name for name in (CHAT, SECOND) if f"//{name}:" in gateway.loaded}
+
+
+def test_replicas_are_replaced_one_at_a_time_after_the_gateway_has_turned_away() -> None:
+    world = a_server_with(REPLICAS)
+    routed: dict[str, set[str]] = {}
+    outcome = run(NEWER, world, at_line=lambda said: routed.update({said: replicas_routed(world)}))
+    away = {line: to for line, to in routed.items() if line.startswith("set aside")}
+    assert outcome.error is None
+    assert list(away.values()) == [{SECOND}, {CHAT}]
+    assert replicas_routed(world) == {CHAT, SECOND}
+    assert plan_for(NEWER, world) == ""
+
+
+def test_a_replica_is_not_stopped_before_it_is_idle() -> None:
+    world = a_server_with(REPLICAS)
+    world.loads[CHAT] = lm.EngineLoad(running=1, waiting=0, tokens=1)
+    begun, steps = world.clock.monotonic(), dict[str, float]()
+
+    def note(line: str) -> None:
+        steps[line.partition(":")[0]] = world.clock.monotonic() - begun
+
+    run(NEWER, world, at_line=note)
+    assert steps["set aside llm-model-chat-0"] >= lm.DRAIN_SECONDS
+    assert steps["set aside llm-model-chat-1"] < 2 * lm.DRAIN_SECONDS, "that one was idle"
+
+
+def test_a_failure_among_replicas_leaves_only_those_routed_that_answer() -> None:
+    settled = a_server_with(REPLICAS)
+    for at, later in strikes(NEWER, settled):
+        world = settled.copy()
+        run(NEWER, world, Trouble((at,), after=later, error=a_failure))
+        assert world.routed() == {"chat"}, (at, later)
+        assert all(map(world.serves, replicas_routed(world))), (at, later)
+        run(NEWER, world)
+        assert plan_for(NEWER, world) == "", (at, later)
 
 
 def test_two_engines_on_two_gpus_are_both_made(two_models: World) -> None:

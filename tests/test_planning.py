@@ -154,6 +154,31 @@ def test_a_missing_image_is_pulled_before_anything_is_set_aside() -> None:
     ]
 
 
+def test_replicas_that_serve_are_replaced_in_turn_and_interrupt_nobody() -> None:
+    state = a_state(a_model(replicas=2))
+    text = planned(state, as_wished(state), model="chat", restart="chat")
+    turns = [line.strip() for line in text.splitlines() if "chat" in line]
+    assert [line.split(":")[0] for line in turns] == [
+        step
+        for name in ("llm-model-chat-0", "llm-model-chat-1")
+        for step in (
+            *(["model chat"] if name == CHAT else []),
+            f"turn the gateway away from {name} and let it finish its requests",
+            f"set aside {name}",
+            f"create {name} from vllm/vllm-openai-cpu",
+            f"wait until {name} is ready",
+            f"discard {name}.aside",
+        )
+    ]
+
+
+def test_a_replica_less_interrupts_nobody() -> None:
+    fewer = a_state(a_model())
+    text = planned(fewer, as_wished(a_state(a_model(replicas=2))), model="chat")
+    assert "let llm-model-chat-1 finish its requests" in text
+    assert "Interrupted" not in text
+
+
 def test_a_stopped_model_loses_its_route_before_its_container() -> None:
     before = a_state(a_model(), a_model("other"))
     state = before.with_model(replace(before.model("chat"), wish="stopped"))
@@ -166,6 +191,7 @@ def test_a_stopped_model_loses_its_route_before_its_container() -> None:
         retirement:
           pause 2 s: the edge has just turned to the other slot
           discard llm-litellm-a: drained: its last requests finish first
+          let llm-model-chat-0 finish its requests: nothing routes to it any more
           discard llm-model-chat-0: no longer wanted
         Interrupted until its new container is ready, or for good: chat.
         """)

@@ -248,7 +248,7 @@ def test_an_absent_image_is_built_before_anything_is_set_aside() -> None:
     old = seen(an_engine(a_state(a_model(replicas=2))))
     steps = steps_for(state, an_observed(old))
     assert steps[0] == BUILD
-    assert steps[1].startswith("set aside llm-model-chat-0")
+    assert any(step.startswith("set aside llm-model-chat-0") for step in steps[1:])
     assert sum("build image" in step or "pull image" in step for step in steps) == 1
 
 
