@@ -4666,6 +4666,7 @@ def _caddyfile_lines(
             " ".join(f"https://{name}" for name in edge.hostnames),
             *_tls_lines(edge.tls, certificate),
             "import answers",
+            *_STREAMS_END,
             *_ERRORS,
             *_block("request_body", f"max_size {edge.max_request_mib}MiB"),
             *_block("route", *routes),
@@ -4706,6 +4707,16 @@ _ANSWERS: Final = _block(
     ),
     # LiteLLM says "busy" without saying until when.
     *_block("header", *_block("match", "status 429 503", "header !Retry-After"), "Retry-After 5"),
+)
+# A reload closes HTTP/1.1 connections as their answers end. A stream's headers are out by then,
+# and its client would send the next request into that: it is told beforehand.
+_STREAMS_END: Final = (
+    "@http1 protocol http/1.1",
+    *_block(
+        "header @http1",
+        *_block("match", "header Content-Type text/event-stream*"),
+        "Connection close",
+    ),
 )
 # What went wrong, as OpenAI's clients expect to read it.
 _ERRORS: Final = _block(
