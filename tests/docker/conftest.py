@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import docker
@@ -17,6 +17,7 @@ from installation import DOCKER_URL, Install, Installation, copied_models
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 TIMINGS = pytest.StashKey[list[tuple[str, float]]]()
+SHOWN = pytest.StashKey[list[str]]()
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +53,12 @@ def install_for_module(
     folder = tmp_path_factory.mktemp("homes")
     with installing(docker_client, folder, request) as make:
         yield make
+
+
+@pytest.fixture
+def show(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Prints a measured result at the end of the test run, where it is seen."""
+    return request.config.stash.setdefault(SHOWN, []).append
 
 
 @contextlib.contextmanager
@@ -121,3 +128,6 @@ def pytest_terminal_summary(
         terminalreporter.section("steps on real containers")
         for title, seconds in timings:
             terminalreporter.line(f"{seconds:7.1f} s  {title}")
+    for text in config.stash.get(SHOWN, []):
+        terminalreporter.section(text.splitlines()[0])
+        terminalreporter.write_line("\n".join(text.splitlines()[1:]))

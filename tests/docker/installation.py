@@ -13,9 +13,11 @@ import subprocess
 import sys
 import tarfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import docker
 import docker.errors
@@ -177,14 +179,13 @@ class Installation:
     def base_url(self) -> str:
         return f"https://localhost:{self.https_port}"
 
+    def authority(self) -> str:
+        """The certificate of this installation's own authority, as PEM."""
+        return authority_of(self.container("llm-caddy"))
+
     def tls(self) -> ssl.SSLContext:
         """Trust in this installation's own authority, and in nothing else."""
-        root = "/data/caddy/pki/authorities/local/root.crt"
-        chunks, _ = self.container("llm-caddy").get_archive(root)
-        with tarfile.open(fileobj=io.BytesIO(b"".join(chunks))) as archive:
-            member = archive.extractfile("root.crt")
-            assert member is not None
-            return ssl.create_default_context(cadata=member.read().decode())
+        return ssl.create_default_context(cadata=self.authority())
 
     def http(self, key: str) -> httpx.Client:
         return httpx.Client(
@@ -227,6 +228,32 @@ def remove_labelled(client: docker.DockerClient, instance: str) -> None:
 
 
 Install = Callable[..., Installation]  # the fixtures `install` and `install_for_module`
+
+
+def authority_of(caddy: Container) -> str:
+    """The root certificate of a Caddy's own authority, as PEM."""
+    chunks, _ = caddy.get_archive("/data/caddy/pki/authorities/local/root.crt")
+    with tarfile.open(fileobj=io.BytesIO(b"".join(chunks))) as archive:
+        member = archive.extractfile("root.crt")
+        assert member is not None
+        return member.read().decode()
+
+
+@contextlib.contextmanager
+def built(client: docker.DockerClient, name: str, **source: Any) -> Iterator[str]:
+    """An image while it is needed; `source` as for the Docker SDK's build."""
+    client.images.build(tag=name, rm=True, **source)
+    try:
+        yield name
+    finally:
+        client.images.remove(name, force=True)
+
+
+def slow_engine(client: docker.DockerClient) -> contextlib.AbstractContextManager[str]:
+    """The image of an engine that streams at a steady pace, and starts at once."""
+    # A name of this run alone: others may use the same Docker engine.
+    name = f"llm-manager-slow-engine:{uuid.uuid4().hex[:8]}"
+    return built(client, name, path=str(Path(__file__).with_name("slow_engine")))
 
 
 def copied_models(client: docker.DockerClient, folder: Path) -> Path:
