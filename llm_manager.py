@@ -135,6 +135,7 @@ if __name__ == "__main__":
     ensure_packages()
 
 import argparse
+import base64
 import bisect
 import concurrent.futures
 import contextlib
@@ -164,7 +165,7 @@ import time
 import uuid
 import wave
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache, partial, reduce
@@ -4226,29 +4227,31 @@ class EngineRequest:
     audio: bytes | None = None
 
 
-def readiness_request(model_type: ModelType, served_model_name: str) -> EngineRequest:
-    """The smallest real request of a kind."""
-    path, fields = _smallest_request(model_type)
+def readiness_request(
+    model_type: ModelType, served_model_name: str, text: str = "yes"
+) -> EngineRequest:
+    """The smallest real request of a kind; `text` is what it asks about, where it has words."""
+    path, fields = _smallest_request(model_type, text)
     audio = _half_a_second_of_silence() if model_type == "speech-to-text" else None
     return EngineRequest(path=path, fields={"model": served_model_name, **fields}, audio=audio)
 
 
-def _smallest_request(model_type: ModelType) -> tuple[str, Json]:
+def _smallest_request(model_type: ModelType, words: str) -> tuple[str, Json]:
     picture: Json = {
         "type": "image_url",
         "image_url": {"url": f"data:image/png;base64,{_WHITE_PNG}"},
     }
-    text: Json = {"type": "text", "text": "Say yes."}
+    text: Json = {"type": "text", "text": words}
     chat, generate = "/v1/chat/completions", {"max_tokens": 1, "temperature": 0}
     # An image's sides must suit every latent space; one step proves weights and scheduler.
-    image = {"prompt": "a white square", "size": "256x256", "num_inference_steps": 1}
+    image = {"prompt": words, "size": "256x256", "num_inference_steps": 1}
     requests_of: Mapping[ModelType, tuple[str, Json]] = {
-        "chat": (chat, generate | {"messages": [{"role": "user", "content": text["text"]}]}),
+        "chat": (chat, generate | {"messages": [{"role": "user", "content": words}]}),
         "vision": (chat, generate | {"messages": [{"role": "user", "content": [text, picture]}]}),
-        "embedding": ("/v1/embeddings", {"input": "yes"}),
-        "rerank": ("/v1/rerank", {"query": "yes", "documents": ["yes", "no"]}),
+        "embedding": ("/v1/embeddings", {"input": words}),
+        "rerank": ("/v1/rerank", {"query": words, "documents": [words, "no"]}),
         "speech-to-text": ("/v1/audio/transcriptions", {"temperature": "0"}),
-        "text-to-speech": ("/v1/audio/speech", {"input": "Yes."}),
+        "text-to-speech": ("/v1/audio/speech", {"input": words}),
         "image": ("/v1/images/generations", image),
     }
     return requests_of[model_type]
@@ -6607,6 +6610,509 @@ def repairing(names: Collection[ModelName]) -> Change:
 # §14 Proofs — pure: what every way in should answer, and what must be found nowhere
 # =============================================================================
 
+Way = Literal["/v1", "/models", "/open", "/grafana", "health", "elsewhere"]
+# Bearers by what they are; a direct key goes by its name. LiteLLM's own are made for the proof.
+RIGHT, WRONG, REVOKED, NO_KEY = "right key", "wrong key", "revoked key", "no key"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EdgeRequest:
+    """One request from outside, whose path is sent as it stands, and what should answer it."""
+
+    way: Way
+    path: str
+    method: str = "GET"
+    key: str = NO_KEY
+    what: str = ""  # in the operator's words
+    fields: Json | None = None  # as JSON, or with `audio` as a form
+    audio: bytes | None = None
+    content: bytes | None = None  # instead of fields
+    headers: Mapping[str, str] = field(default_factory=dict)
+    broken_off: bool = False  # the client leaves after the first bytes
+    plain_http: bool = False
+    expected: tuple[int, ...] = ()  # none: any answer will do
+    by_edge: bool | None = None  # whether Caddy itself should answer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EdgeReply:
+    """What came back: no status means no answer, and the fault says why."""
+
+    status: int | None = None
+    by_edge: bool = True
+    location: str = ""
+    call_id: str = ""  # LiteLLM's, which its database knows
+    fault: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProbedRequest:
+    """A request of the prober with its verdict: what is kept and shown."""
+
+    way: str
+    method: str
+    path: str
+    key: str
+    expected: tuple[int, ...]
+    answered: int | None
+    answered_by: str
+    right: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProbeResult:
+    """What answered what at one moment; a pattern of names cannot be asked for."""
+
+    taken_at: datetime
+    requests: tuple[ProbedRequest, ...]
+    untried: tuple[str, ...] = ()
+
+    @property
+    def wrong(self) -> tuple[ProbedRequest, ...]:
+        return tuple(request for request in self.requests if not request.right)
+
+    @property
+    def green(self) -> bool:
+        return bool(self.requests) and not self.wrong
+
+
+def judge(request: EdgeRequest, reply: EdgeReply) -> ProbedRequest:
+    """The verdict on an answer: its status, who gave it, and that it leads nowhere but to HTTPS."""
+    by_right_one = request.by_edge in {None, reply.by_edge}
+    stays = not request.plain_http or not reply.location or reply.location.startswith("https://")
+    return ProbedRequest(
+        way="http" if request.plain_http else request.way,
+        method=request.method,
+        path=request.path,
+        key=request.key,
+        expected=request.expected,
+        answered=reply.status,
+        answered_by=reply.fault or ("Caddy" if reply.by_edge else "behind Caddy"),
+        right=reply.status in request.expected and by_right_one and stays,
+    )
+
+
+# Each exists on an engine, on LiteLLM or on Caddy, somewhere behind the edge.
+FORBIDDEN: Final = (
+    "/", "/metrics", "/docs", "/openapi.json", "/health", "/load", "/config/", "/ui", "/ui/",
+    "/chat/completions", "/key/list", "/model/info", "/config/yaml", "/mcp", "/mcp/", "/routes",
+    "/prompts/list", "/spend/logs", "/user/list", "/health/readiness", "/cache/ping", "/models",
+)  # fmt: skip
+FORBIDDEN_TO_CHANGE: Final = (
+    "/key/generate", "/key/delete", "/config/update", "/model/new", "/prompts/test", "/user/new",
+    "/mcp-rest/test/connection", "/invocations", "/sleep", "/collective_rpc",
+)  # fmt: skip
+# LiteLLM's own below /v1: they show what is behind it, or keep what is sent to them.
+FORBIDDEN_BELOW_V1: Final = (
+    "model/info", "memory", "mcp/server", "files", "vector_stores", "agents", "traces", "evals",
+)  # fmt: skip
+CROOKED: Final = (
+    "/v1/../key/list", "/v1/%2e%2e/key/list", "/v1/%2E%2E/key/list", "/v1/..%2fkey/list",
+    "/v1//../key/list", "//key/list", "/key/../v1/models", "/v1/..%5ckey/list", "/v1//models",
+)  # fmt: skip
+ENGINE_PATHS: Final = (
+    "/metrics", "/invocations", "/sleep", "/collective_rpc", "/docs", "/health", "/server_info",
+    "/v1/metrics", "/v1/load_lora_adapter",
+)  # fmt: skip
+
+
+def probe_requests(state: State) -> tuple[EdgeRequest, ...]:
+    """Every way in with each kind of key, and all that must not be one."""
+    by_model = (
+        (*_direct_probes(model, state), *_open_probes(model, state)) for model in state.models
+    )
+    return (
+        *_gateway_probes(state),
+        *itertools.chain.from_iterable(by_model),
+        *_other_probes(state),
+    )
+
+
+def direct_title(key: DirectKey) -> str:
+    return f"direct key {key.name}"
+
+
+def callable_names(state: State) -> dict[str, ModelType]:
+    """Every name that a request may ask for, patterns left out, with the kind of its model."""
+    kinds = {model.name: model.type for model in state.models}
+    return {
+        name: kinds.get(ModelName(pool.deployments[0].target), "chat")
+        for pool in pools(state, served_models(state, state.wished_models))
+        if not pool.route.name.endswith("*")
+        for name in (pool.route.name, *pool.route.aliases)
+    }
+
+
+def _gateway_probes(state: State) -> Iterator[EdgeRequest]:
+    list_models = EdgeRequest(way="/v1", path="/v1/models")
+    calls = [_call("/v1", "", kind, name) for name, kind in callable_names(state).items()]
+    for request in (list_models, *calls):
+        yield replace(request, key=RIGHT, expected=(200,), by_edge=False)
+        for key in (WRONG, NO_KEY, REVOKED):
+            yield replace(request, key=key, expected=(401,))
+
+
+def _call(way: Way, prefix: str, kind: ModelType, name: str, text: str = "yes") -> EdgeRequest:
+    """The smallest request of a kind along a way."""
+    asked = readiness_request(kind, name, text)
+    spoken = {"prompt": text} if asked.audio else {}
+    return EdgeRequest(
+        way=way, method="POST", path=prefix + asked.path, fields=asked.fields | spoken,
+        audio=asked.audio,
+    )  # fmt: skip
+
+
+def _direct_probes(model: Model, state: State) -> Iterator[EdgeRequest]:
+    prefix, there = f"/models/{model.name}", model.wish == "running"
+    keys = {direct_title(k): not k.models or model.name in k.models for k in state.direct_keys}
+    able = [name for name, opens in keys.items() if opens]
+    unable = [name for name, opens in keys.items() if not opens]
+    request = _call("/models", prefix, model.type, model.served_model_name)
+    for key in able if there else able[:1]:
+        status, by_edge = (200, False) if there else (404, True)
+        yield replace(request, key=key, expected=(status,), by_edge=by_edge)
+    # Where no key opens a model there may be no such way at all.
+    refused = (401,) if there and able else (401, 404)
+    for key in (*unable, RIGHT, WRONG, NO_KEY):
+        yield replace(request, key=key, expected=refused, by_edge=True)
+    yield from _engine_probes("/models", prefix, (able or [WRONG])[0], refused if not able else ())
+
+
+def _engine_probes(
+    way: Way, prefix: str, key: str, refused: tuple[int, ...] = ()
+) -> Iterator[EdgeRequest]:
+    for path in ENGINE_PATHS:
+        yield EdgeRequest(
+            way=way, path=prefix + path, key=key, expected=(404, *refused), by_edge=True
+        )
+
+
+def _open_probes(model: Model, state: State) -> Iterator[EdgeRequest]:
+    prefix = f"/open/{model.name}"
+    is_open = model.wish == "running" and model.open_route and state.edge.open_routes
+    request = _call("/open", prefix, model.type, model.served_model_name)
+    yield replace(request, key=WRONG, expected=(200 if is_open else 404,), by_edge=not is_open)
+    yield replace(request, expected=(401 if is_open else 404,), by_edge=True)
+    yield from _engine_probes("/open", prefix, WRONG)
+
+
+def _other_probes(state: State) -> Iterator[EdgeRequest]:
+    """Health, Grafana, the way from HTTP to HTTPS, and what must not be a way in."""
+    health = EdgeRequest(way="health", path=HEALTH_PATH, expected=(200,), by_edge=True)
+    yield from (health, replace(health, plain_http=True))
+    shown = (200, 301, 302, 307, 308, 401) if state.monitoring else (404,)
+    yield EdgeRequest(way="/grafana", path="/grafana/", expected=shown)
+    for path in ("/v1/models", "/key/list"):
+        yield EdgeRequest(
+            way="elsewhere", path=path, plain_http=True, expected=(308,), by_edge=True
+        )
+    refused = partial(EdgeRequest, way="elsewhere", key=RIGHT, expected=(404,), by_edge=True)
+    for path in FORBIDDEN:
+        yield refused(path=path)
+    for path in FORBIDDEN_TO_CHANGE:
+        yield refused(path=path, method="POST", fields={})
+    for path in FORBIDDEN_BELOW_V1:
+        yield refused(path=f"/v1/{path}", way="/v1")
+    for path in CROOKED:
+        yield refused(path=path, expected=(400, 404))
+
+
+# --- privacy -----------------------------------------------------------------
+
+# Where a request's own canary goes; letters and digits survive every encoding but base64.
+CANARY: Final = "CANARY"
+AROUND: Final = 40  # bytes shown beside a finding
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SentCanary:
+    """A request that carried a canary, and what answered it."""
+
+    what: str
+    answered: int | None
+    arrived: bool = True  # whether it came as far as the proof needs it
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchedPlace:
+    """A place that was read to its end; `control`: whether the mark planted there was found."""
+
+    place: str
+    size_bytes: int
+    control: bool | None = None  # None: it is stopped, and takes no mark
+    fault: str = ""
+
+    @property
+    def proves(self) -> bool:
+        return not self.fault and self.control is not False and self.size_bytes > 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """A canary or a key where none may be, or, if `chosen`, where the operator keeps answers."""
+
+    place: str
+    what: str
+    excerpt: str  # masked
+    chosen: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrivacyProof:
+    """What was sent, where it was looked for, and where it was found, at one moment."""
+
+    taken_at: datetime
+    seconds: float
+    images: Mapping[str, str]  # by container
+    sent: tuple[SentCanary, ...]
+    places: tuple[SearchedPlace, ...]
+    findings: tuple[Finding, ...]
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def leaks(self) -> tuple[Finding, ...]:
+        return tuple(finding for finding in self.findings if not finding.chosen)
+
+    @property
+    def unproven(self) -> tuple[str, ...]:
+        """What the proof could not look at, or not send."""
+        return (
+            *(place.place for place in self.places if not place.proves),
+            *(sent.what for sent in self.sent if not sent.arrived),
+        )
+
+    @property
+    def green(self) -> bool:
+        return bool(self.sent and self.places) and not self.leaks and not self.unproven
+
+
+def canary_requests(state: State, run: str) -> tuple[EdgeRequest, ...]:
+    """Every way in and every error path, each with a canary of its own: `run` and three digits."""
+    requests = [*_answered_canaries(state), *_broken_canaries(state)]
+    return tuple(_marked(request, f"{run}{n:03d}") for n, request in enumerate(requests))
+
+
+def _marked(request: EdgeRequest, canary: str) -> EdgeRequest:
+    def fill(text: str) -> str:
+        return text.replace(CANARY, canary)
+
+    return replace(
+        request,
+        path=fill(request.path),
+        fields=None if request.fields is None else json.loads(fill(json.dumps(request.fields))),
+        content=None if request.content is None else fill(request.content.decode()).encode(),
+        headers={name: fill(value) for name, value in request.headers.items()},
+    )
+
+
+def _answered_canaries(state: State) -> Iterator[EdgeRequest]:
+    """One model of each kind along each way, plain and, where that is possible, streamed."""
+    local = {model.served_model_name for model in state.wished_models}
+    by_kind = {kind: name for name, kind in callable_names(state).items() if name in local}
+    for kind, name in by_kind.items():
+        yield from _plain_and_streamed(_call("/v1", "", kind, name, CANARY), kind, RIGHT)
+    seen: set[tuple[Way, ModelType]] = set()
+    for way, model, key in _side_ways(state):
+        if (way, model.type) not in seen:
+            seen.add((way, model.type))
+            request = _call(way, f"{way}/{model.name}", model.type, model.served_model_name, CANARY)
+            yield from _plain_and_streamed(request, model.type, key)
+
+
+def _side_ways(state: State) -> Iterator[tuple[Way, Model, str]]:
+    for model in state.wished_models:
+        for key in state.direct_keys:
+            if not key.models or model.name in key.models:
+                yield "/models", model, direct_title(key)
+        if model.open_route and state.edge.open_routes:
+            yield "/open", model, WRONG
+
+
+def _plain_and_streamed(request: EdgeRequest, kind: ModelType, key: str) -> Iterator[EdgeRequest]:
+    what = f"{kind} at {request.way}"
+    whole = replace(request, key=key, what=f"{what}, plain", expected=(200,))
+    yield whole
+    if kind in {"chat", "vision"}:
+        fields = {**(request.fields or {}), "stream": True}
+        yield replace(whole, what=f"{what}, streamed", fields=fields)
+        longer = fields | {"max_tokens": 200}
+        yield replace(whole, what=f"{what}, broken off", fields=longer, broken_off=True)
+
+
+# Fields of a body in which LiteLLM and engines expect text that is no prompt.
+_ODD_FIELDS: Final[Mapping[str, Json]] = {
+    "a field of the wrong type": {"max_tokens": CANARY, "temperature": CANARY},
+    "messages of the wrong type": {"messages": CANARY, "input": {"a": CANARY}},
+    "a message of an unknown kind": {"messages": [{"role": "user", "content": [{"type": CANARY}]}]},
+    "an unknown model": {"model": "absent-model"},
+    "the model's name": {"model": CANARY},
+    "an unsupported parameter": {"surprise": CANARY, "response_format": {"type": CANARY}},
+    "more tokens than the context": {"max_tokens": 1_000_000_000},
+    "the field user": {"user": CANARY},
+    "the field metadata": {"metadata": {"note": CANARY, "spend_logs_metadata": {"note": CANARY}}},
+    "the field metadata.tags": {"metadata": {"tags": [CANARY]}},
+    "the field tags": {"tags": [CANARY]},
+    "the field litellm_metadata": {"litellm_metadata": {"note": CANARY, "tags": [CANARY]}},
+    "identifiers": {"litellm_session_id": CANARY, "litellm_trace_id": CANARY, "id": CANARY},
+    "a safety identifier": {"safety_identifier": CANARY, "prompt_cache_key": CANARY},
+    "a tool": {"tools": [{"type": "function", "function": {
+        "name": CANARY, "description": CANARY, "parameters": {"type": "object", "properties": {}},
+    }}]},
+}  # fmt: skip
+_ODD_HEADERS: Final = (
+    "User-Agent", "Referer", "Cookie", "X-Request-Id", "X-Forwarded-For", "X-Litellm-Tags",
+    "X-Litellm-End-User-Id", "X-Litellm-Session-Id", "X-Litellm-Trace-Id", "X-Litellm-Call-Id",
+    "X-Litellm-Customer-Id", "X-Openwebui-User-Id", "Traceparent", "X-Api-Key",
+)  # fmt: skip
+
+
+def first_call(state: State, text: str = "yes") -> EdgeRequest:
+    """A smallest request along `/v1`, to a model that chats if there is one."""
+    names = callable_names(state)
+    name = next((n for n, kind in names.items() if kind in {"chat", "vision"}), next(iter(names)))
+    return replace(_call("/v1", "", names[name], name, text), key=RIGHT)
+
+
+def _broken_canaries(state: State) -> Iterator[EdgeRequest]:
+    """Every way to send a prompt wrongly, to one model."""
+    call = first_call(state, CANARY)
+    good = call.fields or {}
+    name = good["model"]
+    for key in (WRONG, NO_KEY, REVOKED):
+        yield replace(call, what=f"a prompt with {key}", key=key, expected=(401,))
+    for what, odd in _ODD_FIELDS.items():
+        yield replace(call, what=what, fields=good | odd)
+    long = {"messages": [{"role": "user", "content": f"{CANARY} " * 2000}], "input": CANARY * 2000}
+    yield replace(call, what="a prompt too long", fields=good | long | {"max_tokens": 10**9})
+    for header in _ODD_HEADERS:
+        yield replace(call, what=f"the header {header}", headers={header: CANARY})
+    note = json.dumps({"note": CANARY})
+    yield replace(
+        call, what="LiteLLM's own header", headers={"X-Litellm-Spend-Logs-Metadata": note}
+    )
+    body, kind = json.dumps(good), "Content-Type"
+    for what, content, headers in (
+        ("a broken body", body[:-2], {kind: "application/json"}),
+        ("a list as the body", f"[{body}]", {kind: "application/json"}),
+        ("a body of plain text", body, {kind: "text/plain"}),
+        ("a body of no type", body, {}),
+        ("a form", f"model={name}&prompt={CANARY}", {kind: "application/x-www-form-urlencoded"}),
+    ):
+        yield replace(call, what=what, fields=None, content=content.encode(), headers=headers)
+    yield replace(call, what="the query", path=f"{call.path}?note={CANARY}")
+    for path in (
+        f"/v1/{CANARY}",
+        f"/{CANARY}",
+        f"/models/{CANARY}/v1/models",
+        f"/open/{CANARY}/v1",
+    ):
+        yield replace(call, what=f"the path {path}", path=path)
+    yield from _other_protocols(call, name)
+
+
+def _other_protocols(call: EdgeRequest, name: str) -> Iterator[EdgeRequest]:
+    """LiteLLM's further APIs for text; which of them a model has is not the question here."""
+    turn = [{"role": "user", "content": CANARY}]
+    for path, own in (
+        ("/v1/completions", {"prompt": CANARY}),
+        ("/v1/responses", {"input": CANARY, "instructions": CANARY, "store": True}),
+        ("/v1/messages", {"messages": turn, "system": CANARY, "metadata": {"user_id": CANARY}}),
+        ("/v1/moderations", {"input": CANARY}),
+        ("/v1/memory", {"key": CANARY, "value": CANARY}),
+    ):
+        wanted: Json = {"model": name, "max_tokens": 1, **own}
+        yield replace(call, what=f"a request to {path}", path=path, fields=wanted)
+
+
+def sent_canary(request: EdgeRequest, reply: EdgeReply) -> SentCanary:
+    """What became of a canary; one without any answer proves nothing."""
+    arrived = reply.status is not None and reply.status in (request.expected or (reply.status,))
+    return SentCanary(what=request.what, answered=reply.status, arrived=arrived)
+
+
+def base64_forms(text: bytes) -> tuple[bytes, ...]:
+    """What base64 makes of a text, wherever in what is encoded it stands."""
+    return tuple(base64.b64encode(bytes(n) + text)[n + 1 if n else 0 : -4] for n in range(3))
+
+
+def wanted_texts(run: str, keys: Mapping[str, str]) -> dict[bytes, str]:
+    """What to look for, and what it is; canaries are told apart by the digits behind them."""
+    texts = {run.encode(): "canary", **{key.encode(): what for what, key in keys.items()}}
+    coded = {form: f"{what}, in base64" for t, what in texts.items() for form in base64_forms(t)}
+    return texts | coded
+
+
+def search(
+    chunks: Iterable[bytes], wanted: Mapping[bytes, str], sent: Sequence[str] = ()
+) -> tuple[int, dict[str, str]]:
+    """Bytes read, and each wanted text that stands there with a masked excerpt of its first place.
+
+    It finds what lies across the border of two chunks. `sent`: what canaries are, by their digits.
+    """
+    reach = max(map(len, wanted)) + AROUND + 3
+    size, before = 0, b""
+    found: dict[str, str] = {}
+    for chunk in chunks:
+        size += len(chunk)
+        window = before + chunk
+        for text, what in wanted.items():
+            if text in window:
+                for match in re.finditer(re.escape(text) + rb"(\d{3})?", window):
+                    title = _canary_title(what, match[1], sent)
+                    found.setdefault(title, _excerpt(window, match, wanted))
+        before = window[-reach:]
+    return size, found
+
+
+def _canary_title(what: str, digits: bytes | None, sent: Sequence[str]) -> str:
+    number = int(digits) if what == "canary" and digits else len(sent)
+    return f"{what}: {sent[number]}" if number < len(sent) else what
+
+
+def _excerpt(window: bytes, match: re.Match[bytes], wanted: Iterable[bytes]) -> str:
+    """What stands around a finding, in which neither it nor another one can be read."""
+    far = AROUND + max(map(len, wanted))  # so that none is cut before it is masked
+    before, after = window[max(match.start() - far, 0) : match.start()], window[match.end() :][:far]
+    return f"{_masked(before, wanted)[-AROUND:]}•••{_masked(after, wanted)[:AROUND]}"
+
+
+def _masked(shown: bytes, wanted: Iterable[bytes]) -> str:
+    for text in wanted:
+        shown = shown.replace(text, "•••".encode())
+    line = "".join(c if c.isprintable() else " " for c in shown.decode(errors="replace"))
+    return re.sub(r"sk-[\w-]{4,}", "sk-…", line)
+
+
+def may_hold_direct_keys(path: str) -> bool:
+    """Of a file below the home: the state, its history, and what Caddy checks keys against."""
+    return path == "config.json" or path.startswith(("history/", "generated/caddy/"))
+
+
+NOT_SEARCHED: Final = (
+    "downloaded weights: engines read them and cannot write there",
+    "the memory of running processes",
+    "what PostgreSQL removed and compressed: of its volume only plain bytes are searched",
+    "logs that Docker has rotated away, and providers outside of this server",
+)
+
+
+def changed_paths(changes: Mapping[str, int], mounted: Collection[str]) -> list[str]:
+    """What of `docker diff` to read: new directories whole, else files; nothing that is mounted.
+
+    Kinds are Docker's: 0 changed, 1 new, 2 removed.
+    """
+    paths = sorted(map(PurePosixPath, changes), key=lambda path: path.parts)
+    mounts = [PurePosixPath(path) for path in mounted]
+    found: list[PurePosixPath] = []
+    for path, later in itertools.zip_longest(paths, paths[1:]):
+        holds_mount = any(mount.is_relative_to(path) for mount in mounts)
+        in_mount = any(path.is_relative_to(mount) for mount in mounts)
+        is_read = bool(found) and path.is_relative_to(found[-1])
+        opened = later is not None and later.is_relative_to(path) and changes[str(path)] == 0
+        if not (holds_mount or in_mount or is_read or opened or changes[str(path)] == 2):  # noqa: PLR2004
+            found.append(path)
+    return [str(path) for path in found]
+
 
 # =============================================================================
 # §15 Views — pure: what the operator reads
@@ -8310,6 +8816,81 @@ def task_cancel(snapshot: Snapshot) -> Json:
 # §18 Route views — pure: the ways in as the operator sees them
 # =============================================================================
 
+PROBE_HEADERS: Final = ("Verdict", "Way", "Request", "Key", "Should", "Answered", "By")
+PRIVACY_HEADERS: Final = ("Place", "Read", "Can find", "Found")
+
+
+def probe_headline(result: ProbeResult | None) -> str:
+    """One sentence with the date: all as it should be, or how much is not and what first."""
+    if result is None:
+        return "The routes have never been tried from outside."
+    when, count = f"{result.taken_at:%Y-%m-%d %H:%M} UTC", len(result.requests)
+    if result.green:
+        return f"Green, {when}: all {count} requests were answered as they should be."
+    first = result.wrong[0] if result.wrong else None
+    worst = f", such as {first.method} {first.path} with {first.key}" if first else ""
+    return f"RED, {when}: {len(result.wrong)} of {count} requests were answered wrongly{worst}."
+
+
+def probe_rows(result: ProbeResult) -> list[list[str]]:
+    """What answered what, against what should; what is wrong first."""
+    return [
+        [
+            "ok" if request.right else "WRONG",
+            request.way,
+            f"{request.method} {request.path}",
+            request.key,
+            " or ".join(map(str, request.expected)),
+            str(request.answered or UNKNOWN),
+            request.answered_by,
+        ]
+        for request in sorted(result.requests, key=lambda request: request.right)
+    ]
+
+
+def privacy_headline(proof: PrivacyProof | None) -> str:
+    """One sentence with the date: found nowhere, or where and what first."""
+    if proof is None:
+        return "Privacy has never been proven here."
+    when = f"{proof.taken_at:%Y-%m-%d %H:%M} UTC"
+    read = format_size(sum(place.size_bytes for place in proof.places))
+    if proof.green:
+        chosen = {finding.place for finding in proof.findings}
+        kept = (
+            f"; the response cache has answers, as chosen ({', '.join(chosen)})" if chosen else ""
+        )
+        return (
+            f"Green, {when}: of {len(proof.sent)} marked requests nothing was found in "
+            f"{len(proof.places)} places ({read}){kept}."
+        )
+    if proof.leaks:
+        first = proof.leaks[0]
+        count = len({(leak.place, leak.what) for leak in proof.leaks})
+        return f"RED, {when}: {count} leaks, such as {first.what} in {first.place}."
+    return f"RED, {when}: nothing is proven of {', '.join(proof.unproven) or 'anything'}."
+
+
+def privacy_rows(proof: PrivacyProof) -> list[list[str]]:
+    """Every place with what was found there; files of the home only where something was."""
+    rows = [
+        [
+            place.place,
+            format_size(place.size_bytes),
+            place.fault or {True: "yes", False: "NO", None: "stopped"}[place.control],
+            "; ".join(f.what for f in proof.findings if f.place == place.place) or "nothing",
+        ]
+        for place in proof.places
+    ]
+    known = {place.place for place in proof.places}
+    return rows + [[f.place, "", "", f.what] for f in proof.findings if f.place not in known]
+
+
+def privacy_text(proof: PrivacyProof) -> str:
+    """What else belongs to the proof: every finding's excerpt, and what it did not look at."""
+    lines = [f"{f.what} in {f.place}: {f.excerpt}" for f in proof.findings]
+    lines += [f"Not sent as needed: {s.what} ({s.answered})" for s in proof.sent if not s.arrived]
+    return "\n".join([*lines, *(f"Not searched: {text}." for text in proof.left_out)])
+
 
 # =============================================================================
 # §19 Home — effects: time, and the state and files on the disk
@@ -8539,6 +9120,28 @@ class StateStore:
             write_atomic(self.home / "measured.json", text)
 
 
+class ProofFiles:
+    """Dated results as JSON in a directory of their own: the newest 20 of each kind."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def keep(self, kind: str, taken_at: datetime, text: str) -> None:
+        with file_errors("keep a result"):
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_atomic(self._folder / f"{kind}-{taken_at:%Y%m%dT%H%M%S}.json", text)
+            for old in self._of(kind)[:-MOST_PROOFS]:
+                old.unlink(missing_ok=True)
+
+    def newest(self, kind: str) -> str | None:
+        with file_errors("read a result"):
+            return next((path.read_text() for path in self._of(kind)[::-1]), None)
+
+    def _of(self, kind: str) -> list[Path]:
+        return sorted(self._folder.glob(f"{kind}-*.json"))
+
+
+MOST_PROOFS: Final = 20
 _MEASURED: Final = pydantic.TypeAdapter(dict[str, Measured])
 MOST_MEASURED: Final = 500
 
@@ -8551,6 +9154,16 @@ def read_recipes(*folders: Path) -> dict[str, str]:
             for folder in folders
             for path in sorted(folder.glob("*.yaml"))
         }
+
+
+def read_chunks(path: Path) -> Iterator[bytes]:
+    """A file's bytes; none of one that is gone."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            yield chunk
+
+
+CHUNK_BYTES: Final = 1 << 20
 
 
 def take_lock(path: Path, *, wait: bool = False) -> IO[str] | None:
@@ -8731,6 +9344,18 @@ class Containers(Protocol):
     def follow(self, name: ContainerName) -> Iterator[str]: ...
     def visible_devices(self, seen: ObservedContainer) -> frozenset[str] | None: ...
     def foreign_devices(self) -> dict[str, frozenset[str]]: ...
+    @property
+    def contents(self) -> Contents: ...
+
+
+class Contents(Protocol):
+    """What our containers hold, byte by byte."""
+
+    def log(self, name: ContainerName) -> Iterator[bytes]: ...
+    def volumes(self, name: ContainerName) -> tuple[str, ...]: ...
+    def changed(self, name: ContainerName) -> list[str]: ...
+    def archive(self, name: ContainerName, path: str) -> Iterator[bytes]: ...
+    def output(self, name: ContainerName, command: Sequence[str]) -> Iterator[bytes]: ...
 
 
 class DockerContainers:
@@ -8742,6 +9367,7 @@ class DockerContainers:
         self._client: docker.DockerClient | None = None
         self._labels = {LABEL_OWNER: OWNER, LABEL_INSTANCE: instance}
         self._devices = DockerDevices(self._connected, self._labels)
+        self.contents: Contents = DockerContents(self._connected, self._ours)
         self._filter: dict[str, str | list[str] | bool] = {
             "label": [f"{key}={value}" for key, value in self._labels.items()]
         }
@@ -8983,6 +9609,65 @@ class DockerDevices:
         requested = attributes["Name"].removeprefix("/"), frozenset(_requested_devices(attributes))
         self._requested[container_id] = requested
         return requested
+
+
+class DockerContents:
+    """Logs, volumes and files of our containers, and what commands in them print."""
+
+    def __init__(
+        self, client: Callable[[], docker.DockerClient], ours: Callable[[str], Container]
+    ) -> None:
+        self._client = client
+        self._ours = ours
+
+    def log(self, name: ContainerName) -> Iterator[bytes]:
+        """All that Docker kept of it."""
+        with docker_errors(f"read the log of {name}"):
+            yield bytes(self._ours(name).logs(stream=False))
+
+    def volumes(self, name: ContainerName) -> tuple[str, ...]:
+        """Where its volumes are mounted; directories of this host are not among them."""
+        return tuple(m["Destination"] for m in self._mounts(name) if m["Type"] == "volume")
+
+    def _mounts(self, name: ContainerName) -> list[Json]:
+        with docker_errors(f"look at {name}"):
+            return list(self._ours(name).attrs["Mounts"])
+
+    def changed(self, name: ContainerName) -> list[str]:
+        """What it wrote outside of all mounts; see `changed_paths`."""
+        mounted = [mount["Destination"] for mount in self._mounts(name)]
+        with docker_errors(f"look into {name}"):
+            changes = self._ours(name).diff() or []
+        return changed_paths({str(c["Path"]): int(c["Kind"]) for c in changes}, mounted)
+
+    def archive(self, name: ContainerName, path: str) -> Iterator[bytes]:
+        """A file or directory as an uncompressed tar; nothing where it is gone, or a socket."""
+        try:
+            with docker_errors(f"read {path} of {name}"):
+                yield from self._ours(name).get_archive(path)[0]
+        except ContainerFailedError as error:
+            if not re.search("Could not find the file|sockets not supported", str(error)):
+                raise
+
+    def output(self, name: ContainerName, command: Sequence[str]) -> Iterator[bytes]:
+        """What a command prints, as root in a container; one that fails is an error."""
+        with docker_errors(f"run {command[0]} in {name}"):
+            api = self._client().api
+            run = api.exec_create(self._ours(name).id, [*command], user="0")["Id"]
+            yield from api.exec_start(run, stream=True)
+            status = api.exec_inspect(run)["ExitCode"]
+        if status:
+            raise ContainerFailedError(
+                f"{command[0]} ended with status {status} in {name}.",
+                advice="Look at its log, then try again.",
+            )
+
+
+def read_from_tar(chunks: Iterable[bytes]) -> bytes:
+    """The content of an archive's only file."""
+    with tarfile.open(fileobj=io.BytesIO(b"".join(chunks))) as archive:
+        file = archive.extractfile(archive.getmembers()[0])
+        return file.read() if file else b""
 
 
 Sighting = tuple[str, datetime | None]  # one start of one container
@@ -9472,14 +10157,11 @@ class HttpProbes:
         self, seen: ObservedContainer, wanted: EngineAnswers, seconds: float
     ) -> httpx.Response:
         asked = readiness_request(wanted.model_type, wanted.served_model_name)
-        body: Json = {"json": asked.fields}
-        if asked.audio is not None:
-            body = {"data": asked.fields, "files": {"file": ("silence.wav", asked.audio)}}
         return self._client.post(
             f"http://{seen.address}:{ENGINE_PORT}{asked.path}",
             headers={"Authorization": f"Bearer {wanted.engine_key.get_secret_value()}"},
             timeout=seconds,
-            **body,
+            **_body(asked.fields, asked.audio),
         )
 
     def _engine_answers(self, seen: ObservedContainer, wanted: EngineAnswers) -> bool:
@@ -9499,6 +10181,79 @@ class HttpProbes:
             f"with {answer.status_code}: {_last_line(answer.text)}.",
             advice="Check that the model's type is right.",
         )
+
+
+def _body(asked: Json | None, audio: bytes | None) -> Json:
+    """Fields as httpx takes them: as JSON, or beside a sound as a form."""
+    if audio is not None:
+        return {"data": asked, "files": {"file": ("silence.wav", audio)}}
+    return {"json": asked}
+
+
+class EdgeClient:
+    """Requests as anybody outside sends them, to the published ports of this server.
+
+    It trusts what the endpoint's certificate needs: Caddy's own root, the operator's own chain,
+    or the authorities of this system.
+    """
+
+    def __init__(self, edge: Edge, caddy_root: str) -> None:
+        self._edge = edge
+        address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(edge.address, edge.address)  # noqa: S104
+        self._address = f"[{address}]" if ":" in address else address
+        self._client = httpx.Client(
+            verify=_trust(edge.tls, caddy_root), timeout=120, trust_env=False
+        )
+
+    def send(self, request: EdgeRequest, bearer: pydantic.SecretStr | None) -> EdgeReply:
+        """Its answer, or why there is none; the path is sent as it stands."""
+        edge, name = self._edge, self._edge.hostnames[0]
+        scheme, port = (
+            ("http", edge.http_port) if request.plain_http else ("https", edge.https_port)
+        )
+        key = {"Authorization": f"Bearer {bearer.get_secret_value()}"} if bearer else {}
+        body = _body(request.fields, request.audio) if request.content is None else {}
+        try:
+            with self._client.stream(
+                request.method,
+                f"{scheme}://{self._address}:{port}/",
+                headers={"Host": f"{name}:{port}", **key, **request.headers},
+                extensions={"sni_hostname": name, "target": request.path.encode()},
+                content=request.content,
+                **body,
+            ) as answer:
+                if request.broken_off:
+                    next(answer.iter_raw(), b"")
+                else:
+                    answer.read()
+        except httpx.HTTPError as error:
+            return EdgeReply(fault=f"no answer: {error}")
+        return EdgeReply(
+            status=answer.status_code,
+            # Caddy names itself here in what it passes on (2.10 and later), and in nothing else.
+            by_edge="via" not in answer.headers,
+            location=answer.headers.get("location", ""),
+            call_id=answer.headers.get("x-litellm-call-id", ""),
+        )
+
+
+CADDY_ROOT: Final = "/data/caddy/pki/authorities/local/root.crt"
+
+
+def _trust(tls: InternalTls | OwnCertificate | AcmeTls, caddy_root: str) -> ssl.SSLContext:
+    match tls:
+        case InternalTls():
+            return ssl.create_default_context(cadata=caddy_root)
+        case OwnCertificate(certificate_path=path):
+            trust = ssl.create_default_context()
+            with file_errors("read the certificate", PLACE_ADVICE):
+                trust.load_verify_locations(cafile=path)
+            trust.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # its issuer may be known to nobody
+            return trust
+        case AcmeTls():
+            return ssl.create_default_context()
+        case _:
+            assert_never(tls)
 
 
 class LiteLlmApi:
@@ -12155,7 +12910,7 @@ class Keys:
                 f"No model is served as {', '.join(unknown)}.",
                 advice="Allow served names from `model list`, or none to allow all.",
             )
-        api = self._gateway(state)
+        api = self.gateway(state)
         if any(key.alias == request.alias for key in api.list_keys()):
             raise RefusedError(
                 f"There is a key called {request.alias!r} already.",
@@ -12164,17 +12919,18 @@ class Keys:
         return api.create_key(request.as_litellm())
 
     def all(self) -> list[VirtualKey]:
-        return self._gateway(self._store.load()).list_keys()
+        return self.gateway(self._store.load()).list_keys()
 
     def revoke(self, alias: str) -> None:
         """The key of that name stops working; what it used stays accounted for."""
-        api = self._gateway(self._store.load())
+        api = self.gateway(self._store.load())
         found = [key for key in api.list_keys() if alias in {key.alias, key.key_hash}]
         if not found:
             raise RefusedError(f"There is no key called {alias!r}.", advice="See `key list`.")
         api.delete_key(found[0].key_hash)
 
-    def _gateway(self, state: State) -> LiteLlmApi:
+    def gateway(self, state: State) -> LiteLlmApi:
+        """The management API of the slot that serves; refused where none does."""
         observed = observe(self._tools)
         order = [observed.edge.slot] if observed.edge else SLOTS
         for slot in order:
@@ -12295,6 +13051,263 @@ class ImageLibrary:
         return self._start_task("Prune images", work, "")
 
 
+class Proofs:
+    """The route prober and the privacy proof, as jobs; their dated results are kept."""
+
+    def __init__(self, store: StateStore, tools: Tools, keys: Keys, start_task: StartTask) -> None:
+        self._store = store
+        self._tools = tools
+        self._keys = keys
+        self._start_task = start_task
+        self._files = ProofFiles(store.home / "proofs")
+
+    def last_probe(self) -> ProbeResult | None:
+        """The newest result; None before the first."""
+        text = self._files.newest("probe")
+        return None if text is None else _PROBE.validate_json(text)
+
+    def last_privacy(self) -> PrivacyProof | None:
+        text = self._files.newest("privacy")
+        return None if text is None else _PRIVACY.validate_json(text)
+
+    def probe(self) -> Job:
+        """Try every way in; refused where the endpoint does not run."""
+        state = self._store.load()
+        gateway, client = self._keys.gateway(state), self._client(state)
+
+        def work(control: Control) -> None:
+            requests = probe_requests(state)
+            with bearers(state, gateway, client) as keys:
+                replies = [*_sent(requests, keys, client, control)]
+            result = ProbeResult(
+                taken_at=self._tools.clock.utc_now(),
+                requests=tuple(map(judge, requests, replies)),
+                untried=tuple(r.name for r in state.routes if r.name.endswith("*")),
+            )
+            self._files.keep("probe", result.taken_at, _PROBE.dump_json(result, indent=2).decode())
+            control.report(probe_headline(result))
+
+        return self._start_task("Try every route", work, "")
+
+    def privacy(self) -> Job:
+        """Send canaries along every way, and look for them everywhere; takes a minute or two."""
+        state = self._store.load()
+        gateway, client = self._keys.gateway(state), self._client(state)
+        if not callable_names(state):
+            raise RefusedError("No model is served.", advice="Deploy one, then prove it again.")
+        return self._start_task(
+            "Prove privacy", lambda control: self._prove(state, gateway, client, control), ""
+        )
+
+    def _prove(
+        self, state: State, gateway: LiteLlmApi, client: EdgeClient, control: Control
+    ) -> None:
+        began, run = self._tools.clock.monotonic(), secrets.token_hex(12)
+        requests = canary_requests(state, run)
+        with bearers(state, gateway, client) as keys:
+            replies = [*_sent(requests, keys, client, control)]
+            control.report(f"{len(requests)} requests sent; LiteLLM writes their rows.")
+            last = client.send(first_call(state), keys[RIGHT])
+            self._await_row(state, last.call_id, control)
+        looking = PrivacySearch(
+            self._tools.containers.contents, control, requests,
+            wanted_texts(run, {what: reveal(key) for what, key in keys.items()}),
+        )  # fmt: skip
+        observed = self._tools.containers.observe()
+        for seen in observed.containers.values():
+            looking.container(seen, last.call_id)
+        looking.home(self._store.home, state)
+        proof = PrivacyProof(
+            taken_at=self._tools.clock.utc_now(),
+            seconds=round(self._tools.clock.monotonic() - began, 1),
+            images={seen.name: seen.image for seen in observed.containers.values()},
+            sent=tuple(map(sent_canary, requests, replies)),
+            places=tuple(looking.places),
+            findings=tuple(looking.findings),
+            left_out=NOT_SEARCHED,
+        )
+        self._files.keep("privacy", proof.taken_at, _PRIVACY.dump_json(proof, indent=2).decode())
+        control.report(privacy_headline(proof))
+
+    def _client(self, state: State) -> EdgeClient:
+        root = ""
+        if isinstance(state.edge.tls, InternalTls):
+            archive = self._tools.containers.contents.archive(edge_name(state), CADDY_ROOT)
+            root = read_from_tar(archive).decode()
+        return EdgeClient(state.edge, root)
+
+    def _await_row(self, state: State, call_id: str, control: Control) -> None:
+        """Until the accounting of a request is in the database, and with it of those before."""
+        if not re.fullmatch(r"[0-9a-f-]+", call_id):
+            raise GatewayError(
+                "The last request of the proof was not answered.", advice="Run `probe` first."
+            )
+        query = (
+            'SELECT count(*) FROM "LiteLLM_SpendLogs" WHERE "startTime" > now() - interval '  # noqa: S608
+            f"'1 hour' AND metadata::text LIKE '%{call_id}%'"
+        )
+        command = [*PSQL, "-tAc", query]
+        until = self._tools.clock.monotonic() + ROW_SECONDS
+        while self._tools.clock.monotonic() < until:
+            control.check()
+            said = self._tools.containers.contents.output(database_name(state), command)
+            if b"".join(said).strip() != b"0":
+                return
+            self._tools.clock.sleep(1)
+        raise GatewayError(
+            f"LiteLLM wrote no accounting within {ROW_SECONDS:.0f} s, so nothing can be proven.",
+            advice="Look at its log and at PostgreSQL's.",
+        )
+
+
+_PROBE: Final = pydantic.TypeAdapter(ProbeResult)
+_PRIVACY: Final = pydantic.TypeAdapter(PrivacyProof)
+PSQL: Final = ("psql", "-U", "litellm", "-d", "litellm")
+ROW_SECONDS: Final = 120.0
+PROOF_KEY_MINUTES: Final = 30
+
+
+@contextlib.contextmanager
+def bearers(
+    state: State, gateway: LiteLlmApi, client: EdgeClient
+) -> Iterator[dict[str, pydantic.SecretStr]]:
+    """Every kind of key by its title; LiteLLM's own expire soon, and are revoked in any case."""
+    wrong = pydantic.SecretStr(f"sk-{secrets.token_urlsafe(24)}")
+    keys = {WRONG: wrong, **{direct_title(key): key.secret for key in state.direct_keys}}
+    with _temporary_key(gateway) as right:
+        with _temporary_key(gateway) as revoked:
+            # Known to LiteLLM's cache, from which a revocation must take it.
+            client.send(EdgeRequest(way="/v1", path="/v1/models"), revoked)
+        yield {**keys, RIGHT: right, REVOKED: revoked}
+
+
+@contextlib.contextmanager
+def _temporary_key(gateway: LiteLlmApi) -> Iterator[pydantic.SecretStr]:
+    key = gateway.create_key({
+        "key_alias": f"proof {secrets.token_hex(4)}",
+        "duration": f"{PROOF_KEY_MINUTES}m",
+        "max_parallel_requests": 8,
+    })  # fmt: skip
+    try:
+        yield key
+    finally:
+        gateway.delete_key(sha256(reveal(key).encode()).hexdigest())
+
+
+def _sent(
+    requests: Sequence[EdgeRequest],
+    keys: Mapping[str, pydantic.SecretStr],
+    client: EdgeClient,
+    control: Control,
+) -> Iterator[EdgeReply]:
+    for number, request in enumerate(requests):
+        control.check()
+        control.progress = f"{number} of {len(requests)} requests"
+        control.done_part = number / len(requests)
+        yield client.send(request, keys.get(request.key))
+
+
+class PrivacySearch:
+    """Looks for canaries and keys, place by place, where a mark of its own must be found too."""
+
+    def __init__(
+        self, contents: Contents, control: Control,
+        requests: Sequence[EdgeRequest], wanted: Mapping[bytes, str],
+    ) -> None:  # fmt: skip
+        self._contents = contents
+        self._control = control
+        self._sent = [request.what for request in requests]
+        self._wanted = wanted
+        self._mark = f"privacy proof {secrets.token_hex(8)}"
+        self._caches: set[str] = set()  # places where the operator keeps answers
+        self.places: list[SearchedPlace] = []
+        self.findings: list[Finding] = []
+
+    def container(self, seen: ObservedContainer, call_id: str) -> None:
+        """Its log, its volumes, what it wrote elsewhere, and what its database has."""
+        name, contents = seen.name, self._contents
+        volumes = contents.volumes(name)
+        marked = self._mark if seen.running else None
+        with self._planted(name, ("/", *volumes)) if seen.running else contextlib.nullcontext():
+            self._look(f"{name}: log", contents.log(name), marked)
+            for volume in volumes:
+                self._look(f"{name}: volume {volume}", contents.archive(name, volume), marked)
+            written = (contents.archive(name, path) for path in contents.changed(name))
+            self._look(f"{name}: written files", itertools.chain.from_iterable(written), marked)
+        if seen.role == "database" and seen.running:
+            dump = contents.output(name, ["pg_dump", *PSQL[1:]])
+            self._look(f"{name}: every row", dump, call_id)
+        if seen.role == "cache" and seen.running:
+            [*contents.output(name, ["redis-cli", "SET", "privacy-proof", self._mark, "EX", "60"])]
+            stored = contents.output(name, ["sh", "-c", EVERY_REDIS_VALUE])
+            self._caches.add(f"{name}: every value")
+            self._look(f"{name}: every value", stored, self._mark)
+
+    @contextlib.contextmanager
+    def _planted(self, name: ContainerName, folders: Sequence[str]) -> Iterator[None]:
+        """The mark in its log, which it stays in, and as a file in these directories."""
+        files = [f"{folder.rstrip('/')}/.privacy-proof" for folder in folders]
+        write = 'echo "$0" > /proc/1/fd/1; for file in "$@"; do echo "$0" > "$file"; done'
+        [*self._contents.output(name, ["sh", "-c", write, self._mark, *files])]
+        try:
+            yield
+        finally:
+            [*self._contents.output(name, ["rm", "-f", *files])]
+
+    def _look(self, place: str, chunks: Iterable[bytes], mark: str | None) -> None:
+        self._control.check()
+        self._control.progress = place
+        wanted = {**self._wanted, **({mark.encode(): "mark"} if mark else {})}
+        try:
+            size, found = search(chunks, wanted, self._sent)
+        except ManagerError as error:
+            self.places.append(SearchedPlace(place=place, size_bytes=0, fault=error.fact))
+            return
+        control = found.pop("mark", None) is not None if mark else None
+        self.places.append(SearchedPlace(place=place, size_bytes=size, control=control))
+        self._note(place, found)
+
+    def _note(self, place: str, found: Mapping[str, str], excused: Collection[str] = ()) -> None:
+        self.findings += [
+            Finding(
+                place=place, what=what, excerpt=excerpt,
+                chosen=place in self._caches and what.startswith("canary"),
+            )
+            for what, excerpt in found.items()
+            if what not in excused
+        ]  # fmt: skip
+
+    def home(self, home: Path, state: State) -> None:
+        """Every file of the home but the weights; what must know direct keys may hold them."""
+        weights = Path(state.hugging_face_home or home / "huggingface")
+        direct = {direct_title(key) for key in state.direct_keys}
+        wanted = {**self._wanted, self._mark.encode(): "mark"}
+        size, control, planted = 0, False, home / "proofs" / ".privacy-proof"
+        with file_errors("search its home"):
+            planted.parent.mkdir(mode=0o700, exist_ok=True)
+            planted.write_text(self._mark)
+            for path in sorted(home.rglob("*")):
+                if path.is_symlink() or not path.is_file() or path.is_relative_to(weights):
+                    continue
+                self._control.check()
+                name = str(path.relative_to(home))
+                read, found = search(read_chunks(path), wanted, self._sent)
+                size += read
+                control |= found.pop("mark", None) is not None
+                self._note(f"home: {name}", found, direct if may_hold_direct_keys(name) else ())
+            planted.unlink()
+        self.places.append(SearchedPlace(place="home", size_bytes=size, control=control))
+
+
+# Keys and, of each type that LiteLLM uses, values.
+EVERY_REDIS_VALUE: Final = """redis-cli --scan | while read -r key; do
+  echo "$key"
+  case "$(redis-cli type "$key")" in
+    string) redis-cli get "$key" ;; hash) redis-cli hgetall "$key" ;;
+    list) redis-cli lrange "$key" 0 -1 ;; set) redis-cli smembers "$key" ;;
+    zset) redis-cli zrange "$key" 0 -1 ;;
+  esac
+done"""
 WHOLE_LOG: Final = 1_000_000  # lines
 
 
@@ -12675,6 +13688,7 @@ class Manager(ChangeRunner):
         self.logs = Logs(store, tools)
         self.images = ImageLibrary(store, tools, recipes, self.start_task, self.save)
         self.weights = WeightsLibrary(store, tools, self.start_task, self.hardware)
+        self.proofs = Proofs(store, tools, self.keys, self.start_task)
 
     def cutting(self, gpu: str, wish: str) -> Change:
         """The change of one GPU to what was typed; see `cutting_as_typed`."""
@@ -14078,6 +15092,13 @@ def build_parser() -> argparse.ArgumentParser:
             help="make GPU containers although the driver waits for a reboot",
         )  # fmt: skip
     add("doctor", command_doctor, "check everything this needs from its server")
+    for name, command, text in (
+        ("probe", command_probe, "try every route from outside, with each kind of key"),
+        ("privacy", command_privacy, "send marked requests, and look for them everywhere"),
+    ):
+        add(name, command, text).add_argument(
+            "--last", action="store_true", help="show the last result only"
+        )
     rollback = add(
         "rollback", _changes(lambda m, a: m.returning(a.number)), "return to an earlier state"
     )
@@ -14415,19 +15436,20 @@ def _changes(
     return command
 
 
-def follow(job: Job) -> int:
+def follow(job: Job, *, quiet: bool = False) -> int:
     """Print a job's lines; Ctrl-C cancels it, and waits until it is undone."""
     shown = 0
+    say = (lambda _: None) if quiet else out
     while True:
         try:
             for line in itertools.islice(job.follow(), shown, None):
                 shown += 1
-                out(line)
+                say(line)
         except KeyboardInterrupt:
             job.cancel()
             _say("Cancelling; what was begun is being undone ...")
         else:
-            out(f"Done in {format_duration((utc_now() - job.started_at).total_seconds())}.")
+            say(f"Done in {format_duration((utc_now() - job.started_at).total_seconds())}.")
             return DONE
 
 
@@ -14674,6 +15696,33 @@ def command_doctor(arguments: argparse.Namespace) -> int:
     else:
         out_table(("Check", "Verdict", "Found", "Advice"), check_rows(checks))
     return DONE if all(check.ok for check in checks) else TO_DO
+
+
+def command_probe(arguments: argparse.Namespace) -> int:
+    proofs = open_manager().proofs
+    if not arguments.last:
+        follow(proofs.probe(), quiet=arguments.json)
+    result = proofs.last_probe()
+    if arguments.json:
+        out_json(None if result is None else {"green": result.green, **asdict(result)})
+    else:
+        out_table(PROBE_HEADERS, probe_rows(result) if result else [])
+        out(probe_headline(result))
+    return DONE if result is not None and result.green else TO_DO
+
+
+def command_privacy(arguments: argparse.Namespace) -> int:
+    proofs = open_manager().proofs
+    if not arguments.last:
+        follow(proofs.privacy(), quiet=arguments.json)
+    proof = proofs.last_privacy()
+    if arguments.json:
+        out_json(None if proof is None else {"green": proof.green, **asdict(proof)})
+    else:
+        out_table(PRIVACY_HEADERS, privacy_rows(proof) if proof else [])
+        out(privacy_text(proof) if proof else "")
+        out(privacy_headline(proof))
+    return DONE if proof is not None and proof.green else TO_DO
 
 
 def command_logs(arguments: argparse.Namespace) -> int:
