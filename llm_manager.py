@@ -13078,7 +13078,7 @@ class Proofs:
         def work(control: Control) -> None:
             requests = probe_requests(state)
             with bearers(state, gateway, client) as keys:
-                replies = [*_sent(requests, keys, client, control)]
+                replies = [*_sent(requests, keys, client, control, self._tools.clock)]
             result = ProbeResult(
                 taken_at=self._tools.clock.utc_now(),
                 requests=tuple(map(judge, requests, replies)),
@@ -13105,9 +13105,10 @@ class Proofs:
         began, run = self._tools.clock.monotonic(), secrets.token_hex(12)
         requests = canary_requests(state, run)
         with bearers(state, gateway, client) as keys:
-            replies = [*_sent(requests, keys, client, control)]
+            *replies, last = _sent(
+                [*requests, first_call(state)], keys, client, control, self._tools.clock
+            )
             control.report(f"{len(requests)} requests sent; LiteLLM writes their rows.")
-            last = client.send(first_call(state), keys[RIGHT])
             self._await_row(state, last.call_id, control)
         looking = PrivacySearch(
             self._tools.containers.contents, control, requests,
@@ -13195,16 +13196,25 @@ def _temporary_key(gateway: LiteLlmApi) -> Iterator[pydantic.SecretStr]:
 
 
 def _sent(
-    requests: Sequence[EdgeRequest],
-    keys: Mapping[str, pydantic.SecretStr],
-    client: EdgeClient,
-    control: Control,
-) -> Iterator[EdgeReply]:
+    requests: Sequence[EdgeRequest], keys: Mapping[str, pydantic.SecretStr],
+    client: EdgeClient, control: Control, clock: Clock,
+) -> Iterator[EdgeReply]:  # fmt: skip
+    """The answers one by one; where LiteLLM has set all replicas aside it is waited for."""
     for number, request in enumerate(requests):
-        control.check()
         control.progress = f"{number} of {len(requests)} requests"
         control.done_part = number / len(requests)
-        yield client.send(request, keys.get(request.key))
+        control.check()
+        reply = client.send(request, keys.get(request.key))
+        for _ in range(MOST_TRIES):
+            if reply.status != httpx.codes.TOO_MANY_REQUESTS:
+                break
+            clock.sleep(COOLING_SECONDS)
+            reply = client.send(request, keys.get(request.key))
+        yield reply
+
+
+# Together longer than a route's usual cool-down, which a single broken request can cause.
+MOST_TRIES, COOLING_SECONDS = 8, 2.0
 
 
 class PrivacySearch:
