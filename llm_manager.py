@@ -170,6 +170,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache, partial, reduce
 from getpass import getpass
+from http import HTTPStatus
 from typing import (
     IO,
     TYPE_CHECKING,
@@ -6639,7 +6640,7 @@ class EdgeReply:
     """What came back: no status means no answer, and the fault says why."""
 
     status: int | None = None
-    by_edge: bool = True
+    by_edge: bool = True  # Caddy itself, and nobody behind it
     location: str = ""
     call_id: str = ""  # LiteLLM's, which its database knows
     fault: str = ""
@@ -6676,6 +6677,12 @@ class ProbeResult:
         return bool(self.requests) and not self.wrong
 
 
+def is_edges_own(status: int, text: str) -> bool:
+    """Whether an answer is one that only the edge gives: empty, its health, or its own error."""
+    own = f'{{"error": {{"message": "{HTTPStatus(status).phrase}", "type": "invalid_request_error",'
+    return not text or text.startswith(("ok ", own))
+
+
 def judge(request: EdgeRequest, reply: EdgeReply) -> ProbedRequest:
     """The verdict on an answer: its status, who gave it, and that it leads nowhere but to HTTPS."""
     by_right_one = request.by_edge in {None, reply.by_edge}
@@ -6710,7 +6717,7 @@ CROOKED: Final = (
     "/v1/../key/list", "/v1/%2e%2e/key/list", "/v1/%2E%2E/key/list", "/v1/..%2fkey/list",
     "/v1//../key/list", "//key/list", "/key/../v1/models", "/v1/..%5ckey/list", "/v1//models",
 )  # fmt: skip
-ENGINE_PATHS: Final = (
+ENGINES_OWN: Final = (
     "/metrics", "/invocations", "/sleep", "/collective_rpc", "/docs", "/health", "/server_info",
     "/v1/metrics", "/v1/load_lora_adapter",
 )  # fmt: skip
@@ -6781,7 +6788,7 @@ def _direct_probes(model: Model, state: State) -> Iterator[EdgeRequest]:
 def _engine_probes(
     way: Way, prefix: str, key: str, refused: tuple[int, ...] = ()
 ) -> Iterator[EdgeRequest]:
-    for path in ENGINE_PATHS:
+    for path in ENGINES_OWN:
         yield EdgeRequest(
             way=way, path=prefix + path, key=key, expected=(404, *refused), by_edge=True
         )
@@ -6888,8 +6895,8 @@ class PrivacyProof:
 
 def canary_requests(state: State, run: str) -> tuple[EdgeRequest, ...]:
     """Every way in and every error path, each with a canary of its own: `run` and three digits."""
-    requests = [*_answered_canaries(state), *_broken_canaries(state)]
-    return tuple(_marked(request, f"{run}{n:03d}") for n, request in enumerate(requests))
+    calls = [*_answered_canaries(state), *_broken_canaries(state)]
+    return tuple(_marked(call, f"{run}{n:03d}") for n, call in enumerate(calls))
 
 
 def _marked(request: EdgeRequest, canary: str) -> EdgeRequest:
@@ -10223,15 +10230,14 @@ class EdgeClient:
                 **body,
             ) as answer:
                 if request.broken_off:
-                    next(answer.iter_raw(), b"")
+                    said = next(answer.iter_raw(), b"").decode(errors="replace")
                 else:
-                    answer.read()
+                    said = answer.read().decode(errors="replace")
         except httpx.HTTPError as error:
             return EdgeReply(fault=f"no answer: {error}")
         return EdgeReply(
             status=answer.status_code,
-            # Caddy names itself here in what it passes on (2.10 and later), and in nothing else.
-            by_edge="via" not in answer.headers,
+            by_edge=is_edges_own(answer.status_code, said),
             location=answer.headers.get("location", ""),
             call_id=answer.headers.get("x-litellm-call-id", ""),
         )
@@ -13076,12 +13082,12 @@ class Proofs:
         gateway, client = self._keys.gateway(state), self._client(state)
 
         def work(control: Control) -> None:
-            requests = probe_requests(state)
+            calls = probe_requests(state)
             with bearers(state, gateway, client) as keys:
-                replies = [*_sent(requests, keys, client, control, self._tools.clock)]
+                replies = [*_sent(calls, keys, client, control, self._tools.clock)]
             result = ProbeResult(
                 taken_at=self._tools.clock.utc_now(),
-                requests=tuple(map(judge, requests, replies)),
+                requests=tuple(map(judge, calls, replies)),
                 untried=tuple(r.name for r in state.routes if r.name.endswith("*")),
             )
             self._files.keep("probe", result.taken_at, _PROBE.dump_json(result, indent=2).decode())
@@ -13103,15 +13109,15 @@ class Proofs:
         self, state: State, gateway: LiteLlmApi, client: EdgeClient, control: Control
     ) -> None:
         began, run = self._tools.clock.monotonic(), secrets.token_hex(12)
-        requests = canary_requests(state, run)
+        calls = canary_requests(state, run)
         with bearers(state, gateway, client) as keys:
             *replies, last = _sent(
-                [*requests, first_call(state)], keys, client, control, self._tools.clock
+                [*calls, first_call(state)], keys, client, control, self._tools.clock
             )
-            control.report(f"{len(requests)} requests sent; LiteLLM writes their rows.")
+            control.report(f"{len(calls)} requests sent; LiteLLM writes their rows.")
             self._await_row(state, last.call_id, control)
         looking = PrivacySearch(
-            self._tools.containers.contents, control, requests,
+            self._tools.containers.contents, control, calls,
             wanted_texts(run, {what: reveal(key) for what, key in keys.items()}),
         )  # fmt: skip
         observed = self._tools.containers.observe()
@@ -13122,7 +13128,7 @@ class Proofs:
             taken_at=self._tools.clock.utc_now(),
             seconds=round(self._tools.clock.monotonic() - began, 1),
             images={seen.name: seen.image for seen in observed.containers.values()},
-            sent=tuple(map(sent_canary, requests, replies)),
+            sent=tuple(map(sent_canary, calls, replies)),
             places=tuple(looking.places),
             findings=tuple(looking.findings),
             left_out=NOT_SEARCHED,
@@ -13196,17 +13202,17 @@ def _temporary_key(gateway: LiteLlmApi) -> Iterator[pydantic.SecretStr]:
 
 
 def _sent(
-    requests: Sequence[EdgeRequest], keys: Mapping[str, pydantic.SecretStr],
+    calls: Sequence[EdgeRequest], keys: Mapping[str, pydantic.SecretStr],
     client: EdgeClient, control: Control, clock: Clock,
 ) -> Iterator[EdgeReply]:  # fmt: skip
     """The answers one by one; where LiteLLM has set all replicas aside it is waited for."""
-    for number, request in enumerate(requests):
-        control.progress = f"{number} of {len(requests)} requests"
-        control.done_part = number / len(requests)
+    for number, request in enumerate(calls):
+        control.progress = f"{number} of {len(calls)} requests"
+        control.done_part = number / len(calls)
         control.check()
         reply = client.send(request, keys.get(request.key))
         for _ in range(MOST_TRIES):
-            if reply.status != httpx.codes.TOO_MANY_REQUESTS:
+            if reply.status != COOLING_STATUS:
                 break
             clock.sleep(COOLING_SECONDS)
             reply = client.send(request, keys.get(request.key))
@@ -13214,7 +13220,7 @@ def _sent(
 
 
 # Together longer than a route's usual cool-down, which a single broken request can cause.
-MOST_TRIES, COOLING_SECONDS = 8, 2.0
+COOLING_STATUS, MOST_TRIES, COOLING_SECONDS = 429, 8, 2.0
 
 
 class PrivacySearch:
@@ -13222,11 +13228,11 @@ class PrivacySearch:
 
     def __init__(
         self, contents: Contents, control: Control,
-        requests: Sequence[EdgeRequest], wanted: Mapping[bytes, str],
+        calls: Sequence[EdgeRequest], wanted: Mapping[bytes, str],
     ) -> None:  # fmt: skip
         self._contents = contents
         self._control = control
-        self._sent = [request.what for request in requests]
+        self._sent = [request.what for request in calls]
         self._wanted = wanted
         self._mark = f"privacy proof {secrets.token_hex(8)}"
         self._caches: set[str] = set()  # places where the operator keeps answers
@@ -13248,8 +13254,7 @@ class PrivacySearch:
             dump = contents.output(name, ["pg_dump", *PSQL[1:]])
             self._look(f"{name}: every row", dump, call_id)
         if seen.role == "cache" and seen.running:
-            [*contents.output(name, ["redis-cli", "SET", "privacy-proof", self._mark, "EX", "60"])]
-            stored = contents.output(name, ["sh", "-c", EVERY_REDIS_VALUE])
+            stored = contents.output(name, ["sh", "-c", EVERY_REDIS_VALUE, self._mark])
             self._caches.add(f"{name}: every value")
             self._look(f"{name}: every value", stored, self._mark)
 
@@ -13310,7 +13315,9 @@ class PrivacySearch:
 
 
 # Keys and, of each type that LiteLLM uses, values.
-EVERY_REDIS_VALUE: Final = """redis-cli --scan | while read -r key; do
+EVERY_REDIS_VALUE: Final = """export REDISCLI_AUTH="$REDIS_PASSWORD"
+redis-cli set privacy-proof "$0" EX 60
+redis-cli --scan | while read -r key; do
   echo "$key"
   case "$(redis-cli type "$key")" in
     string) redis-cli get "$key" ;; hash) redis-cli hgetall "$key" ;;
