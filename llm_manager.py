@@ -4373,7 +4373,14 @@ def render_gateway(
         role="gateway",
         image=state.images.litellm,
         network=network_name(state),
-        command=("--config", "/etc/litellm/config.yaml", "--port", str(GATEWAY_PORT)),
+        command=(
+            "--config",
+            GATEWAY_CONFIG,
+            "--log_config",
+            GATEWAY_CONFIG,
+            "--port",
+            str(GATEWAY_PORT),
+        ),
         environment={
             "LITELLM_MASTER_KEY": state.secrets.master_key,
             "LITELLM_SALT_KEY": state.secrets.salt_key,
@@ -4410,6 +4417,37 @@ def render_gateway(
     )
 
 
+GATEWAY_CONFIG: Final = "/etc/litellm/config.yaml"
+
+
+def _log_lines(text: str, *loggers: str) -> tuple[Json, Json, Json]:
+    """Formatter, handler and loggers of Python's `dictConfig`: a `str` formats, by its `format`."""
+    name = loggers[0]
+    handler = {"class": "logging.StreamHandler", "formatter": name, "stream": "ext://sys.stderr"}
+    return (
+        {name: {"()": "builtins.str", "object": text}},
+        {name: handler},
+        {each: {"handlers": [name], "propagate": False} for each in loggers},
+    )
+
+
+# LiteLLM's errors, and the tracebacks with them, quote what engines say of a request's wrong
+# fields; its access log has paths and queries. So its log says where, and not what.
+_WHERE: Final = "{0.levelname} {0.name} {0.filename}:{0.lineno}"
+_FORMATTERS, _HANDLERS, _LOGGERS = zip(
+    _log_lines(_WHERE, "LiteLLM Proxy", "LiteLLM Router", "LiteLLM"),
+    _log_lines("{0.levelname} {0.name} {0.args[1]} {0.args[4]}", "uvicorn.access"),
+    strict=True,
+)
+_WORDLESS_LOGS: Final[Json] = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {k: v for part in _FORMATTERS for k, v in part.items()},
+    "handlers": {k: v for part in _HANDLERS for k, v in part.items()},
+    "loggers": {k: v for part in _LOGGERS for k, v in part.items()},
+}
+
+
 def render_litellm_config(state: State, served: Sequence[ServedModel]) -> str:
     """LiteLLM's `config.yaml`: one entry per replica; no secret, no content logging."""
     routed = pools(state, served)
@@ -4421,6 +4459,8 @@ def render_litellm_config(state: State, served: Sequence[ServedModel]) -> str:
             "redact_messages_in_exceptions": True,
             # Without it a client's "no-log" removes its accounting row.
             "global_disable_no_log_param": True,
+            "disable_end_user_cost_tracking": True,
+            "disable_add_user_agent_to_request_tags": True,
             "drop_params": True,
             "request_timeout": 600,
             "telemetry": False,
@@ -4436,7 +4476,9 @@ def render_litellm_config(state: State, served: Sequence[ServedModel]) -> str:
             "store_prompts_in_spend_logs": False,
             "disable_error_logs": True,
             "disable_requester_ip_address_logging": True,
+            "spend_logs_metadata_fields": {"exclude": ["spend_logs_metadata", "user_agent"]},
         },
+        **_WORDLESS_LOGS,
     }
     return GENERATED_BANNER + yaml.dump(config, Dumper=YAML_DUMPER, sort_keys=False)
 
@@ -4768,16 +4810,21 @@ def _gateway_lines(gateway: ContainerName) -> list[str]:
         f"@gateway path_regexp ^/v1/({paths})$",
         *_block(
             "handle @gateway",
+            *_UNASKED,
             *_block(
                 f"reverse_proxy {gateway}:{GATEWAY_PORT}",
                 "header_up -Cookie",
-                "header_up -Litellm-*",  # its switches, as for redaction, are the operator's
+                # Its switches, as for redaction, are the operator's; labels would be stored.
+                *(f"header_up -{name}" for name in ("Litellm-*", "X-Litellm-*", "User-Agent")),
                 *(f"header_down -{name}" for name in inside),
                 *_UVICORN,
             ),
         ),
     ]
 
+
+# Nothing here takes a query, and uvicorn would log it.
+_UNASKED: Final = ("rewrite {path}?",)
 
 # uvicorn closes an idle connection after 5 s; reusing it later would be a 502.
 _UVICORN: Final = _block("transport http", "dial_timeout 1s", "keepalive 4s")
@@ -4840,7 +4887,10 @@ def _way_lines(way: str, model: ServedModel, admits: str) -> list[str]:
     engines = " ".join(f"{replica}:{ENGINE_PORT}" for replica in model.replicas)
     paths = "|".join(("models", *ENGINE_PATHS[model.type]))
     proxy = _block(f"reverse_proxy {engines}", "import engine")
-    admitted = [f"@key {admits}", *_block("handle @key", f"uri strip_prefix {prefix}", *proxy)]
+    admitted = [
+        f"@key {admits}",
+        *_block("handle @key", *_UNASKED, f"uri strip_prefix {prefix}", *proxy),
+    ]
     return [
         f"@{name} path_regexp ^{prefix}/v1/({paths})$",
         *_block(
@@ -6629,6 +6679,7 @@ class EdgeRequest:
     audio: bytes | None = None
     content: bytes | None = None  # instead of fields
     headers: Mapping[str, str] = field(default_factory=dict)
+    is_label: bool = False  # a canary in what LiteLLM accounts by: user, tags, session
     broken_off: bool = False  # the client leaves after the first bytes
     plain_http: bool = False
     expected: tuple[int, ...] = ()  # none: any answer will do
@@ -6856,12 +6907,12 @@ class SearchedPlace:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """A canary or a key where none may be, or, if `chosen`, where the operator keeps answers."""
+    """A canary or a key where none may be; what may be there after all says why, in `kept`."""
 
     place: str
     what: str
     excerpt: str  # masked
-    chosen: bool = False
+    kept: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -6878,7 +6929,7 @@ class PrivacyProof:
 
     @property
     def leaks(self) -> tuple[Finding, ...]:
-        return tuple(finding for finding in self.findings if not finding.chosen)
+        return tuple(finding for finding in self.findings if not finding.kept)
 
     @property
     def unproven(self) -> tuple[str, ...]:
@@ -6946,7 +6997,7 @@ def _plain_and_streamed(request: EdgeRequest, kind: ModelType, key: str) -> Iter
         yield replace(whole, what=f"{what}, broken off", fields=longer, broken_off=True)
 
 
-# Fields of a body in which LiteLLM and engines expect text that is no prompt.
+# What a body can have wrong, or beside its prompt.
 _ODD_FIELDS: Final[Mapping[str, Json]] = {
     "a field of the wrong type": {"max_tokens": CANARY, "temperature": CANARY},
     "messages of the wrong type": {"messages": CANARY, "input": {"a": CANARY}},
@@ -6955,17 +7006,25 @@ _ODD_FIELDS: Final[Mapping[str, Json]] = {
     "the model's name": {"model": CANARY},
     "an unsupported parameter": {"surprise": CANARY, "response_format": {"type": CANARY}},
     "more tokens than the context": {"max_tokens": 1_000_000_000},
-    "the field user": {"user": CANARY},
     "the field metadata": {"metadata": {"note": CANARY, "spend_logs_metadata": {"note": CANARY}}},
-    "the field metadata.tags": {"metadata": {"tags": [CANARY]}},
-    "the field tags": {"tags": [CANARY]},
-    "the field litellm_metadata": {"litellm_metadata": {"note": CANARY, "tags": [CANARY]}},
-    "identifiers": {"litellm_session_id": CANARY, "litellm_trace_id": CANARY, "id": CANARY},
-    "a safety identifier": {"safety_identifier": CANARY, "prompt_cache_key": CANARY},
+    "the field litellm_metadata": {"litellm_metadata": {"note": CANARY}},
+    "a cache key": {"prompt_cache_key": CANARY},
     "a tool": {"tools": [{"type": "function", "function": {
         "name": CANARY, "description": CANARY, "parameters": {"type": "object", "properties": {}},
     }}]},
 }  # fmt: skip
+# By these LiteLLM accounts, and has no setting against it (1.109): short words, not prompts.
+_LABELS: Final[Mapping[str, Json]] = {
+    "user": {"user": CANARY},
+    "safety_identifier": {"safety_identifier": CANARY},
+    "metadata.user_id": {"metadata": {"user_id": CANARY}},
+    "metadata.tags": {"metadata": {"tags": [CANARY]}},
+    "tags": {"tags": [CANARY]},
+    "litellm_metadata.tags": {"litellm_metadata": {"tags": [CANARY]}},
+    "litellm_session_id": {"litellm_session_id": CANARY},
+    "litellm_trace_id": {"litellm_trace_id": CANARY},
+    "litellm_call_id": {"litellm_call_id": CANARY},
+}
 _ODD_HEADERS: Final = (
     "User-Agent", "Referer", "Cookie", "X-Request-Id", "X-Forwarded-For", "X-Litellm-Tags",
     "X-Litellm-End-User-Id", "X-Litellm-Session-Id", "X-Litellm-Trace-Id", "X-Litellm-Call-Id",
@@ -6989,6 +7048,8 @@ def _broken_canaries(state: State) -> Iterator[EdgeRequest]:
         yield replace(call, what=f"a prompt with {key}", key=key, expected=(401,))
     for what, odd in _ODD_FIELDS.items():
         yield replace(call, what=what, fields=good | odd)
+    for what, label in _LABELS.items():
+        yield replace(call, what=f"the label {what}", fields=good | label, is_label=True)
     long = {"messages": [{"role": "user", "content": f"{CANARY} " * 2000}], "input": CANARY * 2000}
     yield replace(call, what="a prompt too long", fields=good | long | {"max_tokens": 10**9})
     for header in _ODD_HEADERS:
@@ -7023,7 +7084,7 @@ def _other_protocols(call: EdgeRequest, name: str) -> Iterator[EdgeRequest]:
     for path, own in (
         ("/v1/completions", {"prompt": CANARY}),
         ("/v1/responses", {"input": CANARY, "instructions": CANARY, "store": True}),
-        ("/v1/messages", {"messages": turn, "system": CANARY, "metadata": {"user_id": CANARY}}),
+        ("/v1/messages", {"messages": turn, "system": CANARY}),
         ("/v1/moderations", {"input": CANARY}),
         ("/v1/memory", {"key": CANARY, "value": CANARY}),
     ):
@@ -7035,6 +7096,19 @@ def sent_canary(request: EdgeRequest, reply: EdgeReply) -> SentCanary:
     """What became of a canary; one without any answer proves nothing."""
     arrived = reply.status is not None and reply.status in (request.expected or (reply.status,))
     return SentCanary(what=request.what, answered=reply.status, arrived=arrived)
+
+
+KEPT_ANSWERS: Final = "an answer in the response cache, as its route says"
+KEPT_LABELS: Final = "a label for accounting, which its client gave the request"
+
+
+def why_kept(role: str, what: str, labels: Collection[str]) -> str:
+    """Why something found in a container of this role may be there; nothing if it may not."""
+    if role == "cache" and what.startswith("canary"):
+        return KEPT_ANSWERS
+    if role == "database" and what.removeprefix("canary: ") in labels:
+        return KEPT_LABELS
+    return ""
 
 
 def base64_forms(text: bytes) -> tuple[bytes, ...]:
@@ -8862,13 +8936,11 @@ def privacy_headline(proof: PrivacyProof | None) -> str:
     when = f"{proof.taken_at:%Y-%m-%d %H:%M} UTC"
     read = format_size(sum(place.size_bytes for place in proof.places))
     if proof.green:
-        chosen = {finding.place for finding in proof.findings}
-        kept = (
-            f"; the response cache has answers, as chosen ({', '.join(chosen)})" if chosen else ""
-        )
+        kept = sorted({finding.kept for finding in proof.findings})
         return (
             f"Green, {when}: of {len(proof.sent)} marked requests nothing was found in "
-            f"{len(proof.places)} places ({read}){kept}."
+            f"{len(proof.places)} places ({read})"
+            + (f", apart from {' and '.join(kept)}." if kept else ".")
         )
     if proof.leaks:
         first = proof.leaks[0]
@@ -8884,17 +8956,26 @@ def privacy_rows(proof: PrivacyProof) -> list[list[str]]:
             place.place,
             format_size(place.size_bytes),
             place.fault or {True: "yes", False: "NO", None: "stopped"}[place.control],
-            "; ".join(f.what for f in proof.findings if f.place == place.place) or "nothing",
+            found_text([f for f in proof.findings if f.place == place.place]),
         ]
         for place in proof.places
     ]
     known = {place.place for place in proof.places}
-    return rows + [[f.place, "", "", f.what] for f in proof.findings if f.place not in known]
+    return rows + [
+        [f.place, "", "", found_text([f])] for f in proof.findings if f.place not in known
+    ]
+
+
+def found_text(findings: Sequence[Finding]) -> str:
+    """Leaks by what they are; what may be there by how much of it, and why."""
+    kept = Counter(finding.kept for finding in findings if finding.kept)
+    texts = [finding.what for finding in findings if not finding.kept]
+    return "; ".join([*texts, *(f"{n} times {why}" for why, n in kept.items())]) or "nothing"
 
 
 def privacy_text(proof: PrivacyProof) -> str:
     """What else belongs to the proof: every finding's excerpt, and what it did not look at."""
-    lines = [f"{f.what} in {f.place}: {f.excerpt}" for f in proof.findings]
+    lines = [f"{f.what} in {f.place}: {f.excerpt}" for f in proof.leaks]
     lines += [f"Not sent as needed: {s.what} ({s.answered})" for s in proof.sent if not s.arrived]
     return "\n".join([*lines, *(f"Not searched: {text}." for text in proof.left_out)])
 
@@ -13232,31 +13313,30 @@ class PrivacySearch:
     ) -> None:  # fmt: skip
         self._contents = contents
         self._control = control
-        self._sent = [request.what for request in calls]
+        self._sent = [call.what for call in calls]
+        self._labels = {call.what for call in calls if call.is_label}
         self._wanted = wanted
         self._mark = f"privacy proof {secrets.token_hex(8)}"
-        self._caches: set[str] = set()  # places where the operator keeps answers
         self.places: list[SearchedPlace] = []
         self.findings: list[Finding] = []
 
     def container(self, seen: ObservedContainer, call_id: str) -> None:
         """Its log, its volumes, what it wrote elsewhere, and what its database has."""
         name, contents = seen.name, self._contents
+        look = partial(self._look, role=seen.role, mark=self._mark if seen.running else None)
         volumes = contents.volumes(name)
-        marked = self._mark if seen.running else None
         with self._planted(name, ("/", *volumes)) if seen.running else contextlib.nullcontext():
-            self._look(f"{name}: log", contents.log(name), marked)
+            look(f"{name}: log", contents.log(name))
             for volume in volumes:
-                self._look(f"{name}: volume {volume}", contents.archive(name, volume), marked)
+                look(f"{name}: volume {volume}", contents.archive(name, volume))
             written = (contents.archive(name, path) for path in contents.changed(name))
-            self._look(f"{name}: written files", itertools.chain.from_iterable(written), marked)
+            look(f"{name}: written files", itertools.chain.from_iterable(written))
         if seen.role == "database" and seen.running:
             dump = contents.output(name, ["pg_dump", *PSQL[1:]])
-            self._look(f"{name}: every row", dump, call_id)
+            look(f"{name}: every row", dump, mark=call_id)
         if seen.role == "cache" and seen.running:
             stored = contents.output(name, ["sh", "-c", EVERY_REDIS_VALUE, self._mark])
-            self._caches.add(f"{name}: every value")
-            self._look(f"{name}: every value", stored, self._mark)
+            look(f"{name}: every value", stored)
 
     @contextlib.contextmanager
     def _planted(self, name: ContainerName, folders: Sequence[str]) -> Iterator[None]:
@@ -13269,7 +13349,7 @@ class PrivacySearch:
         finally:
             [*self._contents.output(name, ["rm", "-f", *files])]
 
-    def _look(self, place: str, chunks: Iterable[bytes], mark: str | None) -> None:
+    def _look(self, place: str, chunks: Iterable[bytes], *, role: str, mark: str | None) -> None:
         self._control.check()
         self._control.progress = place
         wanted = {**self._wanted, **({mark.encode(): "mark"} if mark else {})}
@@ -13280,17 +13360,18 @@ class PrivacySearch:
             return
         control = found.pop("mark", None) is not None if mark else None
         self.places.append(SearchedPlace(place=place, size_bytes=size, control=control))
-        self._note(place, found)
+        self._note(place, found, role)
 
-    def _note(self, place: str, found: Mapping[str, str], excused: Collection[str] = ()) -> None:
+    def _note(
+        self, place: str, found: Mapping[str, str], role: str, excused: Collection[str] = ()
+    ) -> None:
         self.findings += [
             Finding(
-                place=place, what=what, excerpt=excerpt,
-                chosen=place in self._caches and what.startswith("canary"),
+                place=place, what=what, excerpt=excerpt, kept=why_kept(role, what, self._labels)
             )
             for what, excerpt in found.items()
             if what not in excused
-        ]  # fmt: skip
+        ]
 
     def home(self, home: Path, state: State) -> None:
         """Every file of the home but the weights; what must know direct keys may hold them."""
@@ -13309,7 +13390,8 @@ class PrivacySearch:
                 read, found = search(read_chunks(path), wanted, self._sent)
                 size += read
                 control |= found.pop("mark", None) is not None
-                self._note(f"home: {name}", found, direct if may_hold_direct_keys(name) else ())
+                excused = direct if may_hold_direct_keys(name) else ()
+                self._note(f"home: {name}", found, "home", excused)
             planted.unlink()
         self.places.append(SearchedPlace(place="home", size_bytes=size, control=control))
 
