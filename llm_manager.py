@@ -300,6 +300,10 @@ class GatewayError(ManagerError):
     """LiteLLM's management API refused, or does not answer."""
 
 
+class ProviderError(ManagerError):
+    """A provider does not answer, or not with its models."""
+
+
 class CancelledError(ManagerError):
     """The operator took the change back; it was undone."""
 
@@ -3541,6 +3545,20 @@ def api_base(provider: Provider) -> str | None:
     return base if re.search(r"//[^/]+/", base) else f"{base}/v1"
 
 
+def host_of(url: str) -> str:
+    """The host that an address names; empty where it names none, or its port is none."""
+    with contextlib.suppress(ValueError):  # what urllib says to a port that is none
+        parts = urlsplit(url)
+        if parts.port != 0:
+            return parts.hostname or ""
+    return ""
+
+
+def reaches_host(provider: Provider) -> bool:
+    """Whether it runs on this server, outside of its containers."""
+    return host_of(provider.base_url or "") == HOST_NAME
+
+
 def key_variable(provider: Provider) -> str:
     """The gateway's environment variable that holds its key."""
     return f"PROVIDER_KEY_{provider.name.upper().replace('-', '_')}"
@@ -3599,6 +3617,147 @@ def _is_absent(target: str, state: State) -> bool:
     if slash:
         return not model or all(provider.name != owner for provider in state.providers)
     return all(known.name != owner for known in state.models)
+
+
+# --- what providers have -------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProviderHealth:
+    """What a provider said when it was asked for its models."""
+
+    provider: str
+    verdict: Literal["answers", "fails", "unknown"]
+    models: tuple[str, ...] = ()  # sorted; a route names them as `provider/model`
+    unusable: int = 0  # models whose ids no route can name
+    latency_ms: float | None = None  # of the list
+    fault: str = ""
+    advice: str = ""
+
+
+def model_lists(provider: Provider) -> tuple[str, ...]:
+    """Where its models may be listed: the first address that is there tells."""
+    base = (api_base(provider) or "").rstrip("/")
+    tags = (f"{base.removesuffix('/v1')}/api/tags",) if provider.kind == "ollama" else ()
+    return (*tags, f"{base}/models") if base else ()
+
+
+def unlisted(provider: Provider) -> ProviderHealth:
+    """What is known of a cloud whose address only LiteLLM knows."""
+    return ProviderHealth(
+        provider=provider.name,
+        verdict="unknown",
+        fault="LiteLLM knows its address, so its models cannot be listed from here.",
+        advice=f"Name them in routes as {provider.name}/MODEL, as in its own documentation.",
+    )
+
+
+def parse_listed(provider: Provider, url: str, body: bytes, latency_ms: float) -> ProviderHealth:
+    """The models in an answer of `/v1/models`, or of Ollama's `/api/tags`."""
+    ids = _listed_ids(body)
+    if ids is None:
+        raise ProviderError(
+            f"{url} answers, but not with a list of models.",
+            advice="Correct the address: the path before `/models`, most often /v1.",
+        )
+    usable = sorted(name for name in ids if _is_target(f"{provider.name}/{name}"))
+    return ProviderHealth(
+        provider=provider.name,
+        verdict="answers",
+        models=tuple(usable),
+        unusable=len(ids) - len(usable),
+        latency_ms=latency_ms,
+    )
+
+
+def _listed_ids(body: bytes) -> set[str] | None:
+    try:
+        answer = json.loads(body)
+    except ValueError:  # not JSON, or not UTF-8
+        return None
+    match answer:
+        case {"data": [*entries]} | {"models": [*entries]} if all(
+            isinstance(entry, dict) for entry in entries
+        ):
+            return {str(entry.get("id") or entry.get("name") or "") for entry in entries}
+        case _:
+            return None
+
+
+_TARGET: Final = pydantic.TypeAdapter[str](Annotated[str, TARGET_RULE])
+
+
+def _is_target(text: str) -> bool:
+    try:
+        _TARGET.validate_python(text)
+    except pydantic.ValidationError:
+        return False
+    return not text.endswith(("*", "/"))
+
+
+def list_refusal(provider: Provider, url: str, status: int, location: str) -> ProviderError:
+    """What another status than 200 means, where models were asked for."""
+    match status:
+        case 401 | 403:
+            said = "refuses the key" if provider.api_key else "asks for a key"
+            advice = f"Give the right one: `provider add {provider.name} --ask-key`."
+        case 404:
+            said, advice = "is not there", "Correct the address: what stands before `/models`."
+        case 301 | 302 | 303 | 307 | 308:
+            said = f"sends elsewhere, to {host_of(location) or 'another path'}"
+            advice = "Give the address that it means, if that is whom you trust with the key."
+        case 429:
+            said, advice = "is asked too often (429)", "Wait a while."
+        case _:
+            said, advice = f"answers with {status}", "Look at the provider's own log."
+    return ProviderError(f"{url} {said}.", advice=advice)
+
+
+# How a server of that kind is told to answer others than itself.
+LISTENING: Final[Mapping[ProviderKind, str]] = {
+    "ollama": "start it with OLLAMA_HOST=0.0.0.0",
+    "llama.cpp": "start llama-server with --host 0.0.0.0",
+    "lm-studio": "switch on `Serve on Local Network`",
+    "exo": "start exo there",
+    "openai": "start it, listening on all addresses",
+    "cloud": "look whether it has an outage",
+}
+
+# What a failed connection says -> fact, advice; {listening}: by kind.
+CONNECTION_CAUSES: Final = (
+    (
+        r"\[Errno -\d\]|name resolution|not known",
+        "its name does not resolve",
+        "Correct the name, or give the address in numbers.",
+    ),
+    (
+        r"certificate verify failed",
+        "its certificate is not trusted",
+        "LiteLLM refuses it, too: use one of a known authority, or http:// in your own network.",
+    ),
+    (r"\bssl\b|tls", "it does not speak TLS there", "Try http://, or another port."),
+    (r"refused", "nobody listens there", "Correct the port, or {listening}."),
+    (r"unreachable|no route", "there is no way to it", "Correct the address, or the network."),
+    (
+        r"disconnected|status line|reset by peer",
+        "it does not speak HTTP there",
+        "Try https://, or another port.",
+    ),
+)
+
+
+def connection_fault(provider: Provider, said: str) -> ProviderError:
+    """Why a provider cannot be asked at all, from what the connection said."""
+    for pattern, fact, advice in CONNECTION_CAUSES:
+        if re.search(pattern, said, re.IGNORECASE):
+            return ProviderError(
+                f"{provider.name} cannot be reached at {provider.base_url}: {fact}.",
+                advice=advice.format(listening=LISTENING[provider.kind]),
+            )
+    return ProviderError(
+        f"{provider.name} cannot be reached at {provider.base_url}.",
+        advice=f"Correct the address, or {LISTENING[provider.kind]}.",
+    )
 
 
 # =============================================================================
@@ -3665,6 +3824,7 @@ class ContainerSpec:
     environment: Mapping[str, str | pydantic.SecretStr] = field(default_factory=dict)
     mounts: tuple[Mount, ...] = ()
     ports: tuple[PublishedPort, ...] = ()
+    extra_hosts: Mapping[str, str] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     devices: tuple[str, ...] = ()  # UUIDs of GPUs or of one MIG device
     shm_mib: int = 64
@@ -4045,15 +4205,6 @@ def check_provider_url(url: str) -> None:
             f"{url} means the gateway's own container, not this server.",
             advice=f"Write {HOST_NAME}, and let the server there listen on all addresses.",
         )
-
-
-def host_of(url: str) -> str:
-    """The host that an address names; empty where it names none, or its port is none."""
-    with contextlib.suppress(ValueError):  # what urllib says to a port that is none
-        parts = urlsplit(url)
-        if parts.port != 0:
-            return parts.hostname or ""
-    return ""
 
 
 def parse_images(raw: Json) -> Images:
@@ -4465,6 +4616,9 @@ def render_gateway(
             "DISABLE_AIOHTTP_TRANSPORT": "True",
         },
         mounts=(Mount(source=f"{site.generated}/litellm-{slot}", target="/etc/litellm"),),
+        extra_hosts={HOST_NAME: "host-gateway"}
+        if any(map(reaches_host, used_providers(state)))
+        else {},
         stop_seconds=DRAIN_SECONDS,
         content_hash=sha256(config.encode()).hexdigest()[:16],
         start_seconds=GATEWAY_START_SECONDS,
@@ -9476,6 +9630,7 @@ class Containers(Protocol):
     def follow(self, name: ContainerName) -> Iterator[str]: ...
     def visible_devices(self, seen: ObservedContainer) -> frozenset[str] | None: ...
     def foreign_devices(self) -> dict[str, frozenset[str]]: ...
+    def host_address(self) -> str: ...
     @property
     def contents(self) -> Contents: ...
 
@@ -9674,6 +9829,12 @@ class DockerContainers:
     def foreign_devices(self) -> dict[str, frozenset[str]]:
         return self._devices.given_to_others()
 
+    def host_address(self) -> str:
+        """Where containers reach this server: what Docker makes of `host-gateway`."""
+        with docker_errors("look at its default bridge"):
+            bridge = self._connected().api.inspect_network("bridge")
+            return str(bridge["IPAM"]["Config"][0]["Gateway"])
+
 
 class DockerDevices:
     """Which GPUs and slices containers were given, and which are really visible in ours."""
@@ -9860,6 +10021,7 @@ def docker_arguments(spec: ContainerSpec, owner: Mapping[str, str]) -> Json:
         "ports": {f"{p.container_port}/tcp": (p.address, p.host_port) for p in spec.ports},
         "restart_policy": {"Name": spec.restart},
         "shm_size": f"{spec.shm_mib}m",
+        "extra_hosts": dict(spec.extra_hosts),
         "init": True,
         "log_config": docker.types.LogConfig(
             type="json-file", config={"max-size": "50m", "max-file": "3"}
@@ -10385,6 +10547,88 @@ def _trust(tls: InternalTls | OwnCertificate | AcmeTls, caddy_root: str) -> ssl.
             return ssl.create_default_context()
         case _:
             assert_never(tls)
+
+
+class ProviderApi(Protocol):
+    """Questions to providers, at their own addresses."""
+
+    def look(self, provider: Provider, host_address: str | None) -> ProviderHealth: ...
+
+
+class HttpProviders:
+    """Providers over HTTP, asked from this server and not from the gateway's container.
+
+    No redirect is followed: the key is for the address that the operator gave.
+    """
+
+    CONNECT_SECONDS, READ_SECONDS = 3.0, 10.0
+    MOST_BYTES = 8 * 1024**2
+
+    def look(self, provider: Provider, host_address: str | None) -> ProviderHealth:
+        """Its models; `host_address` is that of this server where the provider runs on it.
+
+        Raises ProviderError.
+        """
+        timeout = httpx.Timeout(self.READ_SECONDS, connect=self.CONNECT_SECONDS)
+        url, status, location, body, latency_ms = "", 0, "", b"", 0.0
+        with provider_errors(provider), httpx.Client(timeout=timeout, trust_env=False) as client:
+            for url in model_lists(provider):
+                request = _list_request(client, provider, url, host_address)
+                started = time.monotonic()
+                answer = client.send(request, stream=True)
+                body = self._read(answer, url)
+                latency_ms = (time.monotonic() - started) * 1000
+                status, location = answer.status_code, answer.headers.get("Location", "")
+                if status != httpx.codes.NOT_FOUND:
+                    break
+        if status != httpx.codes.OK:
+            raise list_refusal(provider, url, status, location)
+        return parse_listed(provider, url, body, latency_ms)
+
+    def _read(self, answer: httpx.Response, url: str) -> bytes:
+        body, deadline = b"", time.monotonic() + self.READ_SECONDS
+        with contextlib.closing(answer):
+            for chunk in answer.iter_bytes():
+                body += chunk
+                if time.monotonic() > deadline:  # httpx's limit is for each chunk
+                    raise httpx.ReadTimeout("the whole answer", request=answer.request)
+                if len(body) > self.MOST_BYTES:
+                    raise ProviderError(
+                        f"{url} answers with more than {format_size(self.MOST_BYTES)}.",
+                        advice="That is no list of models: correct the address.",
+                    )
+        return body
+
+
+def _list_request(
+    client: httpx.Client, provider: Provider, url: str, host_address: str | None
+) -> httpx.Request:
+    target = httpx.URL(url)
+    headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
+    headers["Host"] = target.netloc.decode()
+    name = target.host
+    if provider.api_key is not None:
+        headers["Authorization"] = f"Bearer {provider.api_key.get_secret_value()}"
+    if host_address is not None:
+        target = target.copy_with(host=host_address)
+    return client.build_request("GET", target, headers=headers, extensions={"sni_hostname": name})
+
+
+@contextlib.contextmanager
+def provider_errors(provider: Provider) -> Iterator[None]:
+    """Turn every failure of a connection into one sentence; none of it repeats the key."""
+    try:
+        yield
+    except httpx.TimeoutException as error:
+        connecting = isinstance(error, httpx.ConnectTimeout)
+        raise ProviderError(
+            f"{provider.name} does not answer at {provider.base_url} in time.",
+            advice="Correct the address, or open it in the firewall."
+            if connecting
+            else "It accepted the connection: look at its own log and load.",
+        ) from error
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise connection_fault(provider, str(error)) from error
 
 
 class LiteLlmApi:
@@ -12273,6 +12517,7 @@ class Tools:
     weights: Hub
     images: LocalImages
     failures: tuple[KnownFailure, ...] = ()  # what engines say when they cannot start
+    providers: ProviderApi = field(default_factory=HttpProviders)
 
 
 class Control:
@@ -13074,6 +13319,35 @@ class Keys:
         )
 
 
+class Providers:
+    """What providers have, asked anew each time; nothing of it is kept."""
+
+    def __init__(self, store: StateStore, tools: Tools) -> None:
+        self._store = store
+        self._tools = tools
+
+    def look(self, name: str) -> ProviderHealth:
+        """The health of one; what is wrong with it is in the answer."""
+        return self._look(self._store.load().provider(name))
+
+    def all(self) -> list[ProviderHealth]:
+        """The health of every provider by name, asked side by side."""
+        known = sorted(self._store.load().providers, key=lambda provider: provider.name)
+        with concurrent.futures.ThreadPoolExecutor(max_workers=min(len(known), 16) or 1) as pool:
+            return list(pool.map(self._look, known))
+
+    def _look(self, provider: Provider) -> ProviderHealth:
+        if not model_lists(provider):
+            return unlisted(provider)
+        try:
+            here = self._tools.containers.host_address() if reaches_host(provider) else None
+            return self._tools.providers.look(provider, here)
+        except ManagerError as error:
+            return ProviderHealth(
+                provider=provider.name, verdict="fails", fault=error.fact, advice=error.advice
+            )
+
+
 StartTask = Callable[[str, Callable[[Control], None], str], Job]
 
 
@@ -13829,6 +14103,7 @@ class Manager(ChangeRunner):
         self._enabled = enabled
         self._options = engine_options
         self.keys = Keys(store, tools)
+        self.providers = Providers(store, tools)
         self.logs = Logs(store, tools)
         self.images = ImageLibrary(store, tools, recipes, self.start_task, self.save)
         self.weights = WeightsLibrary(store, tools, self.start_task, self.hardware)

@@ -500,6 +500,10 @@ class FakeContainers:
         self._connected()
         return {**self.world.foreign_devices}
 
+    def host_address(self) -> str:
+        self._connected()
+        return "127.0.0.1"
+
 
 class FakeImages:
     """The `LocalImages` protocol over a world; a Dockerfile's `RUN exit N` fails as it would."""

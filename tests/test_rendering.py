@@ -381,6 +381,7 @@ def a_spec(**changes: Any) -> lm.ContainerSpec:
         {"mounts": ()},
         {"ports": (lm.PublishedPort(address="0.0.0.0", host_port=1, container_port=1),)},  # noqa: S104
         {"labels": {"model-name": "other"}},
+        {"extra_hosts": {"a": "host-gateway"}},
         {"devices": (GPU_1,)},
         {"shm_mib": 1},
         {"healthcheck": "true"},
