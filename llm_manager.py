@@ -873,7 +873,7 @@ def _misfits(route: Route) -> Iterator[str]:
     if bool(route.weights) != (route.strategy == "weighted"):
         yield "weights and the strategy weighted belong together"
     elif route.weights and len(route.weights) != len(route.members):
-        yield f"{len(route.members)} members need as many weights, not {len(route.weights)}"
+        yield f"members: {len(route.members)}, weights: {len(route.weights)}"
     yield from _doubles("member", route.members)
 
 
@@ -6139,6 +6139,16 @@ def plan_endpoint(
     return Stage(title="endpoint", steps=steps), kept
 
 
+def serving(state: State, observed: Observed) -> list[ServedModel]:
+    """The wished models as their replicas serve them now."""
+    routed = routed_replicas(state, observed)
+    return [
+        served
+        for model in state.wished_models
+        for served in _serving_now(state, model, observed, routed)
+    ]
+
+
 def _serving_now(
     state: State, model: Model, observed: Observed, routed: frozenset[str], away: Collection[str]
 ) -> list[ServedModel]:
@@ -9176,6 +9186,97 @@ def privacy_text(proof: PrivacyProof) -> str:
     lines = [f"{f.what} in {f.place}: {f.excerpt}" for f in proof.leaks]
     lines += [f"Not sent as needed: {s.what} ({s.answered})" for s in proof.sent if not s.arrived]
     return "\n".join([*lines, *(f"Not searched: {text}." for text in proof.left_out)])
+
+
+PROVIDER_HEADERS: Final = ("Provider", "Kind", "Address", "Key", "Health", "Models")
+
+
+def provider_rows(
+    providers: Sequence[Provider], found: Sequence[ProviderHealth]
+) -> list[list[str]]:
+    """One row for each that was looked at; a key only as whether there is one."""
+    known = {provider.name: provider for provider in providers}
+    return [
+        [
+            provider.name,
+            provider.kind,
+            provider.base_url or f"LiteLLM's {vendor_of(provider, '')}",
+            "set" if provider.api_key else "",
+            health_text(health),
+            models_text(health),
+        ]
+        for health in found
+        if (provider := known.get(health.provider))
+    ]
+
+
+def health_text(health: ProviderHealth) -> str:
+    if health.latency_ms is not None:
+        return f"answers in {health.latency_ms:.0f} ms"
+    return f"{health.fault} {health.advice}"
+
+
+def models_text(health: ProviderHealth) -> str:
+    left_out = f", and {health.unusable} that no route can name" if health.unusable else ""
+    return f"{len(health.models)}{left_out}" if health.verdict == "answers" else ""
+
+
+POOL_HEADERS: Final = (
+    "Public name", "Members", "Strategy", "Aliases", "Fallbacks", "For long prompts", "Served by",
+)  # fmt: skip
+
+
+def public_routes(state: State) -> list[Route]:
+    """The route of every public name, by name; a model's own among them."""
+    own = {m.served_model_name: Route(name=m.served_model_name, members=(m.name,))
+           for m in state.models}  # fmt: skip
+    routes = own | {route.name: route for route in state.routes}
+    return [route for _, route in sorted(routes.items())]
+
+
+def pool_facts(state: State, served: Sequence[ServedModel] | None) -> list[Json]:
+    """Every public name, and who serves it now; None: nobody knows."""
+    now = {pool.route.name: pool for pool in pools(state, served or ())}
+    return [
+        asdict(route)
+        | {
+            "served_by": [*dict.fromkeys(d.target for d in pool.deployments)] if pool else [],
+            "stand_in": pool.stand_in if pool else "",
+        }
+        | ({"served_by": None, "stand_in": None} if served is None else {})
+        for route in public_routes(state)
+        for pool in (now.get(route.name),)
+    ]
+
+
+def pool_rows(state: State, served: Sequence[ServedModel] | None) -> list[list[str]]:
+    return [
+        [
+            route.name,
+            _members_text(route),
+            route.strategy,
+            ", ".join(route.aliases),
+            ", ".join(route.fallbacks),
+            ", ".join(route.context_fallbacks),
+            _served_text(facts),
+        ]
+        for route, facts in zip(public_routes(state), pool_facts(state, served), strict=True)
+    ]
+
+
+def _members_text(route: Route) -> str:
+    if not route.weights:
+        return ", ".join(route.members)
+    pairs = zip(route.members, route.weights, strict=True)
+    return ", ".join(f"{target} ({weight})" for target, weight in pairs)
+
+
+def _served_text(facts: Json) -> str:
+    if facts["served_by"] is None:
+        return "unknown: Docker does not answer"
+    if facts["stand_in"]:
+        return f"{facts['stand_in']} stands in"
+    return ", ".join(facts["served_by"]) or "nobody"
 
 
 # =============================================================================
@@ -15528,6 +15629,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_gpu_commands(commands)
     add_key_commands(commands)
     add_direct_commands(commands)
+    add_route_commands(commands)
     add_system_commands(commands, add)
     return parser
 
@@ -15728,6 +15830,79 @@ def add_direct_commands(commands: Any) -> None:
     for sub in (create, listing):
         sub.add_argument("--json", action="store_true")
     _add_named_change(verbs.add_parser("revoke"), revoking_direct)
+
+
+def add_route_commands(commands: Any) -> None:
+    """`provider …` and `route …`."""
+    group = commands.add_parser("provider", help="servers of models elsewhere").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    # Not even a key that is given by mistake, as `--key sk-…`, may pass for a file's name.
+    provider = group.add_parser("add", help="a new one, or a known one anew", allow_abbrev=False)
+    provider.set_defaults(command=command_provider_add)
+    provider.add_argument("name")
+    provider.add_argument("--kind", required=True, choices=PROVIDER_KINDS)
+    provider.add_argument("--url", help=f"like http://10.0.0.7:11434; this server: {HOST_NAME}")
+    provider.add_argument("--vendor", help="LiteLLM's name of a cloud; default: the name")
+    key = provider.add_mutually_exclusive_group()
+    key.add_argument("--ask-key", action="store_true", help="from the keyboard or standard input")
+    key.add_argument("--key-file", type=Path, help="an empty one forgets the key")
+    listing = group.add_parser("list", help="the providers, asked for their health")
+    listing.set_defaults(command=command_provider_list)
+    models = group.add_parser("models", help="what it has, as routes name it")
+    models.set_defaults(command=command_provider_models)
+    models.add_argument("name")
+    for sub in (listing, models):
+        sub.add_argument("--json", action="store_true")
+    _add_named_change(group.add_parser("remove"), unproviding)
+    routes = commands.add_parser("route", help="public names, and who answers").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    change = routes.add_parser("set", help="make or change a route; what is not named stays")
+    change.set_defaults(command=command_route_set)
+    change.add_argument("name", help="a new public name, a model's own, or a pattern like lab/*")
+    _add_route_options(change)
+    every = routes.add_parser("list", help="every public name, and who answers for it")
+    every.set_defaults(command=command_route_list)
+    every.add_argument("--json", action="store_true")
+    _add_named_change(routes.add_parser("remove"), unrouting)
+
+
+def _add_route_options(sub: argparse.ArgumentParser) -> None:
+    for option, field_name, text in (
+        ("--member", "members", "a model's name, or PROVIDER/MODEL"),
+        ("--alias", "aliases", "another name for the same"),
+        ("--fallback", "fallbacks", "tried where all members fail"),
+        ("--context-fallback", "context_fallbacks", "where a prompt is too long"),
+    ):
+        sub.add_argument(
+            option, dest=field_name, action="append", metavar="NAME",
+            help=f"{text}; repeatable, '' for none",
+        )  # fmt: skip
+    sub.add_argument(
+        "--weight", dest="weights", action="append", type=positive, metavar="N",
+        help="of each member, in their order; sets the strategy",
+    )  # fmt: skip
+    sub.add_argument("--strategy", choices=STRATEGIES)
+    for option, field_name, metavar, text in (
+        ("--timeout", "timeout_seconds", "SECONDS", "for a whole answer"),
+        ("--retries", "retries", "N", "before the fallbacks"),
+        ("--failures", "failures_allowed", "N", "of one member, before it rests"),
+        ("--cooldown", "cooldown_seconds", "SECONDS", "that it rests"),
+    ):
+        sub.add_argument(option, dest=field_name, type=int, metavar=metavar, help=text)
+    for option, field_name, metavar, text in (
+        ("--parallel", "parallel", "N", "requests at a time for each replica, or off"),
+        ("--cache", "cache_seconds", "SECONDS", "that answers are kept, or off"),
+    ):
+        sub.add_argument(option, dest=field_name, type=number_or_off, metavar=metavar, help=text)
+
+
+OFF: Final = 0
+
+
+def number_or_off(text: str) -> int:
+    return OFF if text == "off" else positive(text)
 
 
 def add_system_commands(commands: Any, add: Callable[..., Any]) -> None:
@@ -16308,6 +16483,92 @@ def command_direct_list(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def command_provider_add(arguments: argparse.Namespace) -> int:
+    given: Json = {
+        "name": arguments.name,
+        "kind": arguments.kind,
+        "base_url": arguments.url,
+        "vendor": arguments.vendor,
+    }
+    if arguments.ask_key or arguments.key_file:
+        given["api_key"] = typed_key(arguments.key_file) or None
+    manager = open_manager()
+    manager.save(providing(given))
+    out(f"Saved. Next: llm_manager.py route set NAME --member {arguments.name}/MODEL")
+    return DONE
+
+
+def typed_key(file: Path | None) -> str:
+    """Never an argument: those are visible to every user of the server."""
+    if file is None:
+        return secret_line("Key: ")
+    with file_errors(f"read {file}"):
+        return file.read_text(errors="replace").strip()
+
+
+def command_provider_list(arguments: argparse.Namespace) -> int:
+    manager = open_manager()
+    known, found = manager.state().providers, manager.providers.all()
+    if arguments.json:
+        shown = {
+            p.name: {"kind": p.kind, "base_url": p.base_url, "vendor": p.vendor} for p in known
+        }
+        out_json([shown[health.provider] | asdict(health) for health in found])
+    else:
+        out_table(PROVIDER_HEADERS, provider_rows(known, found))
+    return FAILED if any(health.verdict == "fails" for health in found) else DONE
+
+
+def command_provider_models(arguments: argparse.Namespace) -> int:
+    health = open_manager().providers.look(arguments.name)
+    if health.verdict != "answers":
+        raise ProviderError(health.fault, advice=health.advice)
+    if arguments.json:
+        out_json(asdict(health))
+        return DONE
+    for model in health.models:
+        out(f"{arguments.name}/{model}")
+    if health.unusable:
+        out(f"{health.unusable} more have names that no route can use.")
+    return DONE
+
+
+def command_route_set(arguments: argparse.Namespace) -> int:
+    manager = open_manager()
+    known = next((r for r in manager.state().routes if r.name == arguments.name), None)
+    raw = (asdict(known) if known else {}) | route_options(arguments) | {"name": arguments.name}
+    manager.save(routing(raw))
+    out("Saved. Next: llm_manager.py plan")
+    return DONE
+
+
+def route_options(arguments: argparse.Namespace) -> Json:
+    """What was given of a route, in the shape of a stored one."""
+    names = {f.name for f in fields(Route)} - {"name"}
+    given = {k: v for k, v in vars(arguments).items() if k in names and v is not None}
+    for name, value in given.items():
+        if isinstance(value, list):
+            given[name] = tuple(entry for entry in value if entry)
+        elif name in {"parallel", "cache_seconds"} and value == OFF:
+            given[name] = None
+    if "weights" in given:
+        return {"strategy": "weighted"} | given
+    unweighted = given.get("strategy", "weighted") != "weighted"
+    return given | ({"weights": ()} if unweighted else {})
+
+
+def command_route_list(arguments: argparse.Namespace) -> int:
+    manager = open_manager()
+    state, served = manager.state(), None
+    with contextlib.suppress(DockerAbsentError):
+        served = serving(state, manager.observe())
+    if arguments.json:
+        out_json(pool_facts(state, served))
+    else:
+        out_table(POOL_HEADERS, pool_rows(state, served))
+    return DONE
+
+
 def command_config_show(_: argparse.Namespace) -> int:
     shown = asdict(open_manager().state())
     out_json(shown)  # a SecretStr prints as stars
@@ -16345,10 +16606,15 @@ def command_config_set(arguments: argparse.Namespace) -> int:
 
 def command_config_token(_: argparse.Namespace) -> int:
     """Never an argument: those are visible to every user of the server."""
-    token = getpass("Hugging Face token: ") if sys.stdin.isatty() else sys.stdin.readline()
-    open_manager().save(setting_hub_token(token.strip()))
-    out("Saved." if token.strip() else "Removed the token: nothing was typed.")
+    token = secret_line("Hugging Face token: ")
+    open_manager().save(setting_hub_token(token))
+    out("Saved." if token else "Removed the token: nothing was typed.")
     return DONE
+
+
+def secret_line(question: str) -> str:
+    """What is typed without being shown, or the first line of standard input."""
+    return (getpass(question) if sys.stdin.isatty() else sys.stdin.readline()).strip()
 
 
 def command_image_list(arguments: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -448,3 +449,121 @@ def test_a_single_engine_argument_may_begin_with_a_dash() -> None:
     given = ["model", "add", "x", "--path", "/x", "--arguments", "--enforce-eager"]
     parsed = lm.build_parser().parse_args(lm.join_values(given))
     assert lm.model_options(parsed)["engine_arguments"] == ["--enforce-eager"]
+
+
+# --- providers and routes ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def typing(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    return lambda text: monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+
+
+def test_a_providers_key_is_typed_or_read_and_never_shown(
+    run: Run, tmp_path: Path, typing: Callable[[str], None]
+) -> None:
+    add = (
+        "provider",
+        "add",
+        "lab",
+        "--kind",
+        "openai",
+        "--url",
+        "http://host.docker.internal:9/v1",
+    )
+    typing("first-secret\n")
+    said = run(*add, "--ask-key")
+    assert said.out == "Saved. Next: llm_manager.py route set NAME --member lab/MODEL\n"
+    (tmp_path / "key").write_text("second-secret\n")
+    assert key_of(tmp_path) == "first-secret"
+    run(*add)
+    assert key_of(tmp_path) == "first-secret", "what is not given stays"
+    run(*add, "--key-file", str(tmp_path / "key"))
+    assert key_of(tmp_path) == "second-secret"
+    shown = run("config", "show"), run("provider", "list"), run("provider", "list", "--json")
+    assert all("second-secret" not in ended.out + ended.err for ended in shown)
+    typing("\n")
+    run(*add, "--ask-key")
+    assert key_of(tmp_path) is None
+    assert run(*add, "--key", "x").status == lm.WRONG_USAGE
+    assert "read" in run(*add, "--key-file", str(tmp_path / "gone")).refusal()
+
+
+def key_of(tmp_path: Path) -> str | None:
+    key = lm.StateStore(tmp_path / "home").load().provider("lab").api_key
+    return key.get_secret_value() if key else None
+
+
+def test_providers_are_listed_with_what_is_wrong_with_them(run: Run) -> None:
+    assert run("provider", "list") == Ended(lm.DONE, "", "")
+    run("provider", "add", "cloud", "--kind", "cloud", "--vendor", "mistral")
+    assert run("provider", "list").status == lm.DONE
+    run("provider", "add", "here", "--kind", "ollama", "--url", "http://host.docker.internal:9")
+    listed = run("provider", "list", "--json")
+    assert listed.status == lm.FAILED
+    cloud, here = facts(listed)
+    assert (cloud["verdict"], cloud["kind"], cloud["models"]) == ("unknown", "cloud", [])
+    assert here["fault"].startswith("Docker does not answer")
+    table = run("provider", "list").out.splitlines()
+    assert table[0].split() == ["Provider", "Kind", "Address", "Key", "Health", "Models"]
+    assert run("provider", "models", "here").refusal().startswith("Docker does not answer")
+    assert run("provider", "models", "gone").refusal().endswith("Providers: cloud, here.")
+
+
+def test_setting_a_route_again_keeps_what_is_not_named(with_chat: Run) -> None:
+    with_chat("provider", "add", "lab", "--kind", "exo", "--url", "http://10.0.0.7:52415")
+    made = with_chat(
+        "route", "set", "smart", "--member", "chat", "--member", "lab/a", "--alias", "gpt-4o",
+        "--weight", "3", "--weight", "1", "--fallback", "lab/b", "--context-fallback", "chat",
+        "--timeout", "60", "--retries", "0", "--failures", "2", "--cooldown", "5",
+        "--parallel", "8", "--cache", "600",
+    )  # fmt: skip
+    assert (made.status, made.out) == (lm.DONE, "Saved. Next: llm_manager.py plan\n")
+    whole = {
+        "name": "smart", "members": ["chat", "lab/a"], "weights": [3, 1], "aliases": ["gpt-4o"],
+        "strategy": "weighted", "fallbacks": ["lab/b"], "context_fallbacks": ["chat"],
+        "timeout_seconds": 60, "retries": 0, "failures_allowed": 2, "cooldown_seconds": 5,
+        "parallel": 8, "cache_seconds": 600,
+    }  # fmt: skip
+    unknown = {"served_by": None, "stand_in": None}
+    assert smart(with_chat) == whole | unknown
+    with_chat("route", "set", "smart", "--retries", "4", "--cache", "off")
+    assert smart(with_chat) == whole | unknown | {"retries": 4, "cache_seconds": None}
+    with_chat("route", "set", "smart", "--strategy", "latency", "--alias", "", "--parallel", "off")
+    changed = smart(with_chat)
+    assert (changed["strategy"], changed["weights"]) == ("latency", [])
+    assert (changed["aliases"], changed["parallel"]) == ([], None)
+
+
+def smart(run: Run) -> Any:
+    return next(
+        route for route in facts(run("route", "list", "--json")) if route["name"] == "smart"
+    )
+
+
+def test_every_public_name_is_listed_with_its_route_or_its_model(with_chat: Run) -> None:
+    with_chat("route", "set", "smart", "--member", "chat")
+    names = [route["name"] for route in facts(with_chat("route", "list", "--json"))]
+    assert names == ["chat", "smart"]
+    table = with_chat("route", "list").out
+    assert "Docker does not answer" in table
+    assert table.startswith("Public name")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("route", "set", "smart", "--member", "gone"), "there is no model or provider for 'gone'"),
+        (("route", "set", "smart"), "members"),
+        (("route", "set", "a b", "--member", "chat"), "letters, digits"),
+        (("route", "set", "r", "--member", "chat", "--weight", "1", "--weight", "2"), "weights: 2"),
+        (("provider", "add", "x", "--kind", "exo"), "needs its address"),
+        (("provider", "add", "x", "--kind", "exo", "--url", "http://localhost"), "own container"),
+        (("provider", "remove", "x"), "no provider called 'x'"),
+        (("route", "remove", "smart"), "no route called 'smart'"),
+    ],
+)
+def test_a_route_or_provider_that_cannot_be_is_refused(
+    with_chat: Run, arguments: tuple[str, ...], said: str
+) -> None:
+    assert said in with_chat(*arguments).refusal()
