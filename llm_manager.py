@@ -6150,8 +6150,9 @@ def serving(state: State, observed: Observed) -> list[ServedModel]:
 
 
 def _serving_now(
-    state: State, model: Model, observed: Observed, routed: frozenset[str], away: Collection[str]
-) -> list[ServedModel]:
+    state: State, model: Model, observed: Observed, routed: frozenset[str],
+    away: Collection[str] = (),
+) -> list[ServedModel]:  # fmt: skip
     """A model as its replicas serve it, which a saved but unapplied wish must not change."""
     seen = [observed.containers.get(name) for name in replica_names(state, model)]
     able = [c for c in seen if c and c.running and (c.ready or c.name in routed)]
