@@ -3735,6 +3735,7 @@ CONNECTION_CAUSES: Final = (
         "its certificate is not trusted",
         "LiteLLM refuses it, too: use one of a known authority, or http:// in your own network.",
     ),
+    (r"_alert_", "it has no certificate for that name", "Write the name that it is known by."),
     (r"\bssl\b|tls", "it does not speak TLS there", "Try http://, or another port."),
     (r"refused", "nobody listens there", "Correct the port, or {listening}."),
     (r"unreachable|no route", "there is no way to it", "Correct the address, or the network."),
@@ -6476,10 +6477,13 @@ def renewing_certificate() -> Change:
 def routing(raw: Json) -> Change:
     """A route, new or in the place of its namesake."""
     route = parse_route(raw)
+    # No deployment starts the endpoint for what is served elsewhere.
+    elsewhere = any("/" in target for target in route.members)
 
     def edit(state: State) -> State:
         others = [known for known in state.routes if known.name != route.name]
-        return replace(state, routes=(*others, route))
+        endpoint = "running" if elsewhere else state.endpoint
+        return replace(state, routes=(*others, route), endpoint=endpoint)
 
     return Change(title=f"Route {route.name}", edit=edit, scope=NO_MODELS)
 

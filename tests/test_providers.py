@@ -205,6 +205,10 @@ def test_tls_where_there_is_none_is_told_apart(there: Asked) -> None:
             "its certificate is not trusted",
         ),
         ("[SSL: WRONG_VERSION_NUMBER] wrong version number (_ssl.c:1)", "does not speak TLS"),
+        (
+            "[SSL: TLSV1_ALERT_INTERNAL_ERROR] tlsv1 alert internal error (_ssl.c:1)",
+            "has no certificate for that name",
+        ),
         ("[Errno 111] Connection refused", "nobody listens there"),
         ("[Errno 113] No route to host", "there is no way to it"),
         ("[Errno 101] Network is unreachable", "there is no way to it"),

@@ -351,6 +351,12 @@ def test_a_route_is_replaced_by_its_namesake_and_removed(server: Server) -> None
     assert "no route called 'smart'" in refused(server, lm.unrouting("smart"))
 
 
+def test_a_route_to_a_provider_needs_no_deployment_to_be_served(server: Server) -> None:
+    server.store.save(replace(server.store.load(), endpoint="stopped"))
+    assert save(server, routed("fast", "chat")).endpoint == "stopped"
+    assert save(server, routed("far", "lab/small")).endpoint == "running"
+
+
 def test_a_route_or_alias_that_another_falls_back_to_stays(server: Server) -> None:
     save(server, routed("fast", "chat", aliases=["quick"]))
     save(server, routed("smart", "big", fallbacks=["fast"], context_fallbacks=["quick"]))
