@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import SECRET_MARK, a_model, a_secret, a_state
+from builders import SECRET_MARK, a_model, a_secret, a_state, as_wished, but, ended, the
 from fakes import Server
 from hypothesis import given
 from hypothesis import strategies as st
@@ -177,6 +177,26 @@ def assert_shares(pool: lm.Pool) -> None:
     assert {t: Fraction(n, sum(given.values())) for t, n in given.items()} == {
         t: Fraction(wished[t], whole) for t in given
     }
+
+
+def test_every_public_name_tells_who_serves_it_now_and_who_stands_in() -> None:
+    state = a_routed_state(a_route("smart", "big", fallbacks=("chat",)), a_route("far", "lab/x"))
+
+    def told(observed: lm.Observed) -> dict[str, tuple[list[str], str]]:
+        facts = lm.pool_facts(state, lm.serving(state, observed))
+        return {entry["name"]: (entry["served_by"], entry["stand_in"]) for entry in facts}
+
+    observed = as_wished(state)
+    assert told(observed) == {
+        "Qwen/Big": (["big"], ""), "chat": (["chat"], ""), "embed": (["embed"], ""),
+        "far": (["lab/x"], ""), "smart": (["big"], ""),
+    }  # fmt: skip
+    down = told(but(observed, ended(the(observed, "llm-model-big-0"))))
+    assert (down["smart"], down["Qwen/Big"]) == ((["chat"], "chat"), ([], ""))
+    served = lm.serving(state, but(observed, ended(the(observed, "llm-model-big-0"))))
+    assert [row[-1] for row in lm.pool_rows(state, served)] == [
+        "nobody", "chat", "embed", "lab/x", "chat stands in",
+    ]  # fmt: skip
 
 
 def test_the_providers_that_routes_use_are_known_with_their_keys_variables() -> None:
