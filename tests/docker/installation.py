@@ -140,6 +140,10 @@ class Installation:
         allowed = [part for model in models for part in ("--model", model)]
         return str(json.loads(self.cli("key", "create", alias, *allowed, "--json"))["key"])
 
+    def create_direct_key(self, name: str, *models: str) -> str:
+        allowed = [part for model in models for part in ("--model", model)]
+        return str(json.loads(self.cli("direct", "create", name, *allowed, "--json"))["key"])
+
     @contextlib.contextmanager
     def step(self, title: str) -> Iterator[None]:
         """Its time is listed at the end of the test run."""
@@ -196,10 +200,10 @@ class Installation:
             trust_env=False,
         )
 
-    def openai(self, key: str) -> openai.OpenAI:
+    def openai(self, key: str, way: str = "/v1") -> openai.OpenAI:
         """The client that colleagues use; no retry may hide a failed request."""
         return openai.OpenAI(
-            base_url=f"{self.base_url}/v1",
+            base_url=f"{self.base_url}{way}",
             api_key=key,
             max_retries=0,
             http_client=httpx.Client(verify=self.tls(), timeout=60, trust_env=False),

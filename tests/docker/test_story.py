@@ -81,7 +81,7 @@ def raw_status(installation: Installation, path: str, key: str) -> int:
         edge.close()
 
 
-def test_the_story_from_a_first_model_to_a_killed_server(
+def test_the_story_from_a_first_model_to_a_killed_server(  # noqa: PLR0915 - one story
     install: Install, tiny_models: Path
 ) -> None:
     here = install()
@@ -90,6 +90,8 @@ def test_the_story_from_a_first_model_to_a_killed_server(
     with here.step("a colleague's key, and answers"):
         ada = here.create_key("Ada", "chat")
         answers_arrive_plain_and_streamed(here.openai(ada))
+    with here.step("a direct key, straight to the engine"):
+        past_the_gateway = a_way_past_the_gateway(here, ada)
     with here.step("what must be refused is refused"):
         only_valid_keys_pass(here)
         only_the_api_is_reachable(here, ada)
@@ -103,6 +105,7 @@ def test_the_story_from_a_first_model_to_a_killed_server(
     with here.step("the first is stopped, the second goes on"):
         here.cli("stop", "chat")
         it_is_gone(here.openai(ada))
+        it_is_gone(past_the_gateway)
         assert embedding(here, grace)
         said |= {f"{name} later": text for name, text in here.logs().items()}
     with here.step("every container is killed; restore"):
@@ -110,7 +113,7 @@ def test_the_story_from_a_first_model_to_a_killed_server(
         assert embedding(here, grace), "its key is from before: PostgreSQL kept it"
     with here.step("the first is started again"):
         here.cli("deploy", "chat")
-        assert ask(here.openai(ada)) == ANSWER
+        assert ask(here.openai(ada)) == ask(past_the_gateway) == ANSWER
         assert here.cli("plan") == "Nothing to do.\n"
     said |= {f"{name} last": text for name, text in here.logs().items()}
     nothing_private_was_written(here, said, keys=[ada, grace])
@@ -128,6 +131,15 @@ def answers_arrive_plain_and_streamed(client: openai.OpenAI) -> None:
     chunks = ask_streamed(client)
     assert len(chunks) > 1
     assert "".join(chunks) == ask(client) == ANSWER
+
+
+def a_way_past_the_gateway(here: Installation, virtual_key: str) -> openai.OpenAI:
+    client = here.openai(here.create_direct_key("lab", "chat"), "/models/chat/v1")
+    answers_arrive_plain_and_streamed(client)
+    assert ask(client, CANARY) == ANSWER
+    with pytest.raises(openai.AuthenticationError):
+        ask(here.openai(virtual_key, "/models/chat/v1"))
+    return client
 
 
 def it_is_gone(client: openai.OpenAI) -> None:
