@@ -7247,9 +7247,10 @@ _ODD_HEADERS: Final = (
 
 
 def first_call(state: State, text: str = "yes") -> EdgeRequest:
-    """A smallest request along `/v1`, to a model that chats if there is one."""
+    """A smallest request along `/v1`, to a model of this server that chats, if there is one."""
     names = callable_names(state)
-    name = next((n for n, kind in names.items() if kind in {"chat", "vision"}), next(iter(names)))
+    local = {model.served_model_name for model in state.wished_models}
+    name = max(names, key=lambda name: (name in local, names[name] in {"chat", "vision"}))
     return replace(_call("/v1", "", names[name], name, text), key=RIGHT)
 
 
@@ -7318,11 +7319,9 @@ KEPT_LABELS: Final = "a label for accounting, which its client gave the request"
 
 def why_kept(role: str, what: str, labels: Collection[str]) -> str:
     """Why something found in a container of this role may be there; nothing if it may not."""
-    if role == "cache" and what.startswith("canary"):
-        return KEPT_ANSWERS
-    if role == "database" and what.removeprefix("canary: ") in labels:
+    if role in {"database", "cache"} and what.removeprefix("canary: ") in labels:
         return KEPT_LABELS
-    return ""
+    return KEPT_ANSWERS if role == "cache" and what.startswith("canary") else ""
 
 
 def base64_forms(text: bytes) -> tuple[bytes, ...]:
@@ -9120,7 +9119,10 @@ def probe_headline(result: ProbeResult | None) -> str:
         return "The routes have never been tried from outside."
     when, count = f"{result.taken_at:%Y-%m-%d %H:%M} UTC", len(result.requests)
     if result.green:
-        return f"Green, {when}: all {count} requests were answered as they should be."
+        untried = (
+            f" Patterns cannot be tried: {', '.join(result.untried)}." if result.untried else ""
+        )
+        return f"Green, {when}: all {count} requests were answered as they should be.{untried}"
     first = result.wrong[0] if result.wrong else None
     worst = f", such as {first.method} {first.path} with {first.key}" if first else ""
     return f"RED, {when}: {len(result.wrong)} of {count} requests were answered wrongly{worst}."

@@ -271,6 +271,7 @@ def test_what_a_route_keeps_by_choice_is_said_and_is_no_leak() -> None:
     labels = {"the label user"}
     assert lm.why_kept("database", "canary: the label user", labels) == lm.KEPT_LABELS
     assert not lm.why_kept("database", "canary: a plain prompt", labels)
+    assert lm.why_kept("cache", "canary: the label user", labels) == lm.KEPT_LABELS
     assert not lm.why_kept("gateway", "canary: the label user", labels)
 
 

@@ -90,6 +90,7 @@ def load(caddy: Container, text: str) -> None:
     caddy.put_archive("/tmp", lm._tar("opened", text))  # noqa: S108
     command = ["caddy", "reload", "--config", "/tmp/opened", "--adapter", "caddyfile"]  # noqa: S108
     assert caddy.exec_run(command).exit_code == 0
+    caddy.exec_run(["rm", "/tmp/opened"])  # noqa: S108 - the privacy proof would find its keys
 
 
 def test_a_canary_is_found_nowhere(here: Installation) -> None:
