@@ -4692,6 +4692,8 @@ def render_litellm_config(state: State, served: Sequence[ServedModel]) -> str:
         "general_settings": {
             "master_key": "os.environ/LITELLM_MASTER_KEY",
             "store_prompts_in_spend_logs": False,
+            # Since 1.108 a chain serves only keys that name its targets, too; it is the operator's.
+            "enforce_fallback_model_access": False,
             "disable_error_logs": True,
             "disable_requester_ip_address_logging": True,
             "spend_logs_metadata_fields": {"exclude": ["spend_logs_metadata", "user_agent"]},

@@ -1,4 +1,4 @@
-"""LiteLLM's own routing, with upstreams that fail on command: one LiteLLM, three of them, Redis."""
+"""LiteLLM's own routing, with upstreams that fail on command: one LiteLLM serves all tests."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ import llm_manager as lm
 
 pytestmark = pytest.mark.docker
 BASE, LITELLM = "llm-manager-test/base:latest", "llm-manager-test/litellm:latest"
-REDIS = "llm-manager-test/redis:latest"
-MASTER_KEY, REDIS_PASSWORD = "sk-the-master-key-of-a-test", "of-a-test"
+REDIS, POSTGRES = "llm-manager-test/redis:latest", "llm-manager-test/postgres:latest"
+MASTER_KEY, PASSWORD = "sk-the-master-key-of-a-test", "of-a-test"
 UPSTREAMS = ("one", "two", "three")
 COOLDOWN = 3
 
@@ -87,7 +87,8 @@ ENVIRONMENT = {
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",
     "LITELLM_OFFLINE_MODE": "true",
     "DISABLE_AIOHTTP_TRANSPORT": "True",
-    "CACHE_URL": f"redis://:{REDIS_PASSWORD}@redis:6379/0",
+    "DATABASE_URL": f"postgresql://litellm:{PASSWORD}@postgres:5432/litellm",
+    "CACHE_URL": f"redis://:{PASSWORD}@redis:6379/0",
     "GRACEFUL_SHUTDOWN_TIMEOUT": "60",
     # A lone replica is retried with a pause, which is not what these tests are about.
     "INITIAL_RETRY_DELAY": "0.05",
@@ -153,9 +154,10 @@ class Lab:
         mounts = {script: {"bind": "/upstreams.py", "mode": "ro"}}
         for name in UPSTREAMS:
             self.run(name, BASE, ["python3", "/upstreams.py", name], volumes=mounts)
-        self.run(
-            "redis", REDIS, ["--requirepass", REDIS_PASSWORD, "--save", "", "--appendonly", "no"]
-        )
+        self.run("redis", REDIS, ["--requirepass", PASSWORD, "--save", "", "--appendonly", "no"])
+        database = {f"POSTGRES_{name}": "litellm" for name in ("USER", "DB")}
+        self.run("postgres", POSTGRES, [], environment=database | {"POSTGRES_PASSWORD": PASSWORD})
+        wait_until(self._has_database, "PostgreSQL answers")
         config = {str(self._folder): {"bind": "/etc/litellm", "mode": "ro"}}
         command = ["--config", "/etc/litellm/config.yaml", "--port", "4000"]
         self.run("litellm", LITELLM, command, volumes=config, environment=ENVIRONMENT)
@@ -186,7 +188,11 @@ class Lab:
             base_url=f"http://{self.address('litellm')}:4000", timeout=60, trust_env=False,
             headers={"Authorization": f"Bearer {MASTER_KEY}"},
         )  # fmt: skip
-        wait_until(self._is_ready, "LiteLLM answers")
+        wait_until(self._is_ready, "LiteLLM answers", 240)
+
+    def _has_database(self) -> bool:
+        asked = ["pg_isready", "-q", "-h", "127.0.0.1", "-U", "litellm", "-d", "litellm"]
+        return self._containers["postgres"].exec_run(asked).exit_code == 0
 
     def _is_ready(self) -> bool:
         container = self._containers["litellm"]
@@ -198,9 +204,16 @@ class Lab:
 
     # --- what a colleague does ---
 
-    def ask(self, model: str, text: str = "a question", **more: Any) -> httpx.Response:
+    def ask(
+        self, model: str, text: str = "a question", *, key: str = MASTER_KEY, **more: Any
+    ) -> httpx.Response:
         body = {"model": model, "messages": [{"role": "user", "content": text}]}
-        return self.http.post("/v1/chat/completions", json=body | more)
+        bearer = {"Authorization": f"Bearer {key}"}
+        return self.http.post("/v1/chat/completions", json=body | more, headers=bearer)
+
+    def key(self, *models: str) -> str:
+        body = {"models": models, "key_alias": uuid.uuid4().hex, "key_type": "llm_api"}
+        return str(self.http.post("/key/generate", json=body).raise_for_status().json()["key"])
 
     # --- what an operator sees ---
 
@@ -300,6 +313,33 @@ def test_a_pattern_passes_any_name_on_and_an_exact_name_wins(lab: Lab) -> None:
     assert answer.headers["x-litellm-model-name"].endswith("/anything")
     assert said(lab.ask("lab/exact")) == "answer of three"
     assert lab.ask("other/anything").status_code == 400
+
+
+# --- keys ---
+
+
+@pytest.mark.parametrize(
+    ("allowed", "reached", "refused"),
+    [
+        ("large", ["large", "nickname"], ["spare", "reasoning", "large@one/large"]),
+        ("nickname", ["nickname"], ["large"]),
+        ("lab/*", ["lab/anything", "lab/exact"], ["spare"]),
+        ("lab/exact", ["lab/exact"], ["lab/anything"]),
+    ],
+)
+def test_a_key_reaches_what_it_names_and_the_aliases_of_that(
+    lab: Lab, allowed: str, reached: list[str], refused: list[str]
+) -> None:
+    key = lab.key(allowed)
+    answered = {name: lab.ask(name, key=key).status_code for name in (*reached, *refused)}
+    assert answered == dict.fromkeys(reached, 200) | dict.fromkeys(refused, 403)
+
+
+def test_a_chain_serves_a_key_that_names_its_first_model_alone(lab: Lab) -> None:
+    lab.upstreams["one"].order(fail=500)
+    key = lab.key("large")
+    assert said(lab.ask("large", key=key)) == "answer of two"
+    assert lab.ask("large", key=key, fallbacks=["lone"]).status_code == 403  # one of its own
 
 
 # --- strategies ---
@@ -481,7 +521,8 @@ def test_a_failed_request_is_tried_again(lab: Lab) -> None:
 
 def test_metrics_are_for_the_master_key_and_name_no_caller(lab: Lab) -> None:
     address = str(lab.http.base_url)
-    for headers in ({}, {"Authorization": "Bearer sk-of-somebody-else"}):
+    for key in ("", "sk-of-somebody-else", lab.key("lone")):
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
         answer = httpx.get(f"{address}/metrics/", headers=headers, trust_env=False)
         assert answer.status_code == 401
     lab.ask("lone", user="ada@example.org")
