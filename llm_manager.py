@@ -4613,6 +4613,10 @@ def render_gateway(
             "NO_REDOC": "True",
             # Requests in flight when it is stopped; uvicorn cancels what is left then.
             "GRACEFUL_SHUTDOWN_TIMEOUT": str(DRAIN_SECONDS - 10),
+            # Between tries: by default a dead member costs seconds before the next one is asked.
+            "INITIAL_RETRY_DELAY": "0.1",
+            "MAX_RETRY_DELAY": "0.5",
+            "JITTER": "0.1",
             # With the default transport a killed engine makes one request hang its whole timeout.
             "DISABLE_AIOHTTP_TRANSPORT": "True",
         },
