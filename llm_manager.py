@@ -13637,6 +13637,7 @@ class Proofs:
         for seen in observed.containers.values():
             looking.container(seen, last.call_id)
         looking.home(self._store.home, state)
+        control.progress = ""
         proof = PrivacyProof(
             taken_at=self._tools.clock.utc_now(),
             seconds=round(self._tools.clock.monotonic() - began, 1),
@@ -13730,6 +13731,7 @@ def _sent(
             clock.sleep(COOLING_SECONDS)
             reply = client.send(request, keys.get(request.key))
         yield reply
+    control.progress, control.done_part = "", None
 
 
 # Together longer than a route's usual cool-down, which a single broken request can cause.
