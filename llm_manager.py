@@ -12723,9 +12723,9 @@ def converge(
     faults += database + _side_by_side([at_once for at_once, *_ in models], tools, control)
     names = reach.scope.names(state)
     if not database:
-        turn = partial(_turn_endpoint, state, site, tools, control, names)
+        turn = partial(_turn_endpoint, state, site, tools, names)
         faults += _in_turn([part for _, *parts in models for part in parts], turn, tools, control)
-        faults += turn()
+        faults += turn(control)
     else:  # what is wished stopped must stop all the same
         faults += _attempt(
             [plan_retirement(state, observe(tools, state.edge), None, names)], tools, control
@@ -12773,15 +12773,19 @@ def _in_turn(
         if part.title in control.faults:
             continue  # its model goes on with the replicas that it has
         away = [step.spec.name for step in part.steps if isinstance(step, TurnAway)]
-        not_turned = turn(away=away)
-        faults += not_turned or _attempt([part], tools, control)
+        not_turned = turn(control, away=away)
+        try:
+            faults += not_turned or _attempt([part], tools, control)
+        except CancelledError:
+            turn(Control(control.report))  # what came back is routed again
+            raise
         if not_turned:
             break
     return faults
 
 
 def _turn_endpoint(
-    state: State, site: Site, tools: Tools, control: Control, names: frozenset[str] | None,
+    state: State, site: Site, tools: Tools, names: frozenset[str] | None, control: Control,
     *, away: Collection[str] = (),
 ) -> list[ManagerError]:  # fmt: skip
     """Route what is ready now, then retire what nobody wants any more."""

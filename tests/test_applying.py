@@ -405,6 +405,17 @@ def test_cancelling_undoes_what_was_begun(two_models: World, line: str) -> None:
     assert world.routed() == {"chat", "other"}
 
 
+def test_cancelling_among_replicas_leaves_both_routed() -> None:
+    for line in ("turn the gateway away", "set aside", "create llm-model", "wait until llm-model"):
+        world = a_server_with(REPLICAS)
+        before = shape(world)
+        outcome = run(NEWER, world, cancel_at=line)
+        assert isinstance(outcome.error, lm.CancelledError)
+        assert replicas_routed(world) == {CHAT, SECOND}, line
+        engines = {name: c for name, c in shape(world).items() if name in before}
+        assert engines[CHAT] == before[CHAT], line
+
+
 def test_cancelling_while_the_old_ones_are_discarded_keeps_the_new_ones() -> None:
     world = a_server_with(a_state(a_model(replicas=2)))
     after = a_state(a_model(replicas=2, engine_arguments=("--seed", "1")))
