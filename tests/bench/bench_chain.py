@@ -4,7 +4,7 @@
     python tests/bench/bench_chain.py [--rounds 1000]      (about two minutes)
 
 Four ways to one engine that answers at once, so that what is added shows: to the engine itself;
-through a Caddy that does nothing else; by the direct route, where Caddy checks key and path; and
+through a Caddy that does nothing else; by the direct route, where the edge checks key and path; and
 through edge and LiteLLM. One client with a kept-alive connection for each way asks them in turn, in
 one run, plain requests one at a time, at the containers' own addresses: no way has a proxy of
 Docker's in it that another has not. All but the first are HTTPS.
@@ -37,8 +37,7 @@ import llm_manager as lm
 
 TARGET_MS = 1.0  # the direct route over the bare engine, at p50
 PATH = "/v1/chat/completions"
-DIRECT_KEY = "sk-direct-0123456789abcdef"
-# Caddy alone at 443; at 8443 the same checks as those of a direct route.
+# Caddy alone: TLS in front of the engine, as little as it can be.
 CADDYFILE = """{
 	admin off
 	skip_install_trust
@@ -49,45 +48,6 @@ https://localhost {
 	reverse_proxy ENGINE {
 		transport http {
 			keepalive 4s
-		}
-	}
-}
-https://localhost:8443 {
-	tls internal
-	header {
-		Strict-Transport-Security max-age=31536000
-		X-Content-Type-Options nosniff
-		-Server
-	}
-	request_body {
-		max_size 64MiB
-	}
-	route {
-		@crooked expression `{uri}.matches('^[^?]*(//|/[.]|%)')`
-		handle @crooked {
-			error 400
-		}
-		@chat path_regexp ^/models/chat/v1/(models|chat/completions)$
-		handle @chat {
-			@key vars {header.Authorization} "Bearer KEY"
-			handle @key {
-				uri strip_prefix /models/chat
-				reverse_proxy ENGINE {
-					lb_policy least_conn
-					lb_try_duration 3s
-					header_up Authorization "Bearer ENGINE-KEY"
-					header_up -Cookie
-					transport http {
-						keepalive 4s
-					}
-				}
-			}
-			handle {
-				error 401
-			}
-		}
-		handle {
-			error 404
 		}
 	}
 }
@@ -141,13 +101,11 @@ def address_of(container: Container) -> str:
 def plain_caddy(here: Installation, engine: str, folder: Path) -> Iterator[Container]:
     """A Caddy of the installation's image and network, which knows nothing of the installation."""
     folder.mkdir()
-    key = here.state().secrets.engine_key.get_secret_value()
-    text = CADDYFILE.replace("ENGINE-KEY", key).replace("ENGINE", engine).replace("KEY", DIRECT_KEY)
-    (folder / "Caddyfile").write_text(text)
+    (folder / "Caddyfile").write_text(CADDYFILE.replace("ENGINE", engine))
     caddy = here.client.containers.run(
-        CADDY, detach=True, network=lm.network_name(here.state()), name=f"{here.home.name}-caddy",
-        volumes={str(folder): {"bind": "/etc/caddy", "mode": "ro"}}, init=True,
-        labels=dict(here.container("llm-caddy").labels),  # so that it goes with the installation
+        CADDY, detach=True, init=True, network=lm.network_name(here.state()),
+        name=f"{here.state().name_prefix}bench-caddy",
+        volumes={str(folder): {"bind": "/etc/caddy", "mode": "ro"}},
     )  # fmt: skip
     try:
         yield caddy
@@ -172,19 +130,17 @@ def ways_to(here: Installation, folder: Path, held: ExitStack) -> list[Way]:
     caddy = held.enter_context(
         plain_caddy(here, f"{engine.name}:{lm.ENGINE_PORT}", folder / "caddy")
     )
-    edge = here.container("llm-caddy")
-    alone = ssl.create_default_context(cadata=until_it_has(caddy))
-    whole = here.tls()
-    key = here.create_key("Ada", "chat")
-    engine_key = here.state().secrets.engine_key.get_secret_value()
+    alone, whole = ssl.create_default_context(cadata=until_it_has(caddy)), here.tls()
+    at, edge = address_of(caddy), address_of(here.container("llm-caddy"))
     bare = http.client.HTTPConnection(address_of(engine), lm.ENGINE_PORT, timeout=60)
-    at = address_of(caddy)
+    engine_key, key = lm.reveal(here.state().secrets.engine_key), here.create_key("Ada", "chat")
+    direct = json.loads(here.cli("direct", "create", "ada", "--model", "chat", "--json"))["key"]
     return [
         Way("bare engine", bare, PATH, engine_key),
         Way("Caddy alone", AtAddress(at, 443, timeout=60, context=alone), PATH, engine_key),
-        Way("direct route", AtAddress(at, 8443, timeout=60, context=alone), f"/models/chat{PATH}",
-            DIRECT_KEY),
-        Way("whole chain", AtAddress(address_of(edge), 443, timeout=60, context=whole), PATH, key),
+        Way("direct route", AtAddress(edge, 443, timeout=60, context=whole), f"/models/chat{PATH}",
+            direct),
+        Way("whole chain", AtAddress(edge, 443, timeout=60, context=whole), PATH, key),
     ]  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Stands for `vllm serve`: w0 w1 w2 … at a steady pace, and vLLM's own (0.30) ways to stop.
+"""Stands for `vllm serve`: w0 w1 w2 … at a steady pace, and vLLM's own (0.30) way to stop.
 
-Told to stop, vLLM breaks off what it is at with the reason `abort`, or goes on with it for up to
-`--shutdown-timeout` seconds; what is asked meanwhile is aborted at once, with status 200.
+Told to stop, vLLM breaks off what it is at with the reason `abort` and status 200; what is asked
+meanwhile fares the same.
 """
 
 from __future__ import annotations
@@ -20,10 +20,8 @@ IDLE = float(os.environ.get("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "5"))
 
 
 class Engine:
-    def __init__(self, patience: float) -> None:
-        self._patience = patience
+    def __init__(self) -> None:
         self._running = 0
-        self._aborted = asyncio.Event()
         self.stopping = asyncio.Event()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -67,13 +65,12 @@ class Engine:
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
                      b"transfer-encoding: chunked\r\n\r\n")  # fmt: skip
         chunk = completion(asked, "chat.completion.chunk")
-        refused = self.stopping.is_set()
-        for word in () if refused else answer(asked):
-            await asyncio.sleep(PACE)
-            if self._aborted.is_set():
+        for word in answer(asked):
+            if self.stopping.is_set():
                 break
             await event(writer, chunk, {"content": f"{word} "}, None)
-        await event(writer, chunk, {}, "abort" if refused or self._aborted.is_set() else "stop")
+            await asyncio.sleep(PACE)
+        await event(writer, chunk, {}, "abort" if self.stopping.is_set() else "stop")
         writer.write(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
         await writer.drain()
 
@@ -83,13 +80,7 @@ class Engine:
         return "".join(f'vllm:{name}{{engine="0"}} {n}.0\n' for name, n in counted.items())
 
     async def stop(self) -> None:
-        """Until what runs has ended, or for as long as it may take."""
-        if self._patience:
-            for _ in range(int(self._patience / 0.1)):
-                if not self._running:
-                    break
-                await asyncio.sleep(0.1)
-        self._aborted.set()
+        await self.stopping.wait()
         while self._running:
             await asyncio.sleep(0.1)
 
@@ -122,12 +113,10 @@ async def event(
 async def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int)
-    parser.add_argument("--shutdown-timeout", type=float, default=0)
     arguments, _ = parser.parse_known_args()
-    engine = Engine(arguments.shutdown_timeout)
+    engine = Engine()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, engine.stopping.set)
     async with await asyncio.start_server(engine.serve, "0.0.0.0", arguments.port):  # noqa: S104
-        await engine.stopping.wait()
         await engine.stop()
         os._exit(0)  # kept-alive connections that nobody uses hold nothing up
 
