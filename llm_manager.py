@@ -4719,7 +4719,7 @@ METRICS: Final[tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]] = (
     (("litellm_deployment_success_responses",), ("model_id",)),
     (("litellm_deployment_successful_fallbacks", "litellm_deployment_failed_fallbacks"),
      ("requested_model", "fallback_model")),
-    (("litellm_cache_hits_metric",), ("model",)),
+    (("litellm_cache_hits_metric",), ("model_id",)),
 )  # fmt: skip
 # LiteLLM has no true round robin; its plain shuffle heeds weights.
 STRATEGY_NAMES: Final[Mapping[Strategy, str]] = {
