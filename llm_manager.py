@@ -3761,6 +3761,169 @@ def connection_fault(provider: Provider, said: str) -> ProviderError:
     )
 
 
+CircuitState = Literal["active", "degraded", "unavailable", "cool-down"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeploymentFigures:
+    """What LiteLLM has counted of one deployment since it started; reasons are in words."""
+
+    failing: bool = False  # as its last answer was
+    successes: int = 0
+    failures: Mapping[str, int] = field(default_factory=dict)
+    cooldowns: Mapping[str, int] = field(default_factory=dict)
+    cache_hits: int = 0  # among the successes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GatewayFigures:
+    """What LiteLLM has counted: by deployment, and fallbacks by (asked for, answered by)."""
+
+    deployments: Mapping[str, DeploymentFigures] = field(default_factory=dict)
+    fallbacks: Mapping[tuple[str, str], int] = field(default_factory=dict)
+
+
+_SAMPLE: Final = re.compile(r"^litellm_(\w+)\{(.*)\} (\S+)$", re.MULTILINE)
+_LABEL: Final = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+
+
+def parse_figures(metrics: str) -> GatewayFigures:
+    """From LiteLLM's `/metrics` (1.106 and 1.109), as METRICS orders them."""
+    by_id: dict[str, list[tuple[str, Mapping[str, str], float]]] = {}
+    fallbacks: Counter[tuple[str, str]] = Counter()
+    for name, text, value in _SAMPLE.findall(metrics):
+        labels = dict(_LABEL.findall(text))
+        if name == "deployment_successful_fallbacks_total":
+            fallbacks[labels["requested_model"], labels["fallback_model"]] += int(float(value))
+        elif labels.get("model_id"):  # a request that was refused before any is nobody's
+            by_id.setdefault(labels["model_id"], []).append((name, labels, float(value)))
+    return GatewayFigures(
+        deployments={name: _figures(samples) for name, samples in by_id.items()},
+        fallbacks=fallbacks,
+    )
+
+
+def _figures(samples: Sequence[tuple[str, Mapping[str, str], float]]) -> DeploymentFigures:
+    def by_reason(wanted: str) -> dict[str, int]:
+        counted: Counter[str] = Counter()
+        for name, labels, value in samples:
+            if name == wanted:
+                status, kind = labels["exception_status"], labels.get("exception_class", "")
+                counted[failure_reason(status, kind)] += int(value)
+        return dict(counted)
+
+    found = {name: value for name, _, value in samples}
+    return DeploymentFigures(
+        # 1 and 2 overwrite each other: a cool-down is told by its counter alone.
+        failing=found.get("deployment_state", 0) > 0,
+        successes=int(found.get("deployment_success_responses_total", 0)),
+        failures=by_reason("deployment_failure_responses_total"),
+        cooldowns=by_reason("deployment_cooled_down_total"),
+        cache_hits=int(found.get("cache_hits_metric_total", 0)),
+    )
+
+
+_REASONS: Final = {
+    "400": "it refuses the request", "401": "it refuses the key", "403": "it forbids the request",
+    "404": "it does not know the model", "408": "it does not answer in time",
+    "429": "it is asked too much", "500": "it fails, or cannot be reached",
+    "502": "it cannot be reached", "503": "it is not available",
+    "504": "it does not answer in time",
+}  # fmt: skip
+
+
+def failure_reason(status: str, kind: str = "") -> str:
+    """An HTTP status in words; a refused connection is 500 for LiteLLM, as an error inside is."""
+    if not status.isdigit():
+        return kind.rpartition(".")[2] or "it fails"
+    return f"{_REASONS.get(status, 'it fails')} ({status})"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Circuit:
+    """How a deployment stands with LiteLLM, since when and why."""
+
+    state: CircuitState
+    since: datetime | None = None  # None: since before anybody looked
+    reason: str = ""  # of its last failure
+    failed_at: datetime | None = None
+    in_a_row: int = 0  # failures since its last success
+    cooling_until: datetime | None = None
+
+
+@dataclass
+class Breakers:
+    """What becomes of deployments, by what LiteLLM counts of them every few seconds."""
+
+    gateway: str = ""  # whose counters; another one's begin at nothing
+    figures: GatewayFigures | None = None
+    circuits: Mapping[str, Circuit] = field(default_factory=dict)
+
+    def feed(
+        self, gateway: str, figures: GatewayFigures, cooldowns: Mapping[str, float], now: datetime
+    ) -> None:
+        """One look; `cooldowns` are seconds by public name."""
+        if gateway != self.gateway:
+            self.gateway, self.figures, self.circuits = gateway, None, {}
+        # At the first look nobody knows when what was counted has happened.
+        old = (self.figures or figures).deployments
+        self.circuits = {
+            key: _next_circuit(
+                self.circuits.get(key), old.get(key, DeploymentFigures()), new,
+                timedelta(seconds=cooldowns.get(key.partition("@")[0], COOLDOWN_SECONDS)), now,
+            )
+            for key, new in figures.deployments.items()
+        }  # fmt: skip
+        self.figures = figures
+
+
+COOLDOWN_SECONDS: Final = 10  # of a route that says nothing else
+RECENT: Final = timedelta(minutes=1)
+FAILURES_IN_A_ROW: Final = 3  # until who is never put aside counts as unavailable
+
+
+def _next_circuit(
+    before: Circuit | None, old: DeploymentFigures, new: DeploymentFigures,
+    cooldown: timedelta, now: datetime,
+) -> Circuit:  # fmt: skip
+    cooled, failed = _risen(old.cooldowns, new.cooldowns), _risen(old.failures, new.failures)
+    known = before or Circuit(state="active", reason=next(iter(new.failures), ""))
+    until = now + cooldown if cooled else known.cooling_until
+    if until and until <= now and not new.failing:
+        until = None
+    in_a_row = 0
+    if new.failing:
+        so_far = 0 if new.successes > old.successes else known.in_a_row
+        in_a_row = max(so_far + max(sum(failed.values()), sum(cooled.values())), 1)
+    failed_at = now if cooled or failed else known.failed_at
+    if until and now < until:
+        state: CircuitState = "cool-down"
+    elif new.failing:
+        state = "unavailable" if until or in_a_row >= FAILURES_IN_A_ROW else "degraded"
+    else:
+        state = "degraded" if failed_at and now - failed_at < RECENT else "active"
+    same = before is not None and before.state == state and not cooled
+    since = known.since if same or before is None else now
+    reason = next(iter((*cooled, *failed)), known.reason)
+    return Circuit(
+        state=state, since=since, reason=reason, failed_at=failed_at, in_a_row=in_a_row,
+        cooling_until=until,
+    )  # fmt: skip
+
+
+def _risen(old: Mapping[str, int], new: Mapping[str, int]) -> dict[str, int]:
+    return {key: rise for key, n in new.items() if (rise := n - old.get(key, 0)) > 0}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RouteHealth:
+    """How it is with the ways in at one moment."""
+
+    figures: GatewayFigures = field(default_factory=GatewayFigures)
+    circuits: Mapping[str, Circuit] = field(default_factory=dict)
+    loads: Mapping[ContainerName, EngineLoad | None] = field(default_factory=dict)
+
+
 # =============================================================================
 # §10 Config generation — pure: containers, LiteLLM's YAML, the Caddyfile
 # =============================================================================
@@ -6480,6 +6643,17 @@ def renewing_certificate() -> Change:
     return Change(title=title, edit=lambda state: state, scope=NO_MODELS)
 
 
+def exposing(models: Collection[str], edge: Json) -> Change:
+    """Which models anybody may reach at `/open`, and the edge's settings about requests."""
+
+    def edit(state: State) -> State:
+        marked = tuple(replace(m, open_route=m.name in models) for m in state.models)
+        settings = parse_edge(asdict(state.edge) | edge)
+        return replace(state, models=marked, edge=settings)
+
+    return Change(title="Change who may come in", edit=edit, scope=NO_MODELS)
+
+
 def routing(raw: Json) -> Change:
     """A route, new or in the place of its namesake."""
     route = parse_route(raw)
@@ -6915,6 +7089,12 @@ class EdgeReply:
     location: str = ""
     call_id: str = ""  # LiteLLM's, which its database knows
     fault: str = ""
+    seconds: float = 0.0  # on a connection that was open or not
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_success(self) -> bool:
+        return self.status is not None and self.status < HTTPStatus.MULTIPLE_CHOICES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -7414,6 +7594,50 @@ def changed_paths(changes: Mapping[str, int], mounted: Collection[str]) -> list[
     return [str(path) for path in found]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trial:
+    """One request along a way in, and how long Caddy takes for an answer of its own."""
+
+    target: str
+    reply: EdgeReply
+    edge_seconds: float
+
+
+def trial_targets(state: State) -> list[str]:
+    """What can be tried: public names, and models past LiteLLM as `/models/NAME`, `/open/NAME`."""
+    models = [model.name for model in state.wished_models]
+    opened = [m.name for m in state.wished_models if m.open_route and state.edge.open_routes]
+    return [
+        *callable_names(state),
+        *(f"/models/{name}" for name in models if _direct_key(state, name)),
+        *(f"/open/{name}" for name in opened),
+    ]
+
+
+def trial_request(state: State, target: str, text: str) -> tuple[EdgeRequest, pydantic.SecretStr]:
+    """The smallest request to a target of `trial_targets` or of a pattern, and a key for it."""
+    for way in ("/models", "/open"):
+        if target.startswith(f"{way}/"):
+            model = state.model(target.removeprefix(f"{way}/"))
+            key = ANY_KEY if way == "/open" else _direct_key(state, model.name)
+            if key is None:
+                raise RefusedError(
+                    f"No direct key opens {model.name}.", advice="Make one in the tab Routes."
+                )
+            prefix, name = f"{way}/{model.name}", model.served_model_name
+            return _call(way, prefix, model.type, name, text or "yes"), key
+    kind = callable_names(state).get(target, "chat")
+    return _call("/v1", "", kind, target, text or "yes"), state.secrets.master_key
+
+
+ANY_KEY: Final = pydantic.SecretStr("sk-anybody")
+
+
+def _direct_key(state: State, name: str) -> pydantic.SecretStr | None:
+    keys = (k.secret for k in state.direct_keys if not k.models or name in k.models)
+    return next(keys, None)
+
+
 # =============================================================================
 # §15 Views — pure: what the operator reads
 # =============================================================================
@@ -7459,6 +7683,7 @@ class Snapshot:
         default_factory=dict
     )  # of models that ended by themselves
     hung: Mapping[ModelName, str] = field(default_factory=dict)  # models that work on nothing
+    health: RouteHealth = field(default_factory=RouteHealth)
 
     @property
     def seconds_old(self) -> float:
@@ -9292,6 +9517,509 @@ def _served_text(facts: Json) -> str:
     return ", ".join(facts["served_by"]) or "nobody"
 
 
+LegState = CircuitState | Literal["stopped", "untried"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Leg:
+    """Who answers for a public name, and how it is with it."""
+
+    title: str
+    state: LegState
+    since: datetime | None = None
+    reason: str = ""
+    load: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lane:
+    """One public name of a way in, how its requests are spread, and the legs that they end in."""
+
+    name: str
+    notes: tuple[str, ...] = ()
+    legs: tuple[Leg, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WayIn:
+    """One way in: who comes, at which address, what stands there, and its names."""
+
+    clients: str
+    address: str
+    verdict: str
+    is_open: bool
+    lanes: tuple[Lane, ...]
+
+
+def ways_in(snapshot: Snapshot) -> tuple[WayIn, ...]:
+    """Every way in as it is now; nothing where the state cannot be read."""
+    state, observed = snapshot.state, snapshot.observed or Observed()
+    if state is None:
+        return ()
+    edge = observed.containers.get(edge_name(state))
+    who = "Caddy" if snapshot.observed else "Docker"
+    closed = "" if edge and edge.ready else f"{who} does not answer"
+    root = base_url(state.edge).removesuffix("/v1")
+    keys = ", ".join(key.name for key in state.direct_keys)
+    opened = [model for model in state.models if model.open_route]
+    switch = "" if state.edge.open_routes else "closed by the kill switch"
+    gateway = _gateway_fault(state, observed)
+    return (
+        WayIn(
+            clients="whoever has a virtual key",
+            address=f"{root}/v1",
+            verdict=closed or gateway or f"LiteLLM answers, in slot {_slot(observed)}",
+            is_open=not closed and not gateway,
+            lanes=_gateway_lanes(state, snapshot),
+        ),
+        WayIn(
+            clients=f"whoever has a direct key: {keys}"
+            if keys
+            else "nobody: no direct key is made",
+            address=f"{root}/models/{{name}}/v1",
+            verdict=closed or "straight to the engine with the fewest requests",
+            is_open=not closed and bool(keys),
+            lanes=_engine_lanes(state.models, state, snapshot),
+        ),
+        WayIn(
+            clients="anybody, with any key",
+            address=f"{root}/open/{{name}}/v1",
+            verdict=closed or switch or "open" if opened else "no model is open",
+            is_open=not closed and not switch and bool(opened),
+            lanes=_engine_lanes(opened, state, snapshot),
+        ),
+    )
+
+
+def _slot(observed: Observed) -> str:
+    return observed.edge.slot if observed.edge else "?"
+
+
+def _gateway_fault(state: State, observed: Observed) -> str:
+    seen = [observed.containers.get(gateway_name(state, slot)) for slot in SLOTS]
+    return "" if any(c and c.ready for c in seen) else "LiteLLM does not answer"
+
+
+def _engine_lanes(models: Sequence[Model], state: State, snapshot: Snapshot) -> tuple[Lane, ...]:
+    return tuple(
+        Lane(
+            name=model.name,
+            legs=tuple(_engine_leg(model, name, snapshot) for name in replica_names(state, model)),
+        )
+        for model in models
+    )
+
+
+def _gateway_lanes(state: State, snapshot: Snapshot) -> tuple[Lane, ...]:
+    """The names as they are routed; who is stopped is shown, although LiteLLM does not know him."""
+    now = {p.route.name: p for p in pools(state, served_models(state, state.wished_models))}
+    return tuple(
+        _gateway_lane(pool, now.get(pool.route.name, pool), snapshot)
+        for pool in pools(state, served_models(state, state.models))
+    )
+
+
+def _gateway_lane(pool: Pool, now: Pool, snapshot: Snapshot) -> Lane:
+    """A route none of whose members is wished has the legs of whoever stands in for it."""
+    legs = (now if now.stand_in else pool).deployments
+    stand_in = (f"none of its members is wished: {now.stand_in} stands in",) if now.stand_in else ()
+    return Lane(
+        name=pool.route.name,
+        notes=(*stand_in, *_route_notes(pool, snapshot.health.figures)),
+        legs=tuple(_leg(deployment, snapshot) for deployment in legs),
+    )
+
+
+def _route_notes(pool: Pool, figures: GatewayFigures) -> Iterator[str]:
+    route = pool.route
+    if route.aliases:
+        yield f"also {', '.join(route.aliases)}"
+    if len(pool.deployments) > 1:
+        weights = f" {':'.join(map(str, route.weights))}" if route.weights else ""
+        yield f"{STRATEGY_WORDS[route.strategy]}{weights}"
+    for said, names in (("then", route.fallbacks), ("if too long", route.context_fallbacks)):
+        if names:
+            yield f"{said}: {', '.join(names)}"
+    asked = {route.name, *route.aliases}
+    if taken := sum(n for (name, _), n in figures.fallbacks.items() if name in asked):
+        yield f"fell back {taken:,} time{'s' * (taken > 1)}"
+    yield from _limit_notes(pool, figures)
+
+
+def _limit_notes(pool: Pool, figures: GatewayFigures) -> Iterator[str]:
+    route, usual = pool.route, Route(name=pool.route.name, members=pool.route.members)
+    if route.parallel:
+        yield f"{route.parallel} at a time each"
+    if route.cache_seconds:
+        yield _cache_note(pool, figures)
+    if route.timeout_seconds != usual.timeout_seconds:
+        yield f"timeout {format_duration(route.timeout_seconds)}"
+
+
+STRATEGY_WORDS: Final[Mapping[Strategy, str]] = {
+    "least-busy": "least busy", "latency": "fastest", "usage": "least used", "shuffle": "shuffled",
+    "weighted": "weighted", "in-order": "in order",
+}  # fmt: skip
+
+
+def _cache_note(pool: Pool, figures: GatewayFigures) -> str:
+    known = [f for d in pool.deployments if (f := figures.deployments.get(d.deployment_id))]
+    hits, answers = sum(f.cache_hits for f in known), sum(f.successes for f in known)
+    rate = f", {hits / answers:.0%} of {answers:,} answers from it" if answers else ""
+    return f"cache {format_duration(pool.route.cache_seconds or 0)}{rate}"
+
+
+def _leg(deployment: Deployment, snapshot: Snapshot) -> Leg:
+    """A member of a pool: an engine's container first, then what LiteLLM thinks of it."""
+    state, key = snapshot.state, deployment.deployment_id
+    model = next((m for m in state.models if m.name == deployment.target), None) if state else None
+    circuit = snapshot.health.circuits.get(key)
+    figures = snapshot.health.figures.deployments.get(key, DeploymentFigures())
+    happened = {"answer": figures.successes, "failure": sum(figures.failures.values())}
+    counted = [f"{n:,} {what}{'s' * (n > 1)}" for what, n in happened.items() if n]
+    leg = Leg(title=deployment.target, state="untried")
+    if model is not None:
+        leg = _engine_leg(model, ContainerName(key.partition("@")[2]), snapshot)
+    if circuit is not None and leg.state in {"active", "untried"}:
+        leg = _as_circuit(leg, circuit, snapshot.taken_at)
+    return replace(leg, load=" · ".join(filter(None, (leg.load, *counted))))
+
+
+def _as_circuit(leg: Leg, circuit: Circuit, now: datetime) -> Leg:
+    reason = circuit.reason if circuit.state != "active" else ""
+    if circuit.state == "cool-down" and circuit.cooling_until:
+        left = format_duration((circuit.cooling_until - now).total_seconds())
+        reason = f"{reason}; left out for {left} more"
+    elif circuit.state == "unavailable":
+        reason = f"{reason}; the next request tries it again"
+    since = circuit.since or (leg.since if circuit.state == "active" else None)
+    return replace(leg, state=circuit.state, since=since, reason=reason)
+
+
+def _engine_leg(model: Model, name: ContainerName, snapshot: Snapshot) -> Leg:
+    """A replica by its container alone."""
+    seen = snapshot.observed.containers.get(name) if snapshot.observed else None
+    prefix = f"{snapshot.state.name_prefix if snapshot.state else ''}llm-model-"
+    leg = Leg(title=name.removeprefix(prefix), state="unavailable")
+    if snapshot.observed is None:
+        return replace(leg, state="untried", reason="Docker does not answer")
+    if seen is None or not seen.running:
+        if model.wish == "stopped":
+            return replace(leg, state="stopped")
+        gone = f"its container {format_container(seen)}" if seen else "its container is not there"
+        return replace(leg, reason=gone)
+    load = snapshot.health.loads.get(name)
+    leg = replace(
+        leg, since=seen.started_at,
+        load=_load_text(load) if load else "",
+    )  # fmt: skip
+    if model.name in snapshot.hung:
+        return replace(leg, reason="it has requests and makes no token")
+    return replace(leg, state="active") if seen.ready else replace(leg, reason="it is not ready")
+
+
+def _load_text(load: EngineLoad) -> str:
+    busy = load.running or load.waiting
+    return f"{load.running} running, {load.waiting} waiting" if busy else "idle"
+
+
+ROUTE_HEADERS: Final = (
+    "Way in", "Public name", "Spread", "Answered by", "State", "Since", "Load", "Why",
+)  # fmt: skip
+
+
+def route_rows(snapshot: Snapshot) -> list[list[str]]:
+    """One row per leg of every way in."""
+    return [
+        [
+            way.address.rpartition("//")[2].partition("/")[2], lane.name, "; ".join(lane.notes),
+            leg.title, leg.state, _since_text(leg, snapshot), leg.load, leg.reason,
+        ]
+        for way in ways_in(snapshot)
+        for lane in way.lanes
+        for leg in lane.legs
+    ]  # fmt: skip
+
+
+def _since_text(leg: Leg, snapshot: Snapshot) -> str:
+    return format_age(snapshot.taken_at - leg.since) if leg.since else ""
+
+
+HOP_HEADERS: Final = ("Hop", "Time", "What")
+
+
+def hop_rows(trial: Trial) -> list[list[str]]:
+    """Where the time of a trial went: what is neither Caddy's nor the engine's is LiteLLM's."""
+    reply, headers = trial.reply, trial.reply.headers
+    total, edge = reply.seconds * 1000, min(trial.edge_seconds, reply.seconds) * 1000
+    rows = [["Caddy", _ms(edge), "what an answer of its own takes, on an open connection"]]
+    member = re.sub(r"^[^@]*@(([a-z0-9]+-)?llm-model-)?", "", headers.get("x-litellm-model-id", ""))
+    if "x-litellm-response-duration-ms" in headers:
+        whole, own = (_figure(headers, f"x-litellm-{what}-duration-ms")
+                      for what in ("response", "overhead"))  # fmt: skip
+        answered = max(whole - own, 0.0)
+        cached = "x-litellm-cache-key" in headers
+        rows.append(["LiteLLM", _ms(total - edge - answered), _tries(headers)])
+        rows.append([member or "member", _ms(answered), "not asked: LiteLLM's cache" * cached])
+    elif reply.call_id:
+        rows.append(["LiteLLM", _ms(total - edge), "and whomever it asked: nobody answered"])
+    elif reply.is_success or not reply.by_edge:
+        rows.append(["engine", _ms(total - edge), ""])
+    return [*rows, ["all of it", _ms(total), reply_text(reply)]]
+
+
+def _ms(milliseconds: float) -> str:
+    return f"{max(milliseconds, 0.0):.1f} ms"
+
+
+def _figure(headers: Mapping[str, str], name: str) -> float:
+    found = re.fullmatch(r"\d+(\.\d+)?", headers.get(name, ""))
+    return float(found[0]) if found else 0.0
+
+
+def _tries(headers: Mapping[str, str]) -> str:
+    """Whom it asked in vain before; their time is the member's."""
+    found = [
+        f"{count} {what}"
+        for what in ("retries", "fallbacks")
+        if (count := headers.get(f"x-litellm-attempted-{what}", "0")) != "0"
+    ]
+    return f"after {' and '.join(found)}" if found else ""
+
+
+def reply_text(reply: EdgeReply) -> str:
+    """How an answer went, in words."""
+    if reply.status is None:
+        return reply.fault
+    whose = " by Caddy" if reply.by_edge and not reply.is_success else ""
+    return f"{reply.status} {HTTPStatus(reply.status).phrase}{whose}"
+
+
+GLYPHS: Final[Mapping[LegState, str]] = {
+    "active": "●", "degraded": "◐", "unavailable": "✕", "cool-down": "◔", "stopped": "○",
+    "untried": "◌",
+}  # fmt: skip
+
+
+def ways_html(snapshot: Snapshot) -> str:
+    """The picture of the ways in; every text in it is escaped."""
+    ways = "".join(_way_html(way, snapshot) for way in ways_in(snapshot))
+    heads = "".join(f"<span>{head}</span>" for head in ("Client", "Way in", "Name", "Answered by"))
+    return f'<div class="ways"><div class="way-heads">{heads}</div>{ways}</div>' if ways else ""
+
+
+def _way_html(way: WayIn, snapshot: Snapshot) -> str:
+    look: LegState = "active" if way.is_open else "stopped"
+    crowded = len(way.lanes) > CROWDED
+    drawn = (replace(lane, legs=_merged(lane.legs)) if crowded else lane for lane in way.lanes)
+    lanes = "".join(_lane_html(lane, snapshot) for lane in drawn)
+    return (
+        f'<section class="way" aria-label="{html.escape(way.address, quote=True)}">'
+        f"<div>{html.escape(way.clients)}</div>"
+        f"<div><code>{html.escape(way.address).replace('/', '/<wbr>')}</code>"
+        f'<span class="{look}">{GLYPHS[look]} {html.escape(way.verdict)}</span></div>'
+        f'<div class="lanes">{lanes or "no names yet"}</div></section>'
+    )
+
+
+CROWDED: Final = 12  # names
+
+
+def _merged(legs: Sequence[Leg]) -> tuple[Leg, ...]:
+    """Legs that need no words side by side; an engine's load is on the direct way, too."""
+    quiet: dict[LegState, list[str]] = {}
+    for leg in legs:
+        if not leg.reason:
+            quiet.setdefault(leg.state, []).append(leg.title)
+    together = (Leg(title=", ".join(titles), state=state) for state, titles in quiet.items())
+    return (*together, *(leg for leg in legs if leg.reason))
+
+
+def _lane_html(lane: Lane, snapshot: Snapshot) -> str:
+    notes = f"<small>{html.escape(' · '.join(lane.notes))}</small>" if lane.notes else ""
+    legs = "".join(_leg_html(leg, snapshot) for leg in lane.legs)
+    name = html.escape(lane.name)
+    return f'<div class="lane"><div><b>{name}</b>{notes}</div><ul>{legs}</ul></div>'
+
+
+def _leg_html(leg: Leg, snapshot: Snapshot) -> str:
+    since = _since_text(leg, snapshot)
+    facts = " · ".join(filter(None, (leg.load, f"for {since}" if since else "")))
+    why = f"<em>{html.escape(leg.reason)}</em>" if leg.reason else ""
+    return (
+        f'<li><span class="word {leg.state}">{GLYPHS[leg.state]} {leg.state}</span>'
+        f"<b>{html.escape(leg.title)}</b><span>{html.escape(facts)}</span>{why}</li>"
+    )
+
+
+ROUTE_LIMITS: Final = (
+    ("timeout_seconds", "Timeout (s)", ""), ("retries", "Retries", ""),
+    ("failures_allowed", "Failures allowed", "of a member, within its cool-down"),
+    ("cooldown_seconds", "Cool-down (s)", "0: none is left out"),
+    ("parallel", "At a time", "for each replica; 0: no limit"),
+    ("cache_seconds", "Keep answers (s)", "in Redis; 0: not at all"),
+)  # fmt: skip
+
+
+def route_settings(  # noqa: PLR0913, PLR0917 - one argument per field of the form
+    name: str | None, members: Sequence[str] | None, aliases: str | None, strategy: str,
+    weights: str | None, fallbacks: Sequence[str] | None, context: Sequence[str] | None,
+    *limits: float | None,
+) -> Json:  # fmt: skip
+    """The route form's fields in the shape of a stored route; 0 or nothing is no limit."""
+    kept = {key: limit for (key, *_), limit in zip(ROUTE_LIMITS, limits, strict=True)}
+    given = {
+        key: limit
+        for key, limit in kept.items()
+        if limit is not None and (limit or key not in {"parallel", "cache_seconds"})
+    }
+    return {
+        "name": typed(name),
+        "members": [*(members or ())],
+        "aliases": split_names(aliases),
+        "strategy": strategy,
+        "weights": split_names(weights),
+        "fallbacks": [*(fallbacks or ())],
+        "context_fallbacks": [*(context or ())],
+        **given,
+    }
+
+
+def split_names(text: str | None) -> list[str]:
+    """What was typed with commas or spaces between."""
+    return [word for word in re.split(r"[,\s]+", text or "") if word]
+
+
+USUAL_LIMITS: Final = tuple(
+    getattr(Route(name="usual", members=("usual",)), key) or 0 for key, *_ in ROUTE_LIMITS
+)
+
+
+def route_fields(route: Route) -> tuple[Any, ...]:
+    """A route in the order of the form's fields, after its name."""
+    return (
+        list(route.members), ", ".join(route.aliases), route.strategy,
+        ", ".join(map(str, route.weights)), list(route.fallbacks), list(route.context_fallbacks),
+        *(getattr(route, key) or 0 for key, *_ in ROUTE_LIMITS),
+    )  # fmt: skip
+
+
+def provider_settings(
+    name: str | None, kind: str, url: str | None, vendor: str | None, key: str | None
+) -> Json:
+    """The provider form's fields; without a key there is none in it, and the old one stays."""
+    secret = {"api_key": typed(key)} if typed(key) else {}
+    address = {"base_url": typed(url) or None, "vendor": typed(vendor) or None}
+    return {"name": typed(name), "kind": kind, **address, **secret}
+
+
+def known_providers(snapshot: Snapshot) -> list[list[str]]:
+    """The providers before anybody looked at them."""
+    providers = snapshot.state.providers if snapshot.state else ()
+    return provider_rows(
+        providers,
+        [
+            ProviderHealth(provider=p.name, verdict="unknown", fault="Not asked yet.")
+            for p in providers
+        ],
+    )
+
+
+def found_models(found: Sequence[ProviderHealth]) -> str:
+    """What providers have, a line each, as routes name it."""
+    return "\n".join(f"{health.provider}/{model}" for health in found for model in health.models)
+
+
+def route_choices(snapshot: Snapshot) -> Json:
+    """Public names that a route may stand for: those made, and models' own."""
+    state = snapshot.state
+    names = [route.name for route in state.routes] if state else []
+    own = [model.served_model_name for model in state.models] if state else []
+    return {"choices": [*dict.fromkeys([*names, *own])]}
+
+
+def member_choices(snapshot: Snapshot) -> Json:
+    """Models by their names, and what routes already ask of providers."""
+    state = snapshot.state
+    if state is None:
+        return {"choices": []}
+    asked = [t for r in state.routes for t in (*r.members, *r.fallbacks) if "/" in t]
+    return {"choices": [*dict.fromkeys([*(m.name for m in state.models), *asked])]}
+
+
+def public_choices(snapshot: Snapshot) -> Json:
+    return {"choices": [*callable_names(snapshot.state)] if snapshot.state else []}
+
+
+def provider_choices(snapshot: Snapshot) -> Json:
+    return {"choices": [p.name for p in snapshot.state.providers] if snapshot.state else []}
+
+
+def direct_choices(snapshot: Snapshot) -> Json:
+    return {"choices": [key.name for key in snapshot.state.direct_keys] if snapshot.state else []}
+
+
+def model_names(snapshot: Snapshot) -> Json:
+    return {"choices": [model.name for model in snapshot.state.models] if snapshot.state else []}
+
+
+def trial_choices(snapshot: Snapshot) -> Json:
+    return {"choices": trial_targets(snapshot.state) if snapshot.state else []}
+
+
+def proofs_done(snapshot: Snapshot) -> str:
+    """Changes whenever a proof ends."""
+    return " ".join(
+        job.id for job in snapshot.jobs if job.title in PROOF_TITLES and job.finished_at
+    )
+
+
+PROOF_TITLES: Final = frozenset({"Try every route", "Prove privacy"})
+
+
+def open_models(snapshot: Snapshot) -> Json:
+    """The models as choices, and those chosen that anybody may reach."""
+    state = snapshot.state
+    opened = [model.name for model in state.models if model.open_route] if state else []
+    return {**model_names(snapshot), "value": opened}
+
+
+ROUTE_STYLE: Final = """
+.ways { color: var(--body-text-color); font-size: 14px; line-height: 1.45; }
+.way, .way-heads { display: grid; grid-template-columns: 125px 210px minmax(0, 1fr); gap: 0 30px;
+  padding: 8px 14px; }
+.way { border: 1px solid var(--border-color-primary); border-radius: 8px; margin-bottom: 10px;
+  background: var(--background-fill-primary); }
+.way-heads { grid-template-columns: 125px 210px minmax(0, 3fr) minmax(0, 8fr); padding-bottom: 4px;
+  font-weight: 600; }
+.way > div { position: relative; padding-top: 4px; }
+.way > div + div::before, .lane > ul::before { content: "→"; position: absolute; left: -24px; }
+.way code { display: block; background: none; border: none; padding: 0; font-size: 13px;
+  overflow-wrap: anywhere; color: inherit; }
+.lane { display: grid; grid-template-columns: minmax(0, 3fr) minmax(0, 8fr); gap: 0 30px;
+  padding: 4px 0; border-top: 1px solid var(--border-color-primary); }
+.lane:first-child { border-top: none; padding-top: 0; }
+.lane b { overflow-wrap: anywhere; }
+.lane small { display: block; font-size: 12px; opacity: 0.8; }
+.lane ul { position: relative; list-style: none; margin: 0; padding: 0; display: grid;
+  grid-template-columns: 7.5em fit-content(45%) minmax(0, 1fr); gap: 0 12px; }
+.lane li { display: contents; }
+.lane li span:last-of-type { font-size: 13px; opacity: 0.8; }
+.lane li em { grid-column: 2 / -1; font-size: 13px; }
+.ways .active { color: #15803d; } .ways .degraded, .ways .cool-down { color: #b45309; }
+.ways .unavailable { color: #b91c1c; }
+.dark .ways .active { color: #4ade80; } .dark .ways .unavailable { color: #f87171; }
+.dark .ways .degraded { color: #fbbf24; } .dark .ways .cool-down { color: #fbbf24; }
+@media (max-width: 900px) {
+  .way { grid-template-columns: minmax(0, 1fr); } .way-heads { display: none; }
+  .way > div + div::before { content: ""; }
+  .lanes { border-top: 1px solid var(--border-color-primary); margin-top: 6px; }
+  .lane ul { grid-template-columns: 7.5em minmax(0, 1fr); }
+  .lane li > :not(.word) { grid-column: 2; }
+}
+"""
+
+
 # =============================================================================
 # §19 Home — effects: time, and the state and files on the disk
 # =============================================================================
@@ -10463,6 +11191,9 @@ class Probes(Protocol):
     def fill(self, observed: Observed) -> Observed: ...
     def is_ready(self, spec: ContainerSpec, seen: ObservedContainer) -> bool: ...
     def load(self, seen: ObservedContainer) -> EngineLoad | None: ...
+    def figures(
+        self, seen: ObservedContainer, key: pydantic.SecretStr
+    ) -> GatewayFigures | None: ...
     def answers(self, seen: ObservedContainer, wanted: EngineAnswers, seconds: float) -> bool: ...
 
 
@@ -10554,6 +11285,18 @@ class HttpProbes:
         answer = self._ok(seen, ENGINE_PORT, "/metrics")
         return parse_load(answer.text) if answer is not None else None
 
+    def figures(self, seen: ObservedContainer, key: pydantic.SecretStr) -> GatewayFigures | None:
+        """What LiteLLM has counted; None where it does not say."""
+        try:
+            answer = self._client.get(
+                f"http://{seen.address}:{GATEWAY_PORT}/metrics",
+                headers={"Authorization": f"Bearer {key.get_secret_value()}"},
+                follow_redirects=True,  # 1.106 sends to /metrics/
+            )
+            return parse_figures(answer.raise_for_status().text)
+        except httpx.HTTPError:
+            return None
+
     def answers(self, seen: ObservedContainer, wanted: EngineAnswers, seconds: float) -> bool:
         """Whether an engine answers the smallest request of its kind within that time."""
         try:
@@ -10621,6 +11364,7 @@ class EdgeClient:
         )
         key = {"Authorization": f"Bearer {bearer.get_secret_value()}"} if bearer else {}
         body = _body(request.fields, request.audio) if request.content is None else {}
+        began = time.monotonic()
         try:
             with self._client.stream(
                 request.method,
@@ -10635,12 +11379,14 @@ class EdgeClient:
                 else:
                     said = answer.read().decode(errors="replace")
         except httpx.HTTPError as error:
-            return EdgeReply(fault=f"no answer: {error}")
+            return EdgeReply(fault=f"no answer: {error}", seconds=time.monotonic() - began)
         return EdgeReply(
             status=answer.status_code,
             by_edge=is_edges_own(answer.status_code, said),
             location=answer.headers.get("location", ""),
             call_id=answer.headers.get("x-litellm-call-id", ""),
+            seconds=time.monotonic() - began,
+            headers=dict(answer.headers),
         )
 
 
@@ -13596,7 +14342,7 @@ class Proofs:
     def probe(self) -> Job:
         """Try every way in; refused where the endpoint does not run."""
         state = self._store.load()
-        gateway, client = self._keys.gateway(state), self._client(state)
+        gateway, client = self._keys.gateway(state), self.client(state)
 
         def work(control: Control) -> None:
             calls = probe_requests(state)
@@ -13615,7 +14361,7 @@ class Proofs:
     def privacy(self) -> Job:
         """Send canaries along every way, and look for them everywhere; takes a minute or two."""
         state = self._store.load()
-        gateway, client = self._keys.gateway(state), self._client(state)
+        gateway, client = self._keys.gateway(state), self.client(state)
         if not callable_names(state):
             raise RefusedError("No model is served.", advice="Deploy one, then prove it again.")
         return self._start_task(
@@ -13654,7 +14400,8 @@ class Proofs:
         self._files.keep("privacy", proof.taken_at, _PRIVACY.dump_json(proof, indent=2).decode())
         control.report(privacy_headline(proof))
 
-    def _client(self, state: State) -> EdgeClient:
+    def client(self, state: State) -> EdgeClient:
+        """Whoever speaks to the endpoint from outside."""
         root = ""
         if isinstance(state.edge.tls, InternalTls):
             archive = self._tools.containers.contents.archive(edge_name(state), CADDY_ROOT)
@@ -14011,6 +14758,46 @@ class WeightsLibrary:
         return self._store.read_measured().get(measurement_key(model, image, self._hardware()))
 
 
+class Traffic:
+    """How requests fare: as LiteLLM counts them, and one of the operator's own."""
+
+    def __init__(self, store: StateStore, tools: Tools, proofs: Proofs) -> None:
+        self._store = store
+        self._tools = tools
+        self._proofs = proofs
+
+    def feed(self, breakers: Breakers, observed: Observed) -> None:
+        """What the gateway that serves has counted until now; nothing where it does not say."""
+        state = self._store.load()
+        name = gateway_name(state, observed.edge.slot) if observed.edge else None
+        seen = observed.containers.get(name) if name else None
+        figures = self._tools.probes.figures(seen, state.secrets.master_key) if seen else None
+        if seen and figures:
+            cooldowns = {route.name: route.cooldown_seconds for route in state.routes}
+            breakers.feed(f"{seen.name} {seen.started_at}", figures, cooldowns, utc_now())
+
+    def look(self, observed: Observed) -> RouteHealth:
+        """How it is by one look, without what was before it."""
+        breakers = Breakers()
+        self.feed(breakers, observed)
+        engines = [c for c in observed.containers.values() if c.role == "engine" and c.running]
+        return RouteHealth(
+            figures=breakers.figures or GatewayFigures(),
+            circuits=breakers.circuits,
+            loads={engine.name: self._tools.probes.load(engine) for engine in engines},
+        )
+
+    def try_out(self, target: str, text: str = "") -> Trial:
+        """One smallest request through the published port; nothing of it is kept or logged."""
+        state = self._store.load()
+        request, key = trial_request(state, target, text)
+        client = self._proofs.client(state)
+        at_edge = EdgeRequest(way="health", path=HEALTH_PATH)
+        client.send(at_edge, None)  # opens the connection
+        edge_seconds = client.send(at_edge, None).seconds
+        return Trial(target=target, reply=client.send(request, key), edge_seconds=edge_seconds)
+
+
 class ChangeRunner:
     """How a change is planned, saved and made so: one at a time, as jobs that outlive pages."""
 
@@ -14228,6 +15015,7 @@ class Manager(ChangeRunner):
         self.images = ImageLibrary(store, tools, recipes, self.start_task, self.save)
         self.weights = WeightsLibrary(store, tools, self.start_task, self.hardware)
         self.proofs = Proofs(store, tools, self.keys, self.start_task)
+        self.traffic = Traffic(store, tools, self.proofs)
 
     def cutting(self, gpu: str, wish: str) -> Change:
         """The change of one GPU to what was typed; see `cutting_as_typed`."""
@@ -14418,6 +15206,7 @@ class Pulse:
         self._stalls = stalls
         self._felt: Snapshot | None = None
         self.hung: Mapping[ModelName, str] = {}
+        self.loads: Mapping[ContainerName, EngineLoad | None] = {}
         threading.Thread(target=self._run, name="pulse", daemon=True).start()
 
     def _run(self) -> None:
@@ -14434,7 +15223,7 @@ class Pulse:
         self._felt, observed = snapshot, snapshot.observed
         seen = observed.containers.values() if observed else ()
         engines = {c.name: c for c in seen if c.role == "engine" and c.running and c.model_name}
-        loads = self._manager.loads([*engines.values()])
+        self.loads = loads = self._manager.loads([*engines.values()])
         suspects = [engines[name] for name in self._stalls.suspects(loads, utc_now())]
         with concurrent.futures.ThreadPoolExecutor(max_workers=len(suspects) or 1) as pool:
             tries = [pool.submit(self._manager.answers, e, self._stalls.patience) for e in suspects]
@@ -14446,6 +15235,26 @@ class Pulse:
             )
             for name in sorted(self._stalls.hung)
         }
+
+
+class Meter:
+    """A thread of its own that follows LiteLLM's counters: a hung engine must not hold it up."""
+
+    def __init__(self, manager: Manager, latest: Callable[[], Snapshot], pause: float) -> None:
+        self._manager = manager
+        self._latest = latest
+        self._pause = pause
+        self.breakers = Breakers()
+        threading.Thread(target=self._run, name="meter", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(self._pause)
+            try:
+                if (observed := self._latest().observed) is not None:
+                    self._manager.traffic.feed(self.breakers, observed)
+            except Exception:  # boundary: one look must not end all of them
+                log.exception("LiteLLM's counters could not be read")
 
 
 class Watch:
@@ -14467,6 +15276,7 @@ class Watch:
         self._repaired: set[ModelName] = set()
         self._renewed = ""  # the certificate that was last tried
         self._pulse = Pulse(manager, lambda: self._latest, stalls or Stalls())
+        self._meter = Meter(manager, lambda: self._latest, seconds)
         threading.Thread(target=self._run, name="watch", daemon=True).start()
 
     def latest(self) -> Snapshot:
@@ -14478,6 +15288,11 @@ class Watch:
             shown_at=utc_now(),
             fates={**self._fates},
             hung=self._pulse.hung,
+            health=RouteHealth(
+                figures=self._meter.breakers.figures or GatewayFigures(),
+                circuits=self._meter.breakers.circuits,
+                loads=self._pulse.loads,
+            ),
         )
 
     def _run(self) -> None:
@@ -14727,16 +15542,17 @@ class PlanCard:
     picture: gr.HTML
     text: gr.Markdown
     pending: gr.State
+    confirmed: Any  # the event: what was planned is under way
 
     @property
     def outputs(self) -> list[Any]:
         return [self.group, self.picture, self.text, self.pending]
 
 
-def build_plan_card(desk: Desk, changes: Mapping[str, Callable[[str], Change]]) -> PlanCard:
+def build_plan_card(desk: Desk, changes: Mapping[str, Callable[[Any], Change]]) -> PlanCard:
     """A hidden card that shows a plan and asks; `pending` holds (verb, subject)."""
 
-    def on_confirm(pending: tuple[str, str]) -> tuple[Any, None]:
+    def on_confirm(pending: tuple[str, Any]) -> tuple[Any, None]:
         with shown_to_operator():
             verb, subject = pending
             desk.manager.start(changes[verb](subject))
@@ -14749,9 +15565,11 @@ def build_plan_card(desk: Desk, changes: Mapping[str, Callable[[str], Change]]) 
             confirm = gr.Button("Do it", variant="primary")
             leave = gr.Button("Not now")
     pending = gr.State(None)
-    confirm.click(on_confirm, pending, [group, pending], concurrency_id="change", **PRIVATE)
+    confirmed = confirm.click(
+        on_confirm, pending, [group, pending], concurrency_id="change", **PRIVATE
+    )
     leave.click(lambda: (gr.update(visible=False), None), None, [group, pending], **PRIVATE)
-    return PlanCard(group, picture, text, pending)
+    return PlanCard(group, picture, text, pending, confirmed)
 
 
 def wire_plan(
@@ -14769,7 +15587,7 @@ def wire_plan(
     button.click(on_click, subject, card.outputs, **PRIVATE)
 
 
-def planned(desk: Desk, verb: str, subject: str, wished: Change) -> tuple[Any, ...]:
+def planned(desk: Desk, verb: str, subject: Any, wished: Change) -> tuple[Any, ...]:
     """What opens the card: the fit of what would be deployed, the plan, and how to confirm it."""
     text = plan_markdown(wished.title, desk.manager.plan(wished))
     fit = None
@@ -15301,6 +16119,225 @@ def build_reboot_view(desk: Desk) -> None:
     check.click(on_check, None, [verdict, rows], **PRIVATE)
 
 
+def build_routes_tab(desk: Desk) -> None:
+    """The ways in as a picture, what can be changed about them, and one request along them."""
+    with gr.Tab("Routes", id="routes") as tab:
+        live(desk, gr.HTML(), ways_html)
+        build_try_out(desk)
+        build_route_form(desk)
+        build_provider_form(desk)
+        build_direct_keys(desk)
+        build_edge_switches(desk)
+        build_proofs_view(desk, tab)
+
+
+def plan_of(
+    desk: Desk, verb: str, change: Callable[[Any], Change], described: Callable[..., Any]
+) -> Callable[..., tuple[Any, ...]]:
+    """A handler that opens a card with the plan of what a form describes; the form stays."""
+
+    def on_plan(*values: Any) -> tuple[Any, ...]:
+        with shown_to_operator():
+            subject = described(*values)
+            return planned(desk, verb, subject, change(subject))
+
+    return on_plan
+
+
+def build_route_form(desk: Desk) -> None:
+    """A public name: who answers for it, and what happens when they cannot."""
+
+    def on_name(name: str | None) -> Any:
+        known = next((r for r in desk.manager.state().routes if r.name == typed(name)), None)
+        return route_fields(known) if known else tuple(gr.skip() for _ in fields_below)
+
+    with gr.Accordion("Change a route, or make one", open=False):
+        with gr.Row():
+            name = gr.Dropdown(
+                label="Public name", allow_custom_value=True, value=None,
+                info="choose one, or type a new one; lab/* is a pattern",
+            )  # fmt: skip
+            live(desk, name, route_choices)
+            members = many(desk, "Members", "models, or provider/model", member_choices)
+            aliases = gr.Textbox(label="Also called", placeholder="gpt-4o, default")
+        with gr.Row():
+            strategy = gr.Dropdown([*STRATEGIES], value=STRATEGIES[0], label="Who of them answers")
+            weights = gr.Textbox(label="Weights", info="weighted: one for each", placeholder="3, 1")
+            fallbacks = many(desk, "Fallbacks", "in this order, where all fail", public_choices)
+            context = many(desk, "If a prompt is too long", "in this order", public_choices)
+        with gr.Accordion("Limits", open=False), gr.Row():
+            limits = [
+                gr.Number(usual, label=label, info=info, precision=0, minimum=0, min_width=130)
+                for usual, (_, label, info) in zip(USUAL_LIMITS, ROUTE_LIMITS, strict=True)
+            ]
+        with gr.Row(elem_classes="actions"):
+            plan = gr.Button("Plan the route", variant="primary", scale=0, min_width=150)
+            remove = gr.Button("Remove the route", variant="stop", scale=0, min_width=200)
+        card = build_plan_card(desk, {"route": routing, "unroute": unrouting})
+    fields_below = [members, aliases, strategy, weights, fallbacks, context, *limits]
+    name.input(on_name, name, fields_below, **QUIET)
+    on_plan = plan_of(desk, "route", routing, route_settings)
+    plan.click(on_plan, [name, *fields_below], card.outputs, **PRIVATE)
+    wire_plan(desk, remove, name, card, "unroute", unrouting)
+
+
+def many(desk: Desk, label: str, info: str, view: View) -> gr.Dropdown:
+    """Several of what there is, in the order of choosing, or what is typed."""
+    several = gr.Dropdown(label=label, info=info, multiselect=True, allow_custom_value=True)
+    live(desk, several, view)
+    return several
+
+
+def build_provider_form(desk: Desk) -> None:
+    """Servers of models that run elsewhere, and what they have."""
+
+    def on_look() -> tuple[Any, ...]:
+        with shown_to_operator():
+            found = desk.manager.providers.all()
+            rows = provider_rows(desk.manager.state().providers, found)
+            return rows, gr.update(value=found_models(found), visible=True)
+
+    with gr.Accordion("Providers", open=False):
+        rows = live(desk, table(PROVIDER_HEADERS), known_providers)
+        look = gr.Button("Look at them", scale=0, min_width=150)
+        models = gr.Textbox(
+            label="Their models, as routes name them", lines=2, max_lines=10, interactive=False,
+            visible=False, elem_classes="log",
+        )  # fmt: skip
+        with gr.Row():
+            name = gr.Dropdown(
+                label="Name", allow_custom_value=True, value=None, info="or a new one"
+            )
+            live(desk, name, provider_choices)
+            kind = gr.Dropdown([*PROVIDER_KINDS], value=PROVIDER_KINDS[0], label="Kind")
+            url = gr.Textbox(label="Address", placeholder="http://10.0.0.7:11434")
+            vendor = gr.Textbox(label="Vendor", info="a cloud's name in LiteLLM")
+            key = gr.Textbox(label="Key", type="password", info="empty: the one it has")
+        with gr.Row(elem_classes="actions"):
+            plan = gr.Button("Plan the provider", variant="primary", scale=0, min_width=190)
+            remove = gr.Button("Remove the provider", variant="stop", scale=0, min_width=220)
+        card = build_plan_card(desk, {"provide": providing, "unprovide": unproviding})
+    look.click(on_look, None, [rows, models], **PRIVATE)
+    on_plan = plan_of(desk, "provide", providing, provider_settings)
+    plan.click(on_plan, [name, kind, url, vendor, key], card.outputs, **PRIVATE)
+    wire_plan(desk, remove, name, card, "unprovide", unproviding)
+
+
+def build_direct_keys(desk: Desk) -> None:
+    """Keys for /models: planned, shown once, revoked."""
+
+    def on_plan(name: str | None, models: Sequence[str] | None) -> tuple[Any, ...]:
+        with shown_to_operator():
+            key = new_direct_key(typed(name), models or ())
+            return *planned(desk, "grant", key, granting_direct(key)), key
+
+    def on_granted(key: DirectKey | None) -> tuple[Any, None]:
+        text = hand_out_direct(desk.manager.state(), key) if key else ""
+        return gr.update(value=text, visible=key is not None), None
+
+    with gr.Accordion("Direct keys, past LiteLLM", open=False):
+        live(
+            desk, table(DIRECT_HEADERS), lambda seen: direct_rows(seen.state) if seen.state else []
+        )
+        with gr.Row(elem_classes="actions"):
+            name = gr.Dropdown(label="For whom", allow_custom_value=True, value=None, scale=2)
+            live(desk, name, direct_choices)
+            models = many(desk, "Models", "none: all of them", model_names)
+            plan = gr.Button("Plan the key", variant="primary", scale=0, min_width=130)
+            revoke = gr.Button("Revoke", variant="stop", scale=0, min_width=110)
+        card = build_plan_card(desk, {"grant": granting_direct, "revoke": revoking_direct})
+        secret = gr.Textbox(
+            label="Hand this over now: it is shown only once", lines=4, interactive=False,
+            buttons=["copy"], visible=False, elem_id="new-direct-key", elem_classes="log",
+        )  # fmt: skip
+    fresh = gr.State(None)
+    plan.click(on_plan, [name, models], [*card.outputs, fresh], **PRIVATE)
+    card.confirmed.success(on_granted, fresh, [secret, fresh], **PRIVATE)
+    wire_plan(desk, revoke, name, card, "revoke", revoking_direct)
+
+
+def build_edge_switches(desk: Desk) -> None:
+    """Who comes in without a key of his own, and how large a request may be."""
+
+    def change(subject: tuple[Sequence[str], Json]) -> Change:
+        return exposing(*subject)
+
+    def closing(_: str) -> Change:
+        return replace(configuring_edge({"open_routes": False}), title="Close every open route")
+
+    def described(models: Sequence[str] | None, opened: bool, mib: float | None) -> Any:
+        return models or (), {"open_routes": opened, "max_request_mib": mib or 1}
+
+    with gr.Accordion("Open routes, and the size of requests", open=False):
+        with gr.Row():
+            models = gr.CheckboxGroup(label="Models that anybody may reach")
+            live(desk, models, open_models)
+            opened = gr.Checkbox(label="Open routes exist", info="off closes all of them at once")
+            live(desk, opened, lambda seen: bool(seen.state and seen.state.edge.open_routes))
+            mib = gr.Number(label="Largest request (MiB)", precision=0, minimum=1)
+            live(desk, mib, lambda seen: seen.state and seen.state.edge.max_request_mib)
+        with gr.Row(elem_classes="actions"):
+            plan = gr.Button("Plan these settings", variant="primary", scale=0, min_width=200)
+            kill = gr.Button("Close every open route", variant="stop", scale=0, min_width=250)
+        changes: Json = {"expose": change, "close": closing}
+        card = build_plan_card(desk, changes)
+    on_plan = plan_of(desk, "expose", change, described)
+    plan.click(on_plan, [models, opened, mib], card.outputs, **PRIVATE)
+    wire_plan(desk, kill, gr.State("now"), card, "close", closing)
+
+
+def build_try_out(desk: Desk) -> None:
+    """One request along a way, and where its time went; nothing of it is kept."""
+
+    def on_try(target: str | None, text: str | None) -> list[list[str]]:
+        with shown_to_operator():
+            if not typed(target):
+                raise RefusedError("Nothing is chosen yet.", advice="Choose what to try first.")
+            return hop_rows(desk.manager.traffic.try_out(typed(target), typed(text)))
+
+    with gr.Accordion("Try one request", open=False):
+        with gr.Row(elem_classes="actions"):
+            target = gr.Dropdown(
+                label="Ask for", allow_custom_value=True, value=None, scale=2,
+                info="a public name, or past LiteLLM",
+            )  # fmt: skip
+            live(desk, target, trial_choices)
+            text = gr.Textbox(label="Prompt", placeholder="yes", info="or none", scale=3)
+            ask = gr.Button("Try it", variant="primary", scale=0, min_width=110)
+        rows = table(HOP_HEADERS, ("25%", "15%", "60%"))
+    ask.click(on_try, [target, text], rows, concurrency_limit=None, **PRIVATE)
+
+
+def build_proofs_view(desk: Desk, tab: gr.Tab) -> None:
+    """That every way in answers as it should, and that nothing said is kept: proven and dated."""
+    proofs = desk.manager.proofs
+
+    def on_show() -> tuple[Any, ...]:
+        with shown_to_operator():
+            probe, privacy = proofs.last_probe(), proofs.last_privacy()
+            return (
+                probe_headline(probe), probe_rows(probe) if probe else [],
+                privacy_headline(privacy), privacy_rows(privacy) if privacy else [],
+            )  # fmt: skip
+
+    def on_start(start: Callable[[], Job]) -> None:
+        with shown_to_operator():
+            start()
+
+    with gr.Accordion("Proofs", open=False):
+        with gr.Row(elem_classes="actions"):
+            probe = gr.Button("Probe every route", scale=0, min_width=170)
+            prove = gr.Button("Prove privacy", scale=0, min_width=140)
+        shown = []
+        for headers in (PROBE_HEADERS, PRIVACY_HEADERS):
+            shown += [gr.Markdown(), table(headers)]
+        done = live(desk, gr.Textbox(visible="hidden"), proofs_done)
+    probe.click(partial(on_start, proofs.probe), None, None, **PRIVATE)
+    prove.click(partial(on_start, proofs.privacy), None, None, **PRIVATE)
+    for changed in (tab.select, done.change):
+        changed(on_show, None, shown, **QUIET)
+
+
 def build_keys_tab(desk: Desk) -> None:
     """A key per colleague: made, shown once, revoked."""
 
@@ -15518,6 +16555,7 @@ def build_console(manager: Manager, watch: Watch) -> gr.Blocks:
             form = build_models_tab(desk)
             build_library_tab(desk, tabs, form)
             build_hardware_tab(desk)
+            build_routes_tab(desk)
             build_keys_tab(desk)
             build_system_tab(desk)
         wire_live(desk, app)
@@ -15539,7 +16577,7 @@ def build_app(manager: Manager, watch: Watch) -> Guard:
         path="/",
         auth_dependency=operator,
         app_kwargs={"openapi_url": None, "docs_url": None, "redoc_url": None},
-        css=STYLE + FIT_STYLE,
+        css=STYLE + FIT_STYLE + ROUTE_STYLE,
         theme=gr.themes.Default(primary_hue="blue", font=FONTS, font_mono=MONOSPACE_FONTS),
         footer_links=[],
         run_history=False,
@@ -15648,7 +16686,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_gpu_commands(commands)
     add_key_commands(commands)
     add_direct_commands(commands)
-    add_route_commands(commands)
+    add_route_commands(commands, add)
     add_system_commands(commands, add)
     return parser
 
@@ -15851,8 +16889,16 @@ def add_direct_commands(commands: Any) -> None:
     _add_named_change(verbs.add_parser("revoke"), revoking_direct)
 
 
-def add_route_commands(commands: Any) -> None:
-    """`provider …` and `route …`."""
+def _add_looks(add: Callable[..., Any]) -> None:
+    add("routes", command_routes, "every way in, who answers there, and how it is with them")
+    trial = add("try", command_try, "send one smallest request, and show where its time went")
+    trial.add_argument("target", help="a public name, or /models/NAME, or /open/NAME")
+    trial.add_argument("--prompt", default="", help="what it asks; nothing of it is kept")
+
+
+def add_route_commands(commands: Any, add: Callable[..., Any]) -> None:
+    """`routes`, `try`, `provider …` and `route …`."""
+    _add_looks(add)
     group = commands.add_parser("provider", help="servers of models elsewhere").add_subparsers(
         required=True, metavar="COMMAND"
     )
@@ -16137,6 +17183,30 @@ def out_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(len(line[i]) for line in lines) for i in range(len(headers))]
     for line in lines:
         out("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def command_routes(arguments: argparse.Namespace) -> int:
+    """The picture of the ways in, as a table."""
+    manager = open_manager()
+    snapshot = manager.snapshot()
+    if snapshot.observed is not None:
+        snapshot = replace(snapshot, health=manager.traffic.look(snapshot.observed))
+    if arguments.json:
+        out_json(keyed(ROUTE_HEADERS, route_rows(snapshot)))
+        return FAILED if snapshot.faults else DONE
+    for way in ways_in(snapshot):
+        out(f"{way.address}: {way.clients}; {way.verdict}")
+    out_table(ROUTE_HEADERS, route_rows(snapshot))
+    return FAILED if snapshot.faults else DONE
+
+
+def command_try(arguments: argparse.Namespace) -> int:
+    trial = open_manager().traffic.try_out(arguments.target, arguments.prompt)
+    if arguments.json:
+        out_json(keyed(HOP_HEADERS, hop_rows(trial)))
+    else:
+        out_table(HOP_HEADERS, hop_rows(trial))
+    return DONE if trial.reply.is_success else FAILED
 
 
 def command_plan(arguments: argparse.Namespace) -> int:

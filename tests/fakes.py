@@ -20,6 +20,7 @@ from pathlib import Path
 import yaml
 from builders import STORED, a_site
 from fake_gpus import SimulatedGpus
+from pydantic import SecretStr
 
 import llm_manager as lm
 
@@ -179,6 +180,7 @@ class World:
     docker_answers: bool = True
     loads: dict[str, lm.EngineLoad] = field(default_factory=dict)  # of engines, by container
     hung: set[str] = field(default_factory=set)  # engines that answer no request
+    figures: dict[str, lm.GatewayFigures] = field(default_factory=dict)  # of gateways
 
     def boot(self, container: FakeContainer) -> None:
         """Start it: it reads its files now, and ends at once if it is broken."""
@@ -595,6 +597,9 @@ class FakeProbes:
 
     def load(self, seen: lm.ObservedContainer) -> lm.EngineLoad | None:
         return self.world.loads.get(seen.name)
+
+    def figures(self, seen: lm.ObservedContainer, key: SecretStr) -> lm.GatewayFigures | None:  # noqa: ARG002
+        return self.world.figures.get(seen.name)
 
     def answers(
         self,

@@ -308,11 +308,27 @@ def test_status_without_docker_still_lists_the_models(with_chat: Run) -> None:
     assert "! Docker does not answer" in ended.out
 
 
+def test_routes_without_docker_are_listed_and_nothing_is_said_of_them(with_chat: Run) -> None:
+    ended = with_chat("routes")
+    assert ended.status == lm.FAILED
+    assert "https://localhost/v1: whoever has a virtual key; Docker does not answer" in ended.out
+    assert re.search(r"^v1 +chat +chat-0 +untried +Docker does not answer", ended.out, re.MULTILINE)
+    assert json.loads(with_chat("routes", "--json").out)[0]["public_name"] == "chat"
+    assert "Docker does not answer" in with_chat("try", "chat").refusal()
+
+
 def test_no_secret_is_printed_but_by_the_command_that_is_for_it(run: Run, tmp_path: Path) -> None:
     secrets = lm.StateStore(tmp_path / "home").ensure(fixed_names=True).secrets
     values = [lm.reveal(getattr(secrets, name)) for name in
               ("master_key", "salt_key", "database_password", "console_key")]  # fmt: skip
-    for command in (["config", "show"], ["status"], ["status", "--json"], ["plan"], ["doctor"]):
+    for command in (
+        ["config", "show"],
+        ["status"],
+        ["routes"],
+        ["status", "--json"],
+        ["plan"],
+        ["doctor"],
+    ):
         ended = run(*command)
         assert not [value for value in values if value in ended.out + ended.err], command
     assert run("url").out == f"http://127.0.0.1:7860/?token={values[3]}\n"

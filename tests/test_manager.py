@@ -602,6 +602,30 @@ def test_an_engine_that_answers_is_only_slow(server: Server) -> None:
     manager.rests_after = 0
 
 
+def test_what_litellm_counts_and_what_engines_are_at_reach_the_page(server: Server) -> None:
+    serve(server, "chat")
+    load = lm.EngineLoad(running=1, waiting=0, tokens=70)
+    server.world.loads["llm-model-chat-0"] = load
+    name = "chat@llm-model-chat-0"
+    failing = lm.DeploymentFigures(failing=True, failures={"it fails (500)": 1})
+    manager = watched(server)
+    watch = lm.Watch(manager, seconds=0.001, stalls=lm.Stalls(pause=0.001))
+
+    def told(figures: lm.DeploymentFigures) -> lm.Circuit | None:
+        every = lm.GatewayFigures(deployments={name: figures})
+        server.world.figures = {f"llm-litellm-{slot}": every for slot in lm.SLOTS}
+        assert until(lambda: watch.latest().health.figures == every)
+        return watch.latest().health.circuits.get(name)
+
+    assert told(lm.DeploymentFigures(successes=1)) == lm.Circuit(state="active")
+    circuit = told(failing)
+    assert circuit is not None
+    assert (circuit.state, circuit.reason) == ("degraded", "it fails (500)")
+    assert until(lambda: load in watch.latest().health.loads.values())
+    manager.rests_after = 0
+    assert watch.latest().jobs == ()
+
+
 def test_the_doctor_warns_of_whoever_would_undo_a_layout(start: Callable[..., Server]) -> None:
     server = start(a_card("H100 80 GB"))
     server.world.gpus.mig_manager = True

@@ -15,7 +15,7 @@ from playwright.sync_api import Page, expect
 from test_story import ANSWER, ask
 
 pytestmark = pytest.mark.browser
-TABS = ("Overview", "Models", "Library", "Hardware", "Keys", "System")
+TABS = ("Overview", "Models", "Library", "Hardware", "Routes", "Keys", "System")
 DEPLOY_SECONDS = 240
 
 
