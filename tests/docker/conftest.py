@@ -15,9 +15,7 @@ import pytest
 from browsing import FLAGS
 from installation import DOCKER_URL, Install, Installation, copied_models
 from playwright.sync_api import Browser, Page, expect, sync_playwright
-
-TIMINGS = pytest.StashKey[list[tuple[str, float]]]()
-SHOWN = pytest.StashKey[list[str]]()
+from reporting import SHOWN, TIMINGS
 
 
 @pytest.fixture(scope="session")
@@ -118,16 +116,3 @@ def attach_logs(report: pytest.TestReport, installation: Installation) -> None:
             report.sections.append((f"log of {name}", "\n".join(text.splitlines()[-40:])))
     except Exception as error:  # noqa: BLE001 - the test's own failure matters more
         report.sections.append(("container logs", f"could not be read: {error}"))
-
-
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
-    timings = config.stash.get(TIMINGS, [])
-    if timings:
-        terminalreporter.section("steps on real containers")
-        for title, seconds in timings:
-            terminalreporter.line(f"{seconds:7.1f} s  {title}")
-    for text in config.stash.get(SHOWN, []):
-        terminalreporter.section(text.splitlines()[0])
-        terminalreporter.write_line("\n".join(text.splitlines()[1:]))
