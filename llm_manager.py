@@ -4805,14 +4805,15 @@ def render_gateway(
 GATEWAY_CONFIG: Final = "/etc/litellm/config.yaml"
 
 
-def _log_lines(text: str, *loggers: str) -> tuple[Json, Json, Json]:
+def _log_lines(level: str, text: str, *loggers: str) -> tuple[Json, Json, Json]:
     """Formatter, handler and loggers of Python's `dictConfig`: a `str` formats, by its `format`."""
     name = loggers[0]
     handler = {"class": "logging.StreamHandler", "formatter": name, "stream": "ext://sys.stderr"}
     return (
         {name: {"()": "builtins.str", "object": text}},
         {name: handler},
-        {each: {"handlers": [name], "propagate": False} for each in loggers},
+        # Without its level uvicorn (under LiteLLM 1.108) writes no access log at all.
+        {each: {"handlers": [name], "level": level, "propagate": False} for each in loggers},
     )
 
 
@@ -4820,8 +4821,8 @@ def _log_lines(text: str, *loggers: str) -> tuple[Json, Json, Json]:
 # fields; its access log has paths and queries. So its log says where, and not what.
 _WHERE: Final = "{0.levelname} {0.name} {0.filename}:{0.lineno}"
 _FORMATTERS, _HANDLERS, _LOGGERS = zip(
-    _log_lines(_WHERE, "LiteLLM Proxy", "LiteLLM Router", "LiteLLM"),
-    _log_lines("{0.levelname} {0.name} {0.args[1]} {0.args[4]}", "uvicorn.access"),
+    _log_lines("WARNING", _WHERE, "LiteLLM Proxy", "LiteLLM Router", "LiteLLM"),
+    _log_lines("INFO", "{0.levelname} {0.name} {0.args[1]} {0.args[4]}", "uvicorn.access"),
     strict=True,
 )
 _WORDLESS_LOGS: Final[Json] = {
@@ -13583,8 +13584,11 @@ def apply_stage(stage: Stage, tools: Tools, control: Control) -> None:
             attempted.pop()
         # A Discard is the point of no return: what it made way for is ready, and stays.
         if not (attempted and isinstance(attempted[-1], Discard)):
+            stuck = False
             for step in reversed(attempted):
-                undo_step(step, tools, control.report)
+                # What could not be taken back goes on with the files that it reads.
+                if not (stuck and isinstance(step, WriteFile)):
+                    stuck |= not undo_step(step, tools, control.report)
         raise
 
 
@@ -13706,13 +13710,15 @@ def _verify_layout(gpu: GpuRef, slices: frozenset[Slice], tools: Tools) -> None:
         )
 
 
-def undo_step(step: Step, tools: Tools, report: Report) -> None:
-    """Take back one attempted step; report trouble instead of raising it."""
+def undo_step(step: Step, tools: Tools, report: Report) -> bool:
+    """Take back one attempted step; trouble is reported, and False, instead of being raised."""
     try:
         if _undo(step, tools, report):
             report(f"undone: {describe(step)}")
     except ManagerError as error:
         report(f"could not undo {describe(step)}: {error}")
+        return False
+    return True
 
 
 def _undo(step: Step, tools: Tools, report: Report) -> bool:  # noqa: C901, PLR0912 - one line per kind of step

@@ -253,6 +253,25 @@ def test_an_undo_that_fails_is_reported_and_the_next_still_runs(two_models: Worl
     assert world.routed() == {"chat", "other"}
 
 
+@pytest.mark.parametrize(("last", "kept"), [(2, False), (99, True)])
+def test_a_container_that_cannot_be_taken_back_keeps_the_files_it_reads(
+    two_models: World, last: int, kept: bool
+) -> None:
+    """Docker restarts a gateway by itself; without its configuration it would never come up."""
+    world = two_models.copy()
+    tools = some_tools(world, Trouble(range(2, last + 1), error=a_failure))
+    world.files.trouble = Trouble()  # type: ignore[attr-defined] - the disk is well
+    spec = lm.render_gateway(TWO, "b", lm.served_models(TWO, TWO.models), a_site())
+    steps = (
+        lm.WriteFile("litellm-b/config.yaml", "new", None, "for it"),
+        lm.CreateContainer(spec, "not there"),
+    )
+    with pytest.raises(lm.ManagerError):
+        lm.apply_stage(lm.Stage(title="endpoint", steps=steps), tools, lm.Control(lambda _: None))
+    assert (spec.name in world.containers) is kept
+    assert ("litellm-b/config.yaml" in world.files.read_generated()) is kept
+
+
 def test_a_stop_that_fails_half_way_leaves_the_model_running(two_models: World) -> None:
     world = two_models.copy()
     before = shape(world)

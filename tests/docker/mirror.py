@@ -2,7 +2,7 @@
 
 What a body says is done: `hold` answers the head and a first event, and the rest when another
 request brings `release`; `drip` sends no more, and notes when the client is gone; `drop` hangs
-up.
+up; `busy` is answered with 429, and `away` with 503 and when to come again.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Mirror(http.server.BaseHTTPRequestHandler):
         else:
             if b"release" in body:
                 RELEASED.set()
-            self.answer(len(body))
+            self.answer(len(body), 429 if b"busy" in body else 503 if b"away" in body else 200)
 
     do_POST = do_PUT = do_DELETE = do_OPTIONS = do_GET  # noqa: N815
 
@@ -55,10 +55,12 @@ class Mirror(http.server.BaseHTTPRequestHandler):
         self.rfile.readline()
         return b"".join(parts)
 
-    def answer(self, size: int) -> None:
+    def answer(self, size: int, status: int) -> None:
         seen = {"method": self.command, "path": self.path, "size": size, "who": sys.argv[1]}
         text = json.dumps(seen | {"headers": [[k.lower(), v] for k, v in self.headers.items()]})
-        self.send_response(200)
+        self.send_response(status)
+        if status == 503:
+            self.send_header("retry-after", "77")
         for name in (*INSIDE, *KEPT):
             self.send_header(name, "x")
         self.send_header("content-type", "application/json")

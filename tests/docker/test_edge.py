@@ -389,6 +389,15 @@ WAYS = [("/v1", "sk-virtual"), ("/models/chat/v1", ADA), ("/open/chat/v1", "x")]
 MIB = 1024 * 1024
 
 
+@pytest.mark.parametrize(("prefix", "key"), WAYS)
+def test_who_is_told_to_wait_is_told_how_long(edge: Edge, prefix: str, key: str) -> None:
+    path = f"{prefix}/v1/chat/completions"
+    busy, away, well = (edge.ask("POST", path, key, body=body) for body in (b"busy", b"away", b"-"))
+    assert (busy.status, busy.headers["retry-after"]) == (429, "5")
+    assert (away.status, away.headers["retry-after"]) == (503, "77")
+    assert "retry-after" not in well.headers
+
+
 @pytest.mark.parametrize("form", ["with its length", "chunked"])
 @pytest.mark.parametrize(("prefix", "key"), WAYS)
 def test_a_request_may_be_as_long_as_is_set_and_no_longer(

@@ -241,6 +241,25 @@ def test_the_kill_switch_closes_every_open_route_at_once(
     expect(opened).to_contain_text("closed by the kill switch")
 
 
+def test_both_proofs_are_a_click_and_their_dated_results_stay(page: Page, url: str) -> None:
+    open_console(page, url)
+    open_tab(page, "Routes")
+    fold(page, "Proofs")
+    button(page, "Probe every route").click()
+    done(page, "Try every route")
+    probed = page.get_by_text(re.compile(r"Green, 2\d{3}-.* UTC.*answered"))
+    expect(probed).to_be_visible()
+    button(page, "Prove privacy").click()
+    done(page, "Prove privacy")
+    proven = page.get_by_text(re.compile(r"Green, 2\d{3}-.* UTC.*nothing was found"))
+    expect(proven).to_be_visible()
+    page.reload()
+    open_tab(page, "Routes")
+    fold(page, "Proofs")
+    expect(probed).to_be_visible()
+    expect(proven).to_be_visible()
+
+
 def test_the_command_line_shows_the_same_and_keeps_nothing_of_a_prompt(here: Installation) -> None:
     shown = json.loads(here.cli("routes", "--json"))
     chat = next(row for row in shown if (row["way_in"], row["public_name"]) == ("v1", "chat"))

@@ -575,7 +575,9 @@ def test_only_the_chosen_models_are_cached(lab: Lab) -> None:
     assert lab.served()["one"] == 1
     assert lab.ask("lone", text).json()["id"] != lab.ask("lone", text).json()["id"]
     wait_until(
-        lambda: bool(lab.metric("litellm_cache_hits_metric_total", model="cached")), "counted", 10
+        lambda: bool(lab.metric("litellm_cache_hits_metric_total", model_id="cached@one/cached")),
+        "counted",
+        10,
     )
 
 
