@@ -17,7 +17,7 @@ from pydantic import SecretStr
 
 import llm_manager as lm
 
-pytestmark = pytest.mark.docker
+pytestmark = [pytest.mark.docker, pytest.mark.alone]
 
 OTHER_LITELLM = f"llm-manager-litellm:{uuid.uuid4().hex[:8]}"
 
