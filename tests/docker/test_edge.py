@@ -391,10 +391,10 @@ MIB = 1024 * 1024
 
 @pytest.mark.parametrize(("prefix", "key"), WAYS)
 def test_who_is_told_to_wait_is_told_how_long(edge: Edge, prefix: str, key: str) -> None:
-    path = f"{prefix}/v1/chat/completions"
+    path = f"{prefix}/chat/completions"
     busy, away, well = (edge.ask("POST", path, key, body=body) for body in (b"busy", b"away", b"-"))
-    assert (busy.status, busy.headers["retry-after"]) == (429, "5")
-    assert (away.status, away.headers["retry-after"]) == (503, "77")
+    assert (busy.status, busy.headers.get("retry-after")) == (429, "5")
+    assert (away.status, away.headers.get("retry-after")) == (503, "77")
     assert "retry-after" not in well.headers
 
 

@@ -95,6 +95,7 @@ def test_no_change_drops_a_request_and_a_plain_restart_does(
             for title, change in CHANGES:
                 with here.step(f"under load: {title}"):
                     results[title] = under(load, lambda change=change: change(here))
+                assert not restarted(here), f"while {title}{restarted(here)}"
             baseline = under(load, lambda: docker_restart(here))
     finally:
         show(table(results, baseline))
@@ -138,6 +139,15 @@ def under(load: Load, change: Callable[[], object]) -> list[Outcome]:
     change()
     until = load.everyone_again()
     return [outcome for outcome in tuple(load.outcomes) if begun <= outcome.ended <= until]
+
+
+def restarted(here: Installation) -> str:
+    """Which containers Docker had to start again, and their last words: nothing here stops one."""
+    return "".join(
+        f"\n  {name} ended and was started again {times} times; it said: {here.logs()[name][-1500:]}"
+        for name, container in here.containers().items()
+        if (times := container.attrs["RestartCount"])
+    )
 
 
 def table(results: dict[str, list[Outcome]], baseline: Sequence[Outcome]) -> str:
