@@ -144,7 +144,7 @@ def under(load: Load, change: Callable[[], object]) -> list[Outcome]:
 def restarted(here: Installation) -> str:
     """Which containers Docker had to start again, and their last words: nothing here stops one."""
     return "".join(
-        f"\n  {name} ended and was started again {times} times; it said: {here.logs()[name][-1500:]}"
+        f"\n  {name} was started again {times} times; it said: {here.logs()[name][-1500:]}"
         for name, container in here.containers().items()
         if (times := container.attrs["RestartCount"])
     )
