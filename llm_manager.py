@@ -570,6 +570,12 @@ class Provider:
 Strategy = Literal["least-busy", "latency", "usage", "shuffle", "weighted", "in-order"]
 STRATEGIES: Final[tuple[Strategy, ...]] = get_args(Strategy)
 RouteName = Annotated[str, ROUTE_NAME_RULE]
+# Of a route that says nothing else.
+TIMEOUT_SECONDS: Final = 600
+RETRIES: Final = 2
+# allowed_fails 1 would make LiteLLM retry the same bad replica, and then leave the group.
+FAILURES_ALLOWED: Final = 0
+COOLDOWN_SECONDS: Final = 10
 
 
 @_strict
@@ -590,12 +596,11 @@ class Route:
     strategy: Strategy = "least-busy"
     fallbacks: tuple[Annotated[str, FALLBACK_RULE], ...] = ()
     context_fallbacks: tuple[Annotated[str, FALLBACK_RULE], ...] = ()
-    timeout_seconds: Annotated[int, pydantic.Field(ge=1, le=3600)] = 600
-    retries: Annotated[int, pydantic.Field(ge=0, le=10)] = 2
-    failures_allowed: Annotated[int, pydantic.Field(ge=0, le=1000)] = (
-        0  # of one, within a cool-down
-    )
-    cooldown_seconds: Annotated[int, pydantic.Field(ge=0, le=3600)] = 10
+    timeout_seconds: Annotated[int, pydantic.Field(ge=1, le=3600)] = TIMEOUT_SECONDS
+    retries: Annotated[int, pydantic.Field(ge=0, le=10)] = RETRIES
+    # Of one member, within a cool-down.
+    failures_allowed: Annotated[int, pydantic.Field(ge=0, le=1000)] = FAILURES_ALLOWED
+    cooldown_seconds: Annotated[int, pydantic.Field(ge=0, le=3600)] = COOLDOWN_SECONDS
     parallel: Annotated[int, pydantic.Field(ge=1, le=10_000)] | None = None  # for each replica
     cache_seconds: Annotated[int, pydantic.Field(ge=1, le=30 * 86400)] | None = None
 
@@ -608,6 +613,9 @@ class DirectKey:
     name: Name
     secret: Annotated[pydantic.SecretStr, pydantic.AfterValidator(_bearer)]
     models: tuple[ModelName, ...] = ()
+
+    def opens(self, model: ModelName) -> bool:
+        return not self.models or model in self.models
 
 
 @_strict
@@ -655,6 +663,10 @@ class Edge:
     tls: Tls = field(default_factory=InternalTls)
     open_routes: bool = False  # off closes every open route at once
     max_request_mib: Annotated[int, pydantic.Field(ge=1, le=4096)] = 64
+
+    def opens(self, model: Model) -> bool:
+        """Whether anybody may reach a model while it runs."""
+        return self.open_routes and model.open_route
 
 
 @_strict
@@ -3877,7 +3889,6 @@ class Breakers:
         self.figures = figures
 
 
-COOLDOWN_SECONDS: Final = 10  # of a route that says nothing else
 RECENT: Final = timedelta(minutes=1)
 FAILURES_IN_A_ROW: Final = 3  # until who is never put aside counts as unavailable
 
@@ -4752,12 +4763,8 @@ def render_gateway(
         image=state.images.litellm,
         network=network_name(state),
         command=(
-            "--config",
-            GATEWAY_CONFIG,
-            "--log_config",
-            GATEWAY_CONFIG,
-            "--port",
-            str(GATEWAY_PORT),
+            *("--config", GATEWAY_CONFIG, "--log_config", GATEWAY_CONFIG),
+            *("--port", str(GATEWAY_PORT)),
         ),
         environment={
             "LITELLM_MASTER_KEY": state.secrets.master_key,
@@ -4793,9 +4800,7 @@ def render_gateway(
         readiness=GatewayServes(
             # Patterns are not listed.
             model_names=tuple(
-                pool.route.name
-                for pool in pools(state, served)
-                if not pool.route.name.endswith("*")
+                name for pool in pools(state, served) if not (name := pool.route.name).endswith("*")
             ),
             master_key=state.secrets.master_key,
         ),
@@ -4805,32 +4810,35 @@ def render_gateway(
 GATEWAY_CONFIG: Final = "/etc/litellm/config.yaml"
 
 
-def _log_lines(level: str, text: str, *loggers: str) -> tuple[Json, Json, Json]:
-    """Formatter, handler and loggers of Python's `dictConfig`: a `str` formats, by its `format`."""
-    name = loggers[0]
-    handler = {"class": "logging.StreamHandler", "formatter": name, "stream": "ext://sys.stderr"}
-    return (
-        {name: {"()": "builtins.str", "object": text}},
-        {name: handler},
-        # Without its level uvicorn (under LiteLLM 1.108) writes no access log at all.
-        {each: {"handlers": [name], "level": level, "propagate": False} for each in loggers},
-    )
-
-
 # LiteLLM's errors, and the tracebacks with them, quote what engines say of a request's wrong
-# fields; its access log has paths and queries. So its log says where, and not what.
-_WHERE: Final = "{0.levelname} {0.name} {0.filename}:{0.lineno}"
-_FORMATTERS, _HANDLERS, _LOGGERS = zip(
-    _log_lines("WARNING", _WHERE, "LiteLLM Proxy", "LiteLLM Router", "LiteLLM"),
-    _log_lines("INFO", "{0.levelname} {0.name} {0.args[1]} {0.args[4]}", "uvicorn.access"),
-    strict=True,
-)
+# fields; its access log has paths and queries. So its log says where, and not what. As a
+# formatter of Python's `dictConfig` a `str` will do, by its `format`.
+_LOG_LINES: Final[Mapping[str, str]] = {
+    "LiteLLM Proxy": "{0.levelname} {0.name} {0.filename}:{0.lineno}",
+    "uvicorn.access": "{0.levelname} {0.name} {0.args[1]} {0.args[4]}",
+}
+# logger: whose lines it writes, and its level, without which uvicorn (under LiteLLM 1.108) writes
+# no access log at all.
+_LOGGERS: Final[Mapping[str, tuple[str, str]]] = {
+    "LiteLLM Proxy": ("LiteLLM Proxy", "WARNING"),
+    "LiteLLM Router": ("LiteLLM Proxy", "WARNING"),
+    "LiteLLM": ("LiteLLM Proxy", "WARNING"),
+    "uvicorn.access": ("uvicorn.access", "INFO"),
+}
 _WORDLESS_LOGS: Final[Json] = {
     "version": 1,
     "disable_existing_loggers": False,
-    "formatters": {k: v for part in _FORMATTERS for k, v in part.items()},
-    "handlers": {k: v for part in _HANDLERS for k, v in part.items()},
-    "loggers": {k: v for part in _LOGGERS for k, v in part.items()},
+    "formatters": {
+        name: {"()": "builtins.str", "object": line} for name, line in _LOG_LINES.items()
+    },
+    "handlers": {
+        name: {"class": "logging.StreamHandler", "formatter": name, "stream": "ext://sys.stderr"}
+        for name in _LOG_LINES
+    },
+    "loggers": {
+        name: {"handlers": [handler], "level": level, "propagate": False}
+        for name, (handler, level) in _LOGGERS.items()
+    },
 }
 
 
@@ -4848,7 +4856,7 @@ def render_litellm_config(state: State, served: Sequence[ServedModel]) -> str:
             "disable_end_user_cost_tracking": True,
             "disable_add_user_agent_to_request_tags": True,
             "drop_params": True,
-            "request_timeout": 600,
+            "request_timeout": TIMEOUT_SECONDS,
             "telemetry": False,
             "callbacks": ["prometheus"],
             "prometheus_metrics_config": [
@@ -4914,11 +4922,10 @@ def _router_settings(routed: Sequence[Pool]) -> Json:
         "context_window_fallbacks": _chains(routed, lambda route: route.context_fallbacks),
         # A client's own mistake is told to the client, and not tried on everybody in the chain.
         "fallback_on_unsupported_params": False,
-        # allowed_fails 1 would retry the same bad replica and then leave the group.
-        "allowed_fails": 0,
-        "num_retries": 2,
-        "cooldown_time": 10,
-        "timeout": 600,
+        "allowed_fails": FAILURES_ALLOWED,
+        "num_retries": RETRIES,
+        "cooldown_time": COOLDOWN_SECONDS,
+        "timeout": TIMEOUT_SECONDS,
     }
 
 
@@ -4954,14 +4961,13 @@ def _is_alone(pool: Pool) -> bool:
 def _parameters(pool: Pool, deployment: Deployment) -> Json:
     route = pool.route
     order = {target: place for place, target in enumerate(route.members, 1)}
-    usual = Route(name=route.name, members=route.members)
     timeout, retries, kept = route.timeout_seconds, route.retries, route.cache_seconds
     return {
         "model": deployment.model,
         "api_base": deployment.api_base,
         "api_key": deployment.api_key,
-        "timeout": timeout if timeout != usual.timeout_seconds else None,
-        "num_retries": retries if retries != usual.retries else None,
+        "timeout": timeout if timeout != TIMEOUT_SECONDS else None,
+        "num_retries": retries if retries != RETRIES else None,
         "max_parallel_requests": route.parallel,
         "cooldown_time": 0 if _is_alone(pool) else None,
         "cache": {"use-cache": True, "ttl": kept} if kept else None,
@@ -4971,11 +4977,10 @@ def _parameters(pool: Pool, deployment: Deployment) -> Json:
 
 
 def _breaker(pool: Pool) -> Json:
-    route, usual = pool.route, Route(name=pool.route.name, members=pool.route.members)
-    settings = (route.failures_allowed, route.cooldown_seconds)
-    if _is_alone(pool) or settings == (usual.failures_allowed, usual.cooldown_seconds):
+    allowed, cooldown = pool.route.failures_allowed, pool.route.cooldown_seconds
+    if _is_alone(pool) or (allowed, cooldown) == (FAILURES_ALLOWED, COOLDOWN_SECONDS):
         return {}
-    return {"allowed_fails": route.failures_allowed, "cooldown_time": route.cooldown_seconds}
+    return {"allowed_fails": allowed, "cooldown_time": cooldown}
 
 
 def _given(settings: Json) -> Json:
@@ -5255,18 +5260,18 @@ def _engine_lines(state: State, model: ServedModel) -> list[str]:
     They bear the engine's key, never the master key: with that a body's `model` or `fallbacks`
     would reach other models.
     """
-    opened = any(known.name == model.model and known.open_route for known in state.models)
+    opened = any(known.name == model.model and state.edge.opens(known) for known in state.models)
     keys = sorted(
         f'"Bearer {key.secret.get_secret_value()}"'
         for key in state.direct_keys
-        if not key.models or model.model in key.models
+        if key.opens(model.model)
     )
     # `vars` compares the whole header: no wildcard, no case, no second header beside the first.
     direct = f"vars {{header.Authorization}} {' '.join(keys)}" if keys else ""
     anybody = "header_regexp Authorization ^Bearer\\s+\\S+$"
     return [
         *_way_lines("models", model, direct),
-        *(_way_lines("open", model, anybody) if state.edge.open_routes and opened else ()),
+        *(_way_lines("open", model, anybody) if opened else ()),
     ]
 
 
@@ -5521,7 +5526,7 @@ class WriteFile:
     text: str = field(repr=False)
     before: str | None = field(repr=False)
     cause: str
-    serving: str | None = None
+    serving: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -7223,7 +7228,7 @@ def _call(way: Way, prefix: str, kind: ModelType, name: str, text: str = "yes") 
 
 def _direct_probes(model: Model, state: State) -> Iterator[EdgeRequest]:
     prefix, there = f"/models/{model.name}", model.wish == "running"
-    keys = {direct_title(k): not k.models or model.name in k.models for k in state.direct_keys}
+    keys = {direct_title(key): key.opens(model.name) for key in state.direct_keys}
     able = [name for name, opens in keys.items() if opens]
     unable = [name for name, opens in keys.items() if not opens]
     request = _call("/models", prefix, model.type, model.served_model_name)
@@ -7248,7 +7253,7 @@ def _engine_probes(
 
 def _open_probes(model: Model, state: State) -> Iterator[EdgeRequest]:
     prefix = f"/open/{model.name}"
-    is_open = model.wish == "running" and model.open_route and state.edge.open_routes
+    is_open = model.wish == "running" and state.edge.opens(model)
     request = _call("/open", prefix, model.type, model.served_model_name)
     yield replace(request, key=WRONG, expected=(200 if is_open else 404,), by_edge=not is_open)
     yield replace(request, expected=(401 if is_open else 404,), by_edge=True)
@@ -7381,9 +7386,9 @@ def _answered_canaries(state: State) -> Iterator[EdgeRequest]:
 def _side_ways(state: State) -> Iterator[tuple[Way, Model, str]]:
     for model in state.wished_models:
         for key in state.direct_keys:
-            if not key.models or model.name in key.models:
+            if key.opens(model.name):
                 yield "/models", model, direct_title(key)
-        if model.open_route and state.edge.open_routes:
+        if state.edge.opens(model):
             yield "/open", model, WRONG
 
 
@@ -7607,7 +7612,7 @@ class Trial:
 def trial_targets(state: State) -> list[str]:
     """What can be tried: public names, and models past LiteLLM as `/models/NAME`, `/open/NAME`."""
     models = [model.name for model in state.wished_models]
-    opened = [m.name for m in state.wished_models if m.open_route and state.edge.open_routes]
+    opened = [model.name for model in state.wished_models if state.edge.opens(model)]
     return [
         *callable_names(state),
         *(f"/models/{name}" for name in models if _direct_key(state, name)),
@@ -7634,9 +7639,8 @@ def trial_request(state: State, target: str, text: str) -> tuple[EdgeRequest, py
 ANY_KEY: Final = pydantic.SecretStr("sk-anybody")
 
 
-def _direct_key(state: State, name: str) -> pydantic.SecretStr | None:
-    keys = (k.secret for k in state.direct_keys if not k.models or name in k.models)
-    return next(keys, None)
+def _direct_key(state: State, name: ModelName) -> pydantic.SecretStr | None:
+    return next((key.secret for key in state.direct_keys if key.opens(name)), None)
 
 
 # =============================================================================
