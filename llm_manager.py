@@ -9975,11 +9975,12 @@ def trial_choices(snapshot: Snapshot) -> Json:
 def proofs_done(snapshot: Snapshot) -> str:
     """Changes whenever a proof ends."""
     return " ".join(
-        job.id for job in snapshot.jobs if job.title in PROOF_TITLES and job.finished_at
+        job.id for job in snapshot.jobs if job.title in {PROBING, PROVING} and job.finished_at
     )
 
 
-PROOF_TITLES: Final = frozenset({"Try every route", "Prove privacy"})
+PROBING: Final = "Try every route"
+PROVING: Final = "Prove privacy"
 
 
 def open_models(snapshot: Snapshot) -> Json:
@@ -14366,7 +14367,7 @@ class Proofs:
             self._files.keep("probe", result.taken_at, _PROBE.dump_json(result, indent=2).decode())
             control.report(probe_headline(result))
 
-        return self._start_task("Try every route", work, "")
+        return self._start_task(PROBING, work, "")
 
     def privacy(self) -> Job:
         """Send canaries along every way, and look for them everywhere; takes a minute or two."""
@@ -14375,7 +14376,7 @@ class Proofs:
         if not callable_names(state):
             raise RefusedError("No model is served.", advice="Deploy one, then prove it again.")
         return self._start_task(
-            "Prove privacy", lambda control: self._prove(state, gateway, client, control), ""
+            PROVING, lambda control: self._prove(state, gateway, client, control), ""
         )
 
     def _prove(
