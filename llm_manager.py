@@ -16553,6 +16553,17 @@ FONTS: Final = ("system-ui", "sans-serif")
 MONOSPACE_FONTS: Final = ("ui-monospace", "monospace")
 
 
+# Gradio never finishes a page of which a component's file did not arrive, as happens in Chromium
+# whenever a network interface comes or goes: it says "Loading..." for good. Vite tells of it.
+RELOAD: Final = """<script>
+addEventListener("vite:preloadError", () => {
+  if (Date.now() - Number(sessionStorage.getItem("reloaded")) < 10000) return;
+  sessionStorage.setItem("reloaded", Date.now());
+  location.reload();
+});
+</script>"""
+
+
 def build_console(manager: Manager, watch: Watch) -> gr.Blocks:
     """The whole page."""
     app = gr.Blocks(title="LLM Manager", analytics_enabled=False, fill_width=True)
@@ -16589,6 +16600,7 @@ def build_app(manager: Manager, watch: Watch) -> Guard:
         auth_dependency=operator,
         app_kwargs={"openapi_url": None, "docs_url": None, "redoc_url": None},
         css=STYLE + FIT_STYLE + ROUTE_STYLE,
+        head=RELOAD,
         theme=gr.themes.Default(primary_hue="blue", font=FONTS, font_mono=MONOSPACE_FONTS),
         footer_links=[],
         run_history=False,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,6 @@ FLAGS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update"),
 ]
-log = logging.getLogger("tests")
 NOWHERE = "unix:///nonexistent.sock"
 
 
@@ -48,16 +46,15 @@ def serving(here: Installation, **variables: str) -> Iterator[str]:
 
 def open_console(page: Page, url: str) -> None:
     page.goto(url)
-    overview = page.get_by_role("tab", name="Overview")
-    try:
-        expect(overview).to_be_visible(timeout=30_000)
-    except (
-        AssertionError
-    ):  # not understood yet: seen on the first page of a console over real models
-        log.warning("the page stayed at Loading, and is loaded again")
-        page.reload()
-        expect(overview).to_be_visible(timeout=30_000)
+    shown(page)
     assert "token" not in page.url, "the token does not stay in the address bar or the history"
+
+
+def shown(page: Page) -> None:
+    """Wait until the page can be used: Gradio covers it while it loads."""
+    expect(page.get_by_role("tab", name="Overview")).to_be_visible(timeout=30_000)
+    cover = page.get_by_test_id("status-tracker").and_(page.locator(".translucent"))
+    expect(cover).to_have_count(0, timeout=30_000)
 
 
 def open_tab(page: Page, name: str) -> None:

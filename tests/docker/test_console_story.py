@@ -11,7 +11,7 @@ import pytest
 from browsing import button, cell, choose, open_console, open_tab, serving, without_docker
 from fake_hub import FakeHub
 from installation import CHEAP, Install, Installation
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 from test_story import ANSWER, ask
 
 pytestmark = pytest.mark.browser
@@ -32,6 +32,29 @@ def test_without_docker_the_console_comes_up_and_says_what_to_do(
             open_tab(page, name)
     own = url.split("/?", maxsplit=1)[0]
     assert [each for each in asked if not each.startswith((own, "data:", "blob:"))] == []
+
+
+def test_a_page_of_which_a_file_did_not_arrive_loads_itself_again(
+    page: Page, tmp_path: Path
+) -> None:
+    asked: list[str] = []
+    lost: list[str] = []
+
+    def lose_the_first_component(route: Route) -> None:
+        asked.append(route.request.url)
+        of_a_component = any("/Blocks-" in url for url in asked) and "/Index-" in asked[-1]
+        if of_a_component and not lost:
+            lost.append(asked[-1])
+            route.abort("internetdisconnected")
+        else:
+            route.continue_()
+
+    # Not a script: the browser asks for one that did not arrive once more.
+    page.route(re.compile(r"/assets/(Blocks-.*|.*\.css)$"), lose_the_first_component)
+    with serving(without_docker(tmp_path / "home")) as url:
+        open_console(page, url)
+        open_tab(page, "Keys")
+    assert asked.count(*lost) == 2
 
 
 @pytest.mark.docker

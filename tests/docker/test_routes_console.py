@@ -49,7 +49,8 @@ def far(here: Installation, docker_client: docker.DockerClient) -> Iterator[Cont
 
 
 @pytest.fixture(scope="module")
-def url(here: Installation) -> Iterator[str]:
+def url(here: Installation, far: Container) -> Iterator[str]:
+    # After it: a new container is a new network interface, and Chromium then drops what it loads.
     with serving(here) as url:
         yield url
 
