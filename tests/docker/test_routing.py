@@ -49,6 +49,8 @@ ROUTES = (
     route("weighted", "one", "two", strategy="weighted", weights=[4, 1]),
     route("fragile", "one", "two", cooldown_seconds=10),
     route("hollow", "one", "two"),
+    route("sloppy", "one", "two", cooldown_seconds=30),
+    route("sloppy/*", "one", "two", cooldown_seconds=30),
     route("forgiven", "one", "two", failures_allowed=1, strategy="shuffle", retries=0),
     route("large", "one", fallbacks=["small", "spare"], aliases=["nickname"]),
     route("short", "one", context_fallbacks=["spare"]),
@@ -480,6 +482,31 @@ def test_a_replica_that_fails_is_left_out_and_comes_back(lab: Lab) -> None:
     lab.upstreams["one"].order()
     wait_until(lambda: replica(lab.ask("fragile")) == "fragile@one/fragile", "it is back", 30)
     wait_until(lambda: lab.metric("litellm_deployment_state", **one) == 0, "well", 10)
+
+
+@pytest.mark.parametrize("model", ["sloppy", "sloppy/served-by-vllm"])
+def test_what_a_client_does_wrong_takes_no_replica_from_the_others(lab: Lab, model: str) -> None:
+    key = lab.key("sloppy", "sloppy/*")
+    for wrong in WRONG:
+        for _ in range(3):
+            assert lab.ask(model, key=key, **wrong).status_code >= 400
+        assert lab.ask(model).status_code == 200, wrong
+
+
+# LiteLLM answers some of these with 500, and counts a failure of the replica.
+WRONG: tuple[dict[str, Any], ...] = (
+    {"messages": "a text"},
+    {"messages": [{"role": "user", "content": 5}]},
+    {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+    {"response_format": "a text"},
+    {"extra_body": 3},
+    {"headers": 3},
+    {"timeout": "soon"},
+    {"timeout": 1e-6},
+    {"stream_timeout": 1e-6, "stream": True},
+    {"custom_llm_provider": "anthropic"},
+    {"mock_testing_fallbacks": True},
+)
 
 
 def test_a_failure_that_is_allowed_leaves_a_replica_in(lab: Lab) -> None:
