@@ -7855,6 +7855,7 @@ def attention(snapshot: Snapshot) -> list[Attention]:
         Attention(snapshot.fates.get(m.name, f"{m.name} {unknown}"), "Models") for m in failed
     ]
     found += [Attention(text, "Models") for text in snapshot.hung.values()]
+    found += [Attention(text, "Routes") for text in hollow_routes(state)]
     found += [Attention(t, "System") for t in certificate_matters(observed, snapshot.taken_at)]
     fetching = any(job.fetching for job in snapshot.jobs)
     if snapshot.plan and running_job(snapshot) is None and not fetching:
@@ -7870,6 +7871,18 @@ def attention(snapshot: Snapshot) -> list[Attention]:
 
 
 OLD_SECONDS: Final = 30.0
+
+
+def hollow_routes(state: State) -> list[str]:
+    """Routes that nobody is wished to answer, while the endpoint is up."""
+    if state.endpoint == "stopped":
+        return []
+    answered = {pool.route.name for pool in pools(state, served_models(state, state.wished_models))}
+    return [
+        f"Nobody answers for the route {route.name}: none of its members is to run. "
+        "Deploy one, or remove the route."
+        for route in state.routes if route.name not in answered
+    ]  # fmt: skip
 
 
 def certificate_matters(observed: Observed, now: datetime) -> list[str]:

@@ -386,6 +386,18 @@ def test_the_overview_names_what_should_run_and_does_not() -> None:
     assert lm.attention(busy) == []
 
 
+def test_the_overview_names_a_route_that_nobody_is_to_answer() -> None:
+    off = a_model("off", wish="stopped")
+    route = lm.Route(name="both", members=("off",))
+    state = a_state(a_model(), off, routes=(route,))
+    (matter,) = lm.attention(a_snapshot(state))
+    assert matter.tab == "Routes"
+    assert "Nobody answers for the route both" in matter.text
+    stands_in = replace(state, routes=(replace(route, fallbacks=("chat",)),))
+    assert lm.attention(a_snapshot(stands_in)) == []
+    assert lm.hollow_routes(replace(state, endpoint="stopped")) == []
+
+
 def test_a_newcomer_is_told_the_next_step() -> None:
     empty = a_state(endpoint="stopped")
     assert "Register your first model" in lm.overview_text(a_snapshot(empty))
