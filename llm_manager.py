@@ -16570,10 +16570,11 @@ MONOSPACE_FONTS: Final = ("ui-monospace", "monospace")
 # whenever a network interface comes or goes: it says "Loading..." for good. Vite tells of it.
 RELOAD: Final = """<script>
 addEventListener("vite:preloadError", () => {
-  if (Date.now() - Number(sessionStorage.getItem("reloaded")) < 10000) return;
-  sessionStorage.setItem("reloaded", Date.now());
-  location.reload();
-});
+  const tried = Number(sessionStorage.getItem("reloads"));
+  sessionStorage.setItem("reloads", tried + 1);
+  if (tried < 5) setTimeout(() => location.reload(), 500 * tried);
+}, {once: true});
+setTimeout(() => sessionStorage.removeItem("reloads"), 30000);
 </script>"""
 
 

@@ -54,7 +54,7 @@ def test_a_page_of_which_a_file_did_not_arrive_loads_itself_again(
     with serving(without_docker(tmp_path / "home")) as url:
         open_console(page, url)
         open_tab(page, "Keys")
-    assert asked.count(*lost) == 2
+    assert asked.count(*lost) > 1
 
 
 @pytest.mark.docker
