@@ -15,21 +15,22 @@ Outline (search for "§5"; tests/test_layout.py keeps it true):
   §11 Steps              pure     what is observed, and all that can be done about it
   §12 Planning           pure     desired + observed -> Plan
   §13 Changes            pure     what an operator can ask for
-  §14 Proofs             pure     what every way in should answer, and what must be found nowhere
-  §15 Views              pure     what the operator reads
-  §16 Hardware views     pure     GPUs, slices and restores as the operator sees them
-  §17 Library views      pure     weights, fit and images as the operator sees them
-  §18 Route views        pure     the ways in as the operator sees them
-  §19 Home               effects  time, and the state and files on the disk
-  §20 Containers         effects  Docker
-  §21 Images             effects  pulled, built from recipes, pruned
-  §22 Requests           effects  HTTP to containers on the bridge, LiteLLM's management API
-  §23 Hub                effects  Hugging Face, downloads, and the cache on the disk
-  §24 Drivers            effects  NVML, and what the system knows about GPUs
-  §25 Orchestration      effects  Plan -> world, undo, jobs
-  §26 Manager            effects  the use cases; all that console and command line may call
-  §27 Console            effects  one builder per tab, and who may open it
-  §28 Main               effects  arguments, wiring, systemd
+  §14 Keys               pure     what a colleague may, groups, and many keys at once
+  §15 Proofs             pure     what every way in should answer, and what must be found nowhere
+  §16 Views              pure     what the operator reads
+  §17 Hardware views     pure     GPUs, slices and restores as the operator sees them
+  §18 Library views      pure     weights, fit and images as the operator sees them
+  §19 Route views        pure     the ways in as the operator sees them
+  §20 Home               effects  time, and the state and files on the disk
+  §21 Containers         effects  Docker
+  §22 Images             effects  pulled, built from recipes, pruned
+  §23 Requests           effects  HTTP to containers on the bridge, LiteLLM's management API
+  §24 Hub                effects  Hugging Face, downloads, and the cache on the disk
+  §25 Drivers            effects  NVML, and what the system knows about GPUs
+  §26 Orchestration      effects  Plan -> world, undo, jobs
+  §27 Manager            effects  the use cases; all that console and command line may call
+  §28 Console            effects  one builder per tab, and who may open it
+  §29 Main               effects  arguments, wiring, systemd
 """
 
 from __future__ import annotations
@@ -139,6 +140,7 @@ import base64
 import bisect
 import concurrent.futures
 import contextlib
+import csv
 import ctypes
 import difflib
 import errno
@@ -182,6 +184,7 @@ from typing import (
     Self,
     TypeVar,
     assert_never,
+    cast,
     get_args,
 )
 from urllib.parse import parse_qs, quote, urlsplit
@@ -918,53 +921,6 @@ def migrate(
 
 # Frozen for ever: a step calls nothing of today's code. tests/states/ holds a file per version.
 MIGRATIONS: Final[Mapping[int, Callable[[Json], Json]]] = {}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VirtualKey:
-    """A colleague's key as LiteLLM knows it; its secret is known only at creation."""
-
-    key_hash: str
-    alias: str
-    hint: str
-    models: tuple[str, ...]
-    expires_at: datetime | None
-    rpm_limit: int | None
-    tpm_limit: int | None
-    blocked: bool
-    created_at: datetime | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class KeyRequest:
-    """What the operator grants with a key; None is no limit."""
-
-    alias: str
-    models: tuple[str, ...] = ()
-    days: int | None = None
-    rpm_limit: int | None = None
-    tpm_limit: int | None = None
-
-    def __post_init__(self) -> None:
-        longest = 100
-        if not self.alias.strip() or len(self.alias) > longest or not self.alias.isprintable():
-            raise RefusedError(
-                f"A key needs a name of at most {longest} printable characters.",
-                advice="Name the colleague it is for.",
-            )
-        limits = (self.days, self.rpm_limit, self.tpm_limit)
-        if any(limit is not None and limit < 1 for limit in limits):
-            raise RefusedError("A limit is below 1.", advice="Leave it empty for no limit.")
-
-    def as_litellm(self) -> Json:
-        """The body of `/key/generate`."""
-        return {
-            "key_alias": self.alias,
-            "models": list(self.models),
-            "duration": f"{self.days}d" if self.days else None,
-            "rpm_limit": self.rpm_limit,
-            "tpm_limit": self.tpm_limit,
-        }
 
 
 # =============================================================================
@@ -4389,9 +4345,13 @@ def parse_images(raw: Json) -> Images:
 T = TypeVar("T")
 
 
+# A validator takes a hundred times as long to make as to use.
+_adapter: Final[Callable[[Any], pydantic.TypeAdapter[Any]]] = cache(pydantic.TypeAdapter)
+
+
 def _parsed(kind: type[T], raw: Json, fact: str) -> T:
     try:
-        return pydantic.TypeAdapter(kind).validate_python(raw)
+        return cast("T", _adapter(kind).validate_python(raw))
     except pydantic.ValidationError as error:
         raise RefusedError(
             f"{fact}: {describe_faults(error, raw)}.", advice="Correct that and try again."
@@ -4750,6 +4710,12 @@ def served_models(state: State, models: Sequence[Model]) -> tuple[ServedModel, .
     )
 
 
+def hollow_names(state: State) -> list[str]:
+    """Routes and models that nobody is wished to answer."""
+    answered = {pool.route.name for pool in pools(state, served_models(state, state.wished_models))}
+    return sorted({*public_names(state)} - answered - {a for r in state.routes for a in r.aliases})
+
+
 def render_gateway(
     state: State, slot: Slot, served: Sequence[ServedModel], site: Site
 ) -> ContainerSpec:
@@ -4970,10 +4936,16 @@ def _parameters(pool: Pool, deployment: Deployment) -> Json:
         "num_retries": retries if retries != RETRIES else None,
         "max_parallel_requests": route.parallel,
         "cooldown_time": 0 if _is_alone(pool) else None,
+        **(dict.fromkeys(TOKEN_PRICES, TOKEN_PRICE) if deployment.api_base else {}),
         "cache": {"use-cache": True, "ttl": kept} if kept else None,
         "weight": deployment.weight if route.strategy == "weighted" else None,
         "order": order.get(deployment.target, 1) if route.strategy == "in-order" else None,
     }
+
+
+# A budget counts millions of tokens; of a vendor's own models LiteLLM knows the price.
+TOKEN_PRICES: Final = ("input_cost_per_token", "output_cost_per_token")
+TOKEN_PRICE: Final = 1e-6
 
 
 def _breaker(pool: Pool) -> Json:
@@ -7058,7 +7030,438 @@ def repairing(names: Collection[ModelName]) -> Change:
 
 
 # =============================================================================
-# §14 Proofs — pure: what every way in should answer, and what must be found nowhere
+# §14 Keys — pure: what a colleague may, groups, and many keys at once
+# =============================================================================
+
+Period = Literal["day", "week", "month"]
+# LiteLLM resets at midnight, on Mondays and on the first of a month (1.108, UTC).
+PERIODS: Final[Mapping[Period, str]] = {"day": "1d", "week": "7d", "month": "1mo"}
+Limit = Annotated[int, pydantic.Field(ge=1, le=2**31 - 1)]
+_printable = _checked(r"[^\x00-\x1f\x7f]*", "printable", longest=100)
+_titled = _checked(r"\S([^\x00-\x1f\x7f]*\S)?", "a printable name", longest=100)
+_email = _checked(r"([^\s@,;]+@[^\s@,;]+)?", "an e-mail address, or empty", longest=254)
+
+
+@_strict
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Allowance:
+    """What a key or a group may use; None is no limit, and no models means all of them."""
+
+    models: tuple[str, ...] = ()
+    rpm_limit: Limit | None = None
+    tpm_limit: Limit | None = None
+    # In millions of tokens; of a vendor's model a dollar counts as one, by LiteLLM's price list.
+    budget: Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)] | None = None
+    period: Period | None = None  # after which the budget is whole again; None: never
+
+
+@_strict
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeySettings(Allowance):
+    """What the operator grants with a key."""
+
+    alias: Annotated[str, _titled]
+    email: Annotated[str, _email] = ""
+    group: Annotated[str, _printable] = ""
+    note: Annotated[str, _printable] = ""
+    expires_at: datetime | None = None
+    parallel: Limit | None = None  # requests at a time; LiteLLM has none for a team (1.108)
+
+
+@_strict
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group(Allowance):
+    """What the keys of a group may use together."""
+
+    name: Annotated[str, _titled]
+    note: Annotated[str, _printable] = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VirtualKey:
+    """A colleague's key as LiteLLM knows it; its secret is known only at creation."""
+
+    key_hash: str
+    hint: str
+    settings: KeySettings
+    blocked: bool = False
+    used: float = 0.0  # of its budget, in this period
+    resets_at: datetime | None = None
+    created_at: datetime | None = None
+    last_used_at: datetime | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KnownGroup:
+    """A group as LiteLLM knows it."""
+
+    settings: Group
+    blocked: bool = False
+    used: float = 0.0
+    resets_at: datetime | None = None
+
+
+def parse_key_settings(raw: Json) -> KeySettings:
+    return _fitting(_parsed(KeySettings, raw, "This key cannot be made"))
+
+
+def parse_group(raw: Json) -> Group:
+    return _fitting(_parsed(Group, raw, "This group cannot be made"))
+
+
+AllowanceT = TypeVar("AllowanceT", bound=Allowance)
+
+
+def _fitting(allowance: AllowanceT) -> AllowanceT:
+    if allowance.period and allowance.budget is None:
+        raise RefusedError("A period without a budget means nothing.", advice="Give both, or none.")
+    return allowance
+
+
+def check_models(allowance: Allowance, state: State) -> None:
+    """Only what is served here can be allowed: a typo would refuse every request."""
+    unknown = sorted(name for name in {*allowance.models} if not is_public(name, state))
+    if unknown:
+        raise RefusedError(
+            f"No model is served as {', '.join(unknown)}.",
+            advice="Allow names from `route list`, or none to allow all.",
+        )
+
+
+def _allowance_body(allowance: Allowance) -> Json:
+    return {
+        "models": list(allowance.models),
+        "rpm_limit": allowance.rpm_limit,
+        "tpm_limit": allowance.tpm_limit,
+        "max_budget": allowance.budget,
+        "budget_duration": PERIODS[allowance.period] if allowance.period else None,
+    }
+
+
+def key_body(settings: KeySettings, now: datetime) -> Json:
+    """The body of `/key/generate`."""
+    return _key_body(settings) | {"duration": _duration(settings, now)}
+
+
+def key_changes(old: KeySettings, new: KeySettings, now: datetime) -> Json:
+    """The body of `/key/update`: what is named is set, and a null takes a limit away."""
+    before = _key_body(old)
+    changed = {name: value for name, value in _key_body(new).items() if before[name] != value}
+    is_moved = new.expires_at != old.expires_at
+    return changed | ({"duration": _duration(new, now)} if is_moved else {})
+
+
+def _key_body(settings: KeySettings) -> Json:
+    return _allowance_body(settings) | {
+        "key_alias": settings.alias,
+        "max_parallel_requests": settings.parallel,
+        "team_id": settings.group or None,
+        "metadata": {"email": settings.email, "note": settings.note},
+    }
+
+
+def _duration(settings: KeySettings, now: datetime) -> str | None:
+    if settings.expires_at is None:
+        return None
+    left = math.ceil((settings.expires_at - now).total_seconds())
+    if left <= 0:
+        raise RefusedError(
+            f"The key of {settings.alias} would have ended already.", advice="Give a later date."
+        )
+    return f"{left}s"
+
+
+def group_body(group: Group) -> Json:
+    """The body of `/team/new` and `/team/update`; a group's name is its id for good."""
+    return _allowance_body(group) | {
+        "team_id": group.name,
+        "team_alias": group.name,
+        "metadata": {"note": group.note},
+    }
+
+
+def read_key(entry: Json) -> VirtualKey:
+    """One entry of `/key/list`."""
+    metadata = entry.get("metadata") or {}
+    return VirtualKey(
+        key_hash=entry["token"],
+        hint=entry.get("key_name") or "",
+        settings=KeySettings(
+            **_read_allowance(entry),
+            parallel=entry.get("max_parallel_requests"),
+            alias=entry.get("key_alias") or "",
+            email=str(metadata.get("email") or ""),
+            group=entry.get("team_id") or "",
+            note=str(metadata.get("note") or ""),
+            expires_at=parse_moment(entry.get("expires")),
+        ),
+        blocked=bool(entry.get("blocked")),
+        used=entry.get("spend") or 0.0,
+        resets_at=parse_moment(entry.get("budget_reset_at")),
+        created_at=parse_moment(entry.get("created_at")),
+        last_used_at=parse_moment(entry.get("last_active")),
+    )
+
+
+def read_group(entry: Json) -> KnownGroup:
+    """One entry of `/v2/team/list`."""
+    note = str((entry.get("metadata") or {}).get("note") or "")
+    return KnownGroup(
+        settings=Group(**_read_allowance(entry), name=entry["team_id"], note=note),
+        blocked=bool(entry.get("blocked")),
+        used=entry.get("spend") or 0.0,
+        resets_at=parse_moment(entry.get("budget_reset_at")),
+    )
+
+
+def _read_allowance(entry: Json) -> Json:
+    periods = {litellm: period for period, litellm in PERIODS.items()}
+    return {
+        "models": tuple(entry.get("models") or ()),
+        "rpm_limit": entry.get("rpm_limit"),
+        "tpm_limit": entry.get("tpm_limit"),
+        "budget": entry.get("max_budget"),
+        "period": periods.get(entry.get("budget_duration") or ""),
+    }
+
+
+def parse_moment(text: str | None) -> datetime | None:
+    """As LiteLLM and the hub write one; empty is None."""
+    return datetime.fromisoformat(text.replace("Z", "+00:00")) if text else None
+
+
+def named_key(keys: Sequence[VirtualKey], name: str) -> VirtualKey:
+    """The key of that name, or of that SHA-256."""
+    found = [key for key in keys if name in {key.settings.alias, key.key_hash}]
+    if not found:
+        raise RefusedError(f"There is no key called {name!r}.", advice="See `key list`.")
+    return found[0]
+
+
+def retired(key: VirtualKey, until: datetime) -> KeySettings:
+    """The settings of a key that another one replaces: its name is free, and its end is set."""
+    ends = min(until, key.settings.expires_at or until)
+    alias = f"{key.settings.alias[:72]} (until {until:%Y-%m-%d %H:%M:%S})"
+    return replace(key.settings, alias=alias, expires_at=ends)
+
+
+KeyState = Literal["active", "blocked", "expired", "used up"]
+
+
+def key_state(key: VirtualKey, now: datetime) -> KeyState:
+    """Why a key is refused, if it is; its group apart."""
+    settings = key.settings
+    if key.blocked:
+        return "blocked"
+    if settings.expires_at is not None and settings.expires_at <= now:
+        return "expired"
+    return "used up" if is_used_up(settings, key.used, key.resets_at, now) else "active"
+
+
+def is_used_up(
+    allowance: Allowance, used: float, resets_at: datetime | None, now: datetime
+) -> bool:
+    is_due = resets_at is not None and resets_at <= now
+    return allowance.budget is not None and used >= allowance.budget and not is_due
+
+
+# --- many at once ---
+
+
+MOST_AT_ONCE: Final = 2000
+COLUMNS: Final = ("name", "email", "group")
+
+
+def parse_people(text: str, template: KeySettings, keys: Sequence[VirtualKey]) -> list[KeySettings]:
+    """A key for each row of a CSV with the columns name, email and group; all faults at once.
+
+    The first line names the columns, of which only `name` must be there. Whose name occurs
+    twice is told apart by the e-mail address.
+    """
+    rows = _rows(text)
+    names = Counter([name for _, row in rows if (name := row["name"])])
+    names.update(key.settings.alias for key in keys)
+    wished, faults = [], []
+    for line, row in rows:
+        alias = row["name"]
+        if names[alias] > 1 and row["email"]:
+            alias = f"{alias} ({row['email']})"
+        made = {"alias": alias, "email": row["email"], "group": row["group"] or template.group}
+        try:
+            wished.append(parse_key_settings(asdict(template) | made))
+        except RefusedError as error:
+            faults.append(f"line {line}: {error.fact}")
+    taken = {key.settings.alias for key in keys}
+    for (line, _), settings in zip(rows, wished, strict=False) if not faults else ():
+        if settings.alias in taken:
+            faults.append(f"line {line}: there is a key called {settings.alias!r} already")
+        taken.add(settings.alias)
+    if faults or not wished:
+        listed = "; ".join(faults[:SHOWN_FAULTS]) or "it names nobody"
+        more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
+        raise RefusedError(
+            f"No key was made: {listed}{more}.", advice="Correct the file, and give it again."
+        )
+    return wished
+
+
+SHOWN_FAULTS: Final = 20
+
+
+def _rows(text: str) -> list[tuple[int, dict[str, str]]]:
+    """Rows with their line numbers; semicolons and tabs are as good as commas."""
+    text = text.removeprefix("\ufeff")
+    head = text.partition("\n")[0]
+    delimiter = max(",;\t", key=head.count)
+    # Universal newlines: a spreadsheet's \r alone is one, too.
+    reader = csv.DictReader(io.StringIO(text, newline=None), delimiter=delimiter)
+    try:
+        reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
+        if "name" not in reader.fieldnames or {*reader.fieldnames} - {*COLUMNS}:
+            raise RefusedError(
+                "The first line does not name the columns.",
+                advice=f"It must be {','.join(COLUMNS)}, of which only name is needed.",
+            )
+        rows = [
+            (reader.line_num, {column: (row.get(column) or "").strip() for column in COLUMNS})
+            for row in reader
+            if any(cell for cell in row.values())
+        ]
+    except csv.Error as error:
+        raise RefusedError(
+            f"Line {reader.line_num} is no CSV: {error}.", advice="Save the table as CSV again."
+        ) from error
+    if len(rows) > MOST_AT_ONCE:
+        raise RefusedError(
+            f"{len(rows)} rows are more than {MOST_AT_ONCE}.", advice="Split the file."
+        )
+    return rows
+
+
+def secrets_csv(made: Sequence[tuple[KeySettings, pydantic.SecretStr]]) -> str:
+    """What is handed out, once: name, e-mail, group, key."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([*COLUMNS, "key"])
+    for settings, secret in made:
+        cells = (settings.alias, settings.email, settings.group)
+        writer.writerow([*map(spreadsheet_safe, cells), reveal(secret)])
+    return out.getvalue()
+
+
+def spreadsheet_safe(text: str) -> str:
+    """No program of tables takes it for a formula."""
+    return f"'{text}" if text[:1] in {"=", "+", "-", "@"} else text
+
+
+# --- why a key does not work ---
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Diagnosis:
+    """Whether a key is let in, and each reason why not with what to do."""
+
+    title: str
+    faults: tuple[tuple[str, str], ...] = ()  # fact, advice
+
+
+def find_key(text: str, keys: Sequence[VirtualKey]) -> VirtualKey | None:
+    """By its name, the whole secret, the SHA-256 or its beginning, or the end that lists show."""
+    digest = sha256(text.encode()).hexdigest()
+    is_beginning = len(text) >= SHORTEST_PREFIX
+    ways = (
+        [key for key in keys if key.key_hash == digest],
+        [key for key in keys if key.settings.alias == text],
+        [key for key in keys if is_beginning and key.key_hash.startswith(text)],
+        [key for key in keys if key.hint == text],
+    )
+    return next((found[0] for found in ways if len(found) == 1), None)
+
+
+SHORTEST_PREFIX: Final = 8
+
+
+def diagnose(
+    text: str, model: str, keys: Sequence[VirtualKey], groups: Sequence[KnownGroup],
+    state: State, now: datetime,
+) -> Diagnosis:  # fmt: skip
+    """Why a key works or fails, for one model or, where that is empty, for any."""
+    direct = next((k for k in state.direct_keys if reveal(k.secret) == text), None)
+    if direct is not None:
+        return Diagnosis(title=f"The direct key {direct.name}: it opens /models, and not /v1.")
+    key = find_key(text, keys)
+    if key is None:
+        advice = "Look for missing characters; it may have been revoked. Make a new one."
+        return Diagnosis(title="Unknown key", faults=(("No key is like that.", advice),))
+    group = next((g for g in groups if g.settings.name == key.settings.group), None)
+    faults = [*_key_faults(key, now), *(_group_faults(group, now) if group else ())]
+    faults += _model_faults(model, key.settings, group.settings if group else None, state)
+    return Diagnosis(title=f"The key of {key.settings.alias} ({key.hint})", faults=tuple(faults))
+
+
+def _key_faults(key: VirtualKey, now: datetime) -> Iterator[tuple[str, str]]:
+    match key_state(key, now):
+        case "blocked":
+            yield "It is blocked: 401.", "Unblock it."
+        case "expired":
+            yield f"It expired on {key.settings.expires_at:%Y-%m-%d %H:%M} UTC: 401.", "Extend it."
+        case "used up":
+            yield _used_up_text(key.settings, key.resets_at), "Wait for that, or give it more."
+        case _:
+            pass
+
+
+def _group_faults(group: KnownGroup, now: datetime) -> Iterator[tuple[str, str]]:
+    name = group.settings.name
+    if group.blocked:
+        yield f"Its group {name} is blocked: 401.", "Unblock the group."
+    if is_used_up(group.settings, group.used, group.resets_at, now):
+        text = _used_up_text(group.settings, group.resets_at)
+        yield f"Of its group {name}: {text}", "Wait for that, or give the group more."
+
+
+def _used_up_text(allowance: Allowance, resets_at: datetime | None) -> str:
+    again = f"it is whole again on {resets_at:%Y-%m-%d %H:%M} UTC" if resets_at else "it stays so"
+    return f"The budget of {budget_text(allowance)} is used up: 429; {again}."
+
+
+def budget_text(allowance: Allowance) -> str:
+    """`5 million tokens per month`; empty without a budget."""
+    if allowance.budget is None:
+        return ""
+    per = f" per {allowance.period}" if allowance.period else ""
+    return f"{allowance.budget:g} million tokens{per}"
+
+
+def _model_faults(
+    model: str, key: KeySettings, group: Group | None, state: State
+) -> Iterator[tuple[str, str]]:
+    if state.endpoint == "stopped":
+        yield "The endpoint is stopped.", "Deploy a model."
+    if not model:
+        return
+    if not is_public(model, state):
+        yield f"Nothing is served as {model}: 400.", "Names are in `route list`."
+        return
+    for whose, allowance in (("The key", key), ("Its group", group)):
+        if allowance and allowance.models and not _is_allowed(model, allowance.models, state):
+            names = ", ".join(allowance.models)
+            yield f"{whose} allows only {names}: 403.", f"Ask for one of these, or allow {model}."
+    if model in {*hollow_names(state)}:
+        yield f"Nobody is to answer for {model}.", "Deploy a model that does."
+
+
+def _is_allowed(model: str, allowed: Sequence[str], state: State) -> bool:
+    """An alias is as its route, and a pattern allows what it matches."""
+    aliases = {alias: route.name for route in state.routes for alias in route.aliases}
+    return any(
+        name in {model, aliases.get(model)} or (name.endswith("*") and model.startswith(name[:-1]))
+        for name in allowed
+    )
+
+
+# =============================================================================
+# §15 Proofs — pure: what every way in should answer, and what must be found nowhere
 # =============================================================================
 
 Way = Literal["/v1", "/models", "/open", "/grafana", "health", "elsewhere"]
@@ -7644,7 +8047,7 @@ def _direct_key(state: State, name: ModelName) -> pydantic.SecretStr | None:
 
 
 # =============================================================================
-# §15 Views — pure: what the operator reads
+# §16 Views — pure: what the operator reads
 # =============================================================================
 
 Phase = Literal["stopped", "pending", "starting", "ready", "failed", "stopping"]
@@ -7877,11 +8280,11 @@ def hollow_routes(state: State) -> list[str]:
     """Routes that nobody is wished to answer, while the endpoint is up."""
     if state.endpoint == "stopped":
         return []
-    answered = {pool.route.name for pool in pools(state, served_models(state, state.wished_models))}
+    hollow = hollow_names(state)
     return [
         f"Nobody answers for the route {route.name}: none of its members is to run. "
         "Deploy one, or remove the route."
-        for route in state.routes if route.name not in answered
+        for route in state.routes if route.name in hollow
     ]  # fmt: skip
 
 
@@ -8171,34 +8574,103 @@ def check_rows(checks: Sequence[Check]) -> list[list[str]]:
     ]
 
 
-KEY_HEADERS: Final = ("For", "Key", "Models", "Expires", "Requests/min", "Tokens/min", "Created")
+KEY_HEADERS: Final = (
+    "For", "Key", "Group", "Models", "State", "Limits", "Used", "Expires", "Last used", "Created",
+)  # fmt: skip
 
 
-def key_rows(keys: Sequence[VirtualKey]) -> list[list[str]]:
-    """One row per key; an empty limit is none."""
+def key_rows(keys: Sequence[VirtualKey], now: datetime) -> list[list[str]]:
+    """One row per key."""
     return [
         [
-            key.alias,
+            key.settings.alias,
             key.hint,
-            ", ".join(key.models) or "all",
-            format_day(key.expires_at) or "never",
-            str(key.rpm_limit or "no limit"),
-            str(key.tpm_limit or "no limit"),
+            key.settings.group,
+            ", ".join(key.settings.models) or "all",
+            key_state(key, now),
+            limits_text(key.settings),
+            used_text(key.settings, key.used),
+            format_day(key.settings.expires_at) or "never",
+            format_day(key.last_used_at) or "never",
             format_day(key.created_at),
         ]
         for key in keys
     ]
 
 
+def limits_text(allowance: Allowance) -> str:
+    parallel = allowance.parallel if isinstance(allowance, KeySettings) else None
+    limits = (
+        (allowance.rpm_limit, "requests/min"), (allowance.tpm_limit, "tokens/min"),
+        (parallel, "at a time"),
+    )  # fmt: skip
+    return ", ".join(f"{limit} {unit}" for limit, unit in limits if limit) or "none"
+
+
+def used_text(allowance: Allowance, used: float) -> str:
+    """Of a budget, in millions of tokens."""
+    budget = budget_text(allowance)
+    return f"{used:.3g} of {budget}" if budget else f"{used:.3g} million tokens"
+
+
+GROUP_HEADERS: Final = ("Group", "Keys", "Models", "State", "Limits", "Used", "Resets")
+
+
+def group_rows(
+    groups: Sequence[KnownGroup], keys: Sequence[VirtualKey], now: datetime
+) -> list[list[str]]:
+    """One row per group."""
+    counted = Counter(key.settings.group for key in keys)
+    return [
+        [
+            group.settings.name,
+            str(counted[group.settings.name]),
+            ", ".join(group.settings.models) or "all",
+            group_state(group, now),
+            limits_text(group.settings),
+            used_text(group.settings, group.used),
+            format_day(group.resets_at),
+        ]
+        for group in groups
+    ]
+
+
+def group_state(group: KnownGroup, now: datetime) -> str:
+    if group.blocked:
+        return "blocked"
+    used_up = is_used_up(group.settings, group.used, group.resets_at, now)
+    return "used up" if used_up else "active"
+
+
+DIAGNOSIS_HEADERS: Final = ("What is wrong", "What to do")
+
+
+def diagnosis_text(diagnosis: Diagnosis) -> str:
+    """One sentence, and a line per fault."""
+    if not diagnosis.faults:
+        return f"{diagnosis.title}: nothing speaks against it."
+    return "\n".join(
+        [f"{diagnosis.title}:", *(f"- {fact} {advice}" for fact, advice in diagnosis.faults)]
+    )
+
+
 def format_day(moment: datetime | None) -> str:
     return f"{moment:%Y-%m-%d}" if moment else ""
 
 
-def hand_out(state: State, request: KeyRequest, secret: str) -> str:
+def hand_out(state: State, settings: KeySettings, secret: str) -> str:
     """All that a colleague needs, ready to paste; the only text that ever shows the secret."""
-    names = (*request.models, *public_names(state), "MODEL")
-    example = curl_example(state.edge, names[0].replace("*", "MODEL"), secret)
-    return f"API key:   {secret}\nBase URL:  {base_url(state.edge)}\n\n{example}"
+    names = (*settings.models, *public_names(state), "MODEL")
+    model, url = names[0].replace("*", "MODEL"), base_url(state.edge)
+    own = "  # trust the server's certificate first" if state.edge.tls.kind == "internal" else ""
+    return (
+        f"API key:   {secret}\nBase URL:  {url}\n\n{curl_example(state.edge, model, secret)}\n\n"
+        f"export OPENAI_BASE_URL={url}\nexport OPENAI_API_KEY={secret}\n\n"
+        f"from openai import OpenAI{own}\n"
+        f'client = OpenAI(base_url="{url}", api_key="{secret}")\n'
+        f'asked = [{{"role": "user", "content": "Hello"}}]\n'
+        f'print(client.chat.completions.create(model="{model}", messages=asked))'
+    )
 
 
 def status_facts(snapshot: Snapshot) -> Json:
@@ -8228,6 +8700,14 @@ def overview_text(snapshot: Snapshot) -> str:
 def plain(text: str) -> str:
     """User text that Markdown and HTML leave alone."""
     return re.sub(r"([\\`*_{}\[\]()#+!|<>~&])", r"\\\1", " ".join(text.split()))
+
+
+def plain_lines(text: str) -> str:
+    """The same of several lines, of which those of a list stay one."""
+    return "\n".join(
+        f"- {plain(line[2:])}" if line.startswith("- ") else plain(line)
+        for line in text.splitlines()
+    )
 
 
 def code_block(text: str) -> str:
@@ -8279,6 +8759,13 @@ def revoke_question(alias: str) -> str:
     return (
         f"**Revoke the key of {plain(alias)}?** Its requests are refused from then on; "
         "what it used stays accounted for."
+    )
+
+
+def revoke_group_question(name: str, count: int) -> str:
+    return (
+        f"**Revoke the group {plain(name)} with its {count} keys?** Their requests are refused "
+        "from then on; what they used stays accounted for."
     )
 
 
@@ -8383,18 +8870,37 @@ def typed(text: str | None) -> str:
     return (text or "").strip()
 
 
-def key_request(
-    alias: str, models: Sequence[str], days: float | None, rpm: float | None, tpm: float | None
-) -> KeyRequest:
-    """The key form's fields; 0 or empty is no limit."""
-    whole = [int(number or 0) or None for number in (days, rpm, tpm)]
-    return KeyRequest(
-        alias=typed(alias),
-        models=tuple(models or ()),
-        days=whole[0],
-        rpm_limit=whole[1],
-        tpm_limit=whole[2],
-    )
+WHOLE_LIMITS: Final = ("rpm_limit", "tpm_limit", "parallel")
+
+
+def allowance_fields(held: Json) -> Json:
+    """What the fields of an allowance hold as settings; 0 or empty is no limit."""
+    return {
+        **{name: int(held[name] or 0) or None for name in WHOLE_LIMITS if name in held},
+        "models": tuple(held["models"] or ()),
+        "budget": float(held["budget"] or 0) or None,
+        "period": held["period"] or None,
+    }
+
+
+def key_fields(held: Json, now: datetime) -> Json:
+    """The same of a whole key's."""
+    days = int(held["days"] or 0)
+    return {
+        **allowance_fields(held),
+        **{name: typed(held.get(name)) for name in ("alias", "email", "group", "note")},
+        "expires_at": now + timedelta(days=days) if days else None,
+    }
+
+
+def form_of_key(settings: KeySettings, now: datetime, names: Sequence[str]) -> list[Any]:
+    """A key's settings as the form's fields, in their order."""
+    left = settings.expires_at - now if settings.expires_at else timedelta()
+    empty: Json = {"models": [], "period": "", "group": None} | dict.fromkeys(WHOLE_LIMITS, 0)
+    shown = {name: value for name, value in asdict(settings).items() if value}
+    held = empty | {"budget": 0, "email": "", "note": ""} | shown
+    held["days"] = math.ceil(left / timedelta(days=1))
+    return [held[name] for name in names]
 
 
 TLS_CHOICES: Final = ("internal", "own", "acme")
@@ -8435,7 +8941,7 @@ def edge_settings(  # noqa: PLR0913, PLR0917 - one argument per field of the for
 
 
 # =============================================================================
-# §16 Hardware views — pure: GPUs, slices and restores as the operator sees them
+# §17 Hardware views — pure: GPUs, slices and restores as the operator sees them
 # =============================================================================
 
 
@@ -8931,7 +9437,7 @@ def slice_choices(snapshot: Snapshot) -> Json:
 
 
 # =============================================================================
-# §17 Library views — pure: weights, fit and images as the operator sees them
+# §18 Library views — pure: weights, fit and images as the operator sees them
 # =============================================================================
 
 IMAGE_HEADERS: Final = ("Part", "Image", "On this server", "Size", "Digest", "Used by")
@@ -9355,7 +9861,7 @@ def task_cancel(snapshot: Snapshot) -> Json:
 
 
 # =============================================================================
-# §18 Route views — pure: the ways in as the operator sees them
+# §19 Route views — pure: the ways in as the operator sees them
 # =============================================================================
 
 PROBE_HEADERS: Final = ("Verdict", "Way", "Request", "Key", "Should", "Answered", "By")
@@ -10040,7 +10546,7 @@ ROUTE_STYLE: Final = """
 
 
 # =============================================================================
-# §19 Home — effects: time, and the state and files on the disk
+# §20 Home — effects: time, and the state and files on the disk
 # =============================================================================
 
 
@@ -10464,7 +10970,7 @@ def free_bytes(path: Path) -> int:
 
 
 # =============================================================================
-# §20 Containers — effects: Docker
+# §21 Containers — effects: Docker
 # =============================================================================
 
 
@@ -11027,7 +11533,7 @@ def _docker_fault(action: str, said: str) -> ContainerFailedError:
 
 
 # =============================================================================
-# §21 Images — effects: pulled, built from recipes, pruned
+# §22 Images — effects: pulled, built from recipes, pruned
 # =============================================================================
 
 
@@ -11200,7 +11706,7 @@ def build_arguments(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 # =============================================================================
-# §22 Requests — effects: HTTP to containers on the bridge, LiteLLM's management API
+# §23 Requests — effects: HTTP to containers on the bridge, LiteLLM's management API
 # =============================================================================
 
 
@@ -11526,23 +12032,50 @@ class LiteLlmApi:
         answer = self._call("POST", "/key/generate", json=request | {"key_type": "llm_api"})
         return pydantic.SecretStr(answer["key"])
 
+    def update_key(self, key_hash: str, request: Json) -> None:
+        """What is named is set, and a null takes it away."""
+        self._call("POST", "/key/update", json=request | {"key": key_hash})
+
     def list_keys(self) -> list[VirtualKey]:
-        """Every key, page by page."""
-        found: list[VirtualKey] = []
+        """Every key, page by page, by name."""
+        found = self._pages("/key/list", "keys", {"return_full_object": "true"})
+        return sorted(map(read_key, found), key=lambda key: key.settings.alias)
+
+    def delete_keys(self, hashes: Sequence[str]) -> None:
+        """All of them, or none."""
+        self._call("POST", "/key/delete", json={"keys": [*hashes]})
+
+    def block_key(self, key_hash: str, *, blocked: bool) -> None:
+        self._call("POST", "/key/block" if blocked else "/key/unblock", json={"key": key_hash})
+
+    def list_groups(self) -> list[KnownGroup]:
+        """Every team, by name."""
+        found = self._pages("/v2/team/list", "teams", {}, size="page_size")
+        return sorted(map(read_group, found), key=lambda group: group.settings.name)
+
+    def create_group(self, request: Json) -> None:
+        self._call("POST", "/team/new", json=request)
+
+    def update_group(self, request: Json) -> None:
+        self._call("POST", "/team/update", json=request)
+
+    def block_group(self, name: str, *, blocked: bool) -> None:
+        self._call("POST", "/team/block" if blocked else "/team/unblock", json={"team_id": name})
+
+    def delete_group(self, name: str) -> None:
+        """Its keys go with it."""
+        self._call("POST", "/team/delete", json={"team_ids": [name]})
+
+    def _pages(self, path: str, of: str, more: Json, size: str = "size") -> list[Json]:
+        found: list[Json] = []
         page, pages = 1, 1
         while page <= pages:
-            answer = self._call(
-                "GET", "/key/list",
-                params={"page": page, "size": 100, "return_full_object": "true"},
-            )  # fmt: skip
-            found += [_virtual_key(entry) for entry in answer["keys"]]
+            answer = self._call("GET", path, params={"page": page, size: 100, **more})
+            found += answer[of]
             page, pages = page + 1, answer["total_pages"]
-        return sorted(found, key=lambda key: key.alias)
+        return found
 
-    def delete_key(self, key_hash: str) -> None:
-        self._call("POST", "/key/delete", json={"keys": [key_hash]})
-
-    def _call(self, method: str, path: str, **options: Any) -> Json:
+    def _call(self, method: str, path: str, **options: Any) -> Any:
         try:
             answer = self._client.request(method, path, **options)
         except httpx.HTTPError as error:
@@ -11551,7 +12084,7 @@ class LiteLlmApi:
                 advice="Look at the Overview; apply the plan if it is stopped.",
             ) from error
         if answer.is_success:
-            return dict(answer.json())
+            return answer.json()
         raise GatewayError(
             f"LiteLLM refuses that: {_gateway_reason(answer)}.",
             advice="Correct it, or look at LiteLLM's log.",
@@ -11568,25 +12101,8 @@ def _gateway_reason(answer: httpx.Response) -> str:
         return f"status {answer.status_code}"
 
 
-def _virtual_key(entry: Json) -> VirtualKey:
-    def moment(text: str | None) -> datetime | None:
-        return datetime.fromisoformat(text.replace("Z", "+00:00")) if text else None
-
-    return VirtualKey(
-        key_hash=entry["token"],
-        alias=entry.get("key_alias") or "",
-        hint=entry.get("key_name") or "",
-        models=tuple(entry.get("models") or ()),
-        expires_at=moment(entry.get("expires")),
-        rpm_limit=entry.get("rpm_limit"),
-        tpm_limit=entry.get("tpm_limit"),
-        blocked=bool(entry.get("blocked")),
-        created_at=moment(entry.get("created_at")),
-    )
-
-
 # =============================================================================
-# §23 Hub — effects: Hugging Face, downloads, and the cache on the disk
+# §24 Hub — effects: Hugging Face, downloads, and the cache on the disk
 # =============================================================================
 
 LOOK_SECONDS: Final = 10.0  # one request to the hub; a download has its own watchdog
@@ -12265,7 +12781,7 @@ def _hit(found: Json) -> RepositoryHit:
         repository=found["id"],
         downloads=found.get("downloads"),
         likes=found.get("likes"),
-        updated_at=_moment(found.get("lastModified")),
+        updated_at=parse_moment(found.get("lastModified")),
         pipeline_tag=found.get("pipeline_tag"),
         library=found.get("library_name"),
         gated=None if gated is None else bool(gated),
@@ -12282,7 +12798,7 @@ def _facts(found: Json, repository: str, revision: str | None) -> RepositoryFact
         private=found.get("private"),
         gated=found.get("gated"),
         licence=str(licence) if licence else None,
-        updated_at=_moment(found.get("lastModified")),
+        updated_at=parse_moment(found.get("lastModified")),
         pipeline_tag=found.get("pipeline_tag"),
         library=found.get("library_name"),
         tags=tuple(found.get("tags") or ()),
@@ -12297,10 +12813,6 @@ def _facts(found: Json, repository: str, revision: str | None) -> RepositoryFact
         parameters=(found.get("safetensors") or {}).get("parameters") or {},
         config=found.get("config") or {},
     )
-
-
-def _moment(text: str | None) -> datetime | None:
-    return datetime.fromisoformat(text.replace("Z", "+00:00")) if text else None
 
 
 def _bytes_by_blob(blobs: Path) -> dict[str, int]:
@@ -12596,7 +13108,7 @@ def fetch_weights() -> HubError | None:
 
 
 # =============================================================================
-# §24 Drivers — effects: NVML, and what the system knows about GPUs
+# §25 Drivers — effects: NVML, and what the system knows about GPUs
 # =============================================================================
 
 
@@ -13343,7 +13855,7 @@ def kernel_log(device: Path) -> str | None:
 
 
 # =============================================================================
-# §25 Orchestration — effects: Plan -> world, undo, jobs
+# §26 Orchestration — effects: Plan -> world, undo, jobs
 # =============================================================================
 
 
@@ -14044,7 +14556,7 @@ class Job:
 
 
 # =============================================================================
-# §26 Manager — effects: the use cases; all that console and command line may call
+# §27 Manager — effects: the use cases; all that console and command line may call
 # =============================================================================
 
 
@@ -14159,39 +14671,142 @@ def new_direct_key(name: str, models: Sequence[str] = ()) -> DirectKey:
 
 
 class Keys:
-    """The virtual keys of colleagues, which live in LiteLLM's database."""
+    """The virtual keys of colleagues and their groups, which live in LiteLLM's database."""
 
     def __init__(self, store: StateStore, tools: Tools) -> None:
         self._store = store
         self._tools = tools
 
-    def create(self, request: KeyRequest) -> pydantic.SecretStr:
+    def all(self) -> list[VirtualKey]:
+        return self._api().list_keys()
+
+    def create(self, settings: KeySettings) -> pydantic.SecretStr:
         """A new virtual key; this is the only time its secret is seen."""
-        state = self._store.load()
-        unknown = sorted(name for name in {*request.models} if not is_public(name, state))
-        if unknown:
+        api = self._api_for([settings])
+        if any(key.settings.alias == settings.alias for key in api.list_keys()):
             raise RefusedError(
-                f"No model is served as {', '.join(unknown)}.",
-                advice="Allow names from `route list`, or none to allow all.",
-            )
-        api = self.gateway(state)
-        if any(key.alias == request.alias for key in api.list_keys()):
-            raise RefusedError(
-                f"There is a key called {request.alias!r} already.",
+                f"There is a key called {settings.alias!r} already.",
                 advice="Choose another name, or revoke that one first.",
             )
-        return api.create_key(request.as_litellm())
+        return api.create_key(key_body(settings, utc_now()))
 
-    def all(self) -> list[VirtualKey]:
-        return self.gateway(self._store.load()).list_keys()
+    def create_many(
+        self, text: str, template: KeySettings
+    ) -> list[tuple[KeySettings, pydantic.SecretStr]]:
+        """A key for each row of a CSV, see `parse_people`; all of them, or none."""
+        wished = parse_people(text, template, self._api().list_keys())
+        api = self._api_for(wished)
+        made: list[tuple[KeySettings, pydantic.SecretStr]] = []
+        try:
+            for settings in wished:
+                secret = api.create_key(key_body(settings, utc_now()))
+                made.append((settings, secret))
+        except BaseException:
+            if made:
+                hashes = [sha256(reveal(secret).encode()).hexdigest() for _, secret in made]
+                api.delete_keys(hashes)
+            raise
+        return made
 
-    def revoke(self, alias: str) -> None:
+    def edit(self, name: str, changes: Json) -> KeySettings:
+        """The settings that are named change; a request under way is not touched."""
+        api = self._api()
+        key = named_key(api.list_keys(), name)
+        wished = parse_key_settings(asdict(key.settings) | changes)
+        self._api_for([wished])
+        if body := key_changes(key.settings, wished, utc_now()):
+            api.update_key(key.key_hash, body)
+        return wished
+
+    def rotate(self, name: str, grace: timedelta) -> tuple[KeySettings, pydantic.SecretStr]:
+        """Another secret for the same key; the old one works until the grace is over.
+
+        What was used of the budget is used for both, as far as it was until now.
+        """
+        api = self._api()
+        key = named_key(api.list_keys(), name)
+        now = utc_now()
+        if key_state(key, now) == "expired":
+            raise RefusedError(f"The key of {name} has expired.", advice="Extend it first.")
+        old = retired(key, now + max(grace, timedelta(seconds=1)))
+        api.update_key(key.key_hash, key_changes(key.settings, old, now))
+        try:
+            secret = api.create_key(key_body(key.settings, now) | {"spend": key.used})
+        except BaseException:
+            api.update_key(key.key_hash, key_changes(old, key.settings, now))
+            raise
+        if not grace:
+            api.delete_keys([key.key_hash])
+        return key.settings, secret
+
+    def block(self, name: str, *, blocked: bool = True) -> None:
+        """Refuse its requests until it is unblocked."""
+        api = self._api()
+        api.block_key(named_key(api.list_keys(), name).key_hash, blocked=blocked)
+
+    def revoke(self, name: str) -> None:
         """The key of that name stops working; what it used stays accounted for."""
-        api = self.gateway(self._store.load())
-        found = [key for key in api.list_keys() if alias in {key.alias, key.key_hash}]
-        if not found:
-            raise RefusedError(f"There is no key called {alias!r}.", advice="See `key list`.")
-        api.delete_key(found[0].key_hash)
+        api = self._api()
+        api.delete_keys([named_key(api.list_keys(), name).key_hash])
+
+    def why(self, text: str, model: str) -> Diagnosis:
+        """Why a key works or fails; the text is a secret, a name, or a part of either."""
+        state = self._store.load()
+        api = self.gateway(state)
+        return diagnose(text, model, api.list_keys(), api.list_groups(), state, utc_now())
+
+    def groups(self) -> list[KnownGroup]:
+        return self._api().list_groups()
+
+    def set_group(self, changes: Json) -> Group:
+        """A new group, or what is named of a known one."""
+        api = self._api()
+        known = {group.settings.name: group.settings for group in api.list_groups()}
+        old = known.get(changes["name"])
+        wished = parse_group((asdict(old) if old else {}) | changes)
+        check_models(wished, self._store.load())
+        (api.update_group if old else api.create_group)(group_body(wished))
+        return wished
+
+    def block_group(self, name: str, *, blocked: bool = True) -> None:
+        """Refuse the requests of all its keys until it is unblocked."""
+        api = self._api()
+        api.block_group(_known_group(name, api).settings.name, blocked=blocked)
+
+    def extend_group(self, name: str, until: datetime | None) -> int:
+        """All its keys end then, or never; how many those are."""
+        api = self._api()
+        now, keys = utc_now(), _keys_of(name, api)
+        bodies = [
+            (key.key_hash, key_changes(key.settings, replace(key.settings, expires_at=until), now))
+            for key in keys
+        ]
+        for key_hash, body in bodies:
+            if body:
+                api.update_key(key_hash, body)
+        return len(keys)
+
+    def revoke_group(self, name: str) -> int:
+        """All its keys stop working, and the group is gone; how many they were."""
+        api = self._api()
+        keys = _keys_of(name, api)
+        if keys:
+            api.delete_keys([key.key_hash for key in keys])
+        api.delete_group(name)
+        return len(keys)
+
+    def _api_for(self, wished: Sequence[KeySettings]) -> LiteLlmApi:
+        """Refuses what names a model or a group that is not there."""
+        state = self._store.load()
+        for settings in {settings.models: settings for settings in wished}.values():
+            check_models(settings, state)
+        api = self.gateway(state)
+        for group in sorted({settings.group for settings in wished if settings.group}):
+            _known_group(group, api)
+        return api
+
+    def _api(self) -> LiteLlmApi:
+        return self.gateway(self._store.load())
 
     def gateway(self, state: State) -> LiteLlmApi:
         """The management API of the slot that serves; refused where none does."""
@@ -14205,6 +14820,20 @@ class Keys:
             "The endpoint is not running, and keys live in its database.",
             advice="Deploy a model, or run `apply`, first.",
         )
+
+
+def _known_group(name: str, api: LiteLlmApi) -> KnownGroup:
+    found = [group for group in api.list_groups() if group.settings.name == name]
+    if not found:
+        raise RefusedError(
+            f"There is no group called {name!r}.", advice="Make it first, or see `group list`."
+        )
+    return found[0]
+
+
+def _keys_of(group: str, api: LiteLlmApi) -> list[VirtualKey]:
+    _known_group(group, api)
+    return [key for key in api.list_keys() if key.settings.group == group]
 
 
 class Providers:
@@ -14487,7 +15116,7 @@ def _temporary_key(gateway: LiteLlmApi) -> Iterator[pydantic.SecretStr]:
     try:
         yield key
     finally:
-        gateway.delete_key(sha256(reveal(key).encode()).hexdigest())
+        gateway.delete_keys([sha256(reveal(key).encode()).hexdigest()])
 
 
 def _sent(
@@ -15383,7 +16012,7 @@ class Watch:
 
 
 # =============================================================================
-# §27 Console — effects: one builder per tab, and who may open it
+# §28 Console — effects: one builder per tab, and who may open it
 # =============================================================================
 
 LOOPBACK_HOSTS: Final = frozenset({"127.0.0.1", "localhost", "[::1]"})
@@ -15539,11 +16168,12 @@ def table(
     *,
     label: str = "",
     visible: bool = True,
+    search: bool = False,
 ) -> Any:
     return gr.Dataframe(
         headers=list(headers), interactive=False, wrap=True, buttons=[], type="array",
         column_widths=list(widths) if widths else None, label=label, show_label=bool(label),
-        visible=visible,
+        visible=visible, show_search="filter" if search else "none",
     )  # fmt: skip
 
 
@@ -16363,77 +16993,259 @@ def build_proofs_view(desk: Desk, tab: gr.Tab) -> None:
 
 
 def build_keys_tab(desk: Desk) -> None:
-    """A key per colleague: made, shown once, revoked."""
+    """A key per colleague and their groups: made, shown once, changed, revoked."""
 
-    def on_list() -> tuple[Any, Any]:
+    def on_list() -> tuple[Any, ...]:
         # Opening a tab must not shout: without an endpoint there simply are no keys yet.
-        keys: list[VirtualKey] = []
+        keys, groups = [], []
         with contextlib.suppress(ManagerError):
-            keys = desk.manager.keys.all()
-        return key_rows(keys), gr.Dropdown(choices=[key.alias for key in keys], value=None)
+            keys, groups = desk.manager.keys.all(), desk.manager.keys.groups()
+        now, names = utc_now(), [group.settings.name for group in groups]
+        return (
+            key_rows(keys, now), gr.Dropdown(choices=[key.settings.alias for key in keys]),
+            group_rows(groups, keys, now), *[gr.Dropdown(choices=names)] * 3,
+        )  # fmt: skip
 
     with gr.Tab("Keys") as tab:
         live(desk, gr.Markdown(), endpoint_text)
-        rows = table(KEY_HEADERS)
-        secret = build_key_form(desk)
-        chosen, revoked = build_revocation(desk)
-    for changed in (tab.select, secret.change, revoked.change):
-        changed(on_list, None, [rows, chosen], **QUIET)
+        rows = table(KEY_HEADERS, search=True)
+        said = gr.Markdown()
+        secret = gr.Textbox(
+            label="Hand this over now: it is shown only once", elem_id="new-key", lines=14,
+            interactive=False, buttons=["copy"], visible=False,
+        )  # fmt: skip
+        chosen = gr.Dropdown(label="Key", value=None, info="of whom the buttons are")
+        build_key_actions(desk, chosen, secret, said)
+        belongs = build_key_form(desk, chosen, secret, said)
+        with gr.Accordion("Groups", open=False):
+            group_table = table(GROUP_HEADERS)
+            group = build_group_actions(desk, said)
+            build_group_form(desk, said)
+        all_of = build_many_keys(desk, secret, said)
+        build_key_doctor(desk)
+    shown = [rows, chosen, group_table, belongs, group, all_of]
+    for changed in (tab.select, said.change):
+        changed(on_list, None, shown, **QUIET)
 
 
-def build_revocation(desk: Desk) -> tuple[gr.Dropdown, gr.Markdown]:
-    """Choose a key, be asked, revoke it; the Markdown says which was revoked."""
+def done_at(text: str) -> str:
+    """What was done and when: never the same twice, so that what follows it is always told."""
+    return f"{plain(text)} ({utc_now():%H:%M:%S.%f} UTC)"
+
+
+def chosen_one(name: str | None) -> str:
+    if not name:
+        raise RefusedError("Nothing is chosen yet.", advice="Choose one first.")
+    return name
+
+
+def build_key_actions(
+    desk: Desk, chosen: gr.Dropdown, secret: gr.Textbox, said: gr.Markdown
+) -> None:
+    """What can be done to one key with a click."""
+    keys = desk.manager.keys
+
+    def on_block(blocked: bool, alias: str | None) -> str:
+        with shown_to_operator():
+            keys.block(chosen_one(alias), blocked=blocked)
+            return done_at(f"{'Blocked' if blocked else 'Unblocked'} the key of {alias}.")
+
+    def on_rotate(alias: str | None, hours: float | None) -> tuple[Any, str]:
+        with shown_to_operator():
+            settings, made = keys.rotate(chosen_one(alias), timedelta(hours=hours or 0))
+            how = f"works for {hours:g} hours more" if hours else "does not work any more"
+            said = done_at(f"{alias} has another secret; the old one {how}.")
+            return _shown_once(desk, settings, made), said
 
     def on_revoke(alias: str | None) -> tuple[Any, ...]:
         with shown_to_operator():
-            if not alias:
-                raise RefusedError("No key is chosen yet.", advice="Choose one first.")
-            return gr.update(visible=True), revoke_question(alias), alias
+            return gr.update(visible=True), revoke_question(chosen_one(alias)), alias
 
     def revoke_it(alias: str) -> str:
-        desk.manager.keys.revoke(alias)
-        return f"Revoked the key of {plain(alias)}."
+        keys.revoke(alias)
+        return done_at(f"Revoked the key of {alias}.")
 
     with gr.Row(elem_classes="actions"):
-        chosen = gr.Dropdown(label="Key to revoke", scale=3)
+        block = gr.Button("Block", scale=0, min_width=110)
+        unblock = gr.Button("Unblock", scale=0, min_width=110)
         revoke = gr.Button("Revoke", variant="stop", scale=0, min_width=110)
-    question, said = build_question("Revoke it", revoke_it)
+        hours = gr.Number(24, label="Old secret works for (hours)", precision=0, minimum=0)
+        rotate = gr.Button("Another secret", scale=0, min_width=160)
+    question, revoked = build_question("Revoke it", revoke_it)
+    revoked.change(lambda text: text, revoked, said, **QUIET)
+    block.click(partial(on_block, True), chosen, said, **PRIVATE)
+    unblock.click(partial(on_block, False), chosen, said, **PRIVATE)
+    rotate.click(on_rotate, [chosen, hours], [secret, said], **PRIVATE)
     revoke.click(on_revoke, chosen, question, **PRIVATE)
-    return chosen, said
 
 
-def build_key_form(desk: Desk) -> gr.Textbox:
-    """The form for a new key and the place where its secret is shown once."""
+def _shown_once(desk: Desk, settings: KeySettings, secret: pydantic.SecretStr) -> Any:
+    return gr.update(value=hand_out(desk.manager.state(), settings, reveal(secret)), visible=True)
 
-    def on_create(
-        alias: str, models: list[str], days: float | None, rpm: float | None, tpm: float | None
-    ) -> tuple[Any, Any]:
+
+def build_allowance(desk: Desk) -> dict[str, Any]:
+    """Fields of what a key or a group may use, by the names of their settings."""
+    models = gr.Dropdown(label="Models", multiselect=True, info="none: all of them")
+    live(desk, models, served_choices)
+    with gr.Row():
+        periods = [("never", ""), *((f"every {period}", period) for period in PERIODS)]
+        return {
+            "models": models,
+            "rpm_limit": gr.Number(0, label="Requests per minute", precision=0, info="0: any"),
+            "tpm_limit": gr.Number(0, label="Tokens per minute", precision=0, info="0: any"),
+            "budget": gr.Number(0, label="Budget (million tokens)", info="0: none"),
+            "period": gr.Dropdown(periods, value="", label="Whole again", info="the budget"),
+        }
+
+
+def build_key_fields(desk: Desk) -> dict[str, Any]:
+    """Fields of a key, by the names of its settings."""
+    with gr.Row():
+        who = {
+            "alias": gr.Textbox(label="For whom", placeholder="Ada Lovelace"),
+            "email": gr.Textbox(label="E-mail"),
+            "group": gr.Dropdown(label="Group", value=None, info="or none"),
+        }
+    more = build_allowance(desk)
+    with gr.Row():
+        return who | more | {
+            "parallel": gr.Number(0, label="Requests at a time", precision=0, info="0: any"),
+            "days": gr.Number(0, label="Valid for (days)", precision=0, info="0: for ever"),
+            "note": gr.Textbox(label="Note"),
+        }  # fmt: skip
+
+
+def build_key_form(desk: Desk, chosen: gr.Dropdown, secret: gr.Textbox, said: gr.Markdown) -> Any:
+    """Make a key, or change the chosen one; the field of its group."""
+    keys = desk.manager.keys
+
+    def settings_of(values: Sequence[Any]) -> Json:
+        return key_fields(dict(zip(form, values, strict=True)), utc_now())
+
+    def on_create(*values: Any) -> tuple[Any, ...]:
         with shown_to_operator():
-            request = key_request(alias, models, days, rpm, tpm)
-            secret = desk.manager.keys.create(request).get_secret_value()
-            return gr.update(
-                value=hand_out(desk.manager.state(), request, secret), visible=True
-            ), ""
+            settings = parse_key_settings(settings_of(values))
+            made = keys.create(settings)
+            said = done_at(f"Made a key for {settings.alias}.")
+            return _shown_once(desk, settings, made), said, ""
 
-    with gr.Accordion("Create a key", open=True):
-        with gr.Row():
-            alias = gr.Textbox(label="For whom", placeholder="Ada Lovelace")
-            models = live(
-                desk,
-                gr.Dropdown(label="Models", multiselect=True, info="none: all of them"),
-                served_choices,
-            )
-        with gr.Row():
-            days = gr.Number(0, label="Valid for (days)", precision=0, info="0: for ever")
-            rpm = gr.Number(0, label="Requests per minute", precision=0, info="0: no limit")
-            tpm = gr.Number(0, label="Tokens per minute", precision=0, info="0: no limit")
-        create = gr.Button("Create key", variant="primary")
-        secret = gr.Textbox(
-            label="Hand this over now: it is shown only once", elem_id="new-key", lines=9,
-            interactive=False, buttons=["copy"], visible=False,
+    def on_load(alias: str | None) -> list[Any]:
+        with shown_to_operator():
+            key = named_key(keys.all(), chosen_one(alias))
+            return form_of_key(key.settings, utc_now(), tuple(form))
+
+    def on_save(alias: str | None, *values: Any) -> str:
+        with shown_to_operator():
+            settings = keys.edit(chosen_one(alias), settings_of(values))
+            return done_at(f"Saved the key of {settings.alias}.")
+
+    with gr.Accordion("Create or change a key", open=True):
+        form = build_key_fields(desk)
+        with gr.Row(elem_classes="actions"):
+            create = gr.Button("Create key", variant="primary", scale=0, min_width=150)
+            load = gr.Button("Fill in from the chosen key", scale=0, min_width=240)
+            save = gr.Button("Save to the chosen key", scale=0, min_width=220)
+    inputs = [*form.values()]
+    create.click(on_create, inputs, [secret, said, form["alias"]], **PRIVATE)
+    load.click(on_load, chosen, inputs, **PRIVATE)
+    save.click(on_save, [chosen, *inputs], said, **PRIVATE)
+    return form["group"]
+
+
+def build_group_actions(desk: Desk, said: gr.Markdown) -> gr.Dropdown:
+    """What is done to all keys of a group at once."""
+    keys = desk.manager.keys
+
+    def on_block(blocked: bool, name: str | None) -> str:
+        with shown_to_operator():
+            keys.block_group(chosen_one(name), blocked=blocked)
+            return done_at(f"{'Blocked' if blocked else 'Unblocked'} the group {name}.")
+
+    def on_extend(name: str | None, days: float | None) -> str:
+        with shown_to_operator():
+            until = utc_now() + timedelta(days=days) if days else None
+            count = keys.extend_group(chosen_one(name), until)
+            return done_at(f"{count} keys of {name} end: {format_day(until) or 'never'}.")
+
+    def on_revoke(name: str | None) -> tuple[Any, ...]:
+        with shown_to_operator():
+            count = sum(key.settings.group == chosen_one(name) for key in keys.all())
+            return gr.update(visible=True), revoke_group_question(name or "", count), name
+
+    def revoke_it(name: str) -> str:
+        return done_at(f"Revoked {keys.revoke_group(name)} keys of {name}.")
+
+    with gr.Row(elem_classes="actions"):
+        chosen = gr.Dropdown(label="Group", value=None, scale=2)
+        block = gr.Button("Block all", scale=0, min_width=110)
+        unblock = gr.Button("Unblock all", scale=0, min_width=120)
+        days = gr.Number(30, label="Valid for (days)", precision=0, info="0: for ever")
+        extend = gr.Button("Extend all", scale=0, min_width=120)
+        revoke = gr.Button("Revoke all", variant="stop", scale=0, min_width=120)
+    question, revoked = build_question("Revoke all of them", revoke_it)
+    revoked.change(lambda text: text, revoked, said, **QUIET)
+    block.click(partial(on_block, True), chosen, said, **PRIVATE)
+    unblock.click(partial(on_block, False), chosen, said, **PRIVATE)
+    extend.click(on_extend, [chosen, days], said, **PRIVATE)
+    revoke.click(on_revoke, chosen, question, **PRIVATE)
+    return chosen
+
+
+def build_group_form(desk: Desk, said: gr.Markdown) -> None:
+    """A new group, or another allowance for one."""
+
+    def on_save(name: str | None, *values: Any) -> str:
+        with shown_to_operator():
+            settings = allowance_fields(dict(zip(form, values, strict=True)))
+            group = desk.manager.keys.set_group({"name": typed(name)} | settings)
+            return done_at(f"Saved the group {group.name}.")
+
+    name = gr.Textbox(label="New group, or the name of one", placeholder="Course ML 2027")
+    form = build_allowance(desk)
+    save = gr.Button("Save the group", variant="primary", scale=0, min_width=150)
+    save.click(on_save, [name, *form.values()], said, **PRIVATE)
+
+
+def build_many_keys(desk: Desk, secret: gr.Textbox, said: gr.Markdown) -> gr.Dropdown:
+    """A key for each line of a list; the field of their group."""
+
+    def on_make(text: str | None, *values: Any) -> tuple[Any, str]:
+        with shown_to_operator():
+            held = dict(zip(form, values, strict=True)) | {"alias": "of the list"}
+            template = parse_key_settings(key_fields(held, utc_now()))
+            made = desk.manager.keys.create_many(text or "", template)
+            shown = gr.update(value=secrets_csv(made), visible=True)
+            return shown, done_at(f"Made {len(made)} keys.")
+
+    with gr.Accordion("Many at once", open=False):
+        people = gr.Textbox(
+            label="CSV", lines=5, placeholder="name,email,group\nAda Lovelace,ada@example.org,",
+            info="its first line names the columns, of which only name is needed",
         )  # fmt: skip
-    create.click(on_create, [alias, models, days, rpm, tpm], [secret, alias], **PRIVATE)
-    return secret
+        with gr.Row():
+            group = gr.Dropdown(label="Group", value=None, info="of who has none in the list")
+            days = gr.Number(180, label="Valid for (days)", precision=0, info="0: for ever")
+        form = {"group": group, "days": days, **build_allowance(desk)}
+        make = gr.Button("Create these keys", variant="primary", scale=0, min_width=170)
+    make.click(on_make, [people, *form.values()], [secret, said], **PRIVATE)
+    return group
+
+
+def build_key_doctor(desk: Desk) -> None:
+    """Why a key works or fails; what is pasted is kept nowhere."""
+
+    def on_ask(text: str | None, model: str | None) -> str:
+        with shown_to_operator():
+            return plain_lines(diagnosis_text(desk.manager.keys.why(typed(text), typed(model))))
+
+    with gr.Accordion("Why does a key not work?", open=False):
+        with gr.Row(elem_classes="actions"):
+            pasted = gr.Textbox(label="Key, or whose it is", type="password", scale=2)
+            model = gr.Dropdown(label="Asked for", allow_custom_value=True, value=None)
+            live(desk, model, served_choices)
+            ask = gr.Button("Look", variant="primary", scale=0, min_width=110)
+        found = gr.Markdown()
+    ask.click(on_ask, [pasted, model], found, **PRIVATE)
 
 
 def build_system_tab(desk: Desk) -> None:
@@ -16626,7 +17438,7 @@ def build_app(manager: Manager, watch: Watch) -> Guard:
 
 
 # =============================================================================
-# §28 Main — effects: arguments, wiring, systemd
+# §29 Main — effects: arguments, wiring, systemd
 # =============================================================================
 
 DONE, FAILED, WRONG_USAGE, TO_DO = range(4)
@@ -16891,24 +17703,78 @@ def _importing(manager: Manager, arguments: argparse.Namespace) -> Change:
 
 
 def add_key_commands(commands: Any) -> None:
-    """`key …`."""
-    group = commands.add_parser("key", help="virtual keys for colleagues").add_subparsers(
+    """`key …` and `group …`."""
+    verbs = commands.add_parser("key", help="virtual keys for colleagues").add_subparsers(
         required=True, metavar="COMMAND"
     )
-    create = group.add_parser("create")
-    create.set_defaults(command=command_key_create)
-    create.add_argument("name")
-    create.add_argument("--model", action="append", default=[], help="served name; repeat")
-    create.add_argument("--days", type=int)
-    create.add_argument("--rpm", type=int)
-    create.add_argument("--tpm", type=int)
-    create.add_argument("--json", action="store_true")
-    listing = group.add_parser("list")
+    for verb, command in (("create", command_key_create), ("set", command_key_set)):
+        sub = verbs.add_parser(verb)
+        sub.set_defaults(command=command)
+        sub.add_argument("name")
+        _add_key_options(sub)
+        sub.add_argument("--json", action="store_true")
+    many = verbs.add_parser("import", help="a key per line of a CSV: name,email,group")
+    many.set_defaults(command=command_key_import)
+    many.add_argument("file", type=Path)
+    _add_key_options(many)
+    listing = verbs.add_parser("list")
     listing.set_defaults(command=command_key_list)
     listing.add_argument("--json", action="store_true")
-    revoke = group.add_parser("revoke")
-    revoke.set_defaults(command=command_key_revoke)
-    revoke.add_argument("name")
+    rotate = verbs.add_parser("rotate", help="another secret for the same key")
+    rotate.set_defaults(command=command_key_rotate)
+    rotate.add_argument("name")
+    rotate.add_argument("--grace-hours", type=float, default=24.0, help="the old one works on")
+    rotate.add_argument("--json", action="store_true")
+    why = verbs.add_parser("why", help="why a key works or fails")
+    why.set_defaults(command=command_key_why)
+    why.add_argument("name", nargs="?", help="whose it is; else its secret is asked for")
+    why.add_argument("--model", default="")
+    for verb, done in (("block", "Blocked"), ("unblock", "Unblocked"), ("revoke", "Revoked")):
+        sub = verbs.add_parser(verb)
+        sub.set_defaults(command=command_key_verb, verb=verb, done=done)
+        sub.add_argument("name")
+    _add_group_commands(commands)
+
+
+def _add_key_options(parser: Any) -> None:
+    parser.add_argument("--email")
+    parser.add_argument("--group", help="its name; '' for none")
+    parser.add_argument("--note")
+    parser.add_argument("--days", type=int, help="valid for; 0: for ever")
+    _add_allowance_options(parser)
+    parser.add_argument("--parallel", type=int, help="requests at a time; 0: any number")
+
+
+def _add_allowance_options(parser: Any) -> None:
+    parser.add_argument(
+        "--model", dest="models", action="append", help="a public name; repeat; '' for all"
+    )
+    parser.add_argument("--rpm", dest="rpm_limit", type=int, help="requests a minute; 0: any")
+    parser.add_argument("--tpm", dest="tpm_limit", type=int, help="tokens a minute; 0: any")
+    parser.add_argument("--budget", type=float, metavar="MILLION", help="tokens; 0: no budget")
+    parser.add_argument("--period", choices=[*PERIODS, ""], help="after which it is whole again")
+
+
+def _add_group_commands(commands: Any) -> None:
+    verbs = commands.add_parser("group", help="keys that share limits").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    change = verbs.add_parser("set", help="make one, or change it")
+    change.set_defaults(command=command_group_set)
+    change.add_argument("name")
+    change.add_argument("--note")
+    _add_allowance_options(change)
+    listing = verbs.add_parser("list")
+    listing.set_defaults(command=command_group_list)
+    listing.add_argument("--json", action="store_true")
+    extend = verbs.add_parser("extend", help="another end for all its keys")
+    extend.set_defaults(command=command_group_extend)
+    extend.add_argument("name")
+    extend.add_argument("--days", type=int, required=True, help="from now; 0: for ever")
+    for verb, done in (("block", "Blocked"), ("unblock", "Unblocked"), ("revoke", "Revoked")):
+        sub = verbs.add_parser(verb)
+        sub.set_defaults(command=command_group_verb, verb=verb, done=done)
+        sub.add_argument("name")
 
 
 def add_direct_commands(commands: Any) -> None:
@@ -17554,20 +18420,58 @@ def command_model_show(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def _given_settings(arguments: argparse.Namespace) -> Json:
+    """What was named of a key or a group; 0 and '' take it away."""
+    names = ("email", "group", "note", *WHOLE_LIMITS, "budget", "period", "models", "days")
+    given = {n: v for n in names if (v := getattr(arguments, n, None)) is not None}
+    settings: Json = {n: v if n in TEXTS else v or None for n, v in given.items()}
+    if "models" in given:
+        settings["models"] = tuple(name for name in given["models"] if name)
+    if "days" in settings:
+        days = settings.pop("days")
+        settings["expires_at"] = utc_now() + timedelta(days=days) if days else None
+    return settings
+
+
+TEXTS: Final = ("email", "group", "note")
+
+
 def command_key_create(arguments: argparse.Namespace) -> int:
-    request = KeyRequest(
-        alias=arguments.name,
-        models=tuple(arguments.model),
-        days=arguments.days,
-        rpm_limit=arguments.rpm,
-        tpm_limit=arguments.tpm,
-    )
+    settings = parse_key_settings({"alias": arguments.name} | _given_settings(arguments))
     manager = open_manager()
-    secret = manager.keys.create(request).get_secret_value()
+    return _hand_over(arguments, manager.state(), settings, manager.keys.create(settings))
+
+
+def command_key_rotate(arguments: argparse.Namespace) -> int:
+    manager = open_manager()
+    grace = timedelta(hours=arguments.grace_hours)
+    return _hand_over(arguments, manager.state(), *manager.keys.rotate(arguments.name, grace))
+
+
+def _hand_over(
+    arguments: argparse.Namespace, state: State, settings: KeySettings, secret: pydantic.SecretStr
+) -> int:
     if arguments.json:
-        out_json({"name": request.alias, "key": secret})
+        out_json({"name": settings.alias, "key": reveal(secret)})
     else:
-        out(hand_out(manager.state(), request, secret))
+        out(hand_out(state, settings, reveal(secret)))
+    return DONE
+
+
+def command_key_set(arguments: argparse.Namespace) -> int:
+    settings = open_manager().keys.edit(arguments.name, _given_settings(arguments))
+    if arguments.json:
+        out_json(asdict(settings))
+    else:
+        out(f"Saved {settings.alias}.")
+    return DONE
+
+
+def command_key_import(arguments: argparse.Namespace) -> int:
+    with file_errors(f"read {arguments.file}"):
+        text = arguments.file.read_text(errors="replace")
+    template = parse_key_settings({"alias": "of the list"} | _given_settings(arguments))
+    out(secrets_csv(open_manager().keys.create_many(text, template)).rstrip())
     return DONE
 
 
@@ -17576,13 +18480,57 @@ def command_key_list(arguments: argparse.Namespace) -> int:
     if arguments.json:
         out_json([asdict(key) for key in keys])
     else:
-        out_table(KEY_HEADERS, key_rows(keys))
+        out_table(KEY_HEADERS, key_rows(keys, utc_now()))
     return DONE
 
 
-def command_key_revoke(arguments: argparse.Namespace) -> int:
-    open_manager().keys.revoke(arguments.name)
-    out(f"Revoked {arguments.name}.")
+def command_key_why(arguments: argparse.Namespace) -> int:
+    text = arguments.name or secret_line("Key: ")
+    diagnosis = open_manager().keys.why(text, arguments.model)
+    out(diagnosis_text(diagnosis))
+    return TO_DO if diagnosis.faults else DONE
+
+
+def command_key_verb(arguments: argparse.Namespace) -> int:
+    keys = open_manager().keys
+    if arguments.verb == "revoke":
+        keys.revoke(arguments.name)
+    else:
+        keys.block(arguments.name, blocked=arguments.verb == "block")
+    out(f"{arguments.done} {arguments.name}.")
+    return DONE
+
+
+def command_group_set(arguments: argparse.Namespace) -> int:
+    group = open_manager().keys.set_group({"name": arguments.name} | _given_settings(arguments))
+    out(f"Saved {group.name}.")
+    return DONE
+
+
+def command_group_list(arguments: argparse.Namespace) -> int:
+    keys = open_manager().keys
+    groups = keys.groups()
+    if arguments.json:
+        out_json([asdict(group) for group in groups])
+    else:
+        out_table(GROUP_HEADERS, group_rows(groups, keys.all(), utc_now()))
+    return DONE
+
+
+def command_group_extend(arguments: argparse.Namespace) -> int:
+    until = utc_now() + timedelta(days=arguments.days) if arguments.days else None
+    count = open_manager().keys.extend_group(arguments.name, until)
+    out(f"{count} keys of {arguments.name} end now: {format_day(until) or 'never'}.")
+    return DONE
+
+
+def command_group_verb(arguments: argparse.Namespace) -> int:
+    keys, count = open_manager().keys, ""
+    if arguments.verb == "revoke":
+        count = f" and its {keys.revoke_group(arguments.name)} keys"
+    else:
+        keys.block_group(arguments.name, blocked=arguments.verb == "block")
+    out(f"{arguments.done} {arguments.name}{count}.")
     return DONE
 
 

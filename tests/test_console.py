@@ -484,23 +484,12 @@ def test_placements_and_sources_are_read_at_a_glance() -> None:
 
 def test_what_a_colleague_gets_can_be_pasted() -> None:
     state = a_state(a_model())
-    text = lm.hand_out(state, lm.KeyRequest(alias="Ada"), "sk-1")
+    text = lm.hand_out(state, lm.KeySettings(alias="Ada"), "sk-1")
     assert "API key:   sk-1\nBase URL:  https://localhost/v1\n" in text
     assert "curl -k https://localhost/v1/chat/completions" in text
     own = lm.Edge(hostnames=("llm.example.org",), https_port=8443, tls=lm.AcmeTls(email="a@b.c"))
     assert lm.base_url(own) == "https://llm.example.org:8443/v1"
     assert "-k" not in lm.curl_example(own, "chat", "sk-1")
-
-
-def test_a_key_is_a_row_that_never_holds_its_secret() -> None:
-    key = lm.VirtualKey(
-        key_hash="h", alias="Ada", hint="sk-...1234", models=(), expires_at=NOW, rpm_limit=None,
-        tpm_limit=9, blocked=False, created_at=None,
-    )  # fmt: skip
-    (row,) = lm.key_rows([key])
-    assert row[:4] == ["Ada", "sk-...1234", "all", "2026-03-04"]
-    assert row[5] == "9"
-    assert len(row) == len(lm.KEY_HEADERS)
 
 
 def test_the_cause_is_found_in_an_engines_log() -> None:
@@ -575,11 +564,6 @@ def test_an_empty_form_is_refused_with_what_is_missing() -> None:
     assert "placement" not in raw, "where nothing is chosen, the program chooses"
     with pytest.raises(lm.RefusedError, match=r"name: .*source\.repository: "):
         lm.parse_model(raw, a_state(), {})
-
-
-def test_no_limit_is_none_in_a_key_request() -> None:
-    request = lm.key_request(" Ada ", [], None, 0, 10.0)
-    assert request == lm.KeyRequest(alias="Ada", tpm_limit=10)
 
 
 def test_https_settings_come_from_their_form() -> None:

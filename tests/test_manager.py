@@ -639,7 +639,7 @@ def test_keys_need_an_endpoint_and_known_names(server: Server) -> None:
     with pytest.raises(lm.GatewayError, match="endpoint is not running"):
         server.manager.keys.all()
     with pytest.raises(lm.RefusedError, match="No model is served as gpt-9"):
-        server.manager.keys.create(lm.KeyRequest(alias="Ada", models=("gpt-9",)))
+        server.manager.keys.create(lm.KeySettings(alias="Ada", models=("gpt-9",)))
 
 
 class Watched(lm.Manager):

@@ -391,29 +391,3 @@ def test_a_new_model_goes_to_a_gpu_that_no_model_has() -> None:
     assert lm.default_placement(two, [on_first]) == on_gpus(gpus[1])
     assert lm.default_placement(two, [on_first, on_second]) == on_gpus(gpus[0])
     assert lm.default_placement(lm.Hardware(), [on_first]) == lm.CpuPlacement()
-
-
-# --- keys ------------------------------------------------------------
-
-
-@pytest.mark.parametrize("alias", ["", "  ", "a\nb", "x" * 101, "a\0b"])
-def test_a_key_without_a_printable_name_is_refused(alias: str) -> None:
-    with pytest.raises(lm.RefusedError, match="needs a name"):
-        lm.KeyRequest(alias=alias)
-
-
-@pytest.mark.parametrize("limit", ["days", "rpm_limit", "tpm_limit"])
-def test_a_limit_below_one_is_refused(limit: str) -> None:
-    with pytest.raises(lm.RefusedError, match="below 1"):
-        lm.KeyRequest(alias="Ada", **{limit: 0})
-
-
-def test_a_key_request_says_days_and_no_limits_as_litellm_does() -> None:
-    request = lm.KeyRequest(alias="Ada", models=("chat",), days=30)
-    assert request.as_litellm() == {
-        "key_alias": "Ada",
-        "models": ["chat"],
-        "duration": "30d",
-        "rpm_limit": None,
-        "tpm_limit": None,
-    }
