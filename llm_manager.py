@@ -16253,7 +16253,9 @@ def planned(desk: Desk, verb: str, subject: Any, wished: Change) -> tuple[Any, .
     return gr.update(visible=True), shown, text, (verb, subject)
 
 
-def build_question(label: str, act: Callable[[Any], str]) -> tuple[list[Any], gr.Markdown]:
+def build_question(
+    label: str, act: Callable[[Any], str], said: gr.Markdown | None = None
+) -> tuple[list[Any], gr.Markdown]:
     """A hidden card that asks before something goes for good; (group, text, pending) open it."""
 
     def on_confirm(pending: Any) -> tuple[Any, str]:
@@ -16265,7 +16267,7 @@ def build_question(label: str, act: Callable[[Any], str]) -> tuple[list[Any], gr
         with gr.Row():
             confirm = gr.Button(label, variant="stop")
             leave = gr.Button("Not now")
-    pending, said = gr.State(None), gr.Markdown()
+    pending, said = gr.State(None), said or gr.Markdown()
     confirm.click(on_confirm, pending, [group, said], **PRIVATE)
     leave.click(lambda: gr.update(visible=False), None, group, **PRIVATE)
     return [group, text, pending], said
@@ -17029,8 +17031,8 @@ def build_keys_tab(desk: Desk) -> None:
 
 
 def done_at(text: str) -> str:
-    """What was done and when: never the same twice, so that what follows it is always told."""
-    return f"{plain(text)} ({utc_now():%H:%M:%S.%f} UTC)"
+    """What was done and when: that it changes tells the tables to look again."""
+    return f"{plain(text)} ({utc_now():%H:%M:%S} UTC)"
 
 
 def chosen_one(name: str | None) -> str:
@@ -17071,8 +17073,7 @@ def build_key_actions(
         revoke = gr.Button("Revoke", variant="stop", scale=0, min_width=110)
         hours = gr.Number(24, label="Old secret works for (hours)", precision=0, minimum=0)
         rotate = gr.Button("Another secret", scale=0, min_width=160)
-    question, revoked = build_question("Revoke it", revoke_it)
-    revoked.change(lambda text: text, revoked, said, **QUIET)
+    question, _ = build_question("Revoke it", revoke_it, said)
     block.click(partial(on_block, True), chosen, said, **PRIVATE)
     unblock.click(partial(on_block, False), chosen, said, **PRIVATE)
     rotate.click(on_rotate, [chosen, hours], [secret, said], **PRIVATE)
@@ -17182,8 +17183,7 @@ def build_group_actions(desk: Desk, said: gr.Markdown) -> gr.Dropdown:
         days = gr.Number(30, label="Valid for (days)", precision=0, info="0: for ever")
         extend = gr.Button("Extend all", scale=0, min_width=120)
         revoke = gr.Button("Revoke all", variant="stop", scale=0, min_width=120)
-    question, revoked = build_question("Revoke all of them", revoke_it)
-    revoked.change(lambda text: text, revoked, said, **QUIET)
+    question, _ = build_question("Revoke all of them", revoke_it, said)
     block.click(partial(on_block, True), chosen, said, **PRIVATE)
     unblock.click(partial(on_block, False), chosen, said, **PRIVATE)
     extend.click(on_extend, [chosen, days], said, **PRIVATE)
