@@ -7422,7 +7422,7 @@ def _group_faults(group: KnownGroup, now: datetime) -> Iterator[tuple[str, str]]
 
 def _used_up_text(allowance: Allowance, resets_at: datetime | None) -> str:
     again = f"it is whole again on {resets_at:%Y-%m-%d %H:%M} UTC" if resets_at else "it stays so"
-    return f"The budget of {budget_text(allowance)} is used up: 429; {again}."
+    return f"The budget of {budget_text(allowance)} is used up: 422; {again}."
 
 
 def budget_text(allowance: Allowance) -> str:
