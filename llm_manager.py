@@ -25,12 +25,13 @@ Outline (search for "§5"; tests/test_layout.py keeps it true):
   §21 Containers         effects  Docker
   §22 Images             effects  pulled, built from recipes, pruned
   §23 Requests           effects  HTTP to containers on the bridge, LiteLLM's management API
-  §24 Hub                effects  Hugging Face, downloads, and the cache on the disk
-  §25 Drivers            effects  NVML, and what the system knows about GPUs
-  §26 Orchestration      effects  Plan -> world, undo, jobs
-  §27 Manager            effects  the use cases; all that console and command line may call
-  §28 Console            effects  one builder per tab, and who may open it
-  §29 Main               effects  arguments, wiring, systemd
+  §24 Database           effects  PostgreSQL
+  §25 Hub                effects  Hugging Face, downloads, and the cache on the disk
+  §26 Drivers            effects  NVML, and what the system knows about GPUs
+  §27 Orchestration      effects  Plan -> world, undo, jobs
+  §28 Manager            effects  the use cases; all that console and command line may call
+  §29 Console            effects  one builder per tab, and who may open it
+  §30 Main               effects  arguments, wiring, systemd
 """
 
 from __future__ import annotations
@@ -686,6 +687,15 @@ class MigLayout:
 
 @_strict
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Housekeeping:
+    """How long LiteLLM's database keeps a row for every request, and how many dumps stay."""
+
+    retention_days: Annotated[int, pydantic.Field(ge=1, le=3650)] | None = 90  # None: for ever
+    dumps_kept: Annotated[int, pydantic.Field(ge=1, le=1000)] = 7  # of those nobody named
+
+
+@_strict
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Secrets:
     """Everything that must never print; made once, kept through every rollback."""
 
@@ -715,6 +725,7 @@ class State:
     edge: Edge = field(default_factory=Edge)
     mig_layouts: tuple[MigLayout, ...] = ()
     monitoring: bool = False
+    housekeeping: Housekeeping = field(default_factory=Housekeeping)
     hugging_face_home: AbsolutePath | None = None
     secrets: Secrets
 
@@ -4293,6 +4304,10 @@ def parse_edge(raw: Json) -> Edge:
     return _parsed(Edge, raw, "These HTTPS settings cannot be used")
 
 
+def parse_housekeeping(raw: Json) -> Housekeeping:
+    return _parsed(Housekeeping, raw, "The database cannot be kept so")
+
+
 def parse_direct_key(raw: Json) -> DirectKey:
     return _parsed(DirectKey, raw, "This direct key cannot be used")
 
@@ -4649,6 +4664,56 @@ def render_database(state: State) -> ContainerSpec:
     )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dump:
+    """A dump of LiteLLM's database on this server's disk; nobody named the automatic ones."""
+
+    file: str
+    size_bytes: int
+    taken_at: datetime
+
+    @property
+    def automatic(self) -> bool:
+        return AUTOMATIC_DUMP.fullmatch(self.file) is not None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DatabaseSize:
+    """What LiteLLM's database takes, and what is free where it lies."""
+
+    database_bytes: int
+    spend_log_bytes: int
+    spend_log_rows: int | None  # PostgreSQL's estimate; None before its first count
+    oldest_row_at: datetime | None
+    free_bytes: int
+
+
+AUTOMATIC_DUMP: Final = re.compile(r"litellm-\d{8}T\d{6}Z\.dump")
+
+
+def automatic_dump(moment: datetime | None) -> str:
+    """The file of a dump that nobody named; of a moment that nobody knows, the first of all."""
+    return f"litellm-{moment or datetime(1970, 1, 1, tzinfo=UTC):%Y%m%dT%H%M%SZ}.dump"
+
+
+def named_dump(name: str) -> str:
+    """The file of a dump that the operator names; never one that makes way for newer ones."""
+    file = name if name.endswith(".dump") else f"{name}.dump"
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", file) or AUTOMATIC_DUMP.fullmatch(file):
+        raise RefusedError(
+            f"{name!r} cannot be the name of a dump.",
+            advice="Use up to 95 letters, digits and . _ -, like `before-summer`.",
+        )
+    return file
+
+
+def stale_dumps(dumps: Iterable[Dump], kept: int, spare: str = "") -> list[Dump]:
+    """The automatic dumps beyond the newest; `spare` is being restored, and stays."""
+    automatic = [dump for dump in dumps if dump.automatic]
+    by_age = sorted(automatic, key=lambda dump: dump.file, reverse=True)
+    return [dump for dump in by_age[kept:] if dump.file != spare]
+
+
 def uses_cache(state: State) -> bool:
     """Whether any route keeps answers."""
     return any(route.cache_seconds for route in state.routes)
@@ -4839,11 +4904,29 @@ def render_litellm_config(state: State, served: Sequence[ServedModel]) -> str:
             "disable_error_logs": True,
             "disable_requester_ip_address_logging": True,
             "spend_logs_metadata_fields": {"exclude": ["spend_logs_metadata", "user_agent"]},
+            **_retention(state.housekeeping),
         },
         **_WORDLESS_LOGS,
     }
     return GENERATED_BANNER + yaml.dump(config, Dumper=YAML_DUMPER, sort_keys=False)
 
+
+def _retention(housekeeping: Housekeeping) -> Json:
+    """Rows of single requests are pruned; LiteLLM's sums by day are other tables, and stay.
+
+    By the clock, because an interval begins anew with every gateway and may never end. A run
+    deletes at most 500 batches of 1000 rows within five minutes, and the next one goes on (1.108).
+    """
+    days = housekeeping.retention_days
+    if days is None:
+        return {}
+    return {
+        "maximum_spend_logs_retention_period": f"{days}d",
+        "maximum_spend_logs_cleanup_cron": PRUNING_TIMES,
+    }
+
+
+PRUNING_TIMES: Final = "17 * * * *"
 
 # What the console shows of routes, with no label that says whose request it was. LiteLLM starts
 # without its metrics, and says so in its log only, where a label does not belong to a metric.
@@ -5580,6 +5663,44 @@ class TurnAway:
 
 
 @dataclass(frozen=True, slots=True)
+class DumpDatabase:
+    """Dump LiteLLM's database; older automatic dumps make way, but for `spare`.
+
+    Where it `guards` a migration, undoing it returns to the dump if tables have changed since.
+    """
+
+    server: ContainerName
+    file: str
+    kept: int
+    cause: str
+    guards: bool = False
+    spare: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadDump:
+    """Load a dump into a database beside the one that serves; a broken one is refused."""
+
+    server: ContainerName
+    path: str
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class TurnToLoaded:
+    """Give the loaded database the name of the one that serves, which is kept under another."""
+
+    server: ContainerName
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class DropFormer:
+    server: ContainerName
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
 class Discard:
     """Stop and remove a container, for good; its volumes stay."""
 
@@ -5612,11 +5733,15 @@ Step = (
     | Pause
     | Drain
     | TurnAway
+    | DumpDatabase
+    | LoadDump
+    | TurnToLoaded
+    | DropFormer
     | Discard
 )
 
 
-def describe(step: Step) -> str:  # noqa: C901, PLR0911, PLR0912 - one line per kind of step
+def describe(step: Step) -> str:  # noqa: C901, PLR0911, PLR0912, PLR0915 - one line per kind of step
     """One line for the log, the preview and the tests."""
     match step:
         case Refuse(fact, advice):
@@ -5665,6 +5790,14 @@ def describe(step: Step) -> str:  # noqa: C901, PLR0911, PLR0912 - one line per 
             return f"let {name} finish its requests: {cause}"
         case TurnAway(spec, cause):
             return f"turn the gateway away from {spec.name} and let it finish its requests: {cause}"
+        case DumpDatabase(_, file, _, cause):
+            return f"dump the database into backups/{file}: {cause}"
+        case LoadDump(_, path, cause):
+            return f"load {path} into a database of its own: {cause}"
+        case TurnToLoaded(_, cause):
+            return f"put the loaded database in the place of LiteLLM's: {cause}"
+        case DropFormer(_, cause):
+            return f"drop the database from before: {cause}"
         case Discard(name, _, cause):
             return f"discard {name}: {cause}"
         case _:
@@ -5791,12 +5924,14 @@ def plan_state(  # noqa: PLR0913 - what is, what is wished, and how far to go
     despite_driver: bool = False,
     recut: bool = True,
     gentle: bool = False,
+    dump: str = "",
 ) -> Plan:
     """Compare what is wished with what is; decide everything, do nothing.
 
     `scope` leaves every other model as it is, `restart` replaces a model that needs no change,
     `despite_driver` makes GPU containers although the driver waits for a reboot, `gentle` leaves
-    engines that serve as they are, even where something else is wished of them. The endpoint's
+    engines that serve as they are, even where something else is wished of them, `dump` is the
+    path of one that the database returns to. The endpoint's
     stage assumes that the models' stages succeed; `plan_endpoint` after they ran says what is
     true then. Slices that a layout's stage will make have no UUID yet: plan again after it,
     with `recut` off: what could not be cut then refuses those that need it, and nobody else.
@@ -5829,7 +5964,7 @@ def plan_state(  # noqa: PLR0913 - what is, what is wished, and how far to go
         layouts=layouts_first,
         devices=_plan_devices(state, observed, bool(layouts_first)),
         foundation=_plan_foundation(state, observed),
-        database=_plan_database(state, observed),
+        database=_plan_database(state, observed, site, dump),
         cache=_plan_cache(state, observed),
         models=tuple(stages),
         endpoint=endpoint,
@@ -6052,10 +6187,73 @@ def _plan_foundation(state: State, observed: Observed) -> Stage:
     return Stage(title="foundation", steps=tuple(steps))
 
 
-def _plan_database(state: State, observed: Observed) -> Stage:
-    wished = state.endpoint == "running"
-    steps = plan_container(render_database(state), observed).whole if wished else ()
+def _plan_database(state: State, observed: Observed, site: Site, dump: str) -> Stage:
+    wanted = render_database(state)
+    steps: tuple[Step, ...] = ()
+    if state.endpoint == "running":
+        steps = plan_container(wanted, observed).whole
+        steps = (*_dump_before(wanted, steps, state, observed), *steps)
+        steps += _return_to(dump, state, observed, site) if dump else ()
+    elif dump:
+        steps = (Refuse("PostgreSQL is wished stopped.", "Deploy a model or set a route first."),)
     return Stage(title="database", steps=steps)
+
+
+def _dump_before(
+    wanted: ContainerSpec, steps: Sequence[Step], state: State, observed: Observed
+) -> tuple[Step, ...]:
+    """Before another PostgreSQL works on its files; a broken one is changed without."""
+    seen = observed.containers.get(wanted.name)
+    replaced = any(isinstance(step, SetAside) for step in steps)
+    if seen is None or not replaced or seen.image == wanted.image:
+        return ()
+    if seen.exit_code or _hangs(wanted, seen, observed.taken_at):
+        return ()
+    start = () if seen.running else (StartContainer(wanted.name, "it is dumped first"),)
+    wait = () if seen.ready else (WaitReady(wanted, "it is dumped first"),)
+    cause = f"PostgreSQL changes from {seen.image} to {wanted.image}"
+    return (*start, *wait, _dump(state, observed, cause))
+
+
+def _dump(
+    state: State, observed: Observed, cause: str, *, guards: bool = False, spare: str = ""
+) -> DumpDatabase:
+    file, kept = automatic_dump(observed.taken_at), state.housekeeping.dumps_kept
+    return DumpDatabase(database_name(state), file, kept, cause, guards=guards, spare=spare)
+
+
+def _return_to(path: str, state: State, observed: Observed, site: Site) -> tuple[Step, ...]:
+    """The database as in a dump.
+
+    It is loaded beside the one that serves, so that a broken dump stops nothing; the names change
+    in one transaction of PostgreSQL, and back in another. A dump loaded over what is there would
+    leave tables that a newer LiteLLM made, and its next migration would stumble over them.
+    """
+    server, serving = database_name(state), serving_slot(observed)
+    seen = {slot: observed.containers.get(gateway_name(state, slot)) for slot in SLOTS}
+    running = [slot for slot, gateway in seen.items() if gateway and gateway.running]
+    again: tuple[Step, ...] = ()
+    if serving in running:
+        # What it lists is not the database's matter, and may be about to change.
+        any_names = GatewayServes(model_names=(), master_key=state.secrets.master_key)
+        spec = replace(render_gateway(state, serving, (), site), readiness=any_names)
+        again = (
+            Pause(SLOT_PAUSE_SECONDS, "the same slot starts again"),
+            StartContainer(spec.name, "its database is back"),
+            WaitReady(spec, "it starts"),
+        )
+    return (
+        LoadDump(server, path, "it is read whole before anything is stopped"),
+        *(StopContainer(gateway_name(state, slot), RESTORE_STOP_SECONDS, "it uses the database")
+          for slot in running),
+        _dump(state, observed, "what is there now", spare=PurePosixPath(path).name),
+        TurnToLoaded(server, "asked for"),
+        *again,
+        DropFormer(server, "it is in the dump"),
+    )  # fmt: skip
+
+
+RESTORE_STOP_SECONDS: Final = 30  # for requests in flight
 
 
 def _plan_cache(state: State, observed: Observed) -> Stage:
@@ -6364,7 +6562,20 @@ def _plan_gateway(
         ]
     cause = "what is routed changed" if serving else "not there"
     pull = _pull_if_absent(wanted[slot], observed)
-    return slot, [*pull, *clear, *write, *_create(wanted[slot], cause)]
+    dump = _dump_before_migration(wanted[slot], state, observed)
+    return slot, [*pull, *dump, *clear, *write, *_create(wanted[slot], cause)]
+
+
+def _dump_before_migration(
+    wanted: ContainerSpec, state: State, observed: Observed
+) -> tuple[Step, ...]:
+    """Another LiteLLM changes its tables when it starts, while the one before still serves."""
+    seen = (observed.containers.get(gateway_name(state, slot)) for slot in SLOTS)
+    others = sorted({c.image for c in seen if c is not None and c.image != wanted.image})
+    if not others:
+        return ()
+    cause = f"LiteLLM changes from {' and '.join(others)} to {wanted.image}"
+    return (_dump(state, observed, cause, guards=True),)
 
 
 def _right_slot(
@@ -6532,6 +6743,7 @@ class Change:
     despite_driver: bool = False
     accounts: bool = False  # ends with a result for every step of a restore
     gentle: bool = False  # engines that serve stay as they are, whatever is wished of them
+    dump: str = ""  # the path of one that LiteLLM's database returns to
 
 
 def deploying(name: str) -> Change:
@@ -6702,6 +6914,21 @@ def revoking_direct(name: str) -> Change:
         return replace(state, direct_keys=kept)
 
     return Change(title=f"Revoke the direct key {name}", edit=edit, scope=NO_MODELS)
+
+
+def restoring_database(path: str) -> Change:
+    """Keys, groups and usage as they were when that dump was taken."""
+    title = f"Restore the database from {PurePosixPath(path).name}"
+    return Change(title=title, edit=lambda state: state, scope=NO_MODELS, dump=path)
+
+
+def keeping_house(changes: Json) -> Change:
+    """How long LiteLLM's database keeps a row for every request, and how many dumps stay."""
+
+    def edit(state: State) -> State:
+        return replace(state, housekeeping=parse_housekeeping(asdict(state.housekeeping) | changes))
+
+    return Change(title="Change what the database keeps", edit=edit, scope=NO_MODELS)
 
 
 def setting_hub_token(token: str) -> Change:
@@ -8092,6 +8319,8 @@ class Snapshot:
     )  # of models that ended by themselves
     hung: Mapping[ModelName, str] = field(default_factory=dict)  # models that work on nothing
     health: RouteHealth = field(default_factory=RouteHealth)
+    database: DatabaseSize | None = None  # None: not looked at yet, or it does not answer
+    dumps: tuple[Dump, ...] = ()
 
     @property
     def seconds_old(self) -> float:
@@ -8260,6 +8489,7 @@ def attention(snapshot: Snapshot) -> list[Attention]:
     found += [Attention(text, "Models") for text in snapshot.hung.values()]
     found += [Attention(text, "Routes") for text in hollow_routes(state)]
     found += [Attention(t, "System") for t in certificate_matters(observed, snapshot.taken_at)]
+    found += [Attention(text, "System") for text in database_matters(snapshot.database)]
     fetching = any(job.fetching for job in snapshot.jobs)
     if snapshot.plan and running_job(snapshot) is None and not fetching:
         count = sum(len(stage.steps) for stage in snapshot.plan.stages)
@@ -8301,6 +8531,49 @@ def certificate_matters(observed: Observed, now: datetime) -> list[str]:
 
 
 CERTIFICATE_DAYS: Final = 14
+
+
+def database_matters(size: DatabaseSize | None) -> list[str]:
+    """Whether the disk may soon have no room for a second one, which restoring a dump needs."""
+    if size is None or size.database_bytes <= size.free_bytes * LARGEST_PART_OF_FREE:
+        return []
+    taken, free = format_size(size.database_bytes), format_size(size.free_bytes)
+    advice = "Make room, or keep requests for fewer days: `database set --retention`."
+    return [f"The database takes {taken}, and {free} are free beside it. {advice}"]
+
+
+LARGEST_PART_OF_FREE: Final = 0.5
+
+
+def database_text(snapshot: Snapshot) -> str:
+    """Its size, and what is kept of it, in two lines for the console and the terminal."""
+    size, state = snapshot.database, snapshot.state
+    if size is None or state is None:
+        return "PostgreSQL has not been asked for its size yet, or does not answer."
+    rows = "" if size.spend_log_rows is None else f", about {size.spend_log_rows:,} rows"
+    since = f", since {size.oldest_row_at:%Y-%m-%d %H:%M}" if size.oldest_row_at else ""
+    keep = state.housekeeping
+    days = f"{keep.retention_days} days" if keep.retention_days else "ever"
+    return (
+        f"The database takes {format_size(size.database_bytes)}; "
+        f"{format_size(size.free_bytes)} are free.\n"
+        f"Of it single requests: {format_size(size.spend_log_bytes)}{rows}{since}; kept for {days}."
+    )
+
+
+def dump_rows(dumps: Sequence[Dump]) -> list[list[str]]:
+    return [
+        [
+            dump.file,
+            format_size(dump.size_bytes),
+            f"{dump.taken_at:%Y-%m-%d %H:%M:%S} UTC",
+            "makes way" if dump.automatic else "stays",
+        ]
+        for dump in dumps
+    ]
+
+
+DUMP_HEADERS: Final = ("Dump", "Size", "Taken", "For newer ones it")
 
 
 def hardware_matters(hardware: Hardware) -> list[str]:
@@ -10837,7 +11110,7 @@ def _creating_opener(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_CREAT, 0o600)
 
 
-def _private_opener(path: str, flags: int) -> int:
+def private_opener(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
@@ -10845,14 +11118,19 @@ def write_atomic(path: Path, text: str) -> None:
     """All or nothing, 0600, on the disk when it returns."""
     working = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with open(working, "w", encoding="utf-8", opener=_private_opener) as file:
+        with open(working, "w", encoding="utf-8", opener=private_opener) as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         working.replace(path)
     finally:
         working.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Put on the disk what was renamed in it."""
+    directory = os.open(path, os.O_RDONLY)
     try:
         os.fsync(directory)
     finally:
@@ -11010,6 +11288,7 @@ class Contents(Protocol):
     def changed(self, name: ContainerName) -> list[str]: ...
     def archive(self, name: ContainerName, path: str) -> Iterator[bytes]: ...
     def output(self, name: ContainerName, command: Sequence[str]) -> Iterator[bytes]: ...
+    def put(self, name: ContainerName, source: Path, target: str) -> None: ...
 
 
 class DockerContainers:
@@ -11313,14 +11592,29 @@ class DockerContents:
         """What a command prints, as root in a container; one that fails is an error."""
         with docker_errors(f"run {command[0]} in {name}"):
             api = self._client().api
-            run = api.exec_create(self._ours(name).id, [*command], user="0")["Id"]
-            yield from api.exec_start(run, stream=True)
+            run, said = api.exec_create(self._ours(name).id, [*command], user="0")["Id"], b""
+            for printed, complaint in api.exec_start(run, stream=True, demux=True):
+                said = (said + (complaint or b""))[-4000:]
+                if printed:
+                    yield printed
             status = api.exec_inspect(run)["ExitCode"]
         if status:
+            text = said.decode(errors="replace")
+            # PostgreSQL's programs go on after the error: with a hint, or the place in the query.
+            error = re.search(r"\berror: *(.+)", text, re.IGNORECASE)
+            reason = error[1] if error else _last_line(text)
             raise ContainerFailedError(
-                f"{command[0]} ended with status {status} in {name}.",
+                f"{command[0]} ended with status {status} in {name}: {reason}.",
                 advice="Look at its log, then try again.",
             )
+
+    def put(self, name: ContainerName, source: Path, target: str) -> None:
+        """Copy a file of this server into a container, readable by root alone."""
+        path = PurePosixPath(target)
+        with file_errors(f"read {source}"):
+            archive = _tar_of(source, path.name)
+            with docker_errors(f"write {target} in {name}"):
+                self._ours(name).put_archive(str(path.parent), archive)
 
 
 def read_from_tar(chunks: Iterable[bytes]) -> bytes:
@@ -11430,6 +11724,15 @@ def _tar(name: str, text: str) -> bytes:
         entry.size, entry.mode = len(content), 0o600
         tar.addfile(entry, io.BytesIO(content))
     return archive.getvalue()
+
+
+def _tar_of(source: Path, name: str) -> Iterator[bytes]:
+    """The same of a file that may be larger than the memory."""
+    entry = tarfile.TarInfo(name)
+    entry.size, entry.mode = source.stat().st_size, 0o600
+    yield entry.tobuf(tarfile.GNU_FORMAT)
+    yield from read_chunks(source)
+    yield bytes(-entry.size % tarfile.BLOCKSIZE + 2 * tarfile.BLOCKSIZE)
 
 
 def _last_line(text: str) -> str:
@@ -12102,7 +12405,209 @@ def _gateway_reason(answer: httpx.Response) -> str:
 
 
 # =============================================================================
-# §24 Hub — effects: Hugging Face, downloads, and the cache on the disk
+# §24 Database — effects: PostgreSQL
+# =============================================================================
+
+PSQL: Final = ("psql", "-U", "litellm", "-d", "litellm")
+
+
+class Database(Protocol):
+    """LiteLLM's database, in PostgreSQL's container: dumped, put back and measured."""
+
+    def dumps(self) -> list[Dump]: ...
+    def find(self, name: str) -> Path: ...
+    def drop_dump(self, dump: Dump) -> None: ...
+    def dump(self, server: ContainerName, file: str, tell: Callable[[int], None]) -> int: ...
+    def is_as_in(self, server: ContainerName, path: Path) -> bool: ...
+    def load(self, server: ContainerName, path: Path) -> None: ...
+    def turn(self, server: ContainerName) -> None: ...
+    def turn_back(self, server: ContainerName) -> None: ...
+    def drop_loaded(self, server: ContainerName) -> None: ...
+    def drop_former(self, server: ContainerName) -> None: ...
+    def size(self, server: ContainerName) -> DatabaseSize: ...
+
+
+class PostgresPrograms:
+    """The same by PostgreSQL's own programs, which are as old or new as the server is."""
+
+    def __init__(self, contents: Contents, folder: Path) -> None:
+        self._contents = contents
+        self._folder = folder
+
+    def dumps(self) -> list[Dump]:
+        """Newest first."""
+        dumps: list[Dump] = []
+        with file_errors("look at the dumps"):
+            for path in self._folder.glob("*.dump"):
+                with contextlib.suppress(FileNotFoundError):  # it has just made way
+                    facts = path.stat()
+                    moment = datetime.fromtimestamp(facts.st_mtime, UTC)
+                    dumps.append(Dump(file=path.name, size_bytes=facts.st_size, taken_at=moment))
+        return sorted(dumps, key=lambda dump: dump.taken_at, reverse=True)
+
+    def find(self, name: str) -> Path:
+        """The dump of that name, with or without its ending, or at that absolute path."""
+        with file_errors("look for that dump", PLACE_ADVICE):
+            for path in (self._folder / name, self._folder / f"{name}.dump"):
+                if path.is_file():
+                    return path
+        known = ", ".join(dump.file for dump in self.dumps()[:5]) or "none yet"
+        raise RefusedError(f"There is no dump {name!r}.", advice=f"The newest: {known}.")
+
+    def drop_dump(self, dump: Dump) -> None:
+        with file_errors("remove an old dump"):
+            (self._folder / dump.file).unlink(missing_ok=True)
+
+    def dump(self, server: ContainerName, file: str, tell: Callable[[int], None]) -> int:
+        """A new dump, which counts once it was read back whole; its bytes.
+
+        `tell` hears how many there are so far, and may raise: then nothing is left of it.
+        """
+        target, working = self._folder / file, self._folder / f".{file}.part"
+        with self._alone(), file_errors(f"write {file}"):
+            if target.exists() and not AUTOMATIC_DUMP.fullmatch(file):
+                raise RefusedError(f"There is a dump {file} already.", advice="Name it otherwise.")
+            try:
+                with open(working, "wb", opener=private_opener) as out:
+                    for chunk in self._run(server, *PG_DUMP):
+                        out.write(chunk)
+                        tell(out.tell())
+                    size = out.tell()
+                    os.fsync(out.fileno())
+                with self._inside(server, working) as inside:
+                    self._finish(server, "pg_restore", "--file=/dev/null", inside)
+                working.rename(target)
+                sync_folder(self._folder)
+            finally:
+                working.unlink(missing_ok=True)
+        return size
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One at a time: in the folder, and at the one path within the container."""
+        with file_errors("open the folder of dumps"):
+            self._folder.mkdir(mode=0o700, exist_ok=True)
+            lock = take_lock(self._folder / ".lock", wait=True)
+            for left in self._folder.glob(".*.part"):  # by a manager that was killed
+                left.unlink()
+        try:
+            yield
+        finally:
+            if lock is not None:
+                lock.close()
+
+    @contextlib.contextmanager
+    def _inside(self, server: ContainerName, path: Path) -> Iterator[str]:
+        """The file as PostgreSQL's container sees it, while it is needed."""
+        try:
+            self._contents.put(server, path, DUMP_INSIDE)
+            yield DUMP_INSIDE
+        finally:
+            with contextlib.suppress(ManagerError):
+                self._finish(server, "rm", "-f", DUMP_INSIDE)
+
+    def _run(self, server: ContainerName, *command: str) -> Iterator[bytes]:
+        return self._contents.output(server, command)
+
+    def _finish(self, server: ContainerName, *command: str) -> str:
+        return b"".join(self._run(server, *command)).decode(errors="replace").strip()
+
+    def _sql(self, server: ContainerName, *statements: str) -> str:
+        """Each text is a transaction; as the administrator, past LiteLLM's database."""
+        given = [word for text in statements for word in ("-c", text)]
+        return self._finish(server, *ADMINISTRATOR, *given)
+
+    def load(self, server: ContainerName, path: Path) -> None:
+        """Make a database from a dump, or refuse that one; LiteLLM's own is not touched."""
+        with self._alone(), self._inside(server, path) as inside:
+            self.drop_former(server)  # left by a manager that was killed
+            self.drop_loaded(server)
+            self._sql(server, f"CREATE DATABASE {LOADED} TEMPLATE template0")
+            try:
+                self._finish(server, *PG_RESTORE, inside)
+            except ContainerGoneError:
+                raise
+            except ContainerFailedError as error:
+                reason = error.fact.partition(f" in {server}: ")[2] or error.fact
+                raise RefusedError(
+                    f"{path.name} cannot be restored: {reason}", advice="Take another dump."
+                ) from error
+
+    def turn(self, server: ContainerName) -> None:
+        """The loaded database becomes LiteLLM's, which is kept; all of it or nothing."""
+        self._rename(server, ("litellm", FORMER), (LOADED, "litellm"))
+
+    def turn_back(self, server: ContainerName) -> None:
+        """The database from before is LiteLLM's again, where it was turned away."""
+        if self._sql(server, f"SELECT 1 FROM pg_database WHERE datname = '{FORMER}'"):  # noqa: S608
+            self._rename(server, ("litellm", LOADED), (FORMER, "litellm"))
+
+    def _rename(self, server: ContainerName, *names: tuple[str, str]) -> None:
+        """In one transaction, with all who are connected cut off; some may be quick to return."""
+        rename = "; ".join(f"ALTER DATABASE {old} RENAME TO {new}" for old, new in names)
+        for left in reversed(range(RENAME_TRIES)):
+            try:
+                self._sql(server, CUT_OFF, rename)
+            except ContainerFailedError:
+                if not left:
+                    raise
+            else:
+                return
+
+    def drop_loaded(self, server: ContainerName) -> None:
+        self._sql(server, f"DROP DATABASE IF EXISTS {LOADED} WITH (FORCE)")
+
+    def drop_former(self, server: ContainerName) -> None:
+        self._sql(server, f"DROP DATABASE IF EXISTS {FORMER} WITH (FORCE)")
+
+    def is_as_in(self, server: ContainerName, path: Path) -> bool:
+        """Whether the tables are still those of a dump, whatever rows they have now."""
+        with self._alone(), self._inside(server, path) as inside:
+            then = self._finish(server, "pg_restore", *SCHEMA_ALONE, "--file=-", inside)
+        now = self._finish(server, "pg_dump", *PSQL[1:], *SCHEMA_ALONE)
+        return _statements(then) == _statements(now)
+
+    def size(self, server: ContainerName) -> DatabaseSize:
+        found = self._finish(server, *PSQL, "-tAF,", "-c", SIZES).split(",")
+        disk = self._finish(server, "df", "-Pk", "/var/lib/postgresql/data").splitlines()[-1]
+        database, logs, rows, oldest = found
+        return DatabaseSize(
+            database_bytes=int(database),
+            spend_log_bytes=int(logs),
+            spend_log_rows=int(rows) if int(rows) >= 0 else None,
+            oldest_row_at=datetime.fromtimestamp(float(oldest), UTC) if oldest else None,
+            free_bytes=int(disk.split()[3]) * 1024,
+        )
+
+
+def _statements(sql: str) -> list[str]:
+    """Without comments and what differs each time: since 2025 a `\\restrict` with a random word."""
+    return [line for line in sql.splitlines() if line and not line.startswith(("--", "\\"))]
+
+
+LOADED: Final = "litellm_loaded"
+FORMER: Final = "litellm_former"
+DUMP_INSIDE: Final = "/tmp/llm-manager.dump"  # noqa: S108 - its container is ours alone
+PG_DUMP: Final = ("pg_dump", *PSQL[1:], "--format=custom")
+# Owners and grants are this server's: the roles of the one that was dumped may not be here.
+PG_RESTORE: Final = (
+    *("pg_restore", "-U", "litellm", "-d", LOADED),
+    *("--no-owner", "--no-acl", "--exit-on-error"),
+)
+SCHEMA_ALONE: Final = ("--schema-only", "--no-owner", "--no-acl")
+ADMINISTRATOR: Final = ("psql", "-U", "litellm", "-d", "postgres", "-qtA", "-v", "ON_ERROR_STOP=1")
+CUT_OFF: Final = (
+    "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "
+    "WHERE datname IN ('litellm', 'litellm_loaded', 'litellm_former')"
+)
+RENAME_TRIES: Final = 5  # PostgreSQL itself waits 5 s for others to leave
+SIZES: Final = """SELECT pg_database_size(current_database()), pg_total_relation_size(oid),
+reltuples::bigint, (SELECT extract(epoch FROM min("startTime")) FROM "LiteLLM_SpendLogs")
+FROM pg_class WHERE oid = '"LiteLLM_SpendLogs"'::regclass"""
+
+
+# =============================================================================
+# §25 Hub — effects: Hugging Face, downloads, and the cache on the disk
 # =============================================================================
 
 LOOK_SECONDS: Final = 10.0  # one request to the hub; a download has its own watchdog
@@ -13108,7 +13613,7 @@ def fetch_weights() -> HubError | None:
 
 
 # =============================================================================
-# §25 Drivers — effects: NVML, and what the system knows about GPUs
+# §26 Drivers — effects: NVML, and what the system knows about GPUs
 # =============================================================================
 
 
@@ -13855,7 +14360,7 @@ def kernel_log(device: Path) -> str | None:
 
 
 # =============================================================================
-# §26 Orchestration — effects: Plan -> world, undo, jobs
+# §27 Orchestration — effects: Plan -> world, undo, jobs
 # =============================================================================
 
 
@@ -13907,6 +14412,7 @@ class Tools:
     gpus: GpuDriver
     weights: Hub
     images: LocalImages
+    database: Database
     failures: tuple[KnownFailure, ...] = ()  # what engines say when they cannot start
     providers: ProviderApi = field(default_factory=HttpProviders)
 
@@ -13978,6 +14484,7 @@ def converge(
         return plan_state(
             state, observed, site, scope=reach.scope, restart=reach.restart,
             despite_driver=reach.despite_driver, recut=recut, gentle=reach.gentle,
+            dump=reach.dump,
         )  # fmt: skip
 
     first = observe(tools, state.edge)
@@ -14184,10 +14691,65 @@ def apply_step(  # noqa: C901, PLR0912, PLR0915 - one line per kind of step
             _drain(name, tools, control)
         case TurnAway(spec, _):
             _drain(spec.name, tools, control)
+        case DumpDatabase(server, file, kept, _, _, spare):
+            dump_database(server, file, kept, tools, control, spare=spare)
+        case LoadDump(server, dump, _):
+            tools.database.load(server, Path(dump))
+        case TurnToLoaded(server, _):
+            tools.database.turn(server)
+        case DropFormer(server, _):
+            _drop_former(server, tools, control)
         case Discard(name, seconds, _):
             containers.remove(name, seconds)
         case _:
             assert_never(step)
+
+
+def dump_database(
+    server: ContainerName, file: str, kept: int, tools: Tools, control: Control, *, spare: str = ""
+) -> None:
+    """Dump, tell how far it is, and let older automatic dumps make way."""
+
+    def tell(size: int) -> None:
+        control.progress = f"{format_size(size)} written"
+        control.check()
+
+    try:
+        size = tools.database.dump(server, file, tell)
+    finally:
+        control.progress = ""
+    control.report(f"  {format_size(size)}, whole; the way back: `database restore {file}`")
+    for old in stale_dumps(tools.database.dumps(), kept, spare):
+        tools.database.drop_dump(old)
+        control.report(f"  {old.file} made way")
+
+
+def _drop_former(server: ContainerName, tools: Tools, control: Control) -> None:
+    try:
+        tools.database.drop_former(server)
+    except ContainerFailedError as error:  # it only takes room: the next restore drops it
+        control.report(f"  {error}")
+
+
+def _return_to_dump(step: DumpDatabase, tools: Tools, report: Report) -> bool:
+    """After a broken migration, while the gateway from before serves; False: nothing has changed.
+
+    LiteLLM's rows about requests since the dump are lost with it.
+    """
+    if not step.guards or all(dump.file != step.file for dump in tools.database.dumps()):
+        return False
+    path = tools.database.find(step.file)
+    if tools.database.is_as_in(step.server, path):
+        return False
+    report(f"The tables have changed: the database returns to {step.file}.")
+    try:
+        tools.database.load(step.server, path)
+        tools.database.turn(step.server)
+        tools.database.drop_former(step.server)
+    except ManagerError as error:
+        advice = f"Return by hand: `database restore {step.file}`."
+        raise ManagerError(error.fact, advice=advice) from error
+    return True
 
 
 def _drain(name: ContainerName, tools: Tools, control: Control) -> None:
@@ -14251,7 +14813,9 @@ def undo_step(step: Step, tools: Tools, report: Report) -> bool:
     return True
 
 
-def _undo(step: Step, tools: Tools, report: Report) -> bool:  # noqa: C901, PLR0912 - one line per kind of step
+def _undo(  # noqa: C901, PLR0912, PLR0915 - one line per kind of step
+    step: Step, tools: Tools, report: Report
+) -> bool:
     """Whether there was anything to take back."""
     containers = tools.containers
     match step:
@@ -14277,6 +14841,12 @@ def _undo(step: Step, tools: Tools, report: Report) -> bool:  # noqa: C901, PLR0
             containers.start(name)
         case TurnAway(spec, _):  # only what is ready is routed again
             wait_until_ready(spec, tools, Control(report))
+        case DumpDatabase():
+            return _return_to_dump(step, tools, report)
+        case LoadDump(server, _, _):
+            tools.database.drop_loaded(server)
+        case TurnToLoaded(server, _):
+            tools.database.turn_back(server)
         case _:
             return False  # done for good, harmless to keep, or nothing was changed
     return True
@@ -14556,7 +15126,7 @@ class Job:
 
 
 # =============================================================================
-# §27 Manager — effects: the use cases; all that console and command line may call
+# §28 Manager — effects: the use cases; all that console and command line may call
 # =============================================================================
 
 
@@ -15087,7 +15657,6 @@ class Proofs:
 
 _PROBE: Final = pydantic.TypeAdapter(ProbeResult)
 _PRIVACY: Final = pydantic.TypeAdapter(PrivacyProof)
-PSQL: Final = ("psql", "-U", "litellm", "-d", "litellm")
 ROW_SECONDS: Final = 120.0
 PROOF_KEY_MINUTES: Final = 30
 
@@ -15411,6 +15980,34 @@ class WeightsLibrary:
         return self._store.read_measured().get(measurement_key(model, image, self._hardware()))
 
 
+class DatabaseCare:
+    """LiteLLM's database on the disk: its size, its dumps, and the way back to one."""
+
+    def __init__(self, store: StateStore, tools: Tools, start_task: StartTask) -> None:
+        self._store = store
+        self._tools = tools
+        self._start_task = start_task
+
+    def size(self) -> DatabaseSize:
+        return self._tools.database.size(database_name(self._store.load()))
+
+    def dumps(self) -> list[Dump]:
+        """Newest first."""
+        return self._tools.database.dumps()
+
+    def dump(self, name: str = "") -> Job:
+        """A dump beside whatever else runs; without a name one that makes way for newer ones."""
+        state = self._store.load()
+        file = named_dump(name) if name else automatic_dump(self._tools.clock.utc_now())
+        server, kept = database_name(state), state.housekeeping.dumps_kept
+        work = partial(dump_database, server, file, kept, self._tools)
+        return self._start_task("Dump the database", work, f"It is in backups/{file}.")
+
+    def restoring(self, name: str) -> Change:
+        """The change back to a dump, by its name or absolute path."""
+        return restoring_database(str(self._tools.database.find(name)))
+
+
 class Traffic:
     """How requests fare: as LiteLLM counts them, and one of the operator's own."""
 
@@ -15498,7 +16095,7 @@ class ChangeRunner:
     def _planned(self, change: Change, state: State) -> Plan:
         return plan_state(
             state, self.observe(state), self._site, scope=change.scope, restart=change.restart,
-            despite_driver=change.despite_driver, gentle=change.gentle,
+            despite_driver=change.despite_driver, gentle=change.gentle, dump=change.dump,
         )  # fmt: skip
 
     def _edited(self, change: Change, before: State) -> State:
@@ -15669,6 +16266,7 @@ class Manager(ChangeRunner):
         self.weights = WeightsLibrary(store, tools, self.start_task, self.hardware)
         self.proofs = Proofs(store, tools, self.keys, self.start_task)
         self.traffic = Traffic(store, tools, self.proofs)
+        self.database = DatabaseCare(store, tools, self.start_task)
 
     def cutting(self, gpu: str, wish: str) -> Change:
         """The change of one GPU to what was typed; see `cutting_as_typed`."""
@@ -15740,9 +16338,10 @@ class Manager(ChangeRunner):
 
     def snapshot(self) -> Snapshot:
         """Everything a page shows; what cannot be read is a fault in it, not an exception."""
-        state, observed, plan = None, None, None
+        state, observed, plan, dumps = None, None, None, list[Dump]()
         faults: list[ManagerError] = []
         try:
+            dumps = self.database.dumps()
             state = self._store.load()
             observed = self.observe(state)
             plan = plan_state(state, observed, self._site)
@@ -15756,6 +16355,7 @@ class Manager(ChangeRunner):
             hardware=self.hardware(),
             faults=tuple(faults),
             jobs=tuple(self.jobs()),
+            dumps=tuple(dumps),
         )
 
     def doctor(self) -> list[Check]:
@@ -15768,8 +16368,20 @@ class Manager(ChangeRunner):
         return [
             *docker_checks,
             disk_check(self.home),
+            *self._database_checks(),
             *gpu_checks(state, self.hardware(fresh=True)),
         ]
+
+    def _database_checks(self) -> list[Check]:
+        """Whether the database has room; nothing of one that cannot be asked."""
+        try:
+            size = self.database.size()
+        except ManagerError:  # of its container there is a check already
+            return []
+        text = f"{format_size(size.database_bytes)}, {format_size(size.free_bytes)} free"
+        advice = "Keep requests for fewer days: `database set --retention`."
+        ok = not database_matters(size)
+        return [Check(name="database", ok=ok, text=text, advice=advice)]
 
 
 @dataclass
@@ -15910,6 +16522,35 @@ class Meter:
                 log.exception("LiteLLM's counters could not be read")
 
 
+class Gauge:
+    """A thread of its own that now and then asks the database for its size."""
+
+    def __init__(self, manager: Manager, latest: Callable[[], Snapshot]) -> None:
+        self._manager = manager
+        self._latest = latest
+        self.size: DatabaseSize | None = None
+        threading.Thread(target=self._run, name="gauge", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self.size = self._look()
+            except Exception:  # boundary: one look must not end all of them
+                log.exception("the database could not be measured")
+            time.sleep(GAUGE_SECONDS if self.size else GAUGE_SECONDS / 10)
+
+    def _look(self) -> DatabaseSize | None:
+        state, observed = self._latest().state, self._latest().observed
+        seen = observed.containers.get(database_name(state)) if state and observed else None
+        if seen is not None and seen.ready:
+            with contextlib.suppress(ManagerError):  # before its first start it has no tables
+                return self._manager.database.size()
+        return None
+
+
+GAUGE_SECONDS: Final = 300.0
+
+
 class Watch:
     """One thread that takes the snapshot which every open tab reads."""
 
@@ -15930,6 +16571,7 @@ class Watch:
         self._renewed = ""  # the certificate that was last tried
         self._pulse = Pulse(manager, lambda: self._latest, stalls or Stalls())
         self._meter = Meter(manager, lambda: self._latest, seconds)
+        self._gauge = Gauge(manager, lambda: self._latest)
         threading.Thread(target=self._run, name="watch", daemon=True).start()
 
     def latest(self) -> Snapshot:
@@ -15941,6 +16583,7 @@ class Watch:
             shown_at=utc_now(),
             fates={**self._fates},
             hung=self._pulse.hung,
+            database=self._gauge.size,
             health=RouteHealth(
                 figures=self._meter.breakers.figures or GatewayFigures(),
                 circuits=self._meter.breakers.circuits,
@@ -16012,7 +16655,7 @@ class Watch:
 
 
 # =============================================================================
-# §28 Console — effects: one builder per tab, and who may open it
+# §29 Console — effects: one builder per tab, and who may open it
 # =============================================================================
 
 LOOPBACK_HOSTS: Final = frozenset({"127.0.0.1", "localhost", "[::1]"})
@@ -17260,6 +17903,8 @@ def build_system_tab(desk: Desk) -> None:
         wire_plan(desk, apply_button, gr.State("now"), card, "apply", changes["apply"])
         build_doctor_view(desk)
         build_endpoint_form(desk)
+        changes["restore the database"] = desk.manager.database.restoring
+        build_database_view(desk, card, changes["restore the database"])
         with gr.Accordion("Earlier versions", open=False), gr.Row(elem_classes="actions"):
             version = gr.Textbox(label="Version", placeholder="12", info="from history/", scale=3)
             back = gr.Button("Roll back", variant="stop", scale=0, min_width=110)
@@ -17286,6 +17931,25 @@ def build_doctor_view(desk: Desk) -> None:
         check = gr.Button("Check now")
         rows = table(("Check", "Verdict", "Found", "Advice"))
     check.click(on_check, None, rows, **PRIVATE)
+
+
+def build_database_view(desk: Desk, card: PlanCard, restoring: Callable[[str], Change]) -> None:
+    """Its size and its dumps; a new one, and the way back to one."""
+
+    def on_dump(name: str) -> None:
+        with shown_to_operator():
+            desk.manager.database.dump(name.strip())
+
+    with gr.Accordion("Database", open=False):
+        live(desk, gr.Markdown(), database_text)
+        live(desk, table(DUMP_HEADERS), lambda seen: dump_rows(seen.dumps))
+        with gr.Row(elem_classes="actions"):
+            name = gr.Textbox(label="Dump", placeholder="before-summer", scale=3,
+                              info="a name for a new one, or the one to return to")  # fmt: skip
+            take = gr.Button("Dump now", scale=0, min_width=110)
+            back = gr.Button("Restore", variant="stop", scale=0, min_width=110)
+    take.click(on_dump, name, None, **PRIVATE)
+    wire_plan(desk, back, name, card, "restore the database", restoring)
 
 
 def build_endpoint_form(desk: Desk) -> None:
@@ -17438,7 +18102,7 @@ def build_app(manager: Manager, watch: Watch) -> Guard:
 
 
 # =============================================================================
-# §29 Main — effects: arguments, wiring, systemd
+# §30 Main — effects: arguments, wiring, systemd
 # =============================================================================
 
 DONE, FAILED, WRONG_USAGE, TO_DO = range(4)
@@ -17873,8 +18537,34 @@ def number_or_off(text: str) -> int:
     return OFF if text == "off" else positive(text)
 
 
+def add_database_commands(commands: Any) -> None:
+    """`database …`."""
+    group = commands.add_parser("database", help="keys and usage on the disk").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    show = group.add_parser("show", help="its size, and how long requests are kept")
+    show.set_defaults(command=command_database_show)
+    listing = group.add_parser("list", help="its dumps, newest first")
+    listing.set_defaults(command=command_database_list)
+    for sub in (show, listing):
+        sub.add_argument("--json", action="store_true")
+    dump = group.add_parser("dump", help="a new dump, read back whole before it counts")
+    dump.set_defaults(command=command_database_dump)
+    dump.add_argument("file", nargs="?", default="", help="a name of your own; it never makes way")
+    back = group.add_parser("restore", help="return to a dump; all or nothing")
+    back.set_defaults(command=_changes(lambda m, a: m.database.restoring(a.file)))
+    back.add_argument("file", help="from `database list`, or an absolute path")
+    back.add_argument("--plan", action="store_true", help="show the plan only")
+    keep = group.add_parser("set", help="what is kept, and for how long")
+    keep.set_defaults(command=command_database_set)
+    keep.add_argument(
+        "--retention", type=number_or_off, metavar="DAYS", help="of single requests, or off"
+    )
+    keep.add_argument("--dumps", type=positive, metavar="N", help="automatic ones that are kept")
+
+
 def add_system_commands(commands: Any, add: Callable[..., Any]) -> None:
-    """`config …`, `image …`, `install`."""
+    """`config …`, `database …`, `image …`, `install`."""
     config = commands.add_parser("config", help="the stored state").add_subparsers(
         required=True, metavar="COMMAND"
     )
@@ -17895,6 +18585,7 @@ def add_system_commands(commands: Any, add: Callable[..., Any]) -> None:
     edge.add_argument("--max-request-mib", type=positive, metavar="MIB", help="larger ones: 413")
     token = config.add_parser("token", help="the Hugging Face token, from standard input")
     token.set_defaults(command=command_config_token)
+    add_database_commands(commands)
     add_image_commands(commands)
     install = add("install", command_install, "install and start the systemd service")
     install.add_argument("--root", type=Path, default=Path("/"), help="for packagers")
@@ -17947,7 +18638,10 @@ def open_manager() -> Manager:
     failures = parse_failures((recipes / "failures.yaml").read_text())
     images = DockerImages(docker_url, state.instance, build_arguments(os.environ))
     weights = HuggingFace(HubCache(cache), lambda: store.load().secrets.hugging_face_token)
-    tools = Tools(containers, HttpProbes(), store, SystemClock(), gpus, weights, images, failures)
+    database = PostgresPrograms(containers.contents, store.home / "backups")
+    tools = Tools(
+        containers, HttpProbes(), store, SystemClock(), gpus, weights, images, database, failures
+    )
     return Manager(
         store,
         tools,
@@ -18640,6 +19334,37 @@ def command_route_list(arguments: argparse.Namespace) -> int:
         out_json(pool_facts(state, served))
     else:
         out_table(POOL_HEADERS, pool_rows(state, served))
+    return DONE
+
+
+def command_database_show(arguments: argparse.Namespace) -> int:
+    manager = open_manager()
+    size = manager.database.size()
+    if arguments.json:
+        out_json(asdict(size) | asdict(manager.state().housekeeping))
+    else:
+        out(database_text(replace(manager.snapshot(), database=size)))
+    return DONE
+
+
+def command_database_list(arguments: argparse.Namespace) -> int:
+    dumps = open_manager().database.dumps()
+    if arguments.json:
+        out_json([asdict(dump) | {"automatic": dump.automatic} for dump in dumps])
+    else:
+        out_table(DUMP_HEADERS, dump_rows(dumps))
+    return DONE
+
+
+def command_database_dump(arguments: argparse.Namespace) -> int:
+    return follow(open_manager().database.dump(arguments.file))
+
+
+def command_database_set(arguments: argparse.Namespace) -> int:
+    given = {"retention_days": arguments.retention, "dumps_kept": arguments.dumps}
+    changes = {key: value or None for key, value in given.items() if value is not None}
+    open_manager().save(keeping_house(changes))
+    out("Saved. Next: llm_manager.py plan")
     return DONE
 
 

@@ -181,6 +181,11 @@ class World:
     loads: dict[str, lm.EngineLoad] = field(default_factory=dict)  # of engines, by container
     hung: set[str] = field(default_factory=set)  # engines that answer no request
     figures: dict[str, lm.GatewayFigures] = field(default_factory=dict)  # of gateways
+    tables: str = "tables, keys"  # LiteLLM's database: its tables, then what is in them
+    loaded_dump: str | None = None  # the database beside it that a dump was loaded into
+    former: str | None = None  # the one that was LiteLLM's before
+    dumps: dict[str, str] = field(default_factory=dict)  # the tables, by file
+    migrations: dict[str, str] = field(default_factory=dict)  # the tables of a LiteLLM, by image
 
     def boot(self, container: FakeContainer) -> None:
         """Start it: it reads its files now, and ends at once if it is broken."""
@@ -192,6 +197,8 @@ class World:
         container.loaded = self.file_of(spec)
         container.runs_from = len(container.log)
         container.log += [f"{container.name} starts", *self.says.splitlines()]
+        if spec.image in self.migrations:
+            self.tables = self.migrations[spec.image]
         for device in spec.devices:
             self.gpus.open(device, "VLLM::EngineCore", container_id=container.container_id)
         if self.is_broken(spec) or self.finds_its_volume_taken(container):
@@ -305,6 +312,8 @@ class World:
             networks={*self.networks},
             weights={**self.weights},
             volumes={*self.volumes},
+            dumps={**self.dumps},
+            migrations={**self.migrations},
             broken={*self.broken},
             deaf={*self.deaf},
             blind={*self.blind},
@@ -630,8 +639,88 @@ def some_tools(world: World, trouble: Trouble | None = None) -> lm.Tools:
     images = FakeImages(world, trouble)
     return lm.Tools(
         containers, FakeProbes(world), world.files, world.clock, world.gpus,
-        FakeWeights(world, trouble), images,
+        FakeWeights(world, trouble), images, FakeDatabase(world, trouble),
     )  # fmt: skip
+
+
+class FakeDatabase:
+    """The `Database` protocol over a world: a dump is broken where the world says so."""
+
+    def __init__(self, world: World, trouble: Trouble) -> None:
+        self.world = world
+        self.trouble = trouble
+
+    def dumps(self) -> list[lm.Dump]:
+        return [
+            lm.Dump(file=file, size_bytes=len(tables), taken_at=EPOCH)
+            for file, tables in sorted(self.world.dumps.items(), reverse=True)
+        ]
+
+    def find(self, name: str) -> Path:
+        for file in (name, f"{name}.dump"):
+            if Path(file).name in self.world.dumps:
+                return Path("/backups") / file
+        raise lm.RefusedError(f"There is no dump {name!r}.", advice="See the list.")
+
+    def drop_dump(self, dump: lm.Dump) -> None:
+        with self.trouble.around():
+            self.world.dumps.pop(dump.file, None)
+
+    @contextlib.contextmanager
+    def _running(self, server: lm.ContainerName) -> Iterator[None]:
+        container = self.world.containers.get(server)
+        if container is None or not container.running:
+            raise lm.ContainerFailedError(f"{server} is not running.", advice="Apply the plan.")
+        with self.trouble.around():
+            yield
+
+    def dump(self, server: lm.ContainerName, file: str, tell: Callable[[int], None]) -> int:
+        with self._running(server):
+            tell(len(self.world.tables))
+            self.world.dumps[file] = self.world.tables
+        return len(self.world.tables)
+
+    def is_as_in(self, server: lm.ContainerName, path: Path) -> bool:
+        with self._running(server):
+            then, now = self.world.dumps[path.name], self.world.tables
+            return then.partition(",")[0] == now.partition(",")[0]
+
+    def load(self, server: lm.ContainerName, path: Path) -> None:
+        with self._running(server):
+            if path.name in self.world.broken:
+                raise lm.RefusedError(f"{path.name} cannot be restored.", advice="Take another.")
+            self.world.loaded_dump, self.world.former = self.world.dumps[path.name], None
+
+    def turn(self, server: lm.ContainerName) -> None:
+        world = self.world
+        with self._running(server):
+            if world.loaded_dump is None or world.former is not None:
+                raise lm.ContainerFailedError("No database was loaded.", advice="Load one.")
+            world.tables, world.former, world.loaded_dump = world.loaded_dump, world.tables, None
+
+    def turn_back(self, server: lm.ContainerName) -> None:
+        world = self.world
+        with self._running(server):
+            if world.former is not None:
+                world.tables, world.former, world.loaded_dump = world.former, None, world.tables
+
+    def drop_loaded(self, server: lm.ContainerName) -> None:
+        with self._running(server):
+            self.world.loaded_dump = None
+
+    def drop_former(self, server: lm.ContainerName) -> None:
+        with self._running(server):
+            self.world.former = None
+
+    def size(self, server: lm.ContainerName) -> lm.DatabaseSize:
+        with self._running(server):
+            return lm.DatabaseSize(
+                database_bytes=len(self.world.tables),
+                spend_log_bytes=0,
+                spend_log_rows=None,
+                oldest_row_at=None,
+                free_bytes=2**40,
+            )
 
 
 @dataclass

@@ -228,6 +228,11 @@ def test_a_model_is_added_listed_shown_changed_and_removed(run: Run) -> None:
         (("key", "create", "Ada", "--rpm", "-1"), "rpm_limit: "),
         (("group", "list"), "Docker does not answer"),
         (("key", "list"), "Docker does not answer"),
+        (("database", "show"), "Docker does not answer"),
+        (("database", "dump"), "Docker does not answer"),
+        (("database", "dump", "../x"), "cannot be the name of a dump"),
+        (("database", "restore", "winter"), "There is no dump 'winter'"),
+        (("database", "set", "--retention", "4000"), "retention_days"),
         (("deploy", "chat", "--plan"), "Docker does not answer"),
     ],
     ids=str,
@@ -252,6 +257,8 @@ def test_what_cannot_be_done_is_one_sentence_and_changes_nothing(
         ("serve", "--port", "x"),
         ("config", "set", "--tls", "none"),
         ("rollback", "last"),
+        ("database", "set", "--retention", "0"),
+        ("database", "restore"),
         ("--version-of-nothing",),
         ("dpeloy",),
     ],
@@ -426,6 +433,17 @@ def test_a_certificate_that_cannot_be_served_is_refused_before_it_is_wished(
     line = run("config", "set", "--tls", "own", *given).refusal()
     assert ("expired" if files == "expired" else "No such file") in line
     assert json.loads(run("config", "show").out)["edge"]["tls"] == {"kind": "internal"}
+
+
+def test_what_the_database_keeps_is_saved_setting_by_setting(run: Run) -> None:
+    run("database", "set", "--dumps", "3")
+    run("database", "set", "--retention", "30")
+    kept = json.loads(run("config", "show").out)["housekeeping"]
+    assert kept == {"retention_days": 30, "dumps_kept": 3}
+    run("database", "set", "--retention", "off")
+    kept = json.loads(run("config", "show").out)["housekeeping"]
+    assert kept == {"retention_days": None, "dumps_kept": 3}
+    assert run("database", "list").out == ""
 
 
 def test_an_image_is_pinned(run: Run) -> None:
