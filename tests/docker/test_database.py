@@ -60,7 +60,9 @@ def ask(here: Installation, key: str) -> str:
 
 
 def aliases(here: Installation) -> set[str]:
-    return {key["alias"] for key in json.loads(here.cli("key", "list", "--json"))}
+    """Of the keys that LiteLLM's database has."""
+    known = 'SELECT key_alias FROM "LiteLLM_VerificationToken" WHERE key_alias IS NOT NULL'
+    return {*sql(here, known).split()}
 
 
 def dumps(here: Installation) -> list[str]:
