@@ -141,6 +141,7 @@ import base64
 import bisect
 import concurrent.futures
 import contextlib
+import contextvars
 import csv
 import ctypes
 import difflib
@@ -155,6 +156,7 @@ import json
 import logging
 import math
 import platform
+import pwd
 import re
 import secrets
 import shlex
@@ -8302,6 +8304,89 @@ class JobView:
     done_part: float | None = None  # 0 to 1
 
 
+Channel = Literal["console", "command line", "API", "itself"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Actor:
+    """Who changes something, and through what."""
+
+    name: str
+    channel: Channel
+
+
+ITSELF: Final = Actor(name=OWNER, channel="itself")  # a restore, a model that is started again
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AuditEntry:
+    """Who changed what when; one that stays `begun` was killed, or is under way."""
+
+    who: str
+    channel: Channel
+    what: str
+    started_at: datetime
+    job: str = ""
+    result: Literal["begun", "done", "failed", "cancelled"] = "begun"
+    fault: str = ""
+    finished_at: datetime | None = None
+
+    def ended(self, error: BaseException | None, now: datetime) -> AuditEntry:
+        match error:
+            case None:
+                return replace(self, result="done", finished_at=now)
+            case CancelledError():
+                return replace(self, result="cancelled", finished_at=now)
+            case ManagerError():
+                fault = str(error)
+            case _:  # its text may hold anything
+                fault = "It broke off unexpectedly. The journal may say why."
+        return replace(self, result="failed", fault=fault, finished_at=now)
+
+
+_AUDIT_ENTRY: Final = pydantic.TypeAdapter(AuditEntry)
+
+
+def parse_audit(lines: Iterable[bytes]) -> list[AuditEntry]:
+    """One entry per change, in the order of their beginnings; a torn line is left out."""
+    entries: dict[tuple[datetime, str, str, str], AuditEntry] = {}
+    for line in lines:
+        with contextlib.suppress(pydantic.ValidationError):
+            entry = _AUDIT_ENTRY.validate_json(line)
+            entries[entry.started_at, entry.who, entry.what, entry.job] = entry
+    return [*entries.values()]
+
+
+AUDIT_HEADERS: Final = ("When (UTC)", "Who", "Through", "What", "Result", "Took", "Job")
+
+
+def audit_rows(entries: Sequence[AuditEntry]) -> list[list[str]]:
+    """Newest first."""
+    return [
+        [
+            f"{entry.started_at:%Y-%m-%d %H:%M:%S}",
+            entry.who,
+            entry.channel,
+            entry.what,
+            ": ".join(filter(None, (entry.result, entry.fault))),
+            format_duration((entry.finished_at - entry.started_at).total_seconds())
+            if entry.finished_at
+            else "",
+            entry.job,
+        ]
+        for entry in reversed(entries)
+    ]
+
+
+def audit_csv(entries: Sequence[AuditEntry]) -> str:
+    """Oldest first, times in ISO 8601."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [f.name for f in fields(AuditEntry)])
+    writer.writeheader()
+    writer.writerows(_AUDIT_ENTRY.dump_python(entry, mode="json") for entry in entries)
+    return text.getvalue()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Snapshot:
     """All that a page shows, taken once for every open tab."""
@@ -10849,8 +10934,9 @@ class SystemClock:
 class StateStore:
     """The home directory: config.json, its history and lock, generated files, kept logs."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, actor: Actor = ITSELF) -> None:
         self.home = home
+        self.audit = AuditTrail(home, actor)
         self.config_path = home / "config.json"
         self.generated = home / "generated"
         self._noting = threading.Lock()
@@ -11065,6 +11151,67 @@ class ProofFiles:
 
     def _of(self, kind: str) -> list[Path]:
         return sorted(self._folder.glob(f"{kind}-*.json"))
+
+
+class AuditTrail:
+    """Who changed what when, in `audit.jsonl`, which only grows.
+
+    A change has a line when it begins and one when it ends: a kill in between hides nothing. What
+    cannot be written is logged instead: the audit must not stop what frees a full disk.
+    """
+
+    def __init__(self, home: Path, actor: Actor) -> None:
+        self._path = home / "audit.jsonl"
+        self._actor = contextvars.ContextVar("actor", default=actor)
+
+    @contextlib.contextmanager
+    def acting_as(self, actor: Actor) -> Iterator[None]:
+        """What begins in this block, and the jobs that it starts, are this one's doing."""
+        before = self._actor.set(actor)
+        try:
+            yield
+        finally:
+            self._actor.reset(before)
+
+    @contextlib.contextmanager
+    def noting(self, what: str) -> Iterator[None]:
+        """Surround one change, whose title holds no secret."""
+        end = self.begin(what)
+        try:
+            yield
+        except BaseException as error:
+            end(error)
+            raise
+        end(None)
+
+    def begin(self, what: str, job: str = "") -> Callable[[BaseException | None], None]:
+        """Note that a change begins; what it returns is to be called with how it ended."""
+        actor = self._actor.get()
+        entry = AuditEntry(
+            who=actor.name, channel=actor.channel, what=what, job=job, started_at=utc_now()
+        )
+        self._append(entry)
+        return lambda error: self._append(entry.ended(error, utc_now()))
+
+    def entries(self, since: datetime | None = None) -> list[AuditEntry]:
+        """Oldest first."""
+        with file_errors("read the audit"):
+            lines = self._path.read_bytes().splitlines() if self._path.exists() else []
+        return [entry for entry in parse_audit(lines) if not since or entry.started_at >= since]
+
+    def _append(self, entry: AuditEntry) -> None:
+        line = _AUDIT_ENTRY.dump_json(entry, exclude_defaults=True) + b"\n"
+        try:
+            with open(self._path, "a+b", opener=private_opener) as file:
+                fcntl.flock(file, fcntl.LOCK_EX)  # another process adds lines too
+                end = file.seek(0, os.SEEK_END)
+                file.seek(max(end - 1, 0))
+                torn = file.read() not in {b"", b"\n"}
+                file.write(b"\n" * torn + line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            log.error("the audit cannot be written (%s): %s", error.strerror, line.decode())  # noqa: TRY400 - no traceback helps
 
 
 MOST_PROOFS: Final = 20
@@ -15076,9 +15223,9 @@ class Job:
         self.control.cancel()
 
     def run(self, work: Callable[[Control], None], *, at_end: Callable[[], None]) -> Job:
-        threading.Thread(
-            target=self._run, args=(work, at_end), name=self.title, daemon=True
-        ).start()
+        # What a job changes on its way is the doing of whoever started it.
+        run = partial(contextvars.copy_context().run, self._run, work, at_end)
+        threading.Thread(target=run, name=self.title, daemon=True).start()
         return self
 
     def _run(self, work: Callable[[Control], None], at_end: Callable[[], None]) -> None:
@@ -15246,6 +15393,7 @@ class Keys:
     def __init__(self, store: StateStore, tools: Tools) -> None:
         self._store = store
         self._tools = tools
+        self._noting = store.audit.noting
 
     def all(self) -> list[VirtualKey]:
         return self._api().list_keys()
@@ -15258,7 +15406,8 @@ class Keys:
                 f"There is a key called {settings.alias!r} already.",
                 advice="Choose another name, or revoke that one first.",
             )
-        return api.create_key(key_body(settings, utc_now()))
+        with self._noting(f"Create the key {settings.alias}"):
+            return api.create_key(key_body(settings, utc_now()))
 
     def create_many(
         self, text: str, template: KeySettings
@@ -15267,15 +15416,16 @@ class Keys:
         wished = parse_people(text, template, self._api().list_keys())
         api = self._api_for(wished)
         made: list[tuple[KeySettings, pydantic.SecretStr]] = []
-        try:
-            for settings in wished:
-                secret = api.create_key(key_body(settings, utc_now()))
-                made.append((settings, secret))
-        except BaseException:
-            if made:
-                hashes = [sha256(reveal(secret).encode()).hexdigest() for _, secret in made]
-                api.delete_keys(hashes)
-            raise
+        with self._noting(f"Create {len(wished)} keys, of {', '.join(s.alias for s in wished)}"):
+            try:
+                for settings in wished:
+                    secret = api.create_key(key_body(settings, utc_now()))
+                    made.append((settings, secret))
+            except BaseException:
+                if made:
+                    hashes = [sha256(reveal(secret).encode()).hexdigest() for _, secret in made]
+                    api.delete_keys(hashes)
+                raise
         return made
 
     def edit(self, name: str, changes: Json) -> KeySettings:
@@ -15285,7 +15435,8 @@ class Keys:
         wished = parse_key_settings(asdict(key.settings) | changes)
         self._api_for([wished])
         if body := key_changes(key.settings, wished, utc_now()):
-            api.update_key(key.key_hash, body)
+            with self._noting(f"Change the key {name}: {', '.join(body)}"):
+                api.update_key(key.key_hash, body)
         return wished
 
     def rotate(self, name: str, grace: timedelta) -> tuple[KeySettings, pydantic.SecretStr]:
@@ -15299,25 +15450,30 @@ class Keys:
         if key_state(key, now) == "expired":
             raise RefusedError(f"The key of {name} has expired.", advice="Extend it first.")
         old = retired(key, now + max(grace, timedelta(seconds=1)))
-        api.update_key(key.key_hash, key_changes(key.settings, old, now))
-        try:
-            secret = api.create_key(key_body(key.settings, now) | {"spend": key.used})
-        except BaseException:
-            api.update_key(key.key_hash, key_changes(old, key.settings, now))
-            raise
-        if not grace:
-            api.delete_keys([key.key_hash])
+        with self._noting(f"Another secret for the key {name}"):
+            api.update_key(key.key_hash, key_changes(key.settings, old, now))
+            try:
+                secret = api.create_key(key_body(key.settings, now) | {"spend": key.used})
+            except BaseException:
+                api.update_key(key.key_hash, key_changes(old, key.settings, now))
+                raise
+            if not grace:
+                api.delete_keys([key.key_hash])
         return key.settings, secret
 
     def block(self, name: str, *, blocked: bool = True) -> None:
         """Refuse its requests until it is unblocked."""
         api = self._api()
-        api.block_key(named_key(api.list_keys(), name).key_hash, blocked=blocked)
+        key = named_key(api.list_keys(), name)
+        with self._noting(f"{'Block' if blocked else 'Unblock'} the key {key.settings.alias}"):
+            api.block_key(key.key_hash, blocked=blocked)
 
     def revoke(self, name: str) -> None:
         """The key of that name stops working; what it used stays accounted for."""
         api = self._api()
-        api.delete_keys([named_key(api.list_keys(), name).key_hash])
+        key = named_key(api.list_keys(), name)
+        with self._noting(f"Revoke the key {key.settings.alias}"):
+            api.delete_keys([key.key_hash])
 
     def why(self, text: str, model: str) -> Diagnosis:
         """Why a key works or fails; the text is a secret, a name, or a part of either."""
@@ -15335,13 +15491,16 @@ class Keys:
         old = known.get(changes["name"])
         wished = parse_group((asdict(old) if old else {}) | changes)
         check_models(wished, self._store.load())
-        (api.update_group if old else api.create_group)(group_body(wished))
+        with self._noting(f"{'Change' if old else 'Create'} the group {wished.name}"):
+            (api.update_group if old else api.create_group)(group_body(wished))
         return wished
 
     def block_group(self, name: str, *, blocked: bool = True) -> None:
         """Refuse the requests of all its keys until it is unblocked."""
         api = self._api()
-        api.block_group(_known_group(name, api).settings.name, blocked=blocked)
+        _known_group(name, api)
+        with self._noting(f"{'Block' if blocked else 'Unblock'} the group {name}"):
+            api.block_group(name, blocked=blocked)
 
     def extend_group(self, name: str, until: datetime | None) -> int:
         """All its keys end then, or never; how many those are."""
@@ -15351,18 +15510,20 @@ class Keys:
             (key.key_hash, key_changes(key.settings, replace(key.settings, expires_at=until), now))
             for key in keys
         ]
-        for key_hash, body in bodies:
-            if body:
-                api.update_key(key_hash, body)
+        with self._noting(f"Let the keys of {name} end: {until or 'never'}"):
+            for key_hash, body in bodies:
+                if body:
+                    api.update_key(key_hash, body)
         return len(keys)
 
     def revoke_group(self, name: str) -> int:
         """All its keys stop working, and the group is gone; how many they were."""
         api = self._api()
         keys = _keys_of(name, api)
-        if keys:
-            api.delete_keys([key.key_hash for key in keys])
-        api.delete_group(name)
+        with self._noting(f"Revoke the group {name} and its {len(keys)} keys"):
+            if keys:
+                api.delete_keys([key.key_hash for key in keys])
+            api.delete_group(name)
         return len(keys)
 
     def _api_for(self, wished: Sequence[KeySettings]) -> LiteLlmApi:
@@ -15948,7 +16109,8 @@ class WeightsLibrary:
         return orphans(self.cache(), state)
 
     def remove(self, removal: Removal) -> None:
-        self._tools.weights.cache.remove(removal)
+        with self._store.audit.noting(f"Remove weights of {removal.repository}"):
+            self._tools.weights.cache.remove(removal)
 
     def fit(self, model: Model, at_once: int = 1) -> Fit | None:
         """Whether a model fits where it is placed; None where its weights are not known here."""
@@ -16071,6 +16233,10 @@ class ChangeRunner:
     def state(self) -> State:
         return self._store.load()
 
+    @property
+    def audit(self) -> AuditTrail:
+        return self._store.audit
+
     def hardware(self, *, fresh: bool = False) -> Hardware:
         """The GPUs as they are; where nothing can be seen, its `fault` says why."""
         return self._tools.gpus.read(fresh=fresh)
@@ -16114,7 +16280,7 @@ class ChangeRunner:
 
     def save(self, change: Change) -> State:
         """Write the wish down without acting on it."""
-        with self._store.lock(change.title):
+        with self._store.lock(change.title), self.audit.noting(change.title):
             return self._saved(change)
 
     def _saved(self, change: Change) -> State:
@@ -16131,14 +16297,16 @@ class ChangeRunner:
         """
         held = contextlib.ExitStack()
         held.callback(self._store.acquire(change.title))
+        job = Job(change.title, change.hint)
+        end = self.audit.begin(change.title, job.id)
         try:
             before = self._store.load()
             after = self._saved(change)
             absent = self._absent(change, before, after)
-        except BaseException:
+        except BaseException as error:
+            end(error)
             held.close()
             raise
-        job = Job(change.title, change.hint)
         self._keep(job)
 
         def work(control: Control) -> None:
@@ -16147,7 +16315,11 @@ class ChangeRunner:
             else:
                 self._work(change, before, after, control)
 
-        return job.run(work, at_end=held.close)
+        def at_end() -> None:
+            end(job.fault)
+            held.close()
+
+        return job.run(work, at_end=at_end)
 
     def _absent(self, change: Change, before: State, after: State) -> dict[str, tuple[Step, ...]]:
         """What is to be fetched, by stage; a change that is one transaction fetches on its way."""
@@ -16197,8 +16369,14 @@ class ChangeRunner:
         """Work beside the changes, as a job; refused while one of the same title runs."""
         release = self._store.acquire(title, kind="task")
         job = Job(title, hint, "task")
+        end = self.audit.begin(title, job.id)
         self._keep(job)
-        return job.run(work, at_end=release)
+
+        def at_end() -> None:
+            end(job.fault)
+            release()
+
+        return job.run(work, at_end=at_end)
 
     def _work(
         self, change: Change, before: State, after: State, control: Control,
@@ -16572,7 +16750,8 @@ class Watch:
         self._pulse = Pulse(manager, lambda: self._latest, stalls or Stalls())
         self._meter = Meter(manager, lambda: self._latest, seconds)
         self._gauge = Gauge(manager, lambda: self._latest)
-        threading.Thread(target=self._run, name="watch", daemon=True).start()
+        watching = manager.audit.acting_as(ITSELF)(self._run)
+        threading.Thread(target=watching, name="watch", daemon=True).start()
 
     def latest(self) -> Snapshot:
         """The last look at the world, with the jobs as they are now."""
@@ -17893,7 +18072,7 @@ def build_key_doctor(desk: Desk) -> None:
 
 def build_system_tab(desk: Desk) -> None:
     """The plan, the server's health, the endpoint's settings, the way back."""
-    with gr.Tab("System"):
+    with gr.Tab("System") as tab:
         gr.Markdown("### What is planned")
         live(desk, gr.Markdown(), pending_plan_text)
         apply_button = gr.Button("Apply the plan", variant="primary")
@@ -17905,6 +18084,7 @@ def build_system_tab(desk: Desk) -> None:
         build_endpoint_form(desk)
         changes["restore the database"] = desk.manager.database.restoring
         build_database_view(desk, card, changes["restore the database"])
+        build_audit_view(desk, tab)
         with gr.Accordion("Earlier versions", open=False), gr.Row(elem_classes="actions"):
             version = gr.Textbox(label="Version", placeholder="12", info="from history/", scale=3)
             back = gr.Button("Roll back", variant="stop", scale=0, min_width=110)
@@ -17950,6 +18130,17 @@ def build_database_view(desk: Desk, card: PlanCard, restoring: Callable[[str], C
             back = gr.Button("Restore", variant="stop", scale=0, min_width=110)
     take.click(on_dump, name, None, **PRIVATE)
     wire_plan(desk, back, name, card, "restore the database", restoring)
+
+
+def build_audit_view(desk: Desk, tab: gr.Tab) -> None:
+    """The newest changes, and all of them as a file."""
+    with gr.Accordion("Who changed what", open=False):
+        rows = table(AUDIT_HEADERS)
+        gr.Button("Export all as CSV", link=AUDIT_CSV_PATH, size="sm")
+    tab.select(lambda: audit_rows(desk.manager.audit.entries()[-50:]), None, rows, **QUIET)
+
+
+AUDIT_CSV_PATH: Final = "/audit.csv"
 
 
 def build_endpoint_form(desk: Desk) -> None:
@@ -18079,6 +18270,12 @@ def build_app(manager: Manager, watch: Watch) -> Guard:
     state = manager.state()
     app = fastapi.FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     guard = Guard(app, state.secrets.console_key, state.instance)
+
+    @app.get(AUDIT_CSV_PATH)
+    def export_audit() -> fastapi.Response:
+        named = {"content-disposition": 'attachment; filename="audit.csv"'}
+        text = audit_csv(manager.audit.entries())
+        return fastapi.Response(text, media_type="text/csv", headers=named)
 
     def operator(request: fastapi.Request) -> str | None:
         return "operator" if guard.admits(request.headers.get("cookie", "")) else None
@@ -18268,6 +18465,11 @@ def _add_model_options(sub: argparse.ArgumentParser, *, required: bool) -> None:
     sub.add_argument("--memory-fraction", type=float, help="of each GPU, at most 1")
     sub.add_argument("--cpu-kv-cache", type=int, metavar="MIB", help="place it on the CPU")
     sub.add_argument("--json", action="store_true")
+
+
+def day(text: str) -> datetime:
+    """The beginning of a day in UTC, for argparse."""
+    return datetime.fromisoformat(text).replace(tzinfo=UTC)
 
 
 YES_OR_NO: Final = ("yes", "no")
@@ -18587,6 +18789,9 @@ def add_system_commands(commands: Any, add: Callable[..., Any]) -> None:
     token.set_defaults(command=command_config_token)
     add_database_commands(commands)
     add_image_commands(commands)
+    audit = add("audit", command_audit, "who changed what when, by console, command line or API")
+    audit.add_argument("--csv", action="store_true", help="print it as CSV")
+    audit.add_argument("--since", type=day, metavar="DATE", help="like 2026-03-31, in UTC")
     install = add("install", command_install, "install and start the systemd service")
     install.add_argument("--root", type=Path, default=Path("/"), help="for packagers")
     install.add_argument("--no-start", action="store_true")
@@ -18621,9 +18826,20 @@ def add_image_commands(commands: Any) -> None:
         sub.add_argument("--plan", action="store_true", help="show the plan only")
 
 
-def open_manager() -> Manager:
-    """The installation of this environment, wired up."""
-    store = StateStore(find_home())
+def operating_system_user() -> Actor:
+    """Whoever logged in, also behind `sudo`; only root is believed that it was called by that."""
+    user = os.getuid()
+    behind = os.environ.get("SUDO_USER") if user == 0 else None
+    try:
+        name = behind or pwd.getpwuid(user).pw_name
+    except KeyError:  # a container may run as anybody
+        name = f"uid {user}"
+    return Actor(name=name, channel="command line")
+
+
+def open_manager(actor: Actor | None = None) -> Manager:
+    """The installation of this environment, wired up for whoever runs this program."""
+    store = StateStore(find_home(), actor or operating_system_user())
     state = store.ensure(fixed_names=store.home == SYSTEM_HOME)
     cache = Path(state.hugging_face_home or store.home / "huggingface")
     # A named one may be a disk that is not mounted yet, and must not come to be on another.
@@ -18713,12 +18929,13 @@ def command_serve(arguments: argparse.Namespace) -> int:
     """Restore, then serve the console until told to stop."""
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
     logging.getLogger("llm_manager").setLevel(logging.INFO)
-    manager = open_manager()
+    manager = open_manager(Actor(name="console", channel="console"))
     listener = listen(arguments.port)
     state = manager.state()
     if state.wishes_anything:
         try:
-            manager.start(restoring())
+            with manager.audit.acting_as(ITSELF):
+                manager.start(restoring())
         except BusyError as error:
             _say(str(error))
     app = build_app(manager, Watch(manager))
@@ -18976,6 +19193,17 @@ def command_doctor(arguments: argparse.Namespace) -> int:
     else:
         out_table(("Check", "Verdict", "Found", "Advice"), check_rows(checks))
     return DONE if all(check.ok for check in checks) else TO_DO
+
+
+def command_audit(arguments: argparse.Namespace) -> int:
+    entries = open_manager().audit.entries(arguments.since)
+    if arguments.csv:
+        out(audit_csv(entries).rstrip())
+    elif arguments.json:
+        out_json([asdict(entry) for entry in entries])
+    else:
+        out_table(AUDIT_HEADERS, audit_rows(entries))
+    return DONE
 
 
 def command_probe(arguments: argparse.Namespace) -> int:

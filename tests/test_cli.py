@@ -299,6 +299,20 @@ def test_what_is_printed_as_json_is_json(with_chat: Run) -> None:
     assert facts(with_chat("config", "show"))["models"][0]["name"] == "chat"
 
 
+def test_every_change_is_in_the_audit_with_whoever_made_it(run: Run) -> None:
+    me = lm.operating_system_user().name
+    assert run("audit").out == ""
+    run("image", "set", "caddy", "caddy:9")
+    run("deploy", "nobody")
+    done, failed = facts(run("audit", "--json"))
+    assert (done["who"], done["what"], done["result"]) == (me, "Pin the caddy image", "done")
+    assert failed["fault"].startswith("There is no model called 'nobody'.")
+    assert re.search(rf"^20.+ +{me} +command line +Pin the caddy", run("audit").out, re.MULTILINE)
+    assert len(run("audit", "--csv").out.splitlines()) == 3
+    assert facts(run("audit", "--json", "--since", "2999-01-01")) == []
+    assert run("audit", "--since", "soon").status == lm.WRONG_USAGE
+
+
 def test_the_doctor_ends_with_3_where_something_is_to_be_done(run: Run) -> None:
     ended = run("doctor", "--json")
     assert ended.status == lm.TO_DO

@@ -236,6 +236,16 @@ def test_the_pages_of_fastapi_itself_are_off(app: lm.Guard) -> None:
         assert ask(path, app, cookie=cookie).status_code in {404, 403}, path
 
 
+def test_the_audit_is_exported_to_the_operator_alone(app: lm.Guard, manager: lm.Manager) -> None:
+    manager.save(lm.setting_hub_token("hf_x"))
+    assert ask("/audit.csv", app).status_code == 401
+    cookie = ask(f"/?token={TOKEN}", app).headers["set-cookie"].split(";")[0]
+    exported = ask("/audit.csv", app, cookie=cookie)
+    assert exported.headers["content-type"].startswith("text/csv")
+    assert "Set the Hugging Face token,2" in exported.text
+    assert "hf_x" not in exported.text
+
+
 def test_an_error_is_shown_as_text_and_a_bug_only_by_its_number() -> None:
     with pytest.raises(gr.Error) as raised, lm.shown_to_operator():
         raise lm.RefusedError("<img src=x onerror=alert(1)>.", advice="A & B.")
