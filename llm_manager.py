@@ -30,8 +30,9 @@ Outline (search for "§5"; tests/test_layout.py keeps it true):
   §26 Drivers            effects  NVML, and what the system knows about GPUs
   §27 Orchestration      effects  Plan -> world, undo, jobs
   §28 Manager            effects  the use cases; all that console and command line may call
-  §29 Console            effects  one builder per tab, and who may open it
-  §30 Main               effects  arguments, wiring, systemd
+  §29 Programs           effects  the REST API, and who may use it
+  §30 Console            effects  one builder per tab, and who may open it
+  §31 Main               effects  arguments, wiring, systemd
 """
 
 from __future__ import annotations
@@ -201,6 +202,7 @@ import requests.exceptions
 import urllib3.exceptions
 import yaml
 from docker.models.containers import Container
+from typing_extensions import TypedDict
 
 if TYPE_CHECKING:
     import fastapi
@@ -276,6 +278,14 @@ class StateUnreadableError(ManagerError):
 
 class RefusedError(ManagerError):
     """What was asked for breaks a rule; nothing was changed."""
+
+
+class UnknownError(RefusedError):
+    """There is nothing of the name that was given."""
+
+
+class InvalidError(RefusedError):
+    """What was typed is not what can be asked for, whatever else there is."""
 
 
 class BusyError(ManagerError):
@@ -626,6 +636,15 @@ class DirectKey:
 
 @_strict
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AdminToken:
+    """What opens the REST API to a program; of its secret only the SHA-256 is known."""
+
+    name: Name
+    sha256: Annotated[str, _checked(r"[0-9a-f]{64}", "a SHA-256", longest=64)]
+
+
+@_strict
+@dataclass(frozen=True, kw_only=True, slots=True)
 class InternalTls:
     """Caddy's own authority; clients must trust its root certificate."""
 
@@ -724,6 +743,7 @@ class State:
     providers: tuple[Provider, ...] = ()
     routes: tuple[Route, ...] = ()
     direct_keys: tuple[DirectKey, ...] = ()
+    admin_tokens: tuple[AdminToken, ...] = ()
     edge: Edge = field(default_factory=Edge)
     mig_layouts: tuple[MigLayout, ...] = ()
     monitoring: bool = False
@@ -737,7 +757,7 @@ class State:
             if model.name == name:
                 return model
         known = ", ".join(model.name for model in self.models) or "none yet"
-        raise RefusedError(
+        raise UnknownError(
             f"There is no model called {name!r}.", advice=f"Registered models: {known}."
         )
 
@@ -747,7 +767,7 @@ class State:
             if provider.name == name:
                 return provider
         known = ", ".join(provider.name for provider in self.providers) or "none yet"
-        raise RefusedError(f"There is no provider called {name!r}.", advice=f"Providers: {known}.")
+        raise UnknownError(f"There is no provider called {name!r}.", advice=f"Providers: {known}.")
 
     def with_model(self, model: Model) -> State:
         """This state with the model added, or put in the place of its namesake."""
@@ -874,6 +894,7 @@ def check_state(state: State) -> None:
             for fault in _misfits(route)
         ),
         *_doubles("direct key", [k.name for k in state.direct_keys]),
+        *_doubles("admin token", [token.name for token in state.admin_tokens]),
         *_doubles("recipe image", [f"{p.recipe} ({p.device})" for p in state.recipe_images]),
         *_doubles("MIG layout", [layout.gpu_uuid for layout in state.mig_layouts]),
     ]
@@ -4122,7 +4143,7 @@ def find_recipe(recipes: Recipes, name: str) -> Recipe:
         case RefusedError() as refusal:
             raise refusal
         case _:
-            raise RefusedError(
+            raise UnknownError(
                 f"There is no recipe called {name!r}.",
                 advice=f"There are: {', '.join(recipes) or 'none'}.",
             )
@@ -4314,6 +4335,10 @@ def parse_direct_key(raw: Json) -> DirectKey:
     return _parsed(DirectKey, raw, "This direct key cannot be used")
 
 
+def parse_admin_token(raw: Json) -> AdminToken:
+    return _parsed(AdminToken, raw, "This admin token cannot be used")
+
+
 def parse_route(raw: Json) -> Route:
     return _parsed(Route, raw, "This route cannot be used")
 
@@ -4370,7 +4395,7 @@ def _parsed(kind: type[T], raw: Json, fact: str) -> T:
     try:
         return cast("T", _adapter(kind).validate_python(raw))
     except pydantic.ValidationError as error:
-        raise RefusedError(
+        raise InvalidError(
             f"{fact}: {describe_faults(error, raw)}.", advice="Correct that and try again."
         ) from None
 
@@ -6864,7 +6889,7 @@ def unrouting(name: str) -> Change:
     def edit(state: State) -> State:
         kept = tuple(route for route in state.routes if route.name != name)
         if len(kept) == len(state.routes):
-            raise RefusedError(f"There is no route called {name!r}.", advice="See `route list`.")
+            raise UnknownError(f"There is no route called {name!r}.", advice="See `route list`.")
         return replace(state, routes=kept)
 
     return Change(title=f"Remove the route {name}", edit=edit, scope=NO_MODELS)
@@ -6912,7 +6937,7 @@ def revoking_direct(name: str) -> Change:
     def edit(state: State) -> State:
         kept = tuple(key for key in state.direct_keys if key.name != name)
         if len(kept) == len(state.direct_keys):
-            raise RefusedError(f"There is no direct key called {name!r}.", advice="See the list.")
+            raise UnknownError(f"There is no direct key called {name!r}.", advice="See the list.")
         return replace(state, direct_keys=kept)
 
     return Change(title=f"Revoke the direct key {name}", edit=edit, scope=NO_MODELS)
@@ -6931,6 +6956,30 @@ def keeping_house(changes: Json) -> Change:
         return replace(state, housekeeping=parse_housekeeping(asdict(state.housekeeping) | changes))
 
     return Change(title="Change what the database keeps", edit=edit, scope=NO_MODELS)
+
+
+def granting_token(token: AdminToken) -> Change:
+    def edit(state: State) -> State:
+        if any(known.name == token.name for known in state.admin_tokens):
+            raise RefusedError(
+                f"There is an admin token called {token.name} already.",
+                advice="Choose another name, or revoke that one first.",
+            )
+        return replace(state, admin_tokens=(*state.admin_tokens, token))
+
+    return Change(title=f"Admin token {token.name}", edit=edit, scope=NO_MODELS)
+
+
+def revoking_token(name: str) -> Change:
+    def edit(state: State) -> State:
+        kept = tuple(token for token in state.admin_tokens if token.name != name)
+        if len(kept) == len(state.admin_tokens):
+            raise UnknownError(
+                f"There is no admin token called {name!r}.", advice="See `token list`."
+            )
+        return replace(state, admin_tokens=kept)
+
+    return Change(title=f"Revoke the admin token {name}", edit=edit, scope=NO_MODELS)
 
 
 def setting_hub_token(token: str) -> Change:
@@ -7018,6 +7067,7 @@ def returning_to(number: int, earlier: State) -> Change:
             earlier,
             secrets=today.secrets,
             direct_keys=today.direct_keys,
+            admin_tokens=today.admin_tokens,
             providers=tuple(providers),
         )
 
@@ -7463,7 +7513,7 @@ def named_key(keys: Sequence[VirtualKey], name: str) -> VirtualKey:
     """The key of that name, or of that SHA-256."""
     found = [key for key in keys if name in {key.settings.alias, key.key_hash}]
     if not found:
-        raise RefusedError(f"There is no key called {name!r}.", advice="See `key list`.")
+        raise UnknownError(f"There is no key called {name!r}.", advice="See `key list`.")
     return found[0]
 
 
@@ -9071,6 +9121,65 @@ def plain_lines(text: str) -> str:
 def code_block(text: str) -> str:
     """Text in a Markdown fence that it cannot close."""
     return "~~~~~~\n" + text.replace("~~~~~~", "") + "\n~~~~~~"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageFacts:
+    """What is done in one stage, step by step."""
+
+    stage: str
+    steps: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanFacts:
+    """A plan for programs; without stages there is nothing to do."""
+
+    title: str
+    stages: tuple[StageFacts, ...]
+    interrupted: tuple[str, ...]  # models that do not answer for a while, or for good
+    diff: str  # of generated files
+
+
+def plan_facts(title: str, plan: Plan) -> PlanFacts:
+    stages = (
+        StageFacts(stage=stage.title, steps=tuple(map(describe, stage.steps)))
+        for stage in plan.stages
+    )
+    return PlanFacts(
+        title=title, stages=tuple(stages), interrupted=plan.interrupted, diff=plan.diff()
+    )
+
+
+API_STYLE: Final = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; }
+:root { color-scheme: light dark; } pre { overflow: auto; padding: 8px; background: #8882; }
+summary { cursor: pointer; } summary code { font-weight: 600; }
+"""
+
+
+def render_api_page(document: Json) -> str:
+    """An OpenAPI document as one plain page, which asks nobody for anything."""
+    schemas = document["components"]["schemas"]
+    parts = [
+        _folded(f"{method.upper()} {path}", operation["summary"], operation)
+        for path, operations in document["paths"].items()
+        for method, operation in operations.items()
+    ] + [_folded(name, schema.get("description", ""), schema) for name, schema in schemas.items()]
+    title = html.escape(document["info"]["title"])
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
+        f"<style>{API_STYLE}</style><h1>{title}</h1>"
+        f"<p>{html.escape(document['info']['description'])}</p>{''.join(parts)}</html>"
+    )
+
+
+def _folded(name: str, text: str, details: Json) -> str:
+    shown = html.escape(json.dumps(details, indent=2))
+    return (
+        f"<details><summary><code>{html.escape(name)}</code> {html.escape(text)}</summary>"
+        f"<pre>{shown}</pre></details>"
+    )
 
 
 def plan_markdown(title: str, plan: Plan) -> str:
@@ -11011,7 +11120,7 @@ class StateStore:
         path = self.home / "history" / f"{number:06d}" / "config.json"
         if not path.exists():
             known = self.versions()
-            raise RefusedError(
+            raise UnknownError(
                 f"There is no version {number}.",
                 advice=f"There are {known[0]} to {known[-1]}." if known else "There is none yet.",
             )
@@ -15387,6 +15496,13 @@ def new_direct_key(name: str, models: Sequence[str] = ()) -> DirectKey:
     return parse_direct_key({"name": name, "secret": secret, "models": list(models)})
 
 
+def new_admin_token(name: str) -> tuple[AdminToken, pydantic.SecretStr]:
+    """A token with its fresh secret, not granted yet; see `granting_token`."""
+    secret = f"admin-{secrets.token_urlsafe(32)}"
+    token = parse_admin_token({"name": name, "sha256": sha256(secret.encode()).hexdigest()})
+    return token, pydantic.SecretStr(secret)
+
+
 class Keys:
     """The virtual keys of colleagues and their groups, which live in LiteLLM's database."""
 
@@ -15556,7 +15672,7 @@ class Keys:
 def _known_group(name: str, api: LiteLlmApi) -> KnownGroup:
     found = [group for group in api.list_groups() if group.settings.name == name]
     if not found:
-        raise RefusedError(
+        raise UnknownError(
             f"There is no group called {name!r}.", advice="Make it first, or see `group list`."
         )
     return found[0]
@@ -16249,6 +16365,14 @@ class ChangeRunner:
         """Newest first."""
         return [job.view() for job in reversed(list(self._jobs))]
 
+    def job(self, job_id: str) -> JobView:
+        for job in list(self._jobs):
+            if job.id == job_id:
+                return job.view()
+        raise UnknownError(
+            f"There is no job {job_id!r}.", advice="The newest 50 of this start are known."
+        )
+
     def cancel_job(self, job_id: str) -> None:
         for job in list(self._jobs):
             if job.id == job_id:
@@ -16483,10 +16607,14 @@ class Manager(ChangeRunner):
 
     def revise(self, name: str, changes: Json) -> Model:
         """A registered model with some settings changed; it takes effect with the next plan."""
+        return self.save(self.revising(name, changes)).model(name)
+
+    def revising(self, name: str, changes: Json) -> Change:
+        """The change to these settings of a registered model, its commit chosen if not said."""
         if "source" in changes:
             source = self.weights.pinned(parse_source(changes["source"]))
             changes = changes | {"source": asdict(source)}
-        return self.save(revising(name, changes, self._options, self.images.recipes())).model(name)
+        return revising(name, changes, self._options, self.images.recipes())
 
     def returning(self, number: int | None) -> Change:
         """The change back to an earlier version; without a number, the one before this."""
@@ -16834,7 +16962,390 @@ class Watch:
 
 
 # =============================================================================
-# §29 Console — effects: one builder per tab, and who may open it
+# §29 Programs — effects: the REST API, and who may use it
+# =============================================================================
+
+API: Final = "/api/v1"
+API_PAGE: Final = f"{API}/docs"  # for people, so behind the console's cookie
+ABOUT_API: Final = (
+    "What the console and the command line do, for programs: the same plans, the same errors. "
+    "Every request shows an admin token, made by `llm_manager.py token create NAME`, as "
+    f"`Authorization: Bearer admin-…`. POST {API}/plan says what a change would do; "
+    f"POST {API}/jobs does it. The document for tools: {API}/openapi.json."
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """Why a request was not done: one sentence of fact, one of advice."""
+
+    fact: str
+    advice: str
+
+
+@_strict
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NamedChange:
+    """A change that needs only a name."""
+
+    change: Literal[
+        "deploy", "stop", "restart", "remove-model", "remove-route", "remove-provider"
+    ]  # fmt: skip
+    name: str
+
+
+NAMED_CHANGES: Final[Mapping[str, Callable[[str], Change]]] = {
+    "deploy": deploying, "stop": stopping, "restart": restarting, "remove-model": removing,
+    "remove-route": unrouting, "remove-provider": unproviding,
+}  # fmt: skip
+
+
+@_strict
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Apply:
+    """Do whatever is planned."""
+
+    change: Literal["apply"]
+
+
+@_strict
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RollBack:
+    """Return to an earlier version of the state."""
+
+    change: Literal["roll-back"]
+    version: Annotated[int, pydantic.Field(ge=1, le=999_999)]
+
+
+class UsualSettings(TypedDict, total=False):
+    """What is not named stays as it is, or as it usually is."""
+
+    served_model_name: str
+    engine_arguments: tuple[str, ...]
+    image: str | None
+    recipe: str | None
+    replicas: int
+    placement: Placement
+    open_route: bool
+
+
+@_strict
+class ModelSettings(UsualSettings, total=False):
+    """Settings of a model that change."""
+
+    type: ModelType
+    source: Source
+
+
+@_strict
+class NewModel(UsualSettings):
+    """A model to register; without a placement, one is chosen."""
+
+    name: str
+    type: ModelType
+    source: Source
+
+
+@_strict
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SetModel:
+    """Change some settings of a model."""
+
+    change: Literal["set-model"]
+    name: str
+    settings: ModelSettings
+
+
+@_strict
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SetRoute:
+    """A route, new or in the place of its namesake."""
+
+    change: Literal["set-route"]
+    route: Route
+
+
+@_strict
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SetProvider:
+    """A provider, new or in the place of its namesake; without a key it keeps the one it has."""
+
+    change: Literal["set-provider"]
+    provider: Provider
+
+
+@_strict
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CutGpu:
+    """Cut a GPU into slices: `3g.20gb 2x1g.5gb`, `MODEL=GIB …`, `keep` or `off`."""
+
+    change: Literal["cut"]
+    gpu: str
+    wish: str
+
+
+AnyChange = Annotated[
+    NamedChange | Apply | RollBack | SetModel | SetRoute | SetProvider | CutGpu,
+    pydantic.Discriminator("change"),
+]
+
+
+def wished_change(manager: Manager, body: AnyChange) -> Change:  # noqa: PLR0911 - one per kind
+    """The same change that console and command line would make."""
+    match body:
+        case NamedChange(change=change, name=name):
+            return NAMED_CHANGES[change](name)
+        case Apply():
+            return applying()
+        case RollBack(version=version):
+            return manager.returning(version)
+        case SetModel(name=name, settings=settings):
+            return manager.revising(name, as_typed(settings))
+        case SetRoute(route=route):
+            return routing(asdict(route))
+        case SetProvider(provider=provider):
+            raw = asdict(provider)
+            return providing({k: v for k, v in raw.items() if k != "api_key" or v is not None})
+        case CutGpu(gpu=gpu, wish=wish):
+            return manager.cutting(gpu, wish)
+        case _:
+            assert_never(body)
+
+
+def as_typed(settings: Mapping[str, object]) -> Json:
+    typed: Json = pydantic.TypeAdapter(Any).dump_python(settings)
+    return typed
+
+
+def to_the_letter(kind: Any) -> pydantic.WrapValidator:
+    """A body is taken by JSON's own types: no text for a number, and what is unknown is refused."""
+    adapter: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(kind)
+
+    def check(raw: Any, _: object) -> Any:
+        if isinstance(raw, bytes):
+            raise InvalidError(
+                "The body is not called JSON.", advice="Send Content-Type: application/json."
+            )
+        try:
+            return adapter.validate_json(json.dumps(raw), strict=True)
+        except pydantic.ValidationError as error:
+            raise InvalidError(
+                f"This request cannot be used: {describe_faults(error, raw)}.",
+                advice=f"See {API}/openapi.json.",
+            ) from None  # the original repeats the input
+
+    return pydantic.WrapValidator(check)
+
+
+ChangeBody = Annotated[AnyChange, to_the_letter(AnyChange)]
+ModelBody = Annotated[NewModel, to_the_letter(NewModel)]
+KeyBody = Annotated[KeySettings, to_the_letter(KeySettings)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NewKey:
+    """A key that was made; this is the only time its secret is told."""
+
+    alias: str
+    key: str
+    hand_out: str
+
+
+class TokenGate:
+    """ASGI gate of the API: nothing is answered, nor a body read, without an admin token."""
+
+    def __init__(self, app: Any, manager: Manager) -> None:
+        self._app = app
+        self._manager = manager
+
+    async def __call__(self, scope: Json, receive: Any, send: Any) -> None:
+        scheme, _, shown = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        digest = sha256(shown if scheme.lower() == b"bearer" else b"").hexdigest()
+        try:
+            token = await fastapi.concurrency.run_in_threadpool(self._token, digest)
+        except ManagerError as error:
+            answer = problem(error)
+        else:
+            if token is not None:
+                with self._manager.audit.acting_as(Actor(name=token.name, channel="API")):
+                    await self._app(scope, receive, send)
+                return
+            answer = fastapi.responses.JSONResponse(
+                asdict(NO_TOKEN), status_code=401, headers={"www-authenticate": "Bearer"}
+            )
+        await answer(scope, receive, send)
+
+    def _token(self, digest: str) -> AdminToken | None:
+        known = self._manager.state().admin_tokens
+        return next((t for t in known if hmac.compare_digest(t.sha256, digest)), None)
+
+
+NO_TOKEN: Final = Problem(
+    fact="This request shows no admin token that is known here.",
+    advice="Make one with `llm_manager.py token create NAME`; send it as a bearer.",
+)
+
+
+def problem(error: ManagerError) -> fastapi.Response:
+    match error:
+        case UnknownError():
+            status = HTTPStatus.NOT_FOUND
+        case InvalidError():
+            status = HTTPStatus.UNPROCESSABLE_ENTITY
+        case RefusedError() | BusyError():
+            status = HTTPStatus.CONFLICT
+        case _:  # Docker, the gateway, the hub or the disk
+            status = HTTPStatus.SERVICE_UNAVAILABLE
+    return fastapi.responses.JSONResponse(
+        {"fact": error.fact, "advice": error.advice}, status_code=status
+    )
+
+
+def build_api(manager: Manager, watch: Watch) -> fastapi.FastAPI:
+    """The API without its gate."""
+    faults: dict[int | str, Json] = {
+        code: {"model": Problem} for code in (400, 401, 404, 405, 409, 422, 503)
+    }
+    app = fastapi.FastAPI(
+        title="LLM Manager", version="1", description=ABOUT_API, responses=faults,
+        openapi_url=f"{API}/openapi.json", docs_url=None, redoc_url=None,
+        # The gate judges; this only writes down that there is one.
+        dependencies=[fastapi.Depends(fastapi.security.HTTPBearer(auto_error=False))],
+    )  # fmt: skip
+
+    @app.exception_handler(ManagerError)
+    def on_fault(_: fastapi.Request, error: ManagerError) -> fastapi.Response:
+        return problem(error)
+
+    @app.exception_handler(fastapi.exceptions.RequestValidationError)
+    def on_nonsense(
+        _: fastapi.Request, error: fastapi.exceptions.RequestValidationError
+    ) -> fastapi.Response:
+        faults = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        fact = f"This request cannot be used: {'; '.join(faults)}."
+        return problem(InvalidError(fact, advice=f"See {API}/openapi.json."))
+
+    def on_astray(_: fastapi.Request, error: Any) -> fastapi.Response:
+        told = Problem(fact=f"{error.detail}.", advice=f"See {API}/openapi.json.")
+        return fastapi.responses.JSONResponse(asdict(told), error.status_code, error.headers)
+
+    for code in (400, 404, 405):
+        app.add_exception_handler(code, on_astray)
+    add_looks(app, manager, watch)
+    add_changes(app, manager)
+    add_keys(app, manager)
+    return app
+
+
+def add_looks(app: fastapi.FastAPI, manager: Manager, watch: Watch) -> None:
+    """What there is."""
+
+    @app.get(f"{API}/status")
+    def read_status() -> Json:
+        """Models and containers as they are, and what needs attention."""
+        return status_facts(watch.latest())
+
+    @app.get(f"{API}/models")
+    def list_models() -> tuple[Model, ...]:
+        """Every registered model, as it is wished."""
+        return manager.state().models
+
+    @app.get(f"{API}/models/{{name}}")
+    def read_model(name: str) -> Model:
+        """One registered model."""
+        return manager.state().model(name)
+
+    @app.get(f"{API}/routes")
+    def list_routes() -> list[Json]:
+        """Every public name, and who answers for it now; null where nobody can tell."""
+        state, served = manager.state(), None
+        with contextlib.suppress(DockerAbsentError):
+            served = serving(state, manager.observe(state))
+        return pool_facts(state, served)
+
+    @app.get(f"{API}/audit")
+    def read_audit(
+        since: Annotated[str | None, pydantic.Field(pattern=r"^\d{4}-\d\d-\d\d$")] = None,
+    ) -> list[AuditEntry]:
+        """Who changed what when, oldest first; from a day on, in UTC."""
+        return manager.audit.entries(parse_day(since) if since else None)
+
+
+def parse_day(text: str) -> datetime:
+    """The beginning of a day in UTC."""
+    try:
+        return datetime.fromisoformat(text).replace(tzinfo=UTC)
+    except ValueError:
+        raise InvalidError(f"{text!r} is no day.", advice="Write it like 2026-03-31.") from None
+
+
+def add_changes(app: fastapi.FastAPI, manager: Manager) -> None:
+    """What would be done, and doing it."""
+
+    @app.get(f"{API}/plan")
+    def read_plan() -> PlanFacts:
+        """What is left to do for what is wished."""
+        return make_plan(Apply(change="apply"))
+
+    @app.post(f"{API}/plan")
+    def make_plan(body: ChangeBody) -> PlanFacts:
+        """What a change would do; nothing is saved."""
+        change = wished_change(manager, body)
+        return plan_facts(change.title, manager.plan(change))
+
+    @app.get(f"{API}/jobs")
+    def list_jobs() -> list[JobView]:
+        """What runs, and what ended lately; newest first."""
+        return manager.jobs()
+
+    @app.post(f"{API}/jobs", status_code=202)
+    def start_job(body: ChangeBody, response: fastapi.Response) -> JobView:
+        """Make a change; the job tells how far it is, and how it ended."""
+        job = manager.start(wished_change(manager, body))
+        response.headers["location"] = f"{API}/jobs/{job.id}"
+        return job.view()
+
+    @app.get(f"{API}/jobs/{{job_id}}")
+    def read_job(job_id: str) -> JobView:
+        """One job, with all that it said."""
+        return manager.job(job_id)
+
+    @app.delete(f"{API}/jobs/{{job_id}}", status_code=202)
+    def cancel_job(job_id: str) -> JobView:
+        """Take a job back at its next safe point; one that has ended stays as it is."""
+        manager.cancel_job(job_id)
+        return manager.job(job_id)
+
+    @app.post(f"{API}/models", status_code=201)
+    def register_model(body: ModelBody) -> Model:
+        """Register a model, stopped."""
+        return manager.register(as_typed(body))
+
+
+def add_keys(app: fastapi.FastAPI, manager: Manager) -> None:
+    """Virtual keys."""
+
+    @app.get(f"{API}/keys")
+    def list_keys() -> list[VirtualKey]:
+        """The keys of colleagues, without their secrets."""
+        return manager.keys.all()
+
+    @app.post(f"{API}/keys", status_code=201)
+    def create_key(body: KeyBody) -> NewKey:
+        """Make a key; its secret is told this once."""
+        settings = parse_key_settings(asdict(body))
+        secret = reveal(manager.keys.create(settings))
+        shown = hand_out(manager.state(), settings, secret)
+        return NewKey(alias=settings.alias, key=secret, hand_out=shown)
+
+    @app.delete(f"{API}/keys/{{name:path}}", status_code=204)
+    def revoke_key(name: str) -> None:
+        """Revoke the key of that name, or of that hash."""
+        manager.keys.revoke(name)
+
+
+# =============================================================================
+# §30 Console — effects: one builder per tab, and who may open it
 # =============================================================================
 
 LOOPBACK_HOSTS: Final = frozenset({"127.0.0.1", "localhost", "[::1]"})
@@ -16849,11 +17360,13 @@ class Guard:
     """ASGI gate: only the operator's own browser passes, and only from this console's pages.
 
     Gradio trusts any Origin behind a foreign Host and hides handlers without closing them
-    (6.31), so every request is judged here, before Gradio sees it.
+    (6.31), so every request is judged here, before Gradio sees it. What is below the API's path
+    never comes to the console, and no cookie counts there: programs show tokens at their own gate.
     """
 
-    def __init__(self, app: Any, key: pydantic.SecretStr, instance: str) -> None:
+    def __init__(self, app: Any, programs: Any, key: pydantic.SecretStr, instance: str) -> None:
         self._app = app
+        self._programs = programs
         self._key = key.get_secret_value().encode()
         self._cookie = f"llm-manager-{instance}"
 
@@ -16865,6 +17378,8 @@ class Guard:
         refused = foreign_request(headers)
         if refused:
             answer = _plain(403, refused)
+        elif scope["path"].startswith(f"{API}/") and scope["path"] != API_PAGE:
+            answer = self._programs
         elif scope["path"] == "/" and (token := _query_token(scope["query_string"])):
             answer = self._exchange(token)
         elif not self.admits(headers.get("cookie", "")):
@@ -18085,6 +18600,7 @@ def build_system_tab(desk: Desk) -> None:
         changes["restore the database"] = desk.manager.database.restoring
         build_database_view(desk, card, changes["restore the database"])
         build_audit_view(desk, tab)
+        gr.Button("The API for programs", link=API_PAGE, size="sm")
         with gr.Accordion("Earlier versions", open=False), gr.Row(elem_classes="actions"):
             version = gr.Textbox(label="Version", placeholder="12", info="from history/", scale=3)
             back = gr.Button("Roll back", variant="stop", scale=0, min_width=110)
@@ -18269,13 +18785,18 @@ def build_app(manager: Manager, watch: Watch) -> Guard:
     """The console behind its guard, ready for uvicorn."""
     state = manager.state()
     app = fastapi.FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
-    guard = Guard(app, state.secrets.console_key, state.instance)
+    programs = build_api(manager, watch)
+    guard = Guard(app, TokenGate(programs, manager), state.secrets.console_key, state.instance)
 
     @app.get(AUDIT_CSV_PATH)
     def export_audit() -> fastapi.Response:
         named = {"content-disposition": 'attachment; filename="audit.csv"'}
         text = audit_csv(manager.audit.entries())
         return fastapi.Response(text, media_type="text/csv", headers=named)
+
+    @app.get(API_PAGE)
+    def show_api() -> fastapi.Response:
+        return fastapi.responses.HTMLResponse(render_api_page(programs.openapi()))
 
     def operator(request: fastapi.Request) -> str | None:
         return "operator" if guard.admits(request.headers.get("cookie", "")) else None
@@ -18299,7 +18820,7 @@ def build_app(manager: Manager, watch: Watch) -> Guard:
 
 
 # =============================================================================
-# §30 Main — effects: arguments, wiring, systemd
+# §31 Main — effects: arguments, wiring, systemd
 # =============================================================================
 
 DONE, FAILED, WRONG_USAGE, TO_DO = range(4)
@@ -18465,11 +18986,6 @@ def _add_model_options(sub: argparse.ArgumentParser, *, required: bool) -> None:
     sub.add_argument("--memory-fraction", type=float, help="of each GPU, at most 1")
     sub.add_argument("--cpu-kv-cache", type=int, metavar="MIB", help="place it on the CPU")
     sub.add_argument("--json", action="store_true")
-
-
-def day(text: str) -> datetime:
-    """The beginning of a day in UTC, for argparse."""
-    return datetime.fromisoformat(text).replace(tzinfo=UTC)
 
 
 YES_OR_NO: Final = ("yes", "no")
@@ -18643,6 +19159,23 @@ def _add_group_commands(commands: Any) -> None:
         sub.add_argument("name")
 
 
+def add_token_commands(commands: Any) -> None:
+    """`token …`."""
+    group = commands.add_parser("token", help="admin tokens, for programs that use the API")
+    verbs = group.add_subparsers(required=True, metavar="COMMAND")
+    for verb, command in (
+        ("create", command_token_create),
+        ("list", command_token_list),
+        ("revoke", command_token_revoke),
+    ):
+        sub = verbs.add_parser(verb)
+        sub.set_defaults(command=command)
+        if verb != "list":
+            sub.add_argument("name", help="the program's; the audit shows it")
+        if verb != "revoke":
+            sub.add_argument("--json", action="store_true")
+
+
 def add_direct_commands(commands: Any) -> None:
     """`direct …`."""
     group = commands.add_parser("direct", help="keys past the gateway, straight to engines")
@@ -18789,9 +19322,10 @@ def add_system_commands(commands: Any, add: Callable[..., Any]) -> None:
     token.set_defaults(command=command_config_token)
     add_database_commands(commands)
     add_image_commands(commands)
+    add_token_commands(commands)
     audit = add("audit", command_audit, "who changed what when, by console, command line or API")
     audit.add_argument("--csv", action="store_true", help="print it as CSV")
-    audit.add_argument("--since", type=day, metavar="DATE", help="like 2026-03-31, in UTC")
+    audit.add_argument("--since", metavar="DATE", help="like 2026-03-31, in UTC")
     install = add("install", command_install, "install and start the systemd service")
     install.add_argument("--root", type=Path, default=Path("/"), help="for packagers")
     install.add_argument("--no-start", action="store_true")
@@ -19026,7 +19560,7 @@ def command_try(arguments: argparse.Namespace) -> int:
 def command_plan(arguments: argparse.Namespace) -> int:
     plan = open_manager().plan(applying())
     if arguments.json:
-        out_json([{"stage": s.title, "steps": [describe(t) for t in s.steps]} for s in plan.stages])
+        out_json([asdict(stage) for stage in plan_facts("", plan).stages])
     else:
         out(str(plan) or "Nothing to do.")
         if plan.diff():
@@ -19196,7 +19730,8 @@ def command_doctor(arguments: argparse.Namespace) -> int:
 
 
 def command_audit(arguments: argparse.Namespace) -> int:
-    entries = open_manager().audit.entries(arguments.since)
+    since = parse_day(arguments.since) if arguments.since else None
+    entries = open_manager().audit.entries(since)
     if arguments.csv:
         out(audit_csv(entries).rstrip())
     elif arguments.json:
@@ -19476,6 +20011,31 @@ def command_direct_list(arguments: argparse.Namespace) -> int:
         out_json(keyed(DIRECT_HEADERS, rows))
     else:
         out_table(DIRECT_HEADERS, rows)
+    return DONE
+
+
+def command_token_create(arguments: argparse.Namespace) -> int:
+    token, secret = new_admin_token(arguments.name)
+    open_manager().save(granting_token(token))
+    if arguments.json:
+        out_json({"name": token.name, "token": secret.get_secret_value()})
+    else:
+        out(f"{secret.get_secret_value()}\nIt is shown only once. The API's page: {API}/docs")
+    return DONE
+
+
+def command_token_list(arguments: argparse.Namespace) -> int:
+    names = [token.name for token in open_manager().state().admin_tokens]
+    if arguments.json:
+        out_json([{"name": name} for name in names])
+    else:
+        out_table(("Name",), [[name] for name in names])
+    return DONE
+
+
+def command_token_revoke(arguments: argparse.Namespace) -> int:
+    open_manager().save(revoking_token(arguments.name))
+    out(f"Revoked {arguments.name}.")
     return DONE
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +300,20 @@ def test_what_is_printed_as_json_is_json(with_chat: Run) -> None:
     assert facts(with_chat("config", "show"))["models"][0]["name"] == "chat"
 
 
+def test_an_admin_token_is_shown_once_listed_and_revoked(run: Run, tmp_path: Path) -> None:
+    made = facts(run("token", "create", "ci", "--json"))
+    (stored,) = lm.StateStore(tmp_path / "home").load().admin_tokens
+    assert stored.sha256 == sha256(made["token"].encode()).hexdigest()
+    assert facts(run("token", "list", "--json")) == [{"name": "ci"}]
+    for command in (("token", "list"), ("config", "show"), ("audit",)):
+        assert made["token"] not in run(*command).out
+    assert "called ci already" in run("token", "create", "ci").refusal()
+    assert "name: 'C I' must be" in run("token", "create", "C I").refusal()
+    assert run("token", "revoke", "ci").out == "Revoked ci.\n"
+    assert "no admin token called 'ci'" in run("token", "revoke", "ci").refusal()
+    assert run("token", "create", "ci").out.startswith("admin-")
+
+
 def test_every_change_is_in_the_audit_with_whoever_made_it(run: Run) -> None:
     me = lm.operating_system_user().name
     assert run("audit").out == ""
@@ -310,7 +325,7 @@ def test_every_change_is_in_the_audit_with_whoever_made_it(run: Run) -> None:
     assert re.search(rf"^20.+ +{me} +command line +Pin the caddy", run("audit").out, re.MULTILINE)
     assert len(run("audit", "--csv").out.splitlines()) == 3
     assert facts(run("audit", "--json", "--since", "2999-01-01")) == []
-    assert run("audit", "--since", "soon").status == lm.WRONG_USAGE
+    assert "'soon' is no day" in run("audit", "--since", "soon").refusal()
 
 
 def test_the_doctor_ends_with_3_where_something_is_to_be_done(run: Run) -> None:

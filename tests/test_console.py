@@ -78,7 +78,7 @@ async def behind(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b"inside"})
 
 
-GUARD = lm.Guard(behind, KEY, "a1b2c3")
+GUARD = lm.Guard(behind, behind, KEY, "a1b2c3")
 
 
 def ask(path: str = "/", app: Any = GUARD, **headers: str | bytes) -> httpx.Response:
@@ -131,7 +131,7 @@ def test_a_token_counts_on_the_first_page_alone() -> None:
 
 
 def test_another_installations_cookie_opens_nothing() -> None:
-    other = lm.Guard(behind, a_secret("other"), "a1b2c3")
+    other = lm.Guard(behind, behind, a_secret("other"), "a1b2c3")
     assert ask(app=other, cookie=session()).status_code == 401
 
 
@@ -236,14 +236,19 @@ def test_the_pages_of_fastapi_itself_are_off(app: lm.Guard) -> None:
         assert ask(path, app, cookie=cookie).status_code in {404, 403}, path
 
 
-def test_the_audit_is_exported_to_the_operator_alone(app: lm.Guard, manager: lm.Manager) -> None:
+def test_the_audit_and_the_page_of_the_api_are_for_the_operator_alone(
+    app: lm.Guard, manager: lm.Manager
+) -> None:
     manager.save(lm.setting_hub_token("hf_x"))
+    assert ask("/api/v1/docs", app).status_code == 401
     assert ask("/audit.csv", app).status_code == 401
     cookie = ask(f"/?token={TOKEN}", app).headers["set-cookie"].split(";")[0]
     exported = ask("/audit.csv", app, cookie=cookie)
     assert exported.headers["content-type"].startswith("text/csv")
     assert "Set the Hugging Face token,2" in exported.text
     assert "hf_x" not in exported.text
+    assert "POST /api/v1/jobs" in ask("/api/v1/docs", app, cookie=cookie).text
+    assert ask("/api/v1/status", app, cookie=cookie).status_code == 401
 
 
 def test_an_error_is_shown_as_text_and_a_bug_only_by_its_number() -> None:

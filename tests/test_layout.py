@@ -21,7 +21,7 @@ IMPURE = {
 HOMES = {
     "fcntl": "Home", "docker": "Containers Images", "requests": "Containers",
     "tarfile": "Containers", "httpx": "Requests", "huggingface_hub": "Hub", "httpx2": "Hub",
-    "pynvml": "Drivers", "gr": "Console", "fastapi": "Console", "uvicorn": "Main",
+    "pynvml": "Drivers", "gr": "Console", "fastapi": "Programs Console", "uvicorn": "Main",
     "argparse": "Main",
 }  # fmt: skip
 
