@@ -370,16 +370,27 @@ OMNI_TYPES: Final = frozenset[ModelType]({"text-to-speech", "image"})  # vLLM-Om
 Device = Literal["gpu", "cpu"]
 
 
-def _checked(pattern: str, rule: str, *, longest: int) -> pydantic.AfterValidator:
+@dataclass(frozen=True, slots=True)
+class _TextRule(pydantic.AfterValidator):
+    """A validator that the REST API's document tells of."""
+
+    pattern: str
+    longest: int
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Callable[[Any], Json]) -> Json:
+        return handler(schema) | {"pattern": f"^({self.pattern})$", "maxLength": self.longest}
+
+
+def _checked(pattern: str, rule: str, *, longest: int) -> _TextRule:
     """A text that matches the whole pattern; the fault repeats the rule in words."""
-    compiled = re.compile(pattern)
+    compiled = re.compile(pattern, re.ASCII)  # as in JSON Schema
 
     def check(text: str) -> str:
         if len(text) > longest or not compiled.fullmatch(text):
             raise ValueError(f"{text!r} must be {rule}, at most {longest} characters")
         return text
 
-    return pydantic.AfterValidator(check)
+    return _TextRule(check, pattern, longest)
 
 
 # A model name becomes a container name, a DNS label, a path and a YAML value: 32 characters
@@ -425,7 +436,7 @@ HOSTNAME_RULE: Final = _checked(
     r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", "a lower-case host name or IPv4 address", longest=253
 )
 PATH_RULE: Final = _checked(
-    r"/[^\x00-\x1f\x7f:,\"\\{}]*", "an absolute path without control characters or : , \" \\ { }",
+    r"/[^\x00-\x1f\x7f:,\"\\{}]+", "an absolute path without control characters or : , \" \\ { }",
     longest=1024,
 )  # fmt: skip
 URL_RULE: Final = _checked(
@@ -436,7 +447,15 @@ Name = Annotated[str, NAME_RULE]
 ImageRef = Annotated[str, IMAGE_RULE]
 AbsolutePath = Annotated[str, PATH_RULE]
 Port = Annotated[int, pydantic.Field(ge=1, le=65535)]
-_strict = pydantic.with_config(pydantic.ConfigDict(extra="forbid"))
+
+
+def _tell_kind(schema: Json) -> None:
+    """What tells a union's members apart must be given, whatever else there is a default for."""
+    if "kind" in schema["properties"]:
+        schema["required"] = sorted({*schema.get("required", ()), "kind"})
+
+
+_strict = pydantic.with_config(pydantic.ConfigDict(extra="forbid", json_schema_extra=_tell_kind))
 
 
 @_strict
@@ -17020,11 +17039,11 @@ class RollBack:
 class UsualSettings(TypedDict, total=False):
     """What is not named stays as it is, or as it usually is."""
 
-    served_model_name: str
+    served_model_name: Annotated[str, SERVED_NAME_RULE]
     engine_arguments: tuple[str, ...]
-    image: str | None
-    recipe: str | None
-    replicas: int
+    image: ImageRef | None
+    recipe: Name | None
+    replicas: Annotated[int, pydantic.Field(ge=1, le=16)]
     placement: Placement
     open_route: bool
 
@@ -17041,7 +17060,7 @@ class ModelSettings(UsualSettings, total=False):
 class NewModel(UsualSettings):
     """A model to register; without a placement, one is chosen."""
 
-    name: str
+    name: Name
     type: ModelType
     source: Source
 

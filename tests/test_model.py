@@ -68,7 +68,7 @@ def test_the_full_state_names_every_field_there_is() -> None:
 GPUS = st.sampled_from(["GPU-1", "GPU-2", "GPU-3"]).map(lm.GpuUuid)
 NAMES = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?", fullmatch=True)
 SERVED = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}", fullmatch=True)
-PATHS = st.from_regex(r"/[^\x00-\x1f\x7f:,\"{}\\\ud800-\udfff]{0,40}", fullmatch=True)
+PATHS = st.from_regex(r"/[^\x00-\x1f\x7f:,\"{}\\\ud800-\udfff]{1,40}", fullmatch=True)
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 SECRETS = TEXTS.map(pydantic.SecretStr)
 PLACEMENTS = st.one_of(
