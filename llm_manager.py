@@ -16394,8 +16394,9 @@ class ChangeRunner:
 
     def cancel_job(self, job_id: str) -> None:
         for job in list(self._jobs):
-            if job.id == job_id:
-                job.cancel()
+            if job.id == job_id and job.finished_at is None:
+                with self.audit.noting(f"Cancel: {job.title}"):
+                    job.cancel()
 
     def plan(self, change: Change) -> Plan:
         """What the change would do; nothing is saved."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from builders import NOW
-from fakes import Server
+from fakes import Server, until
 
 import llm_manager as lm
 
@@ -70,10 +70,13 @@ def test_what_was_refused_is_told_with_its_sentence(server: Server) -> None:
 
 def test_what_was_cancelled_is_not_called_a_failure(server: Server) -> None:
     server.manager.register(CHAT)
-    server.trouble.watch = lambda: server.manager.cancel_job(server.manager.jobs()[0].id)
+    cancel = server.manager.audit.acting_as(ADA)(server.manager.cancel_job)
+    server.trouble.watch = lambda: cancel(server.manager.jobs()[0].id)
     with pytest.raises(lm.CancelledError):
         server.do(lm.deploying("chat"))
-    assert (last(server).result, last(server).fault) == ("cancelled", "")
+    _, deployed, cancelled, *_ = server.manager.audit.entries()
+    assert (deployed.what, deployed.result, deployed.fault) == ("Deploy chat", "cancelled", "")
+    assert (cancelled.who, cancelled.what) == ("ada", "Cancel: Deploy chat")
 
 
 def test_a_bug_is_a_failure_whose_text_stays_out(trail: lm.AuditTrail) -> None:
@@ -103,6 +106,17 @@ def test_what_a_job_changes_on_its_way_is_the_doing_of_whoever_started_it(server
     assert [(entry.who, entry.what) for entry in server.manager.audit.entries()] == [
         ("ada", "Build x"), ("ada", "Apply the plan"),
     ]  # fmt: skip
+
+
+def test_what_the_program_does_by_itself_is_nobody_elses_doing(server: Server) -> None:
+    server.store.audit = lm.AuditTrail(server.store.home, ADA)
+    server.manager.register(CHAT)
+    server.do(lm.deploying("chat"))
+    watch = lm.Watch(server.manager, seconds=0.01, revivals=lm.Revivals(pauses=(0.0,)))
+    server.world.end("llm-model-chat-0", 1)
+    assert until(lambda: last(server).what == "Start chat again")
+    assert (last(server).who, last(server).channel) == ("llm-manager", "itself")
+    assert watch.latest().state is not None
 
 
 def test_nobody_else_reads_it(trail: lm.AuditTrail) -> None:

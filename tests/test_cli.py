@@ -160,6 +160,25 @@ def test_a_taken_port_is_said_before_anything_starts(console: tuple[int, Path]) 
     assert "Is the console running already?" in line
 
 
+def test_programs_come_in_with_a_token_on_the_same_port(console: tuple[int, Path]) -> None:
+    port, home = console
+    store = lm.StateStore(home)
+    token, secret = lm.new_admin_token("ci")
+    store.save(lm.granting_token(token).edit(store.load()))
+    bearer = {"authorization": f"Bearer {lm.reveal(secret)}"}
+    change = {"change": "set-route", "route": {"name": "r", "members": ["nobody"]}}
+    with connected(port) as client:
+        assert client.get("/api/v1/status").status_code == 401
+        assert client.get("/config", headers=bearer).status_code == 401
+        status = client.get("/api/v1/status", headers=bearer)
+        assert status.json()["summary"] == "Docker does not answer."
+        assert client.get("/api/v1/plan", headers=bearer).status_code == 503
+        assert client.post("/api/v1/jobs", json=change, headers=bearer).status_code == 409
+        (entry,) = client.get("/api/v1/audit", headers=bearer).json()
+    assert (entry["who"], entry["channel"], entry["what"]) == ("ci", "API", "Route r")
+    assert entry["result"] == "failed"
+
+
 def test_a_browser_that_goes_away_in_mid_answer_ends_nothing(console: tuple[int, Path]) -> None:
     port, home = console
     with connected(port) as client:
