@@ -9181,7 +9181,7 @@ def render_api_page(document: Json) -> str:
     """An OpenAPI document as one plain page, which asks nobody for anything."""
     schemas = document["components"]["schemas"]
     parts = [
-        _folded(f"{method.upper()} {path}", operation["summary"], operation)
+        _folded(f"{method.upper()} {path}", operation["description"], operation)
         for path, operations in document["paths"].items()
         for method, operation in operations.items()
     ] + [_folded(name, schema.get("description", ""), schema) for name, schema in schemas.items()]
@@ -18620,7 +18620,8 @@ def build_system_tab(desk: Desk) -> None:
         changes["restore the database"] = desk.manager.database.restoring
         build_database_view(desk, card, changes["restore the database"])
         build_audit_view(desk, tab)
-        gr.Button("The API for programs", link=API_PAGE, size="sm")
+        with gr.Row(elem_classes="actions"):
+            gr.Button("The API for programs", link=API_PAGE, scale=0, min_width=160)
         with gr.Accordion("Earlier versions", open=False), gr.Row(elem_classes="actions"):
             version = gr.Textbox(label="Version", placeholder="12", info="from history/", scale=3)
             back = gr.Button("Roll back", variant="stop", scale=0, min_width=110)
@@ -18672,7 +18673,8 @@ def build_audit_view(desk: Desk, tab: gr.Tab) -> None:
     """The newest changes, and all of them as a file."""
     with gr.Accordion("Who changed what", open=False):
         rows = table(AUDIT_HEADERS)
-        gr.Button("Export all as CSV", link=AUDIT_CSV_PATH, size="sm")
+        with gr.Row(elem_classes="actions"):
+            gr.Button("Export all as CSV", link=AUDIT_CSV_PATH, scale=0, min_width=160)
     tab.select(lambda: audit_rows(desk.manager.audit.entries()[-50:]), None, rows, **QUIET)
 
 
@@ -19507,7 +19509,8 @@ def command_serve(arguments: argparse.Namespace) -> int:
 
 def listen(port: int) -> socket.socket:
     """The console's socket, on loopback only; taken is said before anything else starts."""
-    listener = socket.socket()
+    # Only on a socket that is called TCP does asyncio send at once; else an answer waits 40 ms.
+    listener = socket.socket(proto=socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((CONSOLE_HOST, port))

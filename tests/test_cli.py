@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import os
@@ -158,6 +159,26 @@ def test_a_taken_port_is_said_before_anything_starts(console: tuple[int, Path]) 
     line = started(home, "serve", "--port", str(port)).refusal()
     assert line.startswith(f"Port {port} of 127.0.0.1 cannot be used: ")
     assert "Is the console running already?" in line
+
+
+def test_small_answers_of_the_console_are_sent_at_once() -> None:
+    """Nagle's algorithm would hold each back until the last is acknowledged: 40 ms."""
+    told: list[int] = []
+
+    def connected(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = writer.get_extra_info("socket")
+        told.append(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+
+    async def connecting() -> None:
+        listener = lm.listen(0)
+        async with await asyncio.start_server(connected, sock=listener):
+            reader, writer = await asyncio.open_connection(*listener.getsockname())
+            await reader.read()
+            writer.close()
+
+    asyncio.run(connecting())
+    assert told == [1]
 
 
 def test_programs_come_in_with_a_token_on_the_same_port(console: tuple[int, Path]) -> None:
