@@ -17216,9 +17216,8 @@ def problem(error: ManagerError) -> fastapi.Response:
             status = HTTPStatus.CONFLICT
         case _:  # Docker, the gateway, the hub or the disk
             status = HTTPStatus.SERVICE_UNAVAILABLE
-    return fastapi.responses.JSONResponse(
-        {"fact": error.fact, "advice": error.advice}, status_code=status
-    )
+    told = Problem(fact=error.fact, advice=error.advice)
+    return fastapi.responses.JSONResponse(asdict(told), status_code=status)
 
 
 def build_api(manager: Manager, watch: Watch) -> fastapi.FastAPI:
@@ -18621,7 +18620,7 @@ def build_system_tab(desk: Desk) -> None:
         build_database_view(desk, card, changes["restore the database"])
         build_audit_view(desk, tab)
         with gr.Row(elem_classes="actions"):
-            gr.Button("The API for programs", link=API_PAGE, scale=0, min_width=160)
+            gr.Button("The API for programs", link=API_PAGE, size="sm", scale=0, min_width=200)
         with gr.Accordion("Earlier versions", open=False), gr.Row(elem_classes="actions"):
             version = gr.Textbox(label="Version", placeholder="12", info="from history/", scale=3)
             back = gr.Button("Roll back", variant="stop", scale=0, min_width=110)
@@ -18674,7 +18673,7 @@ def build_audit_view(desk: Desk, tab: gr.Tab) -> None:
     with gr.Accordion("Who changed what", open=False):
         rows = table(AUDIT_HEADERS)
         with gr.Row(elem_classes="actions"):
-            gr.Button("Export all as CSV", link=AUDIT_CSV_PATH, scale=0, min_width=160)
+            gr.Button("Export all as CSV", link=AUDIT_CSV_PATH, size="sm", scale=0, min_width=200)
     tab.select(lambda: audit_rows(desk.manager.audit.entries()[-50:]), None, rows, **QUIET)
 
 
