@@ -21,7 +21,7 @@ from test_api import CHAT, Program
 
 import llm_manager as lm
 
-EXAMPLES, OF_BODIES = 8, 60  # for each operation, of what is allowed and of what is not
+EXAMPLES, OF_BODIES = 8, 40  # for each operation, of what is allowed and of what is not
 # Names in a well-formed request may be anybody's: no schema says which are there.
 LEFT_OUT = [positive_data_acceptance]
 KNOWN = ("chat", "lab", "smart", "Ada", "1")
