@@ -11,6 +11,7 @@ Outline (search for "§5"; tests/test_layout.py keeps it true):
   §7  Memory fit         pure     what a model needs of a GPU, and what its engine reported
   §8  Weights            pure     repositories, what to fetch of them, and what is stored here
   §9  Routes             pure     public names, who answers for them, and how
+  §29 Usage              pure     who used how much, and the queries that tell
   §10 Config generation  pure     containers, LiteLLM's YAML, the Caddyfile
   §11 Steps              pure     what is observed, and all that can be done about it
   §12 Planning           pure     desired + observed -> Plan
@@ -20,10 +21,12 @@ Outline (search for "§5"; tests/test_layout.py keeps it true):
   §16 Hardware views     pure     GPUs, slices and restores as the operator sees them
   §17 Library views      pure     weights, fit and images as the operator sees them
   §18 Route views        pure     the ways in as the operator sees them
+  §30 Usage views        pure     use as the operator sees it
   §19 Home               effects  time, and the state and files on the disk
   §20 Containers         effects  Docker
   §21 Images             effects  pulled, built from recipes, pruned
   §22 Requests           effects  HTTP to containers on the bridge, LiteLLM's management API
+  §31 Database           effects  PostgreSQL
   §23 Hub                effects  Hugging Face, downloads, and the cache on the disk
   §24 Drivers            effects  NVML, and what the system knows about GPUs
   §25 Orchestration      effects  Plan -> world, undo, jobs
@@ -139,6 +142,7 @@ import base64
 import bisect
 import concurrent.futures
 import contextlib
+import csv
 import ctypes
 import difflib
 import errno
@@ -167,7 +171,7 @@ import wave
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from functools import cache, partial, reduce
 from getpass import getpass
 from http import HTTPStatus
@@ -201,12 +205,16 @@ if TYPE_CHECKING:
     import gradio as gr
     import httpx2
     import huggingface_hub
+    import pandas as pd
+    import psycopg
     import pynvml
     import uvicorn
 else:
-    fastapi, gr, httpx2, huggingface_hub, pynvml, uvicorn = map(
-        lazy_module, ("fastapi", "gradio", "httpx2", "huggingface_hub", "pynvml", "uvicorn")
-    )
+    fastapi, gr, httpx2, huggingface_hub, pd, psycopg, pynvml, uvicorn = map(
+        lazy_module,
+        ("fastapi", "gradio", "httpx2", "huggingface_hub", "pandas", "psycopg", "pynvml",
+         "uvicorn"),
+    )  # fmt: skip
 
 # =============================================================================
 # §2 Foundations — pure: names, constants, errors
@@ -298,6 +306,10 @@ class NotBegunError(HardwareError):
 
 class GatewayError(ManagerError):
     """LiteLLM's management API refused, or does not answer."""
+
+
+class DatabaseError(ManagerError):
+    """PostgreSQL does not answer, or not that."""
 
 
 class ProviderError(ManagerError):
@@ -3936,6 +3948,224 @@ class RouteHealth:
 
 
 # =============================================================================
+# §29 Usage — pure: who used how much, and the queries that tell
+# =============================================================================
+
+Grouping = Literal["key", "group", "model", "day", "hour"]
+USAGE_ROWS: Final = 1000
+HOURS_DAYS: Final = 31  # as many days are told by the hour
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UsageQuery:
+    """Which use to add up: whole days of UTC, both ends included, and by what."""
+
+    first: date
+    last: date
+    by: Grouping = "key"
+    limit: int = USAGE_ROWS  # subjects; the total is that of all
+
+    def __post_init__(self) -> None:
+        if self.last < self.first:
+            raise RefusedError(
+                f"{self.last} is before {self.first}.", advice="Give the earlier day first."
+            )
+        if self.by == "hour" and (self.last - self.first).days >= HOURS_DAYS:
+            raise RefusedError(
+                f"Use by the hour is told for at most {HOURS_DAYS} days.",
+                advice="Choose a shorter range, or add it up by day.",
+            )
+
+
+def parse_usage_query(by: str, first: str, last: str, today: date) -> UsageQuery:
+    """As typed: without its ends, the last 30 days, or by the hour the last two."""
+    if by not in get_args(Grouping):
+        raise RefusedError(
+            f"Use is not added up by {by!r}.",
+            advice=f"Choose from {', '.join(get_args(Grouping))}.",
+        )
+    end = _parse_day(last) or today
+    usual = timedelta(days=1 if by == "hour" else 29)
+    return UsageQuery(first=_parse_day(first) or end - usual, last=end, by=by)  # type: ignore[arg-type]
+
+
+def _parse_day(text: str) -> date | None:
+    try:
+        return date.fromisoformat(text) if text else None
+    except ValueError as error:
+        raise RefusedError(
+            f"{text!r} is no day.", advice="Write it as year-month-day: 2026-11-21."
+        ) from error
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UsageRow:
+    """What one subject used; cached tokens are among those of the prompts."""
+
+    subject: str  # a key's hash, a group's id, a model, a day, an hour
+    name: str
+    requests: int
+    failures: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    latency_ms: float | None  # the mean of what was answered; None where nothing was timed
+    spend: float
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UsageReport:
+    """The use of a range, by subject, and in total also where rows were left out."""
+
+    query: UsageQuery
+    total: UsageRow
+    rows: tuple[UsageRow, ...]
+    left_out: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sql:
+    """A statement, and apart from it the values that PostgreSQL puts in."""
+
+    text: str
+    values: Mapping[str, object]
+
+
+# The daily tables are small and outlive the clearing of spend logs, so they tell all that they
+# can: whole days. A day's row has the name of the model that answered; that of the route is not
+# part of its key (LiteLLM 1.108), so of several routes to one model it names any.
+_DAILY: Final = """
+    SELECT {subject} AS subject, {sign}api_requests AS requests, {sign}failed_requests AS failures,
+           {sign}prompt_tokens AS prompt, {sign}cache_read_input_tokens AS cached,
+           {sign}completion_tokens AS completion, {sign}spend AS spend,
+           {sign}total_response_time_ms AS took_ms, {sign}timed_requests AS timed
+      FROM "{table}" WHERE date BETWEEN %(first)s AND %(last)s"""
+# Hours are known to the spend logs only. LiteLLM has cached tokens in their metadata as whoever
+# answered told of them.
+_HOURLY: Final = """
+    SELECT date_trunc('hour', "startTime")::text AS subject, 1 AS requests,
+           CASE WHEN status = 'failure' THEN 1 ELSE 0 END AS failures, prompt_tokens AS prompt,
+           coalesce((metadata #>> '{usage_object,prompt_tokens_details,cached_tokens}')::int, 0)
+             AS cached,
+           completion_tokens AS completion, spend,
+           CASE WHEN status = 'failure' THEN 0 ELSE coalesce(request_duration_ms, 0) END AS took_ms,
+           CASE WHEN status = 'failure' OR request_duration_ms IS NULL THEN 0 ELSE 1 END AS timed
+      FROM "LiteLLM_SpendLogs"
+     WHERE "startTime" >= %(first)s::date AND "startTime" < %(last)s::date + 1"""
+# The empty grouping set is the total, in the same pass and whatever the limit leaves out.
+_SUMMED: Final = """
+WITH used AS ({source}
+), summed AS (
+  SELECT coalesce(subject, '') AS subject, grouping(subject) AS is_total,
+         coalesce(sum(requests), 0)::bigint AS requests,
+         coalesce(sum(failures), 0)::bigint AS failures,
+         coalesce(sum(prompt), 0)::bigint AS prompt, coalesce(sum(cached), 0)::bigint AS cached,
+         coalesce(sum(completion), 0)::bigint AS completion,
+         (sum(took_ms) / nullif(sum(timed), 0))::float AS latency_ms,
+         coalesce(sum(spend), 0)::float AS spend, count(*) OVER () - 1 AS subjects
+    FROM used GROUP BY GROUPING SETS ((subject), ())
+   ORDER BY is_total DESC, {order} LIMIT %(limit)s + 1
+)
+SELECT subject, {name} AS name, requests, failures, prompt, cached, completion, latency_ms, spend,
+       subjects
+  FROM summed ORDER BY is_total DESC, {order}"""
+_BY_TOKENS, _BY_TIME = "prompt + completion DESC, requests DESC, subject", "subject"
+_KEY_NAME: Final = """coalesce(
+         (SELECT key_alias FROM "LiteLLM_VerificationToken" WHERE token = subject),
+         (SELECT key_alias FROM "LiteLLM_DeletedVerificationToken" WHERE token = subject
+           ORDER BY deleted_at DESC LIMIT 1), '')"""
+_GROUP_NAME: Final = """coalesce(
+         (SELECT team_alias FROM "LiteLLM_TeamTable" WHERE team_id = subject),
+         (SELECT team_alias FROM "LiteLLM_DeletedTeamTable" WHERE team_id = subject
+           ORDER BY deleted_at DESC LIMIT 1), '')"""
+
+
+def usage_sql(query: UsageQuery) -> Sql:
+    """Rows for `parse_usage`; its total comes first."""
+    everything = partial(_daily, "LiteLLM_DailyUserSpend")
+    match query.by:
+        case "key":
+            source, name = everything("api_key"), _KEY_NAME
+        case "group":
+            # Each request is in the one table, and if it was a group's then in the other, too.
+            groups = partial(_daily, "LiteLLM_DailyTeamSpend")
+            parts = everything("''"), groups("''", sign="-"), groups("team_id")
+            source, name = "\n    UNION ALL".join(parts), _GROUP_NAME
+        case "model":
+            source, name = everything("model"), "subject"
+        case "day":
+            source, name = everything("date"), "subject"
+        case "hour":
+            source, name = _HOURLY, "subject"
+        case _:
+            assert_never(query.by)
+    order = _BY_TIME if query.by in {"day", "hour"} else _BY_TOKENS
+    return Sql(
+        _SUMMED.replace("{source}", source).replace("{name}", name).replace("{order}", order),
+        {"first": str(query.first), "last": str(query.last), "limit": query.limit},
+    )
+
+
+def _daily(table: str, subject: str, sign: str = "") -> str:
+    return _DAILY.format(table=table, subject=subject, sign=sign)
+
+
+def parse_usage(query: UsageQuery, rows: Sequence[Sequence[Any]]) -> UsageReport:
+    """From what `usage_sql` brings."""
+    total, *found = [_usage_row(row, query.by) for row in rows]
+    return UsageReport(
+        query=query,
+        total=replace(total, name="total"),
+        # What no group used is there also where it is nothing.
+        rows=tuple(row for row in found if row.requests or row.tokens),
+        left_out=rows[0][-1] - len(found),
+    )
+
+
+def _usage_row(row: Sequence[Any], by: Grouping) -> UsageRow:
+    subject, name, asked, failures, prompt, cached, completion, latency, spend, _ = row
+    return UsageRow(
+        subject=subject,
+        name=name or _nameless(subject, by),
+        requests=asked,
+        failures=failures,
+        prompt_tokens=prompt,
+        cached_tokens=cached,
+        completion_tokens=completion,
+        latency_ms=latency,
+        spend=spend,
+    )
+
+
+def _nameless(subject: str, by: Grouping) -> str:
+    match by:
+        case "key":
+            return f"{subject[:8]}…" if re.fullmatch(r"[0-9a-f]{64}", subject) else subject
+        case "group":
+            return subject or "no group"
+        case _:
+            return "unknown"
+
+
+def render_csv(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table for other programs; what a spreadsheet would run as a formula is text in it."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(headers)
+    writer.writerows([[_harmless(cell) for cell in row] for row in rows])
+    return file.getvalue()
+
+
+def _harmless(cell: object) -> object:
+    is_formula = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{cell}" if is_formula else cell
+
+
+# =============================================================================
 # §10 Config generation — pure: containers, LiteLLM's YAML, the Caddyfile
 # =============================================================================
 
@@ -4698,6 +4928,12 @@ def cache_password(state: State) -> pydantic.SecretStr:
     """Made from the salt key, so that no state needs another secret."""
     salt = state.secrets.salt_key.get_secret_value()
     return pydantic.SecretStr(sha256(f"cache {salt}".encode()).hexdigest())
+
+
+def reader_password(state: State) -> pydantic.SecretStr:
+    """Of the role that reads usage; made from the salt key as well."""
+    salt = state.secrets.salt_key.get_secret_value()
+    return pydantic.SecretStr(sha256(f"usage {salt}".encode()).hexdigest())
 
 
 def cache_url(state: State) -> pydantic.SecretStr:
@@ -10040,6 +10276,80 @@ ROUTE_STYLE: Final = """
 
 
 # =============================================================================
+# §30 Usage views — pure: use as the operator sees it
+# =============================================================================
+
+USAGE_HEADERS: Final = (
+    "Requests", "Failures", "Prompt tokens", "Of these cached", "Completion tokens",
+    "Mean latency", "Cost",
+)  # fmt: skip
+MOST_BARS: Final = 30
+BAR_COLUMNS: Final = ("", "tokens of", "tokens")  # of `usage_bars`
+
+
+def usage_headers(query: UsageQuery) -> list[str]:
+    """Those of `usage_rows`."""
+    return [f"{query.by.capitalize()}{' (UTC)' if query.by == 'hour' else ''}", *USAGE_HEADERS]
+
+
+def usage_rows(report: UsageReport) -> list[list[str]]:
+    """One row per subject, as a reader wants the figures, and the total at the end."""
+    return [
+        [
+            row.name[:-3] if report.query.by == "hour" and row.subject else row.name,
+            *(f"{n:,}" for n in (row.requests, row.failures)),
+            *(f"{n:,}" for n in (row.prompt_tokens, row.cached_tokens, row.completion_tokens)),
+            "" if row.latency_ms is None else f"{row.latency_ms:,.0f} ms",
+            f"{row.spend:,.2f}" if row.spend else "",
+        ]
+        for row in (*report.rows, report.total)
+    ]
+
+
+def usage_headline(report: UsageReport) -> str:
+    """What was used in all, in one sentence; and how much of the list is not shown."""
+    query, total = report.query, report.total
+    if not total.requests:
+        return f"Nothing was used from {query.first} to {query.last}."
+    failed = f", {total.failures:,} of them failed" if total.failures else ""
+    left_out = f" {report.left_out:,} more are in the total only." if report.left_out else ""
+    return (
+        f"From {query.first} to {query.last}: {total.requests:,} requests{failed}; "
+        f"{total.prompt_tokens:,} tokens read, {total.completion_tokens:,} made.{left_out}"
+    )
+
+
+def usage_csv(report: UsageReport) -> str:
+    """Every row with plain figures, for other programs; no total, which would be added up."""
+    names = [f.name for f in fields(UsageRow)]
+    return render_csv(
+        [report.query.by, *names[2:]],
+        ([row.name, *(getattr(row, name) for name in names[2:])] for row in report.rows),
+    )
+
+
+def usage_bars(report: UsageReport) -> list[tuple[str, str, int]]:
+    """For a plot: subject, kind of token, how many; of a long list the largest."""
+    kinds = {"prompt": "prompt_tokens", "completion": "completion_tokens"}
+    timed = report.query.by in {"day", "hour"}
+    shown = report.rows if timed else report.rows[:MOST_BARS]
+    return [(row.name, kind, getattr(row, name)) for row in shown for kind, name in kinds.items()]
+
+
+def usage_html(report: UsageReport) -> str:
+    """The headline, with the file of all rows."""
+    query = report.query
+    name = f"usage-by-{query.by}-{query.first}-{query.last}.csv"
+    return f"<p>{html.escape(usage_headline(report))}</p>{download_link(name, usage_csv(report))}"
+
+
+def download_link(name: str, text: str) -> str:
+    """An HTML link that is the file itself: nothing of it lies on the disk of this server."""
+    content = base64.b64encode(text.encode()).decode()
+    return f'<a download="{name}" href="data:text/csv;base64,{content}">Download {name}</a>'
+
+
+# =============================================================================
 # §19 Home — effects: time, and the state and files on the disk
 # =============================================================================
 
@@ -11583,6 +11893,104 @@ def _virtual_key(entry: Json) -> VirtualKey:
         blocked=bool(entry.get("blocked")),
         created_at=moment(entry.get("created_at")),
     )
+
+
+# =============================================================================
+# §31 Database — effects: PostgreSQL
+# =============================================================================
+
+DATABASE_PORT: Final = 5432
+DATABASE_OWNER: Final = "litellm"
+READER: Final = "llm_manager_reader"
+READER_SECONDS: Final = 10
+# Of LiteLLM's hundred tables those that tell of use; none that holds a secret.
+READER_TABLES: Final = (
+    "LiteLLM_SpendLogs", "LiteLLM_DailyUserSpend", "LiteLLM_DailyTeamSpend",
+    "LiteLLM_VerificationToken", "LiteLLM_DeletedVerificationToken",
+    "LiteLLM_TeamTable", "LiteLLM_DeletedTeamTable",
+)  # fmt: skip
+
+
+class UsageTables:
+    """LiteLLM's tables of use, read as a role that can do nothing else."""
+
+    MOST_ROWS = 20_000
+
+    def __init__(self, address: str, owner: pydantic.SecretStr, reader: pydantic.SecretStr) -> None:
+        self._address = address
+        self._passwords = {DATABASE_OWNER: owner, READER: reader}
+
+    def rows(self, query: Sql) -> list[tuple[Any, ...]]:
+        """What a query brings, at most `MOST_ROWS`. Raises DatabaseError."""
+        with database_errors():
+            try:
+                return self._read(query)
+            except psycopg.errors.QueryCanceled:
+                raise
+            except (psycopg.OperationalError, psycopg.errors.InsufficientPrivilege):
+                self._make_reader()  # before its first use, or where LiteLLM made a table anew
+            return self._read(query)
+
+    def _read(self, query: Sql) -> list[tuple[Any, ...]]:
+        with self._connected(READER) as connection:
+            return connection.execute(query.text.encode(), query.values).fetchmany(self.MOST_ROWS)
+
+    def _make_reader(self) -> None:
+        with self._connected(DATABASE_OWNER) as connection:
+            # Two at once would fail with "tuple concurrently updated".
+            connection.execute("SELECT pg_advisory_xact_lock(hashtext(%s))", [READER])
+            known = connection.execute("SELECT 1 FROM pg_roles WHERE rolname = %s", [READER])
+            if known.fetchone() is None:
+                connection.execute(f"CREATE ROLE {READER} LOGIN".encode())
+            # libpq sends it hashed, so that PostgreSQL's log never has it.
+            password = self._passwords[READER].get_secret_value()
+            connection.pgconn.change_password(READER.encode(), password.encode())
+            tables = ", ".join(f'"{table}"' for table in READER_TABLES)
+            for statement in (
+                f"ALTER ROLE {READER} SET default_transaction_read_only = on",
+                f"ALTER ROLE {READER} SET statement_timeout = '{READER_SECONDS}s'",
+                f"GRANT SELECT ON {tables} TO {READER}",
+            ):
+                connection.execute(statement.encode())
+
+    def _connected(self, role: str) -> psycopg.Connection[tuple[Any, ...]]:
+        return psycopg.connect(
+            host=self._address,
+            port=DATABASE_PORT,
+            dbname="litellm",
+            user=role,
+            password=self._passwords[role].get_secret_value(),
+            connect_timeout=5,
+            sslmode="disable",  # it does not leave this server
+            application_name=OWNER,
+        )
+
+
+@contextlib.contextmanager
+def database_errors() -> Iterator[None]:
+    """Turn every failure of PostgreSQL into one sentence; none of it repeats a password."""
+    try:
+        yield
+    except psycopg.errors.QueryCanceled as error:
+        raise DatabaseError(
+            f"PostgreSQL did not have the answer within {READER_SECONDS} s.",
+            advice="Choose a shorter range, or try again when the server has less to do.",
+        ) from error
+    except psycopg.OperationalError as error:
+        raise DatabaseError(
+            "PostgreSQL does not answer.",
+            advice="Keys that were used lately go on working; look at its log, and run `apply`.",
+        ) from error
+    except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn) as error:
+        raise DatabaseError(
+            "LiteLLM's tables are not there as this program knows them.",
+            advice="Wait until LiteLLM has started once; else pin the image that `image list` had.",
+        ) from error
+    except psycopg.Error as error:
+        reason = (error.diag.message_primary or str(error)).splitlines()[0]
+        raise DatabaseError(
+            f"PostgreSQL refuses that: {reason}.", advice="Look at its log."
+        ) from error
 
 
 # =============================================================================
@@ -14822,6 +15230,27 @@ class Traffic:
         return Trial(target=target, reply=client.send(request, key), edge_seconds=edge_seconds)
 
 
+class Usage:
+    """What was used, as LiteLLM's tables in PostgreSQL tell it."""
+
+    def __init__(self, store: StateStore, tools: Tools) -> None:
+        self._store = store
+        self._tools = tools
+
+    def report(self, query: UsageQuery) -> UsageReport:
+        """The use of a range, added up by PostgreSQL. Raises DatabaseError."""
+        return parse_usage(query, self._tables().rows(usage_sql(query)))
+
+    def _tables(self) -> UsageTables:
+        state = self._store.load()
+        seen = self._tools.containers.observe().containers.get(database_name(state))
+        if seen is None or not seen.running or seen.address is None:
+            raise DatabaseError(
+                "PostgreSQL does not run.", advice="Deploy a model, or run `apply`, first."
+            )
+        return UsageTables(seen.address, state.secrets.database_password, reader_password(state))
+
+
 class ChangeRunner:
     """How a change is planned, saved and made so: one at a time, as jobs that outlive pages."""
 
@@ -15040,6 +15469,7 @@ class Manager(ChangeRunner):
         self.weights = WeightsLibrary(store, tools, self.start_task, self.hardware)
         self.proofs = Proofs(store, tools, self.keys, self.start_task)
         self.traffic = Traffic(store, tools, self.proofs)
+        self.usage = Usage(store, tools)
 
     def cutting(self, gpu: str, wish: str) -> Change:
         """The change of one GPU to what was typed; see `cutting_as_typed`."""
@@ -16377,8 +16807,40 @@ def build_keys_tab(desk: Desk) -> None:
         rows = table(KEY_HEADERS)
         secret = build_key_form(desk)
         chosen, revoked = build_revocation(desk)
+        build_usage_view(desk, tab)
     for changed in (tab.select, secret.change, revoked.change):
         changed(on_list, None, [rows, chosen], **QUIET)
+
+
+def build_usage_view(desk: Desk, tab: gr.Tab) -> None:
+    """Who used how much: any range, added up by what the operator likes, and as a file."""
+
+    def on_show(by: str, first: str | None, last: str | None) -> tuple[Any, ...]:
+        with shown_to_operator():
+            try:
+                query = parse_usage_query(by, first or "", last or "", utc_now().date())
+                report = desk.manager.usage.report(query)
+            except ManagerError as error:  # opening the tab must not shout
+                return html.escape(str(error)), gr.update(visible=False), gr.update(value=[])
+            bars = pd.DataFrame(usage_bars(report), columns=list(BAR_COLUMNS))
+            return (
+                usage_html(report),
+                gr.update(value=bars, visible=not bars.empty),
+                gr.update(headers=usage_headers(query), value=usage_rows(report)),
+            )
+
+    with gr.Accordion("Usage", open=False):
+        with gr.Row(elem_classes="actions"):
+            by = gr.Dropdown(list(get_args(Grouping)), value="key", label="Added up by")
+            first = gr.DateTime(include_time=False, type="string", label="From (UTC)")
+            last = gr.DateTime(include_time=False, type="string", label="To, included")
+            show = gr.Button("Show", variant="primary", scale=0, min_width=110)
+        said = gr.HTML()
+        x, color, y = BAR_COLUMNS
+        plot = gr.BarPlot(x=x, y=y, color=color, x_label_angle=-35, height=280, visible=False)
+        rows = table(["Key", *USAGE_HEADERS])
+    for asked in (show.click, by.change, tab.select):
+        asked(on_show, [by, first, last], [said, plot, rows], **QUIET)
 
 
 def build_revocation(desk: Desk) -> tuple[gr.Dropdown, gr.Markdown]:
@@ -16930,6 +17392,11 @@ def _add_looks(add: Callable[..., Any]) -> None:
     trial = add("try", command_try, "send one smallest request, and show where its time went")
     trial.add_argument("target", help="a public name, or /models/NAME, or /open/NAME")
     trial.add_argument("--prompt", default="", help="what it asks; nothing of it is kept")
+    usage = add("usage", command_usage, "requests and tokens, out of LiteLLM's database")
+    usage.add_argument("--by", choices=get_args(Grouping), default="key")
+    usage.add_argument("--from", dest="first", metavar="DAY", default="", help="such as 2026-11-21")
+    usage.add_argument("--to", dest="last", metavar="DAY", default="", help="included; else today")
+    usage.add_argument("--csv", action="store_true", help="every row, for other programs")
 
 
 def add_route_commands(commands: Any, add: Callable[..., Any]) -> None:
@@ -17582,6 +18049,19 @@ def command_key_list(arguments: argparse.Namespace) -> int:
 def command_key_revoke(arguments: argparse.Namespace) -> int:
     open_manager().keys.revoke(arguments.name)
     out(f"Revoked {arguments.name}.")
+    return DONE
+
+
+def command_usage(arguments: argparse.Namespace) -> int:
+    query = parse_usage_query(arguments.by, arguments.first, arguments.last, utc_now().date())
+    report = open_manager().usage.report(query)
+    if arguments.csv:
+        out(usage_csv(report).removesuffix("\n"))
+    elif arguments.json:
+        out_json(asdict(report))
+    else:
+        out_table(usage_headers(query), usage_rows(report))
+        out(usage_headline(report))
     return DONE
 
 

@@ -1,0 +1,154 @@
+"""Usage: queries, reports, and what the operator reads; the figures' source is tried on Docker."""
+
+from __future__ import annotations
+
+import csv
+import io
+from datetime import date, timedelta
+from typing import Any
+
+import pytest
+from builders import a_state
+from hypothesis import given
+from hypothesis import strategies as st
+
+import llm_manager as lm
+
+TODAY = date(2026, 11, 21)
+HASH = "f" * 64
+
+
+def a_query(by: lm.Grouping = "key", **more: Any) -> lm.UsageQuery:
+    return lm.UsageQuery(**{"first": TODAY - timedelta(days=6), "last": TODAY, "by": by, **more})
+
+
+def a_report(*found: tuple[str, str, int, int], by: lm.Grouping = "key") -> lm.UsageReport:
+    """Of subjects with a name, their prompt and completion tokens; each had two requests."""
+    rows = [(s, name, 2, 1, p, p // 2, c, 12.4, 0.0, len(found)) for s, name, p, c in found]
+    sums = [sum(row[n] for row in rows) for n in range(2, 7)]
+    total = ("", "", *sums, 12.4 if rows else None, 0.0, len(found))
+    return lm.parse_usage(a_query(by), [total, *rows])
+
+
+# --- what is asked ---------------------------------------------------------------------------
+
+
+def test_a_range_as_typed_has_usual_ends() -> None:
+    parsed = lm.parse_usage_query("day", "2026-11-01", "", TODAY)
+    assert (parsed.first, parsed.last) == (date(2026, 11, 1), TODAY)
+    parsed = lm.parse_usage_query("key", "", "2026-10-31", TODAY)
+    assert (parsed.first, parsed.last) == (date(2026, 10, 2), date(2026, 10, 31))
+    parsed = lm.parse_usage_query("hour", "", "", TODAY)
+    assert (parsed.first, parsed.last) == (date(2026, 11, 20), TODAY)
+
+
+@pytest.mark.parametrize(
+    ("by", "first", "last", "said"),
+    [
+        ("colour", "", "", "not added up by 'colour'"),
+        ("key", "yesterday", "", "'yesterday' is no day"),
+        ("key", "2026-11-31", "", "no day"),
+        ("key", "2026-11-21", "2026-11-20", "2026-11-20 is before 2026-11-21"),
+        ("hour", "2026-10-21", "2026-11-21", "at most 31 days"),
+    ],
+)
+def test_a_range_that_cannot_be_is_refused(by: str, first: str, last: str, said: str) -> None:
+    with pytest.raises(lm.RefusedError, match=said):
+        lm.parse_usage_query(by, first, last, TODAY)
+
+
+@pytest.mark.parametrize("by", ["key", "group", "model", "day", "hour"])
+def test_what_the_operator_typed_is_no_part_of_a_statement(by: lm.Grouping) -> None:
+    asked = lm.usage_sql(a_query(by))
+    assert asked.values == {"first": "2026-11-15", "last": "2026-11-21", "limit": 1000}
+    assert "2026" not in asked.text
+    assert "{" not in asked.text.replace("{usage_object,prompt_tokens_details,cached_tokens}", "")
+
+
+def test_only_hours_are_asked_of_the_spend_logs() -> None:
+    asked = {by: lm.usage_sql(a_query(by)).text for by in lm.get_args(lm.Grouping)}
+    assert [by for by, text in asked.items() if "LiteLLM_SpendLogs" in text] == ["hour"]
+
+
+def test_the_readers_password_is_its_own_and_the_same_each_time() -> None:
+    state = a_state()
+    reader = lm.reader_password(state)
+    assert reader == lm.reader_password(state)
+    others = {lm.cache_password(state).get_secret_value(), lm.reveal(state.secrets.salt_key)}
+    assert reader.get_secret_value() not in others
+    assert "*" in str(reader)
+
+
+# --- what comes back -------------------------------------------------------------------------
+
+
+def test_a_report_has_names_for_all_and_a_total_of_all() -> None:
+    report = a_report((HASH, "Ada", 70, 30), ("e" * 64, "", 7, 3), ("master", "", 1, 0))
+    assert [row.name for row in report.rows] == ["Ada", "eeeeeeee…", "master"]
+    assert (report.total.name, report.total.tokens, report.total.requests) == ("total", 111, 6)
+    assert report.left_out == 0
+
+
+def test_what_a_limit_left_out_is_counted() -> None:
+    total = ("", "", 9, 0, 90, 0, 0, None, 0.0, 3)
+    row = ("a", "a", 5, 0, 50, 0, 0, None, 0.0, 3)
+    report = lm.parse_usage(a_query(limit=1), [total, row])
+    assert report.left_out == 2
+    assert lm.usage_headline(report).endswith("2 more are in the total only.")
+
+
+def test_use_by_nobodys_group_is_told_only_where_there_is_some() -> None:
+    report = a_report(("t1", "lab", 7, 3), ("", "", 5, 0), by="group")
+    assert [row.name for row in report.rows] == ["lab", "no group"]
+    none = [("", "", 1, 0, 9, 0, 0, None, 0.0, 2), ("t", "lab", 1, 0, 9, 0, 0, None, 0.0, 2)]
+    rows = [*none, ("", "", 0, 0, 0, 0, 0, None, 0.0, 2)]
+    assert [row.name for row in lm.parse_usage(a_query("group"), rows).rows] == ["lab"]
+
+
+def test_the_operator_reads_figures_with_a_total_at_the_end() -> None:
+    report = a_report((HASH, "Ada", 1_234_567, 30))
+    assert lm.usage_headers(report.query)[0] == "Key"
+    shown = ["2", "1", "1,234,567", "617,283", "30", "12 ms", ""]
+    assert lm.usage_rows(report) == [["Ada", *shown], ["total", *shown]]
+    assert "2 requests, 1 of them failed; 1,234,567 tokens read" in lm.usage_headline(report)
+
+
+def test_a_range_without_use_is_said_in_words() -> None:
+    report = a_report()
+    assert lm.usage_headline(report) == "Nothing was used from 2026-11-15 to 2026-11-21."
+    assert lm.usage_rows(report)[0][-2] == ""
+    assert lm.usage_bars(report) == []
+
+
+def test_an_hour_is_shown_without_its_seconds() -> None:
+    report = a_report(("2026-11-21 18:00:00", "2026-11-21 18:00:00", 1, 1), by="hour")
+    assert lm.usage_rows(report)[0][0] == "2026-11-21 18:00"
+    assert lm.usage_rows(report)[1][0] == "total"
+
+
+def test_a_plot_shows_the_largest_of_many_but_every_day() -> None:
+    many = [(f"{n:03}", f"{n:03}", n, n) for n in range(200)]
+    assert len(lm.usage_bars(a_report(*many))) == 2 * lm.MOST_BARS
+    assert len(lm.usage_bars(a_report(*many, by="day"))) == 400
+
+
+def test_a_csv_has_plain_figures_and_no_total() -> None:
+    report = a_report((HASH, 'Ada, "the first"', 1_234_567, 30))
+    (row,) = csv.DictReader(io.StringIO(lm.usage_csv(report)))
+    assert row["key"] == 'Ada, "the first"'
+    assert (row["prompt_tokens"], row["completion_tokens"]) == ("1234567", "30")
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs", "Cc"])), min_size=1))
+def test_no_cell_of_a_csv_is_a_formula_and_none_is_lost(cells: list[str]) -> None:
+    text = lm.render_csv(["x"] * len(cells), [cells])
+    _, read = csv.reader(io.StringIO(text))
+    assert not any(cell.startswith(("=", "+", "-", "@")) for cell in read)
+    assert [cell.removeprefix("'") for cell in read] == [cell.removeprefix("'") for cell in cells]
+
+
+def test_what_is_downloaded_is_in_the_link_itself() -> None:
+    shown = lm.usage_html(a_report((HASH, "<b>Ada</b>", 1, 1)))
+    assert "<b>Ada" not in shown
+    assert 'download="usage-by-key-2026-11-15-2026-11-21.csv"' in shown
+    assert 'href="data:text/csv;base64,' in shown
