@@ -3437,6 +3437,11 @@ class Pool:
     stand_in: str = ""  # the fallback whose deployments these are while no member is served
 
 
+def engine_url(replica: ContainerName) -> str:
+    """Where LiteLLM reaches it, by which its accounts name it."""
+    return f"http://{replica}:{ENGINE_PORT}/v1"
+
+
 # LiteLLM's provider and mode for each kind; its vLLM provider has no speech and no images.
 ROUTING: Final[Mapping[str, tuple[str, str]]] = {
     "chat": ("hosted_vllm", "chat"),
@@ -3544,7 +3549,7 @@ def _replicas(name: str, model: ServedModel) -> tuple[Deployment, ...]:
             target=model.model,
             deployment_id=f"{name}@{replica}",
             model=f"{vendor}/{model.served_model_name}",
-            api_base=f"http://{replica}:{ENGINE_PORT}/v1",
+            api_base=engine_url(replica),
             api_key="os.environ/ENGINE_API_KEY",
             mode=mode,
         )
@@ -4010,7 +4015,6 @@ class UsageRow:
     cached_tokens: int
     completion_tokens: int
     latency_ms: float | None  # the mean of what was answered; None where nothing was timed
-    spend: float
 
     @property
     def tokens(self) -> int:
@@ -4041,39 +4045,45 @@ class Sql:
 _DAILY: Final = """
     SELECT {subject} AS subject, {sign}api_requests AS requests, {sign}failed_requests AS failures,
            {sign}prompt_tokens AS prompt, {sign}cache_read_input_tokens AS cached,
-           {sign}completion_tokens AS completion, {sign}spend AS spend,
+           {sign}completion_tokens AS completion,
            {sign}total_response_time_ms AS took_ms, {sign}timed_requests AS timed
       FROM "{table}" WHERE date BETWEEN %(first)s AND %(last)s"""
 # Hours are known to the spend logs only. LiteLLM has cached tokens in their metadata as whoever
 # answered told of them.
 _HOURLY: Final = """
-    SELECT date_trunc('hour', "startTime")::text AS subject, 1 AS requests,
+    SELECT date_trunc('hour', "startTime") AS subject, 1 AS requests,
            CASE WHEN status = 'failure' THEN 1 ELSE 0 END AS failures, prompt_tokens AS prompt,
            coalesce((metadata #>> '{usage_object,prompt_tokens_details,cached_tokens}')::int, 0)
              AS cached,
-           completion_tokens AS completion, spend,
+           completion_tokens AS completion,
            CASE WHEN status = 'failure' THEN 0 ELSE coalesce(request_duration_ms, 0) END AS took_ms,
            CASE WHEN status = 'failure' OR request_duration_ms IS NULL THEN 0 ELSE 1 END AS timed
       FROM "LiteLLM_SpendLogs"
-     WHERE "startTime" >= %(first)s::date AND "startTime" < %(last)s::date + 1"""
-# The empty grouping set is the total, in the same pass and whatever the limit leaves out.
+     WHERE "startTime" >= %(first)s::date AND "startTime" < %(last)s::date + 1
+    OFFSET 0"""  # so that PostgreSQL sorts figures, and not whole rows with their metadata
+# First by subject, which PostgreSQL does without sorting a million rows. The empty grouping set is
+# the total, whatever the limit leaves out.
 _SUMMED: Final = """
 WITH used AS ({source}
+), subjects AS (
+  SELECT subject::text AS subject, sum(requests) AS requests, sum(failures) AS failures,
+         sum(prompt) AS prompt, sum(cached) AS cached, sum(completion) AS completion,
+         sum(took_ms)::float AS took_ms, sum(timed) AS timed
+    FROM used GROUP BY used.subject
 ), summed AS (
   SELECT coalesce(subject, '') AS subject, grouping(subject) AS is_total,
          coalesce(sum(requests), 0)::bigint AS requests,
          coalesce(sum(failures), 0)::bigint AS failures,
          coalesce(sum(prompt), 0)::bigint AS prompt, coalesce(sum(cached), 0)::bigint AS cached,
          coalesce(sum(completion), 0)::bigint AS completion,
-         (sum(took_ms) / nullif(sum(timed), 0))::float AS latency_ms,
-         coalesce(sum(spend), 0)::float AS spend, count(*) OVER () - 1 AS subjects
-    FROM used GROUP BY GROUPING SETS ((subject), ())
+         coalesce(sum(prompt + completion), 0) AS tokens,
+         sum(took_ms) / nullif(sum(timed), 0) AS latency_ms, count(*) OVER () - 1 AS subjects
+    FROM subjects GROUP BY GROUPING SETS ((subject), ())
    ORDER BY is_total DESC, {order} LIMIT %(limit)s + 1
 )
-SELECT subject, {name} AS name, requests, failures, prompt, cached, completion, latency_ms, spend,
-       subjects
+SELECT subject, {name} AS name, requests, failures, prompt, cached, completion, latency_ms, subjects
   FROM summed ORDER BY is_total DESC, {order}"""
-_BY_TOKENS, _BY_TIME = "prompt + completion DESC, requests DESC, subject", "subject"
+_BY_TOKENS, _BY_TIME = "tokens DESC, requests DESC, subject", "subject"
 _KEY_NAME: Final = """coalesce(
          (SELECT key_alias FROM "LiteLLM_VerificationToken" WHERE token = subject),
          (SELECT key_alias FROM "LiteLLM_DeletedVerificationToken" WHERE token = subject
@@ -4096,7 +4106,7 @@ def usage_sql(query: UsageQuery) -> Sql:
             parts = everything("''"), groups("''", sign="-"), groups("team_id")
             source, name = "\n    UNION ALL".join(parts), _GROUP_NAME
         case "model":
-            source, name = everything("model"), "subject"
+            source, name = everything("coalesce(model, '')"), "subject"
         case "day":
             source, name = everything("date"), "subject"
         case "hour":
@@ -4127,7 +4137,7 @@ def parse_usage(query: UsageQuery, rows: Sequence[Sequence[Any]]) -> UsageReport
 
 
 def _usage_row(row: Sequence[Any], by: Grouping) -> UsageRow:
-    subject, name, asked, failures, prompt, cached, completion, latency, spend, _ = row
+    subject, name, asked, failures, prompt, cached, completion, latency, _ = row
     return UsageRow(
         subject=subject,
         name=name or _nameless(subject, by),
@@ -4137,7 +4147,6 @@ def _usage_row(row: Sequence[Any], by: Grouping) -> UsageRow:
         cached_tokens=cached,
         completion_tokens=completion,
         latency_ms=latency,
-        spend=spend,
     )
 
 
@@ -4149,6 +4158,139 @@ def _nameless(subject: str, by: Grouping) -> str:
             return subject or "no group"
         case _:
             return "unknown"
+
+
+# --- keys that need a look ------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Standing:
+    """How far a key or a group is from its limits; the busiest minute is that of the last day."""
+
+    kind: Literal["key", "group"]
+    name: str
+    created_at: datetime
+    used_at: datetime | None  # None: never, or not told of a group
+    budget: tuple[float, float | None] = (0.0, None)  # used, of how much; None: no limit
+    requests_per_minute: tuple[int, int | None] = (0, None)
+    tokens_per_minute: tuple[int, int | None] = (0, None)
+
+    @property
+    def nearest(self) -> tuple[float, str]:
+        """The limit that it is closest to: which part of it is used, and its name."""
+        limits = {
+            "budget": self.budget,
+            "requests per minute": self.requests_per_minute,
+            "tokens per minute": self.tokens_per_minute,
+        }
+        return max((used / most, name) for name, (used, most) in limits.items() if most)
+
+    @property
+    def is_limited(self) -> bool:
+        return any(
+            most for _, most in (self.budget, self.requests_per_minute, self.tokens_per_minute)
+        )
+
+
+CLOSE: Final = 0.8
+STANDINGS_SQL: Final = Sql(
+    """
+WITH minutes AS (
+  SELECT api_key, team_id, date_trunc('minute', "startTime") AS minute, count(*) AS requests,
+         sum(total_tokens) AS tokens
+    FROM "LiteLLM_SpendLogs"
+   WHERE "startTime" >= now() AT TIME ZONE 'UTC' - interval '1 day' GROUP BY 1, 2, 3
+), of_keys AS (
+  SELECT api_key AS subject, max(requests) AS requests, max(tokens) AS tokens
+    FROM minutes GROUP BY 1
+), of_groups AS (
+  SELECT subject, max(requests) AS requests, max(tokens) AS tokens
+    FROM (SELECT team_id AS subject, minute, sum(requests) AS requests, sum(tokens) AS tokens
+            FROM minutes GROUP BY 1, 2) AS together GROUP BY 1
+)
+SELECT 'key', coalesce(key_alias, ''), created_at, last_active, spend, max_budget,
+       coalesce(requests, 0)::bigint, rpm_limit, coalesce(tokens, 0)::bigint, tpm_limit
+  FROM "LiteLLM_VerificationToken" LEFT JOIN of_keys ON token = subject
+UNION ALL
+SELECT 'group', coalesce(team_alias, ''), created_at, NULL, spend, max_budget,
+       coalesce(requests, 0)::bigint, rpm_limit, coalesce(tokens, 0)::bigint, tpm_limit
+  FROM "LiteLLM_TeamTable" LEFT JOIN of_groups ON team_id = subject
+ ORDER BY 1, 2""",
+    {},
+)
+
+
+def parse_standings(rows: Iterable[Sequence[Any]]) -> list[Standing]:
+    """From what `STANDINGS_SQL` brings; LiteLLM's times are UTC without saying so."""
+    return [
+        Standing(
+            kind=kind,
+            name=name,
+            created_at=created_at.replace(tzinfo=UTC),
+            used_at=used_at and used_at.replace(tzinfo=UTC),
+            budget=(spend, max_budget),
+            requests_per_minute=(busiest, rpm_limit),
+            tokens_per_minute=(most_tokens, tpm_limit),
+        )
+        for (
+            kind, name, created_at, used_at, spend, max_budget, busiest, rpm_limit, most_tokens,
+            tpm_limit,
+        ) in rows
+    ]  # fmt: skip
+
+
+def close_to_limits(standings: Iterable[Standing]) -> list[Standing]:
+    """Those that have used most of a limit, the closest first."""
+    close = [s for s in standings if s.is_limited and s.nearest[0] >= CLOSE]
+    return sorted(close, key=lambda standing: standing.nearest, reverse=True)
+
+
+def unused_keys(standings: Iterable[Standing], since: datetime) -> list[Standing]:
+    """Keys that nobody has used since then, though they were there; never used ones first."""
+    unused = [
+        s for s in standings if s.kind == "key" and max(s.used_at or since, s.created_at) <= since
+    ]
+    return sorted(unused, key=lambda s: (s.used_at is not None, s.used_at or s.created_at))
+
+
+# --- what the engines counted ---------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineTally:
+    """The tokens of an engine since it started: by its own count, and in LiteLLM's accounts."""
+
+    engine: ContainerName
+    since: datetime
+    counted: int
+    accounted: int
+
+    @property
+    def difference(self) -> int:
+        return self.counted - self.accounted
+
+
+def tally_sql(engines: Mapping[ContainerName, datetime]) -> Sql:
+    """The tokens in LiteLLM's accounts of each of these engines since its start."""
+    text = """
+SELECT engine, coalesce(sum(total_tokens), 0)::bigint
+  FROM unnest(%(engines)s::text[], %(addresses)s::text[], %(starts)s::timestamptz[])
+       AS started(engine, address, start)
+  LEFT JOIN "LiteLLM_SpendLogs" ON api_base = address AND "startTime" >= start AT TIME ZONE 'UTC'
+       AND "startTime" >= %(earliest)s::timestamptz AT TIME ZONE 'UTC'
+ GROUP BY engine"""
+    return Sql(
+        text,
+        {
+            "engines": list(engines),
+            "addresses": [engine_url(engine) for engine in engines],
+            "starts": list(engines.values()),
+            "earliest": min(engines.values()),
+        },
+    )
+
+
+# --- as a file -------------------------------------------------------------------
 
 
 def render_csv(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -10281,7 +10423,7 @@ ROUTE_STYLE: Final = """
 
 USAGE_HEADERS: Final = (
     "Requests", "Failures", "Prompt tokens", "Of these cached", "Completion tokens",
-    "Mean latency", "Cost",
+    "Mean latency",
 )  # fmt: skip
 MOST_BARS: Final = 30
 BAR_COLUMNS: Final = ("", "tokens of", "tokens")  # of `usage_bars`
@@ -10300,7 +10442,6 @@ def usage_rows(report: UsageReport) -> list[list[str]]:
             *(f"{n:,}" for n in (row.requests, row.failures)),
             *(f"{n:,}" for n in (row.prompt_tokens, row.cached_tokens, row.completion_tokens)),
             "" if row.latency_ms is None else f"{row.latency_ms:,.0f} ms",
-            f"{row.spend:,.2f}" if row.spend else "",
         ]
         for row in (*report.rows, report.total)
     ]
@@ -10334,6 +10475,41 @@ def usage_bars(report: UsageReport) -> list[tuple[str, str, int]]:
     timed = report.query.by in {"day", "hour"}
     shown = report.rows if timed else report.rows[:MOST_BARS]
     return [(row.name, kind, getattr(row, name)) for row in shown for kind, name in kinds.items()]
+
+
+STANDING_HEADERS: Final = ("What", "Name", "Why it is here")
+
+
+def standing_rows(standings: Sequence[Standing], now: datetime) -> list[list[str]]:
+    """Who is close to a limit, and then the keys that nobody uses."""
+    close = [
+        [s.kind, s.name, f"{s.nearest[0]:.0%} of its {s.nearest[1]}"]
+        for s in close_to_limits(standings)
+    ]
+    unused = [
+        [s.kind, s.name, f"not used since {format_day(s.used_at)}" if s.used_at
+         else f"never used since it was made on {format_day(s.created_at)}"]
+        for s in unused_keys(standings, now - timedelta(days=UNUSED_DAYS))
+    ]  # fmt: skip
+    return close + unused
+
+
+UNUSED_DAYS: Final = 30
+TALLY_HEADERS: Final = ("Engine", "Since (UTC)", "Tokens it counted", "Accounted for", "Difference")
+TALLY_TEXT: Final = (
+    "What no key accounts for came past the gateway (direct and open routes, and the requests by "
+    "which this program sees that an engine is ready), was broken off by its client, or is of the "
+    "last 15 seconds, which LiteLLM has yet to write."
+)
+
+
+def tally_rows(tallies: Sequence[EngineTally]) -> list[list[str]]:
+    """One row per engine that counts tokens."""
+    return [
+        [tally.engine, f"{tally.since:%Y-%m-%d %H:%M}", f"{tally.counted:,}",
+         f"{tally.accounted:,}", f"{tally.difference:+,}"]
+        for tally in tallies
+    ]  # fmt: skip
 
 
 def usage_html(report: UsageReport) -> str:
@@ -11949,6 +12125,8 @@ class UsageTables:
             for statement in (
                 f"ALTER ROLE {READER} SET default_transaction_read_only = on",
                 f"ALTER ROLE {READER} SET statement_timeout = '{READER_SECONDS}s'",
+                f"ALTER ROLE {READER} SET work_mem = '32MB'",  # for bitmaps of a million rows
+                f"ALTER ROLE {READER} SET jit = off",
                 f"GRANT SELECT ON {tables} TO {READER}",
             ):
                 connection.execute(statement.encode())
@@ -15241,6 +15419,29 @@ class Usage:
         """The use of a range, added up by PostgreSQL. Raises DatabaseError."""
         return parse_usage(query, self._tables().rows(usage_sql(query)))
 
+    def standings(self) -> list[Standing]:
+        """Every key and group with its limits, and how near it is to them. Raises DatabaseError."""
+        return parse_standings(self._tables().rows(STANDINGS_SQL))
+
+    def tallies(self) -> list[EngineTally]:
+        """What each running engine counted since it started, beside what LiteLLM accounts for."""
+        seen = self._tools.containers.observe().containers.values()
+        engines = [c for c in seen if c.role == "engine" and c.running and c.started_at]
+        loads = {engine: load for engine in engines if (load := self._tools.probes.load(engine))}
+        if not loads:
+            return []
+        starts = {engine.name: engine.started_at for engine in loads if engine.started_at}
+        accounted = dict(self._tables().rows(tally_sql(starts)))
+        return [
+            EngineTally(
+                engine=engine.name,
+                since=starts[engine.name],
+                counted=load.tokens,
+                accounted=accounted[engine.name],
+            )
+            for engine, load in loads.items()
+        ]
+
     def _tables(self) -> UsageTables:
         state = self._store.load()
         seen = self._tools.containers.observe().containers.get(database_name(state))
@@ -17396,7 +17597,10 @@ def _add_looks(add: Callable[..., Any]) -> None:
     usage.add_argument("--by", choices=get_args(Grouping), default="key")
     usage.add_argument("--from", dest="first", metavar="DAY", default="", help="such as 2026-11-21")
     usage.add_argument("--to", dest="last", metavar="DAY", default="", help="included; else today")
-    usage.add_argument("--csv", action="store_true", help="every row, for other programs")
+    other = usage.add_mutually_exclusive_group()
+    other.add_argument("--attention", action="store_true", help="close to a limit, or unused")
+    other.add_argument("--engines", action="store_true", help="beside what the engines counted")
+    other.add_argument("--csv", action="store_true", help="every row, for other programs")
 
 
 def add_route_commands(commands: Any, add: Callable[..., Any]) -> None:
@@ -18054,14 +18258,26 @@ def command_key_revoke(arguments: argparse.Namespace) -> int:
 
 def command_usage(arguments: argparse.Namespace) -> int:
     query = parse_usage_query(arguments.by, arguments.first, arguments.last, utc_now().date())
-    report = open_manager().usage.report(query)
-    if arguments.csv:
-        out(usage_csv(report).removesuffix("\n"))
-    elif arguments.json:
-        out_json(asdict(report))
+    usage = open_manager().usage
+    headers: Sequence[str]
+    if arguments.attention:
+        headers, rows = STANDING_HEADERS, standing_rows(usage.standings(), utc_now())
+        facts, said = keyed(headers, rows), "" if rows else "Nothing needs attention."
+    elif arguments.engines:
+        headers, rows = TALLY_HEADERS, tally_rows(usage.tallies())
+        facts, said = keyed(headers, rows), TALLY_TEXT if rows else "No engine counts tokens now."
     else:
-        out_table(usage_headers(query), usage_rows(report))
-        out(usage_headline(report))
+        report = usage.report(query)
+        headers, rows = usage_headers(query), usage_rows(report)
+        facts, said = [asdict(row) for row in (*report.rows, report.total)], usage_headline(report)
+        if arguments.csv:
+            out(usage_csv(report).removesuffix("\n"))
+            return DONE
+    if arguments.json:
+        out_json(facts)
+    else:
+        out_table(headers, rows)
+        out(said)
     return DONE
 
 

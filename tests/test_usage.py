@@ -8,13 +8,13 @@ from datetime import date, timedelta
 from typing import Any
 
 import pytest
-from builders import a_state
+from builders import NOW, a_state
 from hypothesis import given
 from hypothesis import strategies as st
 
 import llm_manager as lm
 
-TODAY = date(2026, 11, 21)
+TODAY, DAY = date(2026, 11, 21), timedelta(days=1)
 HASH = "f" * 64
 
 
@@ -24,9 +24,9 @@ def a_query(by: lm.Grouping = "key", **more: Any) -> lm.UsageQuery:
 
 def a_report(*found: tuple[str, str, int, int], by: lm.Grouping = "key") -> lm.UsageReport:
     """Of subjects with a name, their prompt and completion tokens; each had two requests."""
-    rows = [(s, name, 2, 1, p, p // 2, c, 12.4, 0.0, len(found)) for s, name, p, c in found]
+    rows = [(s, name, 2, 1, p, p // 2, c, 12.4, len(found)) for s, name, p, c in found]
     sums = [sum(row[n] for row in rows) for n in range(2, 7)]
-    total = ("", "", *sums, 12.4 if rows else None, 0.0, len(found))
+    total = ("", "", *sums, 12.4 if rows else None, len(found))
     return lm.parse_usage(a_query(by), [total, *rows])
 
 
@@ -90,8 +90,8 @@ def test_a_report_has_names_for_all_and_a_total_of_all() -> None:
 
 
 def test_what_a_limit_left_out_is_counted() -> None:
-    total = ("", "", 9, 0, 90, 0, 0, None, 0.0, 3)
-    row = ("a", "a", 5, 0, 50, 0, 0, None, 0.0, 3)
+    total = ("", "", 9, 0, 90, 0, 0, None, 3)
+    row = ("a", "a", 5, 0, 50, 0, 0, None, 3)
     report = lm.parse_usage(a_query(limit=1), [total, row])
     assert report.left_out == 2
     assert lm.usage_headline(report).endswith("2 more are in the total only.")
@@ -100,15 +100,15 @@ def test_what_a_limit_left_out_is_counted() -> None:
 def test_use_by_nobodys_group_is_told_only_where_there_is_some() -> None:
     report = a_report(("t1", "lab", 7, 3), ("", "", 5, 0), by="group")
     assert [row.name for row in report.rows] == ["lab", "no group"]
-    none = [("", "", 1, 0, 9, 0, 0, None, 0.0, 2), ("t", "lab", 1, 0, 9, 0, 0, None, 0.0, 2)]
-    rows = [*none, ("", "", 0, 0, 0, 0, 0, None, 0.0, 2)]
+    none = [("", "", 1, 0, 9, 0, 0, None, 2), ("t", "lab", 1, 0, 9, 0, 0, None, 2)]
+    rows = [*none, ("", "", 0, 0, 0, 0, 0, None, 2)]
     assert [row.name for row in lm.parse_usage(a_query("group"), rows).rows] == ["lab"]
 
 
 def test_the_operator_reads_figures_with_a_total_at_the_end() -> None:
     report = a_report((HASH, "Ada", 1_234_567, 30))
     assert lm.usage_headers(report.query)[0] == "Key"
-    shown = ["2", "1", "1,234,567", "617,283", "30", "12 ms", ""]
+    shown = ["2", "1", "1,234,567", "617,283", "30", "12 ms"]
     assert lm.usage_rows(report) == [["Ada", *shown], ["total", *shown]]
     assert "2 requests, 1 of them failed; 1,234,567 tokens read" in lm.usage_headline(report)
 
@@ -116,7 +116,7 @@ def test_the_operator_reads_figures_with_a_total_at_the_end() -> None:
 def test_a_range_without_use_is_said_in_words() -> None:
     report = a_report()
     assert lm.usage_headline(report) == "Nothing was used from 2026-11-15 to 2026-11-21."
-    assert lm.usage_rows(report)[0][-2] == ""
+    assert lm.usage_rows(report)[0][-1] == ""
     assert lm.usage_bars(report) == []
 
 
@@ -152,3 +152,48 @@ def test_what_is_downloaded_is_in_the_link_itself() -> None:
     assert "<b>Ada" not in shown
     assert 'download="usage-by-key-2026-11-15-2026-11-21.csv"' in shown
     assert 'href="data:text/csv;base64,' in shown
+
+
+# --- keys that need a look -------------------------------------------------------------------
+
+
+def a_standing(name: str, **more: Any) -> lm.Standing:
+    return lm.Standing(**{"kind": "key", "name": name, "created_at": NOW - 99 * DAY,
+                          "used_at": NOW, **more})  # fmt: skip
+
+
+def test_who_is_close_to_a_limit_comes_first_by_the_one_that_is_nearest() -> None:
+    found = [
+        a_standing("free", requests_per_minute=(999, None)),
+        a_standing("far", budget=(7.9, 10.0)),
+        a_standing("close", budget=(1.0, 10.0), requests_per_minute=(9, 10)),
+        a_standing("over", tokens_per_minute=(150, 100)),
+        a_standing("lab", kind="group", used_at=None, budget=(8.0, 10.0)),
+    ]
+    assert lm.standing_rows(found, NOW) == [
+        ["key", "over", "150% of its tokens per minute"],
+        ["key", "close", "90% of its requests per minute"],
+        ["group", "lab", "80% of its budget"],
+    ]
+
+
+def test_a_key_is_unused_if_nobody_used_it_for_long_since_it_was_made() -> None:
+    found = [
+        a_standing("busy", used_at=NOW - 29 * DAY),
+        a_standing("idle", used_at=NOW - 31 * DAY),
+        a_standing("never", used_at=None),
+        a_standing("new", used_at=None, created_at=NOW - DAY),
+        a_standing("lab", kind="group", used_at=None),
+    ]
+    rows = lm.standing_rows(found, NOW)
+    assert [name for _, name, _ in rows] == ["never", "idle"]
+    assert rows[0][2].startswith("never used since it was made on ")
+
+
+def test_a_tally_shows_what_no_key_accounts_for() -> None:
+    since = {lm.ContainerName("llm-model-chat-0"): NOW, lm.ContainerName("llm-model-b-0"): NOW}
+    asked = lm.tally_sql(since).values
+    assert asked["addresses"] == ["http://llm-model-chat-0:8000/v1", "http://llm-model-b-0:8000/v1"]
+    engine, *_ = since
+    tally = lm.EngineTally(engine=engine, since=NOW, counted=1234, accounted=1200)
+    assert lm.tally_rows([tally])[0][-3:] == ["1,234", "1,200", "+34"]
