@@ -17040,8 +17040,31 @@ def build_usage_view(desk: Desk, tab: gr.Tab) -> None:
         x, color, y = BAR_COLUMNS
         plot = gr.BarPlot(x=x, y=y, color=color, x_label_angle=-35, height=280, visible=False)
         rows = table(["Key", *USAGE_HEADERS])
+        build_usage_checks(desk)
     for asked in (show.click, by.change, tab.select):
         asked(on_show, [by, first, last], [said, plot, rows], **QUIET)
+
+
+def build_usage_checks(desk: Desk) -> None:
+    """What to look at: keys close to a limit or unused, and what no key accounts for."""
+    usage = desk.manager.usage
+
+    def on_attention() -> tuple[Any, Any]:
+        with shown_to_operator():
+            found = standing_rows(usage.standings(), utc_now())
+            return gr.update(headers=list(STANDING_HEADERS), value=found, visible=True), ""
+
+    def on_engines() -> tuple[Any, Any]:
+        with shown_to_operator():
+            found = tally_rows(usage.tallies())
+            return gr.update(headers=list(TALLY_HEADERS), value=found, visible=True), TALLY_TEXT
+
+    with gr.Row(elem_classes="actions"):
+        attention = gr.Button("Close to a limit, or unused", scale=0, min_width=230)
+        engines = gr.Button("Compare with the engines", scale=0, min_width=230)
+    rows, said = table(STANDING_HEADERS, visible=False), gr.Markdown()
+    attention.click(on_attention, None, [rows, said], **PRIVATE)
+    engines.click(on_engines, None, [rows, said], **PRIVATE)
 
 
 def build_revocation(desk: Desk) -> tuple[gr.Dropdown, gr.Markdown]:

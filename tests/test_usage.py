@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import io
 from datetime import date, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 from builders import NOW, a_state
+from fakes import Server
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -197,3 +199,11 @@ def test_a_tally_shows_what_no_key_accounts_for() -> None:
     engine, *_ = since
     tally = lm.EngineTally(engine=engine, since=NOW, counted=1234, accounted=1200)
     assert lm.tally_rows([tally])[0][-3:] == ["1,234", "1,200", "+34"]
+
+
+def test_without_postgresql_that_is_what_is_said(tmp_path: Path) -> None:
+    server = Server(tmp_path)
+    for asked in (lambda: server.manager.usage.report(a_query()), server.manager.usage.standings):
+        with pytest.raises(lm.DatabaseError, match="PostgreSQL does not run"):
+            asked()
+    assert server.manager.usage.tallies() == [], "without an engine nothing is asked of it"

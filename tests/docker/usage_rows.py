@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import tarfile
+import time
+from collections.abc import Iterator
 from datetime import date
 from string import Template
 
+import docker
 import psycopg
+
+POSTGRES, LITELLM = "llm-manager-test/postgres:latest", "llm-manager-test/litellm:latest"
+PASSWORD = "of-a-test"  # noqa: S105
 
 LAST = date(2026, 11, 20)
 # Any key has used two of the models, some requests failed, some prompts were cached; times and
@@ -66,3 +75,52 @@ def fill(connection: psycopg.Connection, *, keys: int, rows: int, days: int) -> 
     connection.commit()
     connection.autocommit = True
     connection.execute("VACUUM ANALYZE")
+
+
+@contextlib.contextmanager
+def litellm_database(client: docker.DockerClient, *settings: str) -> Iterator[str]:
+    """The address of a PostgreSQL with LiteLLM's schema, out of LiteLLM's own image."""
+    database = client.containers.create(
+        POSTGRES,
+        [part for setting in settings for part in ("-c", setting)],
+        environment={"POSTGRES_USER": "litellm", "POSTGRES_PASSWORD": PASSWORD},
+        shm_size="256m",
+    )
+    try:
+        database.start()
+        database.reload()
+        address = str(database.attrs["NetworkSettings"]["IPAddress"])
+        with own_connection(address) as connection:
+            connection.autocommit = True
+            for migration in migrations(client):
+                # Several statements in one message are one transaction, which no such index can be.
+                connection.execute(migration.replace(b"CONCURRENTLY", b""))
+        yield address
+    finally:
+        database.remove(force=True, v=True)
+
+
+def own_connection(address: str, seconds: float = 120) -> psycopg.Connection:
+    """As the owner of everything, once PostgreSQL has started."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return psycopg.connect(
+                host=address, user="litellm", dbname="litellm", password=PASSWORD
+            )
+        except psycopg.OperationalError:
+            assert time.monotonic() < deadline, f"PostgreSQL does not start within {seconds} s"
+            time.sleep(0.2)
+
+
+def migrations(client: docker.DockerClient) -> list[bytes]:
+    """LiteLLM's, in their order."""
+    image = client.containers.create(LITELLM)
+    try:
+        chunks, _ = image.get_archive("/app/migrations")
+        content = io.BytesIO(b"".join(chunks))
+    finally:
+        image.remove(v=True)
+    with tarfile.open(fileobj=content) as archive:
+        names = sorted(n for n in archive.getnames() if n.endswith("migration.sql"))
+        return [member.read() for n in names if (member := archive.extractfile(n))]

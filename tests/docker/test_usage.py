@@ -1,0 +1,158 @@
+"""Usage out of LiteLLM's real tables: who may read them, how, and that nothing is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import docker
+import psycopg
+import pytest
+from pydantic import SecretStr
+from usage_rows import LAST, PASSWORD, fill, litellm_database, own_connection
+
+import llm_manager as lm
+
+pytestmark = pytest.mark.docker
+KEYS, ROWS, DAYS = 60, 20_000, 40
+UPSTREAMS = Path(__file__).with_name("upstreams.py")
+
+
+# --- the tables ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def address(docker_client: docker.DockerClient) -> Iterator[str]:
+    with litellm_database(docker_client) as address:
+        with own_connection(address) as connection:
+            fill(connection, keys=KEYS, rows=ROWS, days=DAYS)
+        yield address
+
+
+@pytest.fixture(scope="module")
+def tables(address: str) -> lm.UsageTables:
+    return lm.UsageTables(address, SecretStr(PASSWORD), SecretStr("of-a-reader"))
+
+
+def used(tables: lm.UsageTables, by: lm.Grouping, days: int, **more: Any) -> lm.UsageReport:
+    query = lm.UsageQuery(first=LAST - timedelta(days=days - 1), last=LAST, by=by, **more)
+    return lm.parse_usage(query, tables.rows(lm.usage_sql(query)))
+
+
+def figures(row: lm.UsageRow) -> list[int]:
+    names = ("requests", "failures", "prompt_tokens", "cached_tokens", "completion_tokens")
+    return [getattr(row, name) for name in names]
+
+
+def test_every_way_to_add_up_comes_to_the_same(tables: lm.UsageTables) -> None:
+    reports = {by: used(tables, by, 30) for by in lm.get_args(lm.Grouping)}
+    totals = {by: figures(report.total) for by, report in reports.items()}
+    assert totals["key"][0] > ROWS / 2
+    assert all(total == totals["key"] for total in totals.values())
+    for report in reports.values():
+        sums = [sum(column) for column in zip(*map(figures, report.rows), strict=True)]
+        assert sums == figures(report.total)
+    lengths = {by: len(report.rows) for by, report in reports.items()}
+    assert lengths == {"key": KEYS, "group": 19, "model": 4, "day": 30, "hour": 720}
+    assert [row.name for row in reports["day"].rows] == sorted(r.name for r in reports["day"].rows)
+    latencies = [report.total.latency_ms for report in reports.values()]
+    assert latencies == pytest.approx([latencies[0]] * 5)
+
+
+def test_a_keys_row_is_what_its_requests_were(address: str, tables: lm.UsageTables) -> None:
+    row = used(tables, "key", DAYS).rows[0]
+    with own_connection(address) as connection:
+        asked = """
+SELECT count(*), count(*) FILTER (WHERE status = 'failure'), sum(prompt_tokens),
+       sum((metadata #>> '{usage_object,prompt_tokens_details,cached_tokens}')::int),
+       sum(completion_tokens)
+  FROM "LiteLLM_SpendLogs" WHERE api_key = %s"""
+        found = connection.execute(asked, [row.subject]).fetchone()
+    assert found is not None
+    assert list(found) == figures(row)
+    assert row.name.startswith("key ")
+
+
+def test_a_limit_leaves_rows_out_and_no_sum(tables: lm.UsageTables) -> None:
+    whole, part = used(tables, "key", 7), used(tables, "key", 7, limit=10)
+    assert (len(part.rows), part.left_out) == (10, KEYS - 10)
+    assert part.total == whole.total
+    assert part.rows == whole.rows[:10], "those that used most"
+
+
+@pytest.mark.parametrize(("by", "index"), [
+    *((by, "LiteLLM_DailyUserSpend_date_idx") for by in ("key", "group", "model", "day")),
+    ("group", "LiteLLM_DailyTeamSpend_date_idx"),
+    ("hour", "LiteLLM_SpendLogs_startTime"),
+])  # fmt: skip
+def test_a_range_is_found_by_an_index(tables: lm.UsageTables, by: Any, index: str) -> None:
+    asked = lm.usage_sql(lm.UsageQuery(first=LAST, last=LAST, by=by))
+    plan = tables.rows(lm.Sql(f"EXPLAIN {asked.text}", asked.values))
+    assert index in str(plan)
+    assert "Seq Scan on" not in "".join(
+        line for (line,) in plan if "SpendLogs" in line or "Daily" in line
+    )
+
+
+def test_limits_and_unused_keys_are_told(tables: lm.UsageTables) -> None:
+    standings = lm.parse_standings(tables.rows(lm.STANDINGS_SQL))
+    assert len(standings) == KEYS + 20
+    close = lm.close_to_limits(standings)
+    assert [s.name for s in close] == []  # spend of at most 60 of 100, of every fourth key
+
+
+def test_the_reader_reads_usage_and_can_do_nothing_else(
+    address: str, tables: lm.UsageTables
+) -> None:
+    tables.rows(lm.STANDINGS_SQL)
+    reader = {"host": address, "dbname": "litellm", "user": lm.READER, "password": "of-a-reader"}
+    for statement in (
+        'SELECT * FROM "LiteLLM_Config"',
+        'SELECT * FROM "LiteLLM_CredentialsTable"',
+        'DELETE FROM "LiteLLM_SpendLogs"',
+        'UPDATE "LiteLLM_VerificationToken" SET max_budget = NULL',
+        "CREATE TABLE mine (n int)",
+        "CREATE ROLE other",
+        "COPY (SELECT 1) TO PROGRAM 'true'",
+    ):
+        with psycopg.connect(**reader) as connection:
+            connection.execute("SET default_transaction_read_only = off")
+            connection.commit()
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                connection.execute(statement.encode())
+    with (
+        psycopg.connect(**reader) as connection,
+        pytest.raises(psycopg.errors.ReadOnlySqlTransaction),
+    ):
+        connection.execute("CREATE TEMPORARY SEQUENCE mine")
+
+
+def test_a_table_that_litellm_made_anew_is_read_again(address: str, tables: lm.UsageTables) -> None:
+    tables.rows(lm.STANDINGS_SQL)
+    with own_connection(address) as connection:
+        connection.execute(f'REVOKE ALL ON "LiteLLM_TeamTable" FROM {lm.READER}'.encode())
+    assert tables.rows(lm.STANDINGS_SQL)
+
+
+def test_a_query_that_takes_too_long_is_ended(address: str, tables: lm.UsageTables) -> None:
+    tables.rows(lm.STANDINGS_SQL)
+    with own_connection(address) as connection:
+        connection.execute(f"ALTER ROLE {lm.READER} SET statement_timeout = '100ms'".encode())
+    try:
+        with pytest.raises(lm.DatabaseError, match="did not have the answer"):
+            tables.rows(lm.Sql("SELECT pg_sleep(60)", {}))
+    finally:
+        with own_connection(address) as connection:
+            connection.execute(f"ALTER ROLE {lm.READER} SET statement_timeout = '10s'".encode())
+
+
+def test_what_is_wrong_is_said_in_words(address: str, tables: lm.UsageTables) -> None:
+    with pytest.raises(lm.DatabaseError, match="not there as this program knows them"):
+        tables.rows(lm.Sql('SELECT * FROM "LiteLLM_Gone"', {}))
+    with pytest.raises(lm.DatabaseError, match=r"PostgreSQL refuses that: division by zero\. "):
+        tables.rows(lm.Sql("SELECT 1 / 0", {}))
+    stranger = lm.UsageTables(address, SecretStr("wrong"), SecretStr("wrong-too"))
+    with pytest.raises(lm.DatabaseError, match="PostgreSQL does not answer"):
+        stranger.rows(lm.STANDINGS_SQL)
