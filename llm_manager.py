@@ -681,6 +681,37 @@ class Edge:
         return self.open_routes and model.open_route
 
 
+PriceOfMillion = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
+ANY_MODEL: Final = "*"
+
+
+@_strict
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Price:
+    """What a million tokens of a model cost, on statements alone."""
+
+    model: Annotated[str, _checked(r"\S+", "a model's name, or * for all others", longest=256)]
+    prompt: PriceOfMillion
+    completion: PriceOfMillion
+
+
+@_strict
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prices:
+    """The operator's own price list."""
+
+    currency: Annotated[str, _checked(r"[A-Z]{3}", "three letters such as EUR", longest=3)] = "EUR"
+    models: tuple[Price, ...] = ()
+
+    def cost(self, model: str, prompt_tokens: int, completion_tokens: int) -> float | None:
+        """None where the model has no price."""
+        known = {price.model: price for price in self.models}
+        price = known.get(model) or known.get(ANY_MODEL)
+        if price is None:
+            return None
+        return (prompt_tokens * price.prompt + completion_tokens * price.completion) / 1e6
+
+
 @_strict
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MigLayout:
@@ -723,6 +754,7 @@ class State:
     direct_keys: tuple[DirectKey, ...] = ()
     edge: Edge = field(default_factory=Edge)
     mig_layouts: tuple[MigLayout, ...] = ()
+    prices: Prices = field(default_factory=Prices)
     monitoring: bool = False
     hugging_face_home: AbsolutePath | None = None
     secrets: Secrets
@@ -4290,6 +4322,85 @@ SELECT engine, coalesce(sum(total_tokens), 0)::bigint
     )
 
 
+# --- statements -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StatementLine:
+    """What a group used of a model in a month; cached tokens cost what others of a prompt do."""
+
+    group: str
+    model: str
+    requests: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    cost: float | None  # None: the model has no price
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Statement:
+    """The use of a month by groups and models, at the prices of today."""
+
+    month: date  # its first day
+    currency: str
+    lines: tuple[StatementLine, ...]
+
+    @property
+    def by_group(self) -> dict[str, list[StatementLine]]:
+        groups: dict[str, list[StatementLine]] = {}
+        for line in self.lines:
+            groups.setdefault(line.group, []).append(line)
+        return groups
+
+
+_STATEMENT: Final = """
+SELECT team, {name} AS name, subject, sum(requests)::bigint, sum(prompt)::bigint,
+       sum(cached)::bigint, sum(completion)::bigint
+  FROM ({source}) AS used GROUP BY team, subject HAVING sum(requests) > 0
+ ORDER BY name, team, subject"""
+
+
+def parse_month(text: str, today: date) -> date:
+    """Its first day; without a text, that of the month before this."""
+    last = today.replace(day=1) - timedelta(days=1)
+    return (_parse_day(f"{text}-01") if text else None) or last.replace(day=1)
+
+
+def statement_sql(month: date) -> Sql:
+    """Rows for `parse_statement`."""
+    model = "coalesce(model, '')"
+    source = "\n    UNION ALL".join((
+        _daily("LiteLLM_DailyUserSpend", f"'' AS team, {model}"),
+        _daily("LiteLLM_DailyTeamSpend", f"'' AS team, {model}", sign="-"),
+        _daily("LiteLLM_DailyTeamSpend", f"team_id AS team, {model}"),
+    ))  # fmt: skip
+    name = _GROUP_NAME.replace("subject", "team")
+    last = (month + timedelta(days=31)).replace(day=1) - timedelta(days=1)
+    text = _STATEMENT.replace("{name}", name).replace("{source}", source)
+    return Sql(text, {"first": str(month), "last": str(last)})
+
+
+def parse_statement(month: date, rows: Iterable[Sequence[Any]], prices: Prices) -> Statement:
+    """From what `statement_sql` brings."""
+    return Statement(
+        month=month,
+        currency=prices.currency,
+        lines=tuple(
+            StatementLine(
+                group=name or _nameless(team, "group"),
+                model=model or "unknown",
+                requests=asked,
+                prompt_tokens=prompt,
+                cached_tokens=cached,
+                completion_tokens=completion,
+                cost=prices.cost(model, prompt, completion),
+            )
+            for team, name, model, asked, prompt, cached, completion in rows
+        ),
+    )
+
+
 # --- as a file -------------------------------------------------------------------
 
 
@@ -7098,6 +7209,30 @@ def granting_direct(key: DirectKey) -> Change:
         return replace(state, direct_keys=(*others, key))
 
     return Change(title=f"Direct key {key.name}", edit=edit, scope=NO_MODELS)
+
+
+def pricing(raw: Json, currency: str | None = None) -> Change:
+    """The price of a model, new or in the place of what it was; nothing that runs changes."""
+    price = _parsed(Price, raw, "This price cannot be used")
+    if currency is not None:
+        _parsed(Prices, {"currency": currency}, "This currency cannot be used")
+
+    def edit(state: State) -> State:
+        others = (known for known in state.prices.models if known.model != price.model)
+        prices = Prices(currency=currency or state.prices.currency, models=(*others, price))
+        return replace(state, prices=prices)
+
+    return Change(title=f"Price of {price.model}", edit=edit)
+
+
+def unpricing(model: str) -> Change:
+    def edit(state: State) -> State:
+        kept = tuple(price for price in state.prices.models if price.model != model)
+        if len(kept) == len(state.prices.models):
+            raise RefusedError(f"{model!r} has no price.", advice="See `price list`.")
+        return replace(state, prices=replace(state.prices, models=kept))
+
+    return Change(title=f"No price of {model}", edit=edit)
 
 
 def revoking_direct(name: str) -> Change:
@@ -10512,6 +10647,70 @@ def tally_rows(tallies: Sequence[EngineTally]) -> list[list[str]]:
     ]  # fmt: skip
 
 
+STATEMENT_HEADERS: Final = (
+    "Group", "Model", "Requests", "Prompt tokens", "Of these cached", "Completion tokens", "Cost",
+)  # fmt: skip
+
+
+def statement_rows(statement: Statement) -> list[list[str]]:
+    """A line per group and model, and the sum of each group."""
+    rows = []
+    for group, lines in statement.by_group.items():
+        rows += [[group, line.model, *_amounts([line], statement.currency)] for line in lines]
+        rows.append([group, "in all", *_amounts(lines, statement.currency)])
+    return rows
+
+
+def _amounts(lines: Sequence[StatementLine], currency: str) -> list[str]:
+    names = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens")
+    costs = [line.cost for line in lines if line.cost is not None]
+    unpriced = " and what has no price" if costs and len(costs) < len(lines) else ""
+    return [
+        *(f"{sum(getattr(line, name) for line in lines):,}" for name in names),
+        f"{sum(costs):,.2f} {currency}{unpriced}" if costs else "",
+    ]
+
+
+def statement_csv(statement: Statement) -> str:
+    """Every line with plain figures."""
+    names = [f.name for f in fields(StatementLine)]
+    headers = ["month", *names[:-1], f"cost_{statement.currency.lower()}"]
+    return render_csv(
+        headers,
+        ([f"{statement.month:%Y-%m}", *(getattr(line, n) for n in names)]
+         for line in statement.lines),
+    )  # fmt: skip
+
+
+def statement_page(statement: Statement) -> str:
+    """A page to print: each group begins on a sheet of its own."""
+    heads = "".join(f"<th>{head}</th>" for head in STATEMENT_HEADERS[1:])
+    parts = []
+    for group in statement.by_group:
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
+            for owner, *cells in statement_rows(statement)
+            if owner == group
+        )
+        parts.append(
+            f"<section><h1>{html.escape(group)}</h1><p>Use of language models in "
+            f"{statement.month:%B %Y} (UTC)</p><table><tr>{heads}</tr>{body}</table></section>"
+        )
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        f"<title>Statements {statement.month:%Y-%m}</title><style>{STATEMENT_STYLE}</style>"
+        f"<body>{''.join(parts) or 'Nothing was used.'}</body></html>\n"
+    )
+
+
+STATEMENT_STYLE: Final = """
+body { font: 11pt system-ui, sans-serif; margin: 2cm; }
+section { break-after: page; } table { border-collapse: collapse; width: 100%; }
+th, td { border-bottom: 1px solid #999; padding: 4px 8px; text-align: right; }
+th:first-child, td:first-child { text-align: left; } tr:last-child { font-weight: 600; }
+"""
+
+
 def usage_html(report: UsageReport) -> str:
     """The headline, with the file of all rows."""
     query = report.query
@@ -10522,7 +10721,8 @@ def usage_html(report: UsageReport) -> str:
 def download_link(name: str, text: str) -> str:
     """An HTML link that is the file itself: nothing of it lies on the disk of this server."""
     content = base64.b64encode(text.encode()).decode()
-    return f'<a download="{name}" href="data:text/csv;base64,{content}">Download {name}</a>'
+    kind = "text/html" if name.endswith(".html") else "text/csv"
+    return f'<a download="{name}" href="data:{kind};base64,{content}">Download {name}</a>'
 
 
 # =============================================================================
@@ -15419,6 +15619,18 @@ class Usage:
         """The use of a range, added up by PostgreSQL. Raises DatabaseError."""
         return parse_usage(query, self._tables().rows(usage_sql(query)))
 
+    def statement(self, month: date, group: str = "") -> Statement:
+        """A month's use at the prices of today; without a name, of all groups."""
+        rows = self._tables().rows(statement_sql(month))
+        found = parse_statement(month, rows, self._store.load().prices)
+        if group and group not in found.by_group:
+            raise RefusedError(
+                f"A group called {group!r} used nothing in {month:%Y-%m}.",
+                advice=f"Groups that did: {', '.join(found.by_group) or 'none'}.",
+            )
+        lines = tuple(line for line in found.lines if group in {"", line.group})
+        return replace(found, lines=lines)
+
     def standings(self) -> list[Standing]:
         """Every key and group with its limits, and how near it is to them. Raises DatabaseError."""
         return parse_standings(self._tables().rows(STANDINGS_SQL))
@@ -17041,6 +17253,7 @@ def build_usage_view(desk: Desk, tab: gr.Tab) -> None:
         plot = gr.BarPlot(x=x, y=y, color=color, x_label_angle=-35, height=280, visible=False)
         rows = table(["Key", *USAGE_HEADERS])
         build_usage_checks(desk)
+        build_statement_view(desk)
     for asked in (show.click, by.change, tab.select):
         asked(on_show, [by, first, last], [said, plot, rows], **QUIET)
 
@@ -17065,6 +17278,27 @@ def build_usage_checks(desk: Desk) -> None:
     rows, said = table(STANDING_HEADERS, visible=False), gr.Markdown()
     attention.click(on_attention, None, [rows, said], **PRIVATE)
     engines.click(on_engines, None, [rows, said], **PRIVATE)
+
+
+def build_statement_view(desk: Desk) -> None:
+    """A month's use by groups, as a table, as a file, and as a page to print."""
+
+    def on_state(month: str) -> tuple[Any, Any]:
+        with shown_to_operator():
+            first = parse_month(month.strip(), utc_now().date())
+            statement = desk.manager.usage.statement(first)
+            name = f"statement-{first:%Y-%m}"
+            links = [
+                download_link(f"{name}.csv", statement_csv(statement)),
+                download_link(f"{name}.html", statement_page(statement)),
+            ]
+            return gr.update(value=statement_rows(statement), visible=True), " · ".join(links)
+
+    with gr.Row(elem_classes="actions"):
+        month = gr.Textbox(label="Statement of the month", placeholder="empty: the last one")
+        make = gr.Button("Make statements", scale=0, min_width=170)
+    rows, links = table(STATEMENT_HEADERS, visible=False), gr.HTML()
+    make.click(on_state, month, [rows, links], **PRIVATE)
 
 
 def build_revocation(desk: Desk) -> tuple[gr.Dropdown, gr.Markdown]:
@@ -17405,9 +17639,9 @@ def build_parser() -> argparse.ArgumentParser:
     rollback.add_argument("--plan", action="store_true", help="show the plan only")
     add_model_commands(commands, add)
     add_weights_commands(commands, add)
-    add_gpu_commands(commands)
-    add_key_commands(commands)
-    add_direct_commands(commands)
+    for add_group in (add_gpu_commands, add_key_commands, add_direct_commands):
+        add_group(commands)
+    add_usage_commands(commands, add)
     add_route_commands(commands, add)
     add_system_commands(commands, add)
     return parser
@@ -17596,6 +17830,40 @@ def add_key_commands(commands: Any) -> None:
     revoke.add_argument("name")
 
 
+def add_usage_commands(commands: Any, add: Callable[..., Any]) -> None:
+    """`usage`, `statement`, `price …`."""
+    usage = add("usage", command_usage, "requests and tokens, out of LiteLLM's database")
+    usage.add_argument("--by", choices=get_args(Grouping), default="key")
+    usage.add_argument("--from", dest="first", metavar="DAY", default="", help="such as 2026-11-21")
+    usage.add_argument("--to", dest="last", metavar="DAY", default="", help="included; else today")
+    other = usage.add_mutually_exclusive_group()
+    other.add_argument("--attention", action="store_true", help="close to a limit, or unused")
+    other.add_argument("--engines", action="store_true", help="beside what the engines counted")
+    other.add_argument("--csv", action="store_true", help="every row, for other programs")
+    statement = add("statement", command_statement, "a month's use by groups, at your prices")
+    statement.add_argument(
+        "--month", default="", metavar="MONTH", help="2026-10; default: the last"
+    )
+    statement.add_argument("--group", default="", help="this one only")
+    shown = statement.add_mutually_exclusive_group()
+    shown.add_argument("--csv", action="store_true", help="every line, for other programs")
+    shown.add_argument("--html", action="store_true", help="a page to print")
+    price = commands.add_parser("price", help="of a million tokens, on statements alone")
+    verbs = price.add_subparsers(required=True, metavar="COMMAND")
+    named = verbs.add_parser("set")
+    named.set_defaults(command=command_price_set)
+    named.add_argument("model", help="as in `usage --by model`, or * for all others")
+    named.add_argument("--prompt", type=float, required=True)
+    named.add_argument("--completion", type=float, required=True)
+    named.add_argument("--currency", help="of all prices: three letters")
+    removed = verbs.add_parser("remove")
+    removed.set_defaults(command=command_price_remove)
+    removed.add_argument("model")
+    listed = verbs.add_parser("list")
+    listed.set_defaults(command=command_price_list)
+    listed.add_argument("--json", action="store_true")
+
+
 def add_direct_commands(commands: Any) -> None:
     """`direct …`."""
     group = commands.add_parser("direct", help="keys past the gateway, straight to engines")
@@ -17616,14 +17884,6 @@ def _add_looks(add: Callable[..., Any]) -> None:
     trial = add("try", command_try, "send one smallest request, and show where its time went")
     trial.add_argument("target", help="a public name, or /models/NAME, or /open/NAME")
     trial.add_argument("--prompt", default="", help="what it asks; nothing of it is kept")
-    usage = add("usage", command_usage, "requests and tokens, out of LiteLLM's database")
-    usage.add_argument("--by", choices=get_args(Grouping), default="key")
-    usage.add_argument("--from", dest="first", metavar="DAY", default="", help="such as 2026-11-21")
-    usage.add_argument("--to", dest="last", metavar="DAY", default="", help="included; else today")
-    other = usage.add_mutually_exclusive_group()
-    other.add_argument("--attention", action="store_true", help="close to a limit, or unused")
-    other.add_argument("--engines", action="store_true", help="beside what the engines counted")
-    other.add_argument("--csv", action="store_true", help="every row, for other programs")
 
 
 def add_route_commands(commands: Any, add: Callable[..., Any]) -> None:
@@ -18301,6 +18561,47 @@ def command_usage(arguments: argparse.Namespace) -> int:
     else:
         out_table(headers, rows)
         out(said)
+    return DONE
+
+
+def command_statement(arguments: argparse.Namespace) -> int:
+    month = parse_month(arguments.month, utc_now().date())
+    statement = open_manager().usage.statement(month, arguments.group)
+    if arguments.csv:
+        out(statement_csv(statement).removesuffix("\n"))
+    elif arguments.html:
+        out(statement_page(statement).removesuffix("\n"))
+    elif arguments.json:
+        out_json(asdict(statement))
+    else:
+        out_table(STATEMENT_HEADERS, statement_rows(statement))
+        out("" if statement.lines else f"Nothing was used in {month:%Y-%m}.")
+    return DONE
+
+
+def command_price_set(arguments: argparse.Namespace) -> int:
+    raw = {name: getattr(arguments, name) for name in ("model", "prompt", "completion")}
+    open_manager().save(pricing(raw, arguments.currency))
+    return DONE
+
+
+def command_price_remove(arguments: argparse.Namespace) -> int:
+    open_manager().save(unpricing(arguments.model))
+    return DONE
+
+
+def command_price_list(arguments: argparse.Namespace) -> int:
+    prices = open_manager().state().prices
+    if arguments.json:
+        out_json(asdict(prices))
+    else:
+        out_table(
+            ("Model", f"Prompt, {prices.currency} for a million tokens", "Completion"),
+            [
+                [price.model, f"{price.prompt:g}", f"{price.completion:g}"]
+                for price in prices.models
+            ],
+        )
     return DONE
 
 

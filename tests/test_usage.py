@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from dataclasses import replace
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
@@ -207,3 +208,81 @@ def test_without_postgresql_that_is_what_is_said(tmp_path: Path) -> None:
         with pytest.raises(lm.DatabaseError, match="PostgreSQL does not run"):
             asked()
     assert server.manager.usage.tallies() == [], "without an engine nothing is asked of it"
+
+
+# --- statements ------------------------------------------------------------------------------
+
+
+FREE = lm.Price(model="free", prompt=0, completion=0)
+PRICES = lm.Prices(models=(lm.Price(model="chat", prompt=0.5, completion=2.0), FREE))
+STATED = [
+    ("t1", "lab <a>", "chat", 10, 2_000_000, 500_000, 1_000_000),
+    ("t1", "lab <a>", "huge", 1, 7, 0, 3),
+    ("", "", "free", 1, 9, 0, 1),
+]
+
+
+def a_statement(prices: lm.Prices = PRICES) -> lm.Statement:
+    return lm.parse_statement(date(2026, 10, 1), STATED, prices)
+
+
+def test_a_statement_is_of_the_last_month_if_none_is_named() -> None:
+    assert lm.parse_month("", TODAY) == date(2026, 10, 1)
+    assert lm.parse_month("", date(2026, 1, 31)) == date(2025, 12, 1)
+    assert lm.parse_month("2026-02", TODAY) == date(2026, 2, 1)
+    with pytest.raises(lm.RefusedError, match="no day"):
+        lm.parse_month("October", TODAY)
+    assert lm.statement_sql(date(2028, 2, 1)).values == {
+        "first": "2028-02-01",
+        "last": "2028-02-29",
+    }
+
+
+def test_a_statement_has_a_cost_where_there_is_a_price() -> None:
+    assert [(line.group, line.cost) for line in a_statement().lines] == [
+        ("lab <a>", 3.0), ("lab <a>", None), ("no group", 0.0),
+    ]  # fmt: skip
+    others = replace(PRICES, models=(*PRICES.models, lm.Price(model="*", prompt=1e6, completion=0)))
+    assert a_statement(others).lines[1].cost == 7.0
+    assert a_statement(lm.Prices()).lines[0].cost is None
+
+
+def test_a_statement_sums_each_group_and_says_what_has_no_price() -> None:
+    rows = lm.statement_rows(a_statement())
+    assert [row[:2] for row in rows] == [
+        ["lab <a>", "chat"], ["lab <a>", "huge"], ["lab <a>", "in all"],
+        ["no group", "free"], ["no group", "in all"],
+    ]  # fmt: skip
+    assert rows[2][2:] == [
+        "11", "2,000,007", "500,000", "1,000,003", "3.00 EUR and what has no price",
+    ]  # fmt: skip
+    assert (rows[1][-1], rows[3][-1]) == ("", "0.00 EUR")
+
+
+def test_a_statements_page_has_a_sheet_for_each_group_and_no_markup_of_theirs() -> None:
+    page = lm.statement_page(a_statement())
+    assert page.count("<section>") == page.count("October 2026") == 2
+    assert "lab &lt;a&gt;" in page
+    assert "<a>" not in page
+    assert "Nothing was used." in lm.statement_page(replace(a_statement(), lines=()))
+
+
+def test_a_statements_csv_adds_up_by_itself() -> None:
+    rows = [*csv.DictReader(io.StringIO(lm.statement_csv(a_statement())))]
+    assert sum(int(row["prompt_tokens"]) for row in rows) == 2_000_016
+    assert [row["cost_eur"] for row in rows] == ["3.0", "", "0.0"]
+    assert {row["month"] for row in rows} == {"2026-10"}
+
+
+def test_prices_are_set_replaced_and_removed() -> None:
+    raw = {"model": "chat", "prompt": 1, "completion": 2}
+    state = lm.pricing(raw, "CHF").edit(lm.pricing(raw | {"prompt": 9}).edit(a_state()))
+    assert state.prices == lm.Prices(
+        currency="CHF", models=(lm.Price(model="chat", prompt=1, completion=2),)
+    )
+    assert lm.unpricing("chat").edit(state).prices == lm.Prices(currency="CHF")
+    with pytest.raises(lm.RefusedError, match="'huge' has no price"):
+        lm.unpricing("huge").edit(state)
+    for wrong in ({"prompt": -1}, {"completion": float("nan")}, {"model": ""}):
+        with pytest.raises(lm.RefusedError, match="price cannot be used"):
+            lm.pricing(raw | wrong)
