@@ -4358,7 +4358,7 @@ _STATEMENT: Final = """
 SELECT team, {name} AS name, subject, sum(requests)::bigint, sum(prompt)::bigint,
        sum(cached)::bigint, sum(completion)::bigint
   FROM ({source}) AS used GROUP BY team, subject HAVING sum(requests) > 0
- ORDER BY name, team, subject"""
+ ORDER BY team = '', name, team, subject"""
 
 
 def parse_month(text: str, today: date) -> date:
@@ -12297,7 +12297,7 @@ class UsageTables:
         self._passwords = {DATABASE_OWNER: owner, READER: reader}
 
     def rows(self, query: Sql) -> list[tuple[Any, ...]]:
-        """What a query brings, at most `MOST_ROWS`. Raises DatabaseError."""
+        """What a SELECT without a limit of its own brings. Raises DatabaseError."""
         with database_errors():
             try:
                 return self._read(query)
@@ -12308,8 +12308,14 @@ class UsageTables:
             return self._read(query)
 
     def _read(self, query: Sql) -> list[tuple[Any, ...]]:
+        text = f"{query.text}\nLIMIT {self.MOST_ROWS + 1}"
         with self._connected(READER) as connection:
-            return connection.execute(query.text.encode(), query.values).fetchmany(self.MOST_ROWS)
+            found = connection.execute(text.encode(), query.values).fetchall()
+        if len(found) > self.MOST_ROWS:
+            raise DatabaseError(
+                f"That is more than {self.MOST_ROWS:,} rows.", advice="Choose a shorter range."
+            )
+        return found
 
     def _make_reader(self) -> None:
         with self._connected(DATABASE_OWNER) as connection:
