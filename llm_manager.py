@@ -4126,6 +4126,10 @@ _GROUP_NAME: Final = """coalesce(
            ORDER BY deleted_at DESC LIMIT 1), '')"""
 
 
+# LiteLLM puts its name of who serves a model before it; our own engines go without.
+_MODEL_NAME: Final = "regexp_replace(subject, '^hosted_vllm/', '')"
+
+
 def usage_sql(query: UsageQuery) -> Sql:
     """Rows for `parse_usage`; its total comes first."""
     everything = partial(_daily, "LiteLLM_DailyUserSpend")
@@ -4138,7 +4142,7 @@ def usage_sql(query: UsageQuery) -> Sql:
             parts = everything("''"), groups("''", sign="-"), groups("team_id")
             source, name = "\n    UNION ALL".join(parts), _GROUP_NAME
         case "model":
-            source, name = everything("coalesce(model, '')"), "subject"
+            source, name = everything("coalesce(model, '')"), _MODEL_NAME
         case "day":
             source, name = everything("date"), "subject"
         case "hour":
@@ -4305,10 +4309,11 @@ class EngineTally:
 def tally_sql(engines: Mapping[ContainerName, datetime]) -> Sql:
     """The tokens in LiteLLM's accounts of each of these engines since its start."""
     text = """
-SELECT engine, coalesce(sum(total_tokens), 0)::bigint
+SELECT engine, coalesce(sum(total_tokens) FILTER (WHERE status = 'success'), 0)::bigint
   FROM unnest(%(engines)s::text[], %(addresses)s::text[], %(starts)s::timestamptz[])
        AS started(engine, address, start)
-  LEFT JOIN "LiteLLM_SpendLogs" ON api_base = address AND "startTime" >= start AT TIME ZONE 'UTC'
+  LEFT JOIN "LiteLLM_SpendLogs" ON starts_with(api_base, address)
+       AND "startTime" >= start AT TIME ZONE 'UTC'
        AND "startTime" >= %(earliest)s::timestamptz AT TIME ZONE 'UTC'
  GROUP BY engine"""
     return Sql(
@@ -4355,10 +4360,10 @@ class Statement:
 
 
 _STATEMENT: Final = """
-SELECT team, {name} AS name, subject, sum(requests)::bigint, sum(prompt)::bigint,
+SELECT team, {name} AS name, {model} AS model, sum(requests)::bigint, sum(prompt)::bigint,
        sum(cached)::bigint, sum(completion)::bigint
   FROM ({source}) AS used GROUP BY team, subject HAVING sum(requests) > 0
- ORDER BY team = '', name, team, subject"""
+ ORDER BY team = '', name, team, model"""
 
 
 def parse_month(text: str, today: date) -> date:
@@ -4378,6 +4383,7 @@ def statement_sql(month: date) -> Sql:
     name = _GROUP_NAME.replace("subject", "team")
     last = (month + timedelta(days=31)).replace(day=1) - timedelta(days=1)
     text = _STATEMENT.replace("{name}", name).replace("{source}", source)
+    text = text.replace("{model}", _MODEL_NAME)
     return Sql(text, {"first": str(month), "last": str(last)})
 
 

@@ -82,6 +82,20 @@ def test_a_limit_leaves_rows_out_and_no_sum(tables: lm.UsageTables) -> None:
     assert part.rows == whole.rows[:10], "those that used most"
 
 
+def test_a_statement_is_the_months_use_by_groups_and_models(tables: lm.UsageTables) -> None:
+    month = LAST.replace(day=1)
+    prices = lm.Prices(models=(lm.Price(model="*", prompt=1, completion=0),))
+    statement = lm.parse_statement(month, tables.rows(lm.statement_sql(month)), prices)
+    groups = used(tables, "group", LAST.day)
+    assert list(statement.by_group)[-1] == "no group"
+    for row in groups.rows:
+        lines = statement.by_group[row.name]
+        assert sum(line.requests for line in lines) == row.requests
+        assert sum(line.prompt_tokens for line in lines) == row.prompt_tokens
+        assert sum(line.cost or 0 for line in lines) == pytest.approx(row.prompt_tokens / 1e6)
+    assert len(groups.rows) == len(statement.by_group)
+
+
 @pytest.mark.parametrize(("by", "index"), [
     *((by, "LiteLLM_DailyUserSpend_date_idx") for by in ("key", "group", "model", "day")),
     ("group", "LiteLLM_DailyTeamSpend_date_idx"),
@@ -153,6 +167,8 @@ def test_what_is_wrong_is_said_in_words(address: str, tables: lm.UsageTables) ->
         tables.rows(lm.Sql('SELECT * FROM "LiteLLM_Gone"', {}))
     with pytest.raises(lm.DatabaseError, match=r"PostgreSQL refuses that: division by zero\. "):
         tables.rows(lm.Sql("SELECT 1 / 0", {}))
+    with pytest.raises(lm.DatabaseError, match="more than 20,000 rows"):
+        tables.rows(lm.Sql("SELECT generate_series(1, 1000000000)", {}))
     stranger = lm.UsageTables(address, SecretStr("wrong"), SecretStr("wrong-too"))
     with pytest.raises(lm.DatabaseError, match="PostgreSQL does not answer"):
         stranger.rows(lm.STANDINGS_SQL)
