@@ -10580,7 +10580,9 @@ def usage_rows(report: UsageReport) -> list[list[str]]:
     return [
         [
             row.name[:-3] if report.query.by == "hour" and row.subject else row.name,
-            *(f"{n:,}" for n in (row.requests, row.failures)),
+            f"{row.requests:,}",
+            # With `disable_error_logs` LiteLLM keeps none, and a 0 would say that there were none.
+            f"{row.failures:,}" if report.total.failures else "",
             *(f"{n:,}" for n in (row.prompt_tokens, row.cached_tokens, row.completion_tokens)),
             "" if row.latency_ms is None else f"{row.latency_ms:,.0f} ms",
         ]

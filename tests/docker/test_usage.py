@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import csv
+import json
+import re
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import docker
+import openai
 import psycopg
 import pytest
+from browsing import button, cell, open_console, open_tab, serving
+from installation import Install, Installation
+from playwright.sync_api import Page, expect
 from pydantic import SecretStr
+from test_routing import Upstream, wait_until
 from usage_rows import LAST, PASSWORD, fill, litellm_database, own_connection
 
 import llm_manager as lm
@@ -172,3 +180,119 @@ def test_what_is_wrong_is_said_in_words(address: str, tables: lm.UsageTables) ->
     stranger = lm.UsageTables(address, SecretStr("wrong"), SecretStr("wrong-too"))
     with pytest.raises(lm.DatabaseError, match="PostgreSQL does not answer"):
         stranger.rows(lm.STANDINGS_SQL)
+
+
+# --- what was really asked -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def here(install_for_module: Install) -> Installation:
+    """An endpoint with no model of its own, whose provider is `far`."""
+    here = install_for_module()
+    here.cli("provider", "add", "lab", "--kind", "openai", "--url", "http://far:8000")
+    here.cli("route", "set", "tiny", "--member", "lab/tiny")
+    with here.step("an endpoint whose use is counted"):
+        here.cli("apply")
+    return here
+
+
+@pytest.fixture(scope="module")
+def far(here: Installation, docker_client: docker.DockerClient) -> Iterator[Upstream]:
+    network = lm.network_name(here.state())
+    container = docker_client.containers.create(
+        "llm-manager-test/base:latest",
+        ["python3", "/upstreams.py", "far"],
+        name=f"{here.state().name_prefix}far",
+        network=network,
+        networking_config={network: docker_client.api.create_endpoint_config(aliases=["far"])},
+        volumes={str(UPSTREAMS): {"bind": "/upstreams.py", "mode": "ro"}},
+    )
+    try:
+        container.start()
+        container.reload()
+        address = container.attrs["NetworkSettings"]["Networks"][network]["IPAddress"]
+        upstream = Upstream(str(address))
+        wait_until(upstream.is_up, "the provider answers", 30)
+        yield upstream
+    finally:
+        container.remove(force=True, v=True)
+
+
+def ask(client: openai.OpenAI, **more: Any) -> Any:
+    return client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "Hello?"}], **more
+    )
+
+
+def rows_by(here: Installation, by: str) -> dict[str, list[int]]:
+    """From the command line: requests, failures, prompt and completion tokens."""
+    names = ("requests", "failures", "prompt_tokens", "completion_tokens")
+    found = json.loads(here.cli("usage", "--by", by, "--json"))
+    return {row["name"]: [row[name] for name in names] for row in found}
+
+
+def in_group(here: Installation, alias: str, group: str) -> str:
+    """A key of a group of LiteLLM's."""
+    manager = here.manager()
+    api = manager.keys.gateway(manager.state())
+    team = api._call("POST", "/team/new", json={"team_alias": group})["team_id"]
+    made = api._call("POST", "/key/generate", json={"key_alias": alias, "team_id": team})
+    return str(made["key"])
+
+
+def test_every_token_is_counted_once(here: Installation, far: Upstream) -> None:
+    ada, bob = here.openai(here.create_key("Ada")), here.openai(in_group(here, "Bob", "the lab"))
+    for _ in range(3):
+        ask(ada)
+    for client in (ada, bob):
+        assert (
+            "".join(chunk.choices[0].delta.content or "" for chunk in ask(client, stream=True))
+            == "answer of far"
+        )
+    far.order(fail=400)
+    for client in (ada, ada, bob):
+        with pytest.raises(openai.BadRequestError):
+            ask(client)
+    far.order()
+    with pytest.raises(openai.AuthenticationError):
+        ask(here.openai("sk-nobody-has-this-key"))
+    ask(bob)
+    wait_until(lambda: rows_by(here, "key")["total"][0] == 6, "all is written", 90)
+    found = rows_by(here, "key")
+    # The upstream says that each answer had 3 tokens and its prompt 3, of streams too. What it
+    # refused has none; LiteLLM keeps no row of it, because that would tell what was asked.
+    total = [6, 0, 18, 18]
+    assert found == {"Ada": [4, 0, 12, 12], "Bob": [2, 0, 6, 6], "total": total}
+    totals = {by: rows_by(here, by)["total"] for by in lm.get_args(lm.Grouping)}
+    assert all(total == found["total"] for total in totals.values()), totals
+    assert rows_by(here, "group")["the lab"] == found["Bob"]
+    assert here.cli("usage", "--attention") == "Nothing needs attention.\n"
+    here.cli("key", "revoke", "Ada")
+    assert rows_by(here, "key")["Ada"] == found["Ada"], "what it used stays accounted for"
+
+
+@pytest.mark.browser
+def test_the_page_shows_who_used_what_and_gives_it_as_a_file(
+    here: Installation, far: Upstream, page: Page
+) -> None:
+    ask(here.openai(here.create_key("Grace")))
+    wait_until(lambda: "Grace" in rows_by(here, "key"), "it is written", 60)
+    with serving(here) as url:
+        open_console(page, url)
+        open_tab(page, "Keys")
+        page.get_by_role("button", name="Usage").click()
+        expect(cell(page, "Grace")).to_be_visible()
+        page.get_by_label("Added up by").click()
+        page.get_by_role("option", name="model").click()
+        expect(cell(page, "tiny")).to_be_visible()
+        with page.expect_download() as download:
+            page.get_by_role("link", name="Download usage-by-model").click()
+        (row,) = csv.DictReader(download.value.path().read_text().splitlines())
+        assert (row["model"], int(row["prompt_tokens"]) > 0) == ("openai/tiny", True)
+        button(page, "Make statements").click()
+        expect(page.get_by_role("link", name=re.compile("statement-.*html"))).to_be_visible()
+    here.container("llm-postgres").stop()
+    try:
+        assert "PostgreSQL does not run" in here.run("usage").stderr
+    finally:
+        here.cli("apply")
