@@ -11,28 +11,30 @@ Outline (search for "§5"; tests/test_layout.py keeps it true):
   §7  Memory fit         pure     what a model needs of a GPU, and what its engine reported
   §8  Weights            pure     repositories, what to fetch of them, and what is stored here
   §9  Routes             pure     public names, who answers for them, and how
-  §10 Config generation  pure     containers, LiteLLM's YAML, the Caddyfile
-  §11 Steps              pure     what is observed, and all that can be done about it
-  §12 Planning           pure     desired + observed -> Plan
-  §13 Changes            pure     what an operator can ask for
-  §14 Keys               pure     what a colleague may, groups, and many keys at once
-  §15 Proofs             pure     what every way in should answer, and what must be found nowhere
-  §16 Views              pure     what the operator reads
-  §17 Hardware views     pure     GPUs, slices and restores as the operator sees them
-  §18 Library views      pure     weights, fit and images as the operator sees them
-  §19 Route views        pure     the ways in as the operator sees them
-  §20 Home               effects  time, and the state and files on the disk
-  §21 Containers         effects  Docker
-  §22 Images             effects  pulled, built from recipes, pruned
-  §23 Requests           effects  HTTP to containers on the bridge, LiteLLM's management API
-  §24 Database           effects  PostgreSQL
-  §25 Hub                effects  Hugging Face, downloads, and the cache on the disk
-  §26 Drivers            effects  NVML, and what the system knows about GPUs
-  §27 Orchestration      effects  Plan -> world, undo, jobs
-  §28 Manager            effects  the use cases; all that console and command line may call
-  §29 Programs           effects  the REST API, and who may use it
-  §30 Console            effects  one builder per tab, and who may open it
-  §31 Main               effects  arguments, wiring, systemd
+  §10 Usage              pure     who used how much, and the queries that tell
+  §11 Config generation  pure     containers, LiteLLM's YAML, the Caddyfile
+  §12 Steps              pure     what is observed, and all that can be done about it
+  §13 Planning           pure     desired + observed -> Plan
+  §14 Changes            pure     what an operator can ask for
+  §15 Keys               pure     what a colleague may, groups, and many keys at once
+  §16 Proofs             pure     what every way in should answer, and what must be found nowhere
+  §17 Views              pure     what the operator reads
+  §18 Hardware views     pure     GPUs, slices and restores as the operator sees them
+  §19 Library views      pure     weights, fit and images as the operator sees them
+  §20 Route views        pure     the ways in as the operator sees them
+  §21 Usage views        pure     use as the operator sees it
+  §22 Home               effects  time, and the state and files on the disk
+  §23 Containers         effects  Docker
+  §24 Images             effects  pulled, built from recipes, pruned
+  §25 Requests           effects  HTTP to containers on the bridge, LiteLLM's management API
+  §26 Database           effects  PostgreSQL
+  §27 Hub                effects  Hugging Face, downloads, and the cache on the disk
+  §28 Drivers            effects  NVML, and what the system knows about GPUs
+  §29 Orchestration      effects  Plan -> world, undo, jobs
+  §30 Manager            effects  the use cases; all that console and command line may call
+  §31 Programs           effects  the REST API, and who may use it
+  §32 Console            effects  one builder per tab, and who may open it
+  §33 Main               effects  arguments, wiring, systemd
 """
 
 from __future__ import annotations
@@ -173,7 +175,7 @@ import wave
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from functools import cache, partial, reduce
 from getpass import getpass
 from http import HTTPStatus
@@ -209,12 +211,16 @@ if TYPE_CHECKING:
     import gradio as gr
     import httpx2
     import huggingface_hub
+    import pandas as pd
+    import psycopg
     import pynvml
     import uvicorn
 else:
-    fastapi, gr, httpx2, huggingface_hub, pynvml, uvicorn = map(
-        lazy_module, ("fastapi", "gradio", "httpx2", "huggingface_hub", "pynvml", "uvicorn")
-    )
+    fastapi, gr, httpx2, huggingface_hub, pd, psycopg, pynvml, uvicorn = map(
+        lazy_module,
+        ("fastapi", "gradio", "httpx2", "huggingface_hub", "pandas", "psycopg", "pynvml",
+         "uvicorn"),
+    )  # fmt: skip
 
 # =============================================================================
 # §2 Foundations — pure: names, constants, errors
@@ -314,6 +320,10 @@ class NotBegunError(HardwareError):
 
 class GatewayError(ManagerError):
     """LiteLLM's management API refused, or does not answer."""
+
+
+class DatabaseError(ManagerError):
+    """PostgreSQL does not answer, or not that."""
 
 
 class ProviderError(ManagerError):
@@ -713,6 +723,37 @@ class Edge:
         return self.open_routes and model.open_route
 
 
+PriceOfMillion = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
+ANY_MODEL: Final = "*"
+
+
+@_strict
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Price:
+    """What a million tokens of a model cost, on statements alone."""
+
+    model: Annotated[str, _checked(r"\S+", "a model's name, or * for all others", longest=256)]
+    prompt: PriceOfMillion
+    completion: PriceOfMillion
+
+
+@_strict
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prices:
+    """The operator's own price list."""
+
+    currency: Annotated[str, _checked(r"[A-Z]{3}", "three letters such as EUR", longest=3)] = "EUR"
+    models: tuple[Price, ...] = ()
+
+    def cost(self, model: str, prompt_tokens: int, completion_tokens: int) -> float | None:
+        """None where the model has no price."""
+        known = {price.model: price for price in self.models}
+        price = known.get(model) or known.get(ANY_MODEL)
+        if price is None:
+            return None
+        return (prompt_tokens * price.prompt + completion_tokens * price.completion) / 1e6
+
+
 @_strict
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MigLayout:
@@ -765,6 +806,7 @@ class State:
     admin_tokens: tuple[AdminToken, ...] = ()
     edge: Edge = field(default_factory=Edge)
     mig_layouts: tuple[MigLayout, ...] = ()
+    prices: Prices = field(default_factory=Prices)
     monitoring: bool = False
     housekeeping: Housekeeping = field(default_factory=Housekeeping)
     hugging_face_home: AbsolutePath | None = None
@@ -3434,6 +3476,11 @@ class Pool:
     stand_in: str = ""  # the fallback whose deployments these are while no member is served
 
 
+def engine_url(replica: ContainerName) -> str:
+    """Where LiteLLM reaches it, by which its accounts name it."""
+    return f"http://{replica}:{ENGINE_PORT}/v1"
+
+
 # LiteLLM's provider and mode for each kind; its vLLM provider has no speech and no images.
 ROUTING: Final[Mapping[str, tuple[str, str]]] = {
     "chat": ("hosted_vllm", "chat"),
@@ -3541,7 +3588,7 @@ def _replicas(name: str, model: ServedModel) -> tuple[Deployment, ...]:
             target=model.model,
             deployment_id=f"{name}@{replica}",
             model=f"{vendor}/{model.served_model_name}",
-            api_base=f"http://{replica}:{ENGINE_PORT}/v1",
+            api_base=engine_url(replica),
             api_key="os.environ/ENGINE_API_KEY",
             mode=mode,
         )
@@ -3945,7 +3992,447 @@ class RouteHealth:
 
 
 # =============================================================================
-# §10 Config generation — pure: containers, LiteLLM's YAML, the Caddyfile
+# §10 Usage — pure: who used how much, and the queries that tell
+# =============================================================================
+
+Grouping = Literal["key", "group", "model", "day", "hour"]
+USAGE_ROWS: Final = 1000
+HOURS_DAYS: Final = 31  # as many days are told by the hour
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UsageQuery:
+    """Which use to add up: whole days of UTC, both ends included, and by what."""
+
+    first: date
+    last: date
+    by: Grouping = "key"
+    limit: int = USAGE_ROWS  # subjects; the total is that of all
+
+    def __post_init__(self) -> None:
+        if self.last < self.first:
+            raise RefusedError(
+                f"{self.last} is before {self.first}.", advice="Give the earlier day first."
+            )
+        if self.by == "hour" and (self.last - self.first).days >= HOURS_DAYS:
+            raise RefusedError(
+                f"Use by the hour is told for at most {HOURS_DAYS} days.",
+                advice="Choose a shorter range, or add it up by day.",
+            )
+
+
+def parse_usage_query(by: str, first: str, last: str, today: date) -> UsageQuery:
+    """As typed: without its ends, the last 30 days, or by the hour the last two."""
+    if by not in get_args(Grouping):
+        raise RefusedError(
+            f"Use is not added up by {by!r}.",
+            advice=f"Choose from {', '.join(get_args(Grouping))}.",
+        )
+    end = _parse_day(last) or today
+    usual = timedelta(days=1 if by == "hour" else 29)
+    return UsageQuery(first=_parse_day(first) or end - usual, last=end, by=by)  # type: ignore[arg-type]
+
+
+def _parse_day(text: str) -> date | None:
+    try:
+        return date.fromisoformat(text) if text else None
+    except ValueError as error:
+        raise RefusedError(
+            f"{text!r} is no day.", advice="Write it as year-month-day: 2026-11-21."
+        ) from error
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UsageRow:
+    """What one subject used; cached tokens are among those of the prompts."""
+
+    subject: str  # a key's hash, a group's id, a model, a day, an hour
+    name: str
+    requests: int
+    failures: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    latency_ms: float | None  # the mean of what was answered; None where nothing was timed
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UsageReport:
+    """The use of a range, by subject, and in total also where rows were left out."""
+
+    query: UsageQuery
+    total: UsageRow
+    rows: tuple[UsageRow, ...]
+    left_out: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sql:
+    """A statement, and apart from it the values that PostgreSQL puts in."""
+
+    text: str
+    values: Mapping[str, object]
+
+
+# The daily tables are small and outlive the clearing of spend logs, so they tell all that they
+# can: whole days. A day's row has the name of the model that answered; that of the route is not
+# part of its key (LiteLLM 1.108), so of several routes to one model it names any.
+_DAILY: Final = """
+    SELECT {subject} AS subject, {sign}api_requests AS requests, {sign}failed_requests AS failures,
+           {sign}prompt_tokens AS prompt, {sign}cache_read_input_tokens AS cached,
+           {sign}completion_tokens AS completion,
+           {sign}total_response_time_ms AS took_ms, {sign}timed_requests AS timed
+      FROM "{table}" WHERE date BETWEEN %(first)s AND %(last)s"""
+# Hours are known to the spend logs only. LiteLLM has cached tokens in their metadata as whoever
+# answered told of them.
+_HOURLY: Final = """
+    SELECT date_trunc('hour', "startTime") AS subject, 1 AS requests,
+           CASE WHEN status = 'failure' THEN 1 ELSE 0 END AS failures, prompt_tokens AS prompt,
+           coalesce((metadata #>> '{usage_object,prompt_tokens_details,cached_tokens}')::int, 0)
+             AS cached,
+           completion_tokens AS completion,
+           CASE WHEN status = 'failure' THEN 0 ELSE coalesce(request_duration_ms, 0) END AS took_ms,
+           CASE WHEN status = 'failure' OR request_duration_ms IS NULL THEN 0 ELSE 1 END AS timed
+      FROM "LiteLLM_SpendLogs"
+     WHERE "startTime" >= %(first)s::date AND "startTime" < %(last)s::date + 1
+    OFFSET 0"""  # so that PostgreSQL sorts figures, and not whole rows with their metadata
+# First by subject, which PostgreSQL does without sorting a million rows. The empty grouping set is
+# the total, whatever the limit leaves out.
+_SUMMED: Final = """
+WITH used AS ({source}
+), subjects AS (
+  SELECT subject::text AS subject, sum(requests) AS requests, sum(failures) AS failures,
+         sum(prompt) AS prompt, sum(cached) AS cached, sum(completion) AS completion,
+         sum(took_ms)::float AS took_ms, sum(timed) AS timed
+    FROM used GROUP BY used.subject
+), summed AS (
+  SELECT coalesce(subject, '') AS subject, grouping(subject) AS is_total,
+         coalesce(sum(requests), 0)::bigint AS requests,
+         coalesce(sum(failures), 0)::bigint AS failures,
+         coalesce(sum(prompt), 0)::bigint AS prompt, coalesce(sum(cached), 0)::bigint AS cached,
+         coalesce(sum(completion), 0)::bigint AS completion,
+         coalesce(sum(prompt + completion), 0) AS tokens,
+         sum(took_ms) / nullif(sum(timed), 0) AS latency_ms, count(*) OVER () - 1 AS subjects
+    FROM subjects GROUP BY GROUPING SETS ((subject), ())
+   ORDER BY is_total DESC, {order} LIMIT %(limit)s + 1
+)
+SELECT subject, {name} AS name, requests, failures, prompt, cached, completion, latency_ms, subjects
+  FROM summed ORDER BY is_total DESC, {order}"""
+_BY_TOKENS, _BY_TIME = "tokens DESC, requests DESC, subject", "subject"
+_KEY_NAME: Final = """coalesce(
+         (SELECT key_alias FROM "LiteLLM_VerificationToken" WHERE token = subject),
+         (SELECT key_alias FROM "LiteLLM_DeletedVerificationToken" WHERE token = subject
+           ORDER BY deleted_at DESC LIMIT 1), '')"""
+_GROUP_NAME: Final = """coalesce(
+         (SELECT team_alias FROM "LiteLLM_TeamTable" WHERE team_id = subject),
+         (SELECT team_alias FROM "LiteLLM_DeletedTeamTable" WHERE team_id = subject
+           ORDER BY deleted_at DESC LIMIT 1), '')"""
+
+
+# LiteLLM puts its name of who serves a model before it; our own engines go without.
+_MODEL_NAME: Final = "regexp_replace(subject, '^hosted_vllm/', '')"
+
+
+def usage_sql(query: UsageQuery) -> Sql:
+    """Rows for `parse_usage`; its total comes first."""
+    everything = partial(_daily, "LiteLLM_DailyUserSpend")
+    match query.by:
+        case "key":
+            source, name = everything("api_key"), _KEY_NAME
+        case "group":
+            # Each request is in the one table, and if it was a group's then in the other, too.
+            groups = partial(_daily, "LiteLLM_DailyTeamSpend")
+            parts = everything("''"), groups("''", sign="-"), groups("team_id")
+            source, name = "\n    UNION ALL".join(parts), _GROUP_NAME
+        case "model":
+            source, name = everything("coalesce(model, '')"), _MODEL_NAME
+        case "day":
+            source, name = everything("date"), "subject"
+        case "hour":
+            source, name = _HOURLY, "subject"
+        case _:
+            assert_never(query.by)
+    order = _BY_TIME if query.by in {"day", "hour"} else _BY_TOKENS
+    return Sql(
+        _SUMMED.replace("{source}", source).replace("{name}", name).replace("{order}", order),
+        {"first": str(query.first), "last": str(query.last), "limit": query.limit},
+    )
+
+
+def _daily(table: str, subject: str, sign: str = "") -> str:
+    return _DAILY.format(table=table, subject=subject, sign=sign)
+
+
+def parse_usage(query: UsageQuery, rows: Sequence[Sequence[Any]]) -> UsageReport:
+    """From what `usage_sql` brings."""
+    total, *found = [_usage_row(row, query.by) for row in rows]
+    return UsageReport(
+        query=query,
+        total=replace(total, name="total"),
+        # What no group used is there also where it is nothing.
+        rows=tuple(row for row in found if row.requests or row.tokens),
+        left_out=rows[0][-1] - len(found),
+    )
+
+
+def _usage_row(row: Sequence[Any], by: Grouping) -> UsageRow:
+    subject, name, asked, failures, prompt, cached, completion, latency, _ = row
+    return UsageRow(
+        subject=subject,
+        name=name or _nameless(subject, by),
+        requests=asked,
+        failures=failures,
+        prompt_tokens=prompt,
+        cached_tokens=cached,
+        completion_tokens=completion,
+        latency_ms=latency,
+    )
+
+
+def _nameless(subject: str, by: Grouping) -> str:
+    match by:
+        case "key":
+            return f"{subject[:8]}…" if re.fullmatch(r"[0-9a-f]{64}", subject) else subject
+        case "group":
+            return subject or "no group"
+        case _:
+            return "unknown"
+
+
+# --- keys that need a look ------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Standing:
+    """How far a key or a group is from its limits; the busiest minute is that of the last day."""
+
+    kind: Literal["key", "group"]
+    name: str
+    created_at: datetime
+    used_at: datetime | None  # None: never, or not told of a group
+    budget: tuple[float, float | None] = (0.0, None)  # used, of how much; None: no limit
+    requests_per_minute: tuple[int, int | None] = (0, None)
+    tokens_per_minute: tuple[int, int | None] = (0, None)
+
+    @property
+    def nearest(self) -> tuple[float, str]:
+        """The limit that it is closest to: which part of it is used, and its name."""
+        limits = {
+            "budget": self.budget,
+            "requests per minute": self.requests_per_minute,
+            "tokens per minute": self.tokens_per_minute,
+        }
+        return max((used / most, name) for name, (used, most) in limits.items() if most)
+
+    @property
+    def is_limited(self) -> bool:
+        return any(
+            most for _, most in (self.budget, self.requests_per_minute, self.tokens_per_minute)
+        )
+
+
+CLOSE: Final = 0.8
+STANDINGS_SQL: Final = Sql(
+    """
+WITH minutes AS (
+  SELECT api_key, team_id, date_trunc('minute', "startTime") AS minute, count(*) AS requests,
+         sum(total_tokens) AS tokens
+    FROM "LiteLLM_SpendLogs"
+   WHERE "startTime" >= now() AT TIME ZONE 'UTC' - interval '1 day' GROUP BY 1, 2, 3
+), of_keys AS (
+  SELECT api_key AS subject, max(requests) AS requests, max(tokens) AS tokens
+    FROM minutes GROUP BY 1
+), of_groups AS (
+  SELECT subject, max(requests) AS requests, max(tokens) AS tokens
+    FROM (SELECT team_id AS subject, minute, sum(requests) AS requests, sum(tokens) AS tokens
+            FROM minutes GROUP BY 1, 2) AS together GROUP BY 1
+)
+SELECT 'key', coalesce(key_alias, ''), created_at, last_active, spend, max_budget,
+       coalesce(requests, 0)::bigint, rpm_limit, coalesce(tokens, 0)::bigint, tpm_limit
+  FROM "LiteLLM_VerificationToken" LEFT JOIN of_keys ON token = subject
+UNION ALL
+SELECT 'group', coalesce(team_alias, ''), created_at, NULL, spend, max_budget,
+       coalesce(requests, 0)::bigint, rpm_limit, coalesce(tokens, 0)::bigint, tpm_limit
+  FROM "LiteLLM_TeamTable" LEFT JOIN of_groups ON team_id = subject
+ ORDER BY 1, 2""",
+    {},
+)
+
+
+def parse_standings(rows: Iterable[Sequence[Any]]) -> list[Standing]:
+    """From what `STANDINGS_SQL` brings; LiteLLM's times are UTC without saying so."""
+    return [
+        Standing(
+            kind=kind,
+            name=name,
+            created_at=created_at.replace(tzinfo=UTC),
+            used_at=used_at and used_at.replace(tzinfo=UTC),
+            budget=(spend, max_budget),
+            requests_per_minute=(busiest, rpm_limit),
+            tokens_per_minute=(most_tokens, tpm_limit),
+        )
+        for (
+            kind, name, created_at, used_at, spend, max_budget, busiest, rpm_limit, most_tokens,
+            tpm_limit,
+        ) in rows
+    ]  # fmt: skip
+
+
+def close_to_limits(standings: Iterable[Standing]) -> list[Standing]:
+    """Those that have used most of a limit, the closest first."""
+    close = [s for s in standings if s.is_limited and s.nearest[0] >= CLOSE]
+    return sorted(close, key=lambda standing: standing.nearest, reverse=True)
+
+
+def unused_keys(standings: Iterable[Standing], since: datetime) -> list[Standing]:
+    """Keys that nobody has used since then, though they were there; never used ones first."""
+    unused = [
+        s for s in standings if s.kind == "key" and max(s.used_at or since, s.created_at) <= since
+    ]
+    return sorted(unused, key=lambda s: (s.used_at is not None, s.used_at or s.created_at))
+
+
+# --- what the engines counted ---------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineTally:
+    """The tokens of an engine since it started: by its own count, and in LiteLLM's accounts."""
+
+    engine: ContainerName
+    since: datetime
+    counted: int
+    accounted: int
+
+    @property
+    def difference(self) -> int:
+        return self.counted - self.accounted
+
+
+def tally_sql(engines: Mapping[ContainerName, datetime]) -> Sql:
+    """The tokens in LiteLLM's accounts of each of these engines since its start."""
+    text = """
+SELECT engine, coalesce(sum(total_tokens) FILTER (WHERE status = 'success'), 0)::bigint
+  FROM unnest(%(engines)s::text[], %(addresses)s::text[], %(starts)s::timestamptz[])
+       AS started(engine, address, start)
+  LEFT JOIN "LiteLLM_SpendLogs" ON starts_with(api_base, address)
+       AND "startTime" >= start AT TIME ZONE 'UTC'
+       AND "startTime" >= %(earliest)s::timestamptz AT TIME ZONE 'UTC'
+ GROUP BY engine"""
+    return Sql(
+        text,
+        {
+            "engines": list(engines),
+            "addresses": [engine_url(engine) for engine in engines],
+            "starts": list(engines.values()),
+            "earliest": min(engines.values()),
+        },
+    )
+
+
+# --- statements -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StatementLine:
+    """What a group used of a model in a month; cached tokens cost what others of a prompt do."""
+
+    group: str
+    model: str
+    requests: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    cost: float | None  # None: the model has no price
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Statement:
+    """The use of a month by groups and models, at the prices of today."""
+
+    month: date  # its first day
+    currency: str
+    lines: tuple[StatementLine, ...]
+
+    @property
+    def by_group(self) -> dict[str, list[StatementLine]]:
+        groups: dict[str, list[StatementLine]] = {}
+        for line in self.lines:
+            groups.setdefault(line.group, []).append(line)
+        return groups
+
+
+_STATEMENT: Final = """
+SELECT team, {name} AS name, {model} AS model, sum(requests)::bigint, sum(prompt)::bigint,
+       sum(cached)::bigint, sum(completion)::bigint
+  FROM ({source}) AS used GROUP BY team, subject HAVING sum(requests) > 0
+ ORDER BY team = '', name, team, model"""
+
+
+def parse_month(text: str, today: date) -> date:
+    """Its first day; without a text, that of the month before this."""
+    last = today.replace(day=1) - timedelta(days=1)
+    return (_parse_day(f"{text}-01") if text else None) or last.replace(day=1)
+
+
+def statement_sql(month: date) -> Sql:
+    """Rows for `parse_statement`."""
+    model = "coalesce(model, '')"
+    source = "\n    UNION ALL".join((
+        _daily("LiteLLM_DailyUserSpend", f"'' AS team, {model}"),
+        _daily("LiteLLM_DailyTeamSpend", f"'' AS team, {model}", sign="-"),
+        _daily("LiteLLM_DailyTeamSpend", f"team_id AS team, {model}"),
+    ))  # fmt: skip
+    name = _GROUP_NAME.replace("subject", "team")
+    last = (month + timedelta(days=31)).replace(day=1) - timedelta(days=1)
+    text = _STATEMENT.replace("{name}", name).replace("{source}", source)
+    text = text.replace("{model}", _MODEL_NAME)
+    return Sql(text, {"first": str(month), "last": str(last)})
+
+
+def parse_statement(month: date, rows: Iterable[Sequence[Any]], prices: Prices) -> Statement:
+    """From what `statement_sql` brings."""
+    return Statement(
+        month=month,
+        currency=prices.currency,
+        lines=tuple(
+            StatementLine(
+                group=name or _nameless(team, "group"),
+                model=model or "unknown",
+                requests=asked,
+                prompt_tokens=prompt,
+                cached_tokens=cached,
+                completion_tokens=completion,
+                cost=prices.cost(model, prompt, completion),
+            )
+            for team, name, model, asked, prompt, cached, completion in rows
+        ),
+    )
+
+
+# --- as a file -------------------------------------------------------------------
+
+
+def render_csv(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table for other programs; what a spreadsheet would run as a formula is text in it."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(headers)
+    writer.writerows([[_harmless(cell) for cell in row] for row in rows])
+    return file.getvalue()
+
+
+def _harmless(cell: object) -> object:
+    is_formula = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{cell}" if is_formula else cell
+
+
+# =============================================================================
+# §11 Config generation — pure: containers, LiteLLM's YAML, the Caddyfile
 # =============================================================================
 
 
@@ -4771,6 +5258,12 @@ def cache_password(state: State) -> pydantic.SecretStr:
     return pydantic.SecretStr(sha256(f"cache {salt}".encode()).hexdigest())
 
 
+def reader_password(state: State) -> pydantic.SecretStr:
+    """Of the role that reads usage; made from the salt key as well."""
+    salt = state.secrets.salt_key.get_secret_value()
+    return pydantic.SecretStr(sha256(f"usage {salt}".encode()).hexdigest())
+
+
 def cache_url(state: State) -> pydantic.SecretStr:
     """Not called REDIS_URL in the gateway: LiteLLM would take more from that than its cache."""
     password = cache_password(state).get_secret_value()
@@ -5435,7 +5928,7 @@ def render_unit(template: str, *, python: str, program: str, home: str) -> str:
 
 
 # =============================================================================
-# §11 Steps — pure: what is observed, and all that can be done about it
+# §12 Steps — pure: what is observed, and all that can be done about it
 # =============================================================================
 
 
@@ -5931,7 +6424,7 @@ def aside(name: ContainerName) -> ContainerName:
 
 
 # =============================================================================
-# §12 Planning — pure: desired + observed -> Plan
+# §13 Planning — pure: desired + observed -> Plan
 # =============================================================================
 
 
@@ -6772,7 +7265,7 @@ def lanes(stages: Sequence[Stage]) -> list[list[Stage]]:
 
 
 # =============================================================================
-# §13 Changes — pure: what an operator can ask for
+# §14 Changes — pure: what an operator can ask for
 # =============================================================================
 
 
@@ -6950,6 +7443,30 @@ def granting_direct(key: DirectKey) -> Change:
         return replace(state, direct_keys=(*others, key))
 
     return Change(title=f"Direct key {key.name}", edit=edit, scope=NO_MODELS)
+
+
+def pricing(raw: Json, currency: str | None = None) -> Change:
+    """The price of a model, new or in the place of what it was; nothing that runs changes."""
+    price = _parsed(Price, raw, "This price cannot be used")
+    if currency is not None:
+        _parsed(Prices, {"currency": currency}, "This currency cannot be used")
+
+    def edit(state: State) -> State:
+        others = (known for known in state.prices.models if known.model != price.model)
+        prices = Prices(currency=currency or state.prices.currency, models=(*others, price))
+        return replace(state, prices=prices)
+
+    return Change(title=f"Price of {price.model}", edit=edit)
+
+
+def unpricing(model: str) -> Change:
+    def edit(state: State) -> State:
+        kept = tuple(price for price in state.prices.models if price.model != model)
+        if len(kept) == len(state.prices.models):
+            raise RefusedError(f"{model!r} has no price.", advice="See `price list`.")
+        return replace(state, prices=replace(state.prices, models=kept))
+
+    return Change(title=f"No price of {model}", edit=edit)
 
 
 def revoking_direct(name: str) -> Change:
@@ -7328,7 +7845,7 @@ def repairing(names: Collection[ModelName]) -> Change:
 
 
 # =============================================================================
-# §14 Keys — pure: what a colleague may, groups, and many keys at once
+# §15 Keys — pure: what a colleague may, groups, and many keys at once
 # =============================================================================
 
 Period = Literal["day", "week", "month"]
@@ -7759,7 +8276,7 @@ def _is_allowed(model: str, allowed: Sequence[str], state: State) -> bool:
 
 
 # =============================================================================
-# §15 Proofs — pure: what every way in should answer, and what must be found nowhere
+# §16 Proofs — pure: what every way in should answer, and what must be found nowhere
 # =============================================================================
 
 Way = Literal["/v1", "/models", "/open", "/grafana", "health", "elsewhere"]
@@ -8345,7 +8862,7 @@ def _direct_key(state: State, name: ModelName) -> pydantic.SecretStr | None:
 
 
 # =============================================================================
-# §16 Views — pure: what the operator reads
+# §17 Views — pure: what the operator reads
 # =============================================================================
 
 Phase = Literal["stopped", "pending", "starting", "ready", "failed", "stopping"]
@@ -9427,7 +9944,7 @@ def edge_settings(  # noqa: PLR0913, PLR0917 - one argument per field of the for
 
 
 # =============================================================================
-# §17 Hardware views — pure: GPUs, slices and restores as the operator sees them
+# §18 Hardware views — pure: GPUs, slices and restores as the operator sees them
 # =============================================================================
 
 
@@ -9923,7 +10440,7 @@ def slice_choices(snapshot: Snapshot) -> Json:
 
 
 # =============================================================================
-# §18 Library views — pure: weights, fit and images as the operator sees them
+# §19 Library views — pure: weights, fit and images as the operator sees them
 # =============================================================================
 
 IMAGE_HEADERS: Final = ("Part", "Image", "On this server", "Size", "Digest", "Used by")
@@ -10347,7 +10864,7 @@ def task_cancel(snapshot: Snapshot) -> Json:
 
 
 # =============================================================================
-# §19 Route views — pure: the ways in as the operator sees them
+# §20 Route views — pure: the ways in as the operator sees them
 # =============================================================================
 
 PROBE_HEADERS: Final = ("Verdict", "Way", "Request", "Key", "Should", "Answered", "By")
@@ -11032,7 +11549,182 @@ ROUTE_STYLE: Final = """
 
 
 # =============================================================================
-# §20 Home — effects: time, and the state and files on the disk
+# §21 Usage views — pure: use as the operator sees it
+# =============================================================================
+
+USAGE_HEADERS: Final = (
+    "Requests", "Failures", "Prompt tokens", "Of these cached", "Completion tokens",
+    "Mean latency",
+)  # fmt: skip
+MOST_BARS: Final = 30
+BAR_COLUMNS: Final = ("", "tokens of", "tokens")  # of `usage_bars`
+
+
+def usage_headers(query: UsageQuery) -> list[str]:
+    """Those of `usage_rows`."""
+    return [f"{query.by.capitalize()}{' (UTC)' if query.by == 'hour' else ''}", *USAGE_HEADERS]
+
+
+def usage_rows(report: UsageReport) -> list[list[str]]:
+    """One row per subject, as a reader wants the figures, and the total at the end."""
+    return [
+        [
+            row.name[:-3] if report.query.by == "hour" and row.subject else row.name,
+            f"{row.requests:,}",
+            # With `disable_error_logs` LiteLLM keeps none, and a 0 would say that there were none.
+            f"{row.failures:,}" if report.total.failures else "",
+            *(f"{n:,}" for n in (row.prompt_tokens, row.cached_tokens, row.completion_tokens)),
+            "" if row.latency_ms is None else f"{row.latency_ms:,.0f} ms",
+        ]
+        for row in (*report.rows, report.total)
+    ]
+
+
+def usage_headline(report: UsageReport) -> str:
+    """What was used in all, in one sentence; and how much of the list is not shown."""
+    query, total = report.query, report.total
+    if not total.requests:
+        return f"Nothing was used from {query.first} to {query.last}."
+    failed = f", {total.failures:,} of them failed" if total.failures else ""
+    left_out = f" {report.left_out:,} more are in the total only." if report.left_out else ""
+    return (
+        f"From {query.first} to {query.last}: {total.requests:,} requests{failed}; "
+        f"{total.prompt_tokens:,} tokens read, {total.completion_tokens:,} made.{left_out}"
+    )
+
+
+def usage_csv(report: UsageReport) -> str:
+    """Every row with plain figures, for other programs; no total, which would be added up."""
+    names = [f.name for f in fields(UsageRow)]
+    return render_csv(
+        [report.query.by, *names[2:]],
+        ([row.name, *(getattr(row, name) for name in names[2:])] for row in report.rows),
+    )
+
+
+def usage_bars(report: UsageReport) -> list[tuple[str, str, int]]:
+    """For a plot: subject, kind of token, how many; of a long list the largest."""
+    kinds = {"prompt": "prompt_tokens", "completion": "completion_tokens"}
+    timed = report.query.by in {"day", "hour"}
+    shown = report.rows if timed else report.rows[:MOST_BARS]
+    return [(row.name, kind, getattr(row, name)) for row in shown for kind, name in kinds.items()]
+
+
+STANDING_HEADERS: Final = ("What", "Name", "Why it is here")
+
+
+def standing_rows(standings: Sequence[Standing], now: datetime) -> list[list[str]]:
+    """Who is close to a limit, and then the keys that nobody uses."""
+    close = [
+        [s.kind, s.name, f"{s.nearest[0]:.0%} of its {s.nearest[1]}"]
+        for s in close_to_limits(standings)
+    ]
+    unused = [
+        [s.kind, s.name, f"not used since {format_day(s.used_at)}" if s.used_at
+         else f"never used since it was made on {format_day(s.created_at)}"]
+        for s in unused_keys(standings, now - timedelta(days=UNUSED_DAYS))
+    ]  # fmt: skip
+    return close + unused
+
+
+UNUSED_DAYS: Final = 30
+TALLY_HEADERS: Final = ("Engine", "Since (UTC)", "Tokens it counted", "Accounted for", "Difference")
+TALLY_TEXT: Final = (
+    "What no key accounts for came past the gateway (direct and open routes, and the requests by "
+    "which this program sees that an engine is ready), was broken off by its client, or is of the "
+    "last 15 seconds, which LiteLLM has yet to write."
+)
+
+
+def tally_rows(tallies: Sequence[EngineTally]) -> list[list[str]]:
+    """One row per engine that counts tokens."""
+    return [
+        [tally.engine, f"{tally.since:%Y-%m-%d %H:%M}", f"{tally.counted:,}",
+         f"{tally.accounted:,}", f"{tally.difference:+,}"]
+        for tally in tallies
+    ]  # fmt: skip
+
+
+STATEMENT_HEADERS: Final = (
+    "Group", "Model", "Requests", "Prompt tokens", "Of these cached", "Completion tokens", "Cost",
+)  # fmt: skip
+
+
+def statement_rows(statement: Statement) -> list[list[str]]:
+    """A line per group and model, and the sum of each group."""
+    rows = []
+    for group, lines in statement.by_group.items():
+        rows += [[group, line.model, *_amounts([line], statement.currency)] for line in lines]
+        rows.append([group, "in all", *_amounts(lines, statement.currency)])
+    return rows
+
+
+def _amounts(lines: Sequence[StatementLine], currency: str) -> list[str]:
+    names = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens")
+    costs = [line.cost for line in lines if line.cost is not None]
+    unpriced = " and what has no price" if costs and len(costs) < len(lines) else ""
+    return [
+        *(f"{sum(getattr(line, name) for line in lines):,}" for name in names),
+        f"{sum(costs):,.2f} {currency}{unpriced}" if costs else "",
+    ]
+
+
+def statement_csv(statement: Statement) -> str:
+    """Every line with plain figures."""
+    names = [f.name for f in fields(StatementLine)]
+    headers = ["month", *names[:-1], f"cost_{statement.currency.lower()}"]
+    return render_csv(
+        headers,
+        ([f"{statement.month:%Y-%m}", *(getattr(line, n) for n in names)]
+         for line in statement.lines),
+    )  # fmt: skip
+
+
+def statement_page(statement: Statement) -> str:
+    """A page to print: each group begins on a sheet of its own."""
+    heads = "".join(f"<th>{head}</th>" for head in STATEMENT_HEADERS[1:])
+    parts = []
+    for group in statement.by_group:
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
+            for owner, *cells in statement_rows(statement)
+            if owner == group
+        )
+        parts.append(
+            f"<section><h1>{html.escape(group)}</h1><p>Use of language models in "
+            f"{statement.month:%B %Y} (UTC)</p><table><tr>{heads}</tr>{body}</table></section>"
+        )
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        f"<title>Statements {statement.month:%Y-%m}</title><style>{STATEMENT_STYLE}</style>"
+        f"<body>{''.join(parts) or 'Nothing was used.'}</body></html>\n"
+    )
+
+
+STATEMENT_STYLE: Final = """
+body { font: 11pt system-ui, sans-serif; margin: 2cm; }
+section { break-after: page; } table { border-collapse: collapse; width: 100%; }
+th, td { border-bottom: 1px solid #999; padding: 4px 8px; text-align: right; }
+th:first-child, td:first-child { text-align: left; } tr:last-child { font-weight: 600; }
+"""
+
+
+def usage_html(report: UsageReport) -> str:
+    """The headline, with the file of all rows."""
+    query = report.query
+    name = f"usage-by-{query.by}-{query.first}-{query.last}.csv"
+    return f"<p>{html.escape(usage_headline(report))}</p>{download_link(name, usage_csv(report))}"
+
+
+def download_link(name: str, text: str) -> str:
+    """An HTML link that is the file itself: nothing of it lies on the disk of this server."""
+    content = base64.b64encode(text.encode()).decode()
+    kind = "text/html" if name.endswith(".html") else "text/csv"
+    return f'<a download="{name}" href="data:{kind};base64,{content}">Download {name}</a>'
+
+
+# =============================================================================
+# §22 Home — effects: time, and the state and files on the disk
 # =============================================================================
 
 
@@ -11523,7 +12215,7 @@ def free_bytes(path: Path) -> int:
 
 
 # =============================================================================
-# §21 Containers — effects: Docker
+# §23 Containers — effects: Docker
 # =============================================================================
 
 
@@ -12111,7 +12803,7 @@ def _docker_fault(action: str, said: str) -> ContainerFailedError:
 
 
 # =============================================================================
-# §22 Images — effects: pulled, built from recipes, pruned
+# §24 Images — effects: pulled, built from recipes, pruned
 # =============================================================================
 
 
@@ -12284,7 +12976,7 @@ def build_arguments(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 # =============================================================================
-# §23 Requests — effects: HTTP to containers on the bridge, LiteLLM's management API
+# §25 Requests — effects: HTTP to containers on the bridge, LiteLLM's management API
 # =============================================================================
 
 
@@ -12680,7 +13372,7 @@ def _gateway_reason(answer: httpx.Response) -> str:
 
 
 # =============================================================================
-# §24 Database — effects: PostgreSQL
+# §26 Database — effects: PostgreSQL
 # =============================================================================
 
 PSQL: Final = ("psql", "-U", "litellm", "-d", "litellm")
@@ -12881,8 +13573,110 @@ reltuples::bigint, (SELECT extract(epoch FROM min("startTime")) FROM "LiteLLM_Sp
 FROM pg_class WHERE oid = '"LiteLLM_SpendLogs"'::regclass"""
 
 
+DATABASE_PORT: Final = 5432
+DATABASE_OWNER: Final = "litellm"
+READER: Final = "llm_manager_reader"
+READER_SECONDS: Final = 10
+# Of LiteLLM's hundred tables those that tell of use; none that holds a secret.
+READER_TABLES: Final = (
+    "LiteLLM_SpendLogs", "LiteLLM_DailyUserSpend", "LiteLLM_DailyTeamSpend",
+    "LiteLLM_VerificationToken", "LiteLLM_DeletedVerificationToken",
+    "LiteLLM_TeamTable", "LiteLLM_DeletedTeamTable",
+)  # fmt: skip
+
+
+class UsageTables:
+    """LiteLLM's tables of use, read as a role that can do nothing else."""
+
+    MOST_ROWS = 20_000
+
+    def __init__(self, address: str, owner: pydantic.SecretStr, reader: pydantic.SecretStr) -> None:
+        self._address = address
+        self._passwords = {DATABASE_OWNER: owner, READER: reader}
+
+    def rows(self, query: Sql) -> list[tuple[Any, ...]]:
+        """What a SELECT without a limit of its own brings. Raises DatabaseError."""
+        with database_errors():
+            try:
+                return self._read(query)
+            except psycopg.errors.QueryCanceled:
+                raise
+            except (psycopg.OperationalError, psycopg.errors.InsufficientPrivilege):
+                self._make_reader()  # before its first use, or where LiteLLM made a table anew
+            return self._read(query)
+
+    def _read(self, query: Sql) -> list[tuple[Any, ...]]:
+        text = f"{query.text}\nLIMIT {self.MOST_ROWS + 1}"
+        with self._connected(READER) as connection:
+            found = connection.execute(text.encode(), query.values).fetchall()
+        if len(found) > self.MOST_ROWS:
+            raise DatabaseError(
+                f"That is more than {self.MOST_ROWS:,} rows.", advice="Choose a shorter range."
+            )
+        return found
+
+    def _make_reader(self) -> None:
+        with self._connected(DATABASE_OWNER) as connection:
+            # Two at once would fail with "tuple concurrently updated".
+            connection.execute("SELECT pg_advisory_xact_lock(hashtext(%s))", [READER])
+            known = connection.execute("SELECT 1 FROM pg_roles WHERE rolname = %s", [READER])
+            if known.fetchone() is None:
+                connection.execute(f"CREATE ROLE {READER} LOGIN".encode())
+            # libpq sends it hashed, so that PostgreSQL's log never has it.
+            password = self._passwords[READER].get_secret_value()
+            connection.pgconn.change_password(READER.encode(), password.encode())
+            tables = ", ".join(f'"{table}"' for table in READER_TABLES)
+            for statement in (
+                f"ALTER ROLE {READER} SET default_transaction_read_only = on",
+                f"ALTER ROLE {READER} SET statement_timeout = '{READER_SECONDS}s'",
+                f"ALTER ROLE {READER} SET work_mem = '32MB'",  # for bitmaps of a million rows
+                f"ALTER ROLE {READER} SET jit = off",
+                f"GRANT SELECT ON {tables} TO {READER}",
+            ):
+                connection.execute(statement.encode())
+
+    def _connected(self, role: str) -> psycopg.Connection[tuple[Any, ...]]:
+        return psycopg.connect(
+            host=self._address,
+            port=DATABASE_PORT,
+            dbname="litellm",
+            user=role,
+            password=self._passwords[role].get_secret_value(),
+            connect_timeout=5,
+            sslmode="disable",  # it does not leave this server
+            application_name=OWNER,
+        )
+
+
+@contextlib.contextmanager
+def database_errors() -> Iterator[None]:
+    """Turn every failure of PostgreSQL into one sentence; none of it repeats a password."""
+    try:
+        yield
+    except psycopg.errors.QueryCanceled as error:
+        raise DatabaseError(
+            f"PostgreSQL did not have the answer within {READER_SECONDS} s.",
+            advice="Choose a shorter range, or try again when the server has less to do.",
+        ) from error
+    except psycopg.OperationalError as error:
+        raise DatabaseError(
+            "PostgreSQL does not answer.",
+            advice="Keys that were used lately go on working; look at its log, and run `apply`.",
+        ) from error
+    except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn) as error:
+        raise DatabaseError(
+            "LiteLLM's tables are not there as this program knows them.",
+            advice="Wait until LiteLLM has started once; else pin the image that `image list` had.",
+        ) from error
+    except psycopg.Error as error:
+        reason = (error.diag.message_primary or str(error)).splitlines()[0]
+        raise DatabaseError(
+            f"PostgreSQL refuses that: {reason}.", advice="Look at its log."
+        ) from error
+
+
 # =============================================================================
-# §25 Hub — effects: Hugging Face, downloads, and the cache on the disk
+# §27 Hub — effects: Hugging Face, downloads, and the cache on the disk
 # =============================================================================
 
 LOOK_SECONDS: Final = 10.0  # one request to the hub; a download has its own watchdog
@@ -13888,7 +14682,7 @@ def fetch_weights() -> HubError | None:
 
 
 # =============================================================================
-# §26 Drivers — effects: NVML, and what the system knows about GPUs
+# §28 Drivers — effects: NVML, and what the system knows about GPUs
 # =============================================================================
 
 
@@ -14635,7 +15429,7 @@ def kernel_log(device: Path) -> str | None:
 
 
 # =============================================================================
-# §27 Orchestration — effects: Plan -> world, undo, jobs
+# §29 Orchestration — effects: Plan -> world, undo, jobs
 # =============================================================================
 
 
@@ -15401,7 +16195,7 @@ class Job:
 
 
 # =============================================================================
-# §28 Manager — effects: the use cases; all that console and command line may call
+# §30 Manager — effects: the use cases; all that console and command line may call
 # =============================================================================
 
 
@@ -16345,6 +17139,62 @@ class Traffic:
         return Trial(target=target, reply=client.send(request, key), edge_seconds=edge_seconds)
 
 
+class Usage:
+    """What was used, as LiteLLM's tables in PostgreSQL tell it."""
+
+    def __init__(self, store: StateStore, tools: Tools) -> None:
+        self._store = store
+        self._tools = tools
+
+    def report(self, query: UsageQuery) -> UsageReport:
+        """The use of a range, added up by PostgreSQL. Raises DatabaseError."""
+        return parse_usage(query, self._tables().rows(usage_sql(query)))
+
+    def statement(self, month: date, group: str = "") -> Statement:
+        """A month's use at the prices of today; without a name, of all groups."""
+        rows = self._tables().rows(statement_sql(month))
+        found = parse_statement(month, rows, self._store.load().prices)
+        if group and group not in found.by_group:
+            raise RefusedError(
+                f"A group called {group!r} used nothing in {month:%Y-%m}.",
+                advice=f"Groups that did: {', '.join(found.by_group) or 'none'}.",
+            )
+        lines = tuple(line for line in found.lines if group in {"", line.group})
+        return replace(found, lines=lines)
+
+    def standings(self) -> list[Standing]:
+        """Every key and group with its limits, and how near it is to them. Raises DatabaseError."""
+        return parse_standings(self._tables().rows(STANDINGS_SQL))
+
+    def tallies(self) -> list[EngineTally]:
+        """What each running engine counted since it started, beside what LiteLLM accounts for."""
+        seen = self._tools.containers.observe().containers.values()
+        engines = [c for c in seen if c.role == "engine" and c.running and c.started_at]
+        loads = {engine: load for engine in engines if (load := self._tools.probes.load(engine))}
+        if not loads:
+            return []
+        starts = {engine.name: engine.started_at for engine in loads if engine.started_at}
+        accounted = dict(self._tables().rows(tally_sql(starts)))
+        return [
+            EngineTally(
+                engine=engine.name,
+                since=starts[engine.name],
+                counted=load.tokens,
+                accounted=accounted[engine.name],
+            )
+            for engine, load in loads.items()
+        ]
+
+    def _tables(self) -> UsageTables:
+        state = self._store.load()
+        seen = self._tools.containers.observe().containers.get(database_name(state))
+        if seen is None or not seen.running or seen.address is None:
+            raise DatabaseError(
+                "PostgreSQL does not run.", advice="Deploy a model, or run `apply`, first."
+            )
+        return UsageTables(seen.address, state.secrets.database_password, reader_password(state))
+
+
 class ChangeRunner:
     """How a change is planned, saved and made so: one at a time, as jobs that outlive pages."""
 
@@ -16589,6 +17439,7 @@ class Manager(ChangeRunner):
         self.proofs = Proofs(store, tools, self.keys, self.start_task)
         self.traffic = Traffic(store, tools, self.proofs)
         self.database = DatabaseCare(store, tools, self.start_task)
+        self.usage = Usage(store, tools)
 
     def cutting(self, gpu: str, wish: str) -> Change:
         """The change of one GPU to what was typed; see `cutting_as_typed`."""
@@ -16982,7 +17833,7 @@ class Watch:
 
 
 # =============================================================================
-# §29 Programs — effects: the REST API, and who may use it
+# §31 Programs — effects: the REST API, and who may use it
 # =============================================================================
 
 API: Final = "/api/v1"
@@ -17364,7 +18215,7 @@ def add_keys(app: fastapi.FastAPI, manager: Manager) -> None:
 
 
 # =============================================================================
-# §30 Console — effects: one builder per tab, and who may open it
+# §32 Console — effects: one builder per tab, and who may open it
 # =============================================================================
 
 LOOPBACK_HOSTS: Final = frozenset({"127.0.0.1", "localhost", "[::1]"})
@@ -18381,9 +19232,86 @@ def build_keys_tab(desk: Desk) -> None:
             build_group_form(desk, said)
         all_of = build_many_keys(desk, secret, said)
         build_key_doctor(desk)
+        build_usage_view(desk, tab)
     shown = [rows, chosen, group_table, belongs, group, all_of]
     for changed in (tab.select, said.change):
         changed(on_list, None, shown, **QUIET)
+
+
+def build_usage_view(desk: Desk, tab: gr.Tab) -> None:
+    """Who used how much: any range, added up by what the operator likes, and as a file."""
+
+    def on_show(by: str, first: str | None, last: str | None) -> tuple[Any, ...]:
+        with shown_to_operator():
+            try:
+                query = parse_usage_query(by, first or "", last or "", utc_now().date())
+                report = desk.manager.usage.report(query)
+            except ManagerError as error:  # opening the tab must not shout
+                return html.escape(str(error)), gr.update(visible=False), gr.update(value=[])
+            bars = pd.DataFrame(usage_bars(report), columns=list(BAR_COLUMNS))
+            return (
+                usage_html(report),
+                gr.update(value=bars, visible=not bars.empty),
+                gr.update(headers=usage_headers(query), value=usage_rows(report)),
+            )
+
+    with gr.Accordion("Usage", open=False):
+        with gr.Row(elem_classes="actions"):
+            by = gr.Dropdown(list(get_args(Grouping)), value="key", label="Added up by")
+            first = gr.DateTime(include_time=False, type="string", label="From (UTC)")
+            last = gr.DateTime(include_time=False, type="string", label="To, included")
+            show = gr.Button("Show", variant="primary", scale=0, min_width=110)
+        said = gr.HTML()
+        x, color, y = BAR_COLUMNS
+        plot = gr.BarPlot(x=x, y=y, color=color, x_label_angle=-35, height=280, visible=False)
+        rows = table(["Key", *USAGE_HEADERS])
+        build_usage_checks(desk)
+        build_statement_view(desk)
+    for asked in (show.click, by.change, tab.select):
+        asked(on_show, [by, first, last], [said, plot, rows], **QUIET)
+
+
+def build_usage_checks(desk: Desk) -> None:
+    """What to look at: keys close to a limit or unused, and what no key accounts for."""
+    usage = desk.manager.usage
+
+    def on_attention() -> tuple[Any, Any]:
+        with shown_to_operator():
+            found = standing_rows(usage.standings(), utc_now())
+            return gr.update(headers=list(STANDING_HEADERS), value=found, visible=True), ""
+
+    def on_engines() -> tuple[Any, Any]:
+        with shown_to_operator():
+            found = tally_rows(usage.tallies())
+            return gr.update(headers=list(TALLY_HEADERS), value=found, visible=True), TALLY_TEXT
+
+    with gr.Row(elem_classes="actions"):
+        attention = gr.Button("Close to a limit, or unused", scale=0, min_width=230)
+        engines = gr.Button("Compare with the engines", scale=0, min_width=230)
+    rows, said = table(STANDING_HEADERS, visible=False), gr.Markdown()
+    attention.click(on_attention, None, [rows, said], **PRIVATE)
+    engines.click(on_engines, None, [rows, said], **PRIVATE)
+
+
+def build_statement_view(desk: Desk) -> None:
+    """A month's use by groups, as a table, as a file, and as a page to print."""
+
+    def on_state(month: str) -> tuple[Any, Any]:
+        with shown_to_operator():
+            first = parse_month(month.strip(), utc_now().date())
+            statement = desk.manager.usage.statement(first)
+            name = f"statement-{first:%Y-%m}"
+            links = [
+                download_link(f"{name}.csv", statement_csv(statement)),
+                download_link(f"{name}.html", statement_page(statement)),
+            ]
+            return gr.update(value=statement_rows(statement), visible=True), " · ".join(links)
+
+    with gr.Row(elem_classes="actions"):
+        month = gr.Textbox(label="Statement of the month", placeholder="empty: the last one")
+        make = gr.Button("Make statements", scale=0, min_width=170)
+    rows, links = table(STATEMENT_HEADERS, visible=False), gr.HTML()
+    make.click(on_state, month, [rows, links], **PRIVATE)
 
 
 def done_at(text: str) -> str:
@@ -18841,7 +19769,7 @@ def build_app(manager: Manager, watch: Watch) -> Guard:
 
 
 # =============================================================================
-# §31 Main — effects: arguments, wiring, systemd
+# §33 Main — effects: arguments, wiring, systemd
 # =============================================================================
 
 DONE, FAILED, WRONG_USAGE, TO_DO = range(4)
@@ -18935,9 +19863,9 @@ def build_parser() -> argparse.ArgumentParser:
     rollback.add_argument("--plan", action="store_true", help="show the plan only")
     add_model_commands(commands, add)
     add_weights_commands(commands, add)
-    add_gpu_commands(commands)
-    add_key_commands(commands)
-    add_direct_commands(commands)
+    for add_group in (add_gpu_commands, add_key_commands, add_direct_commands):
+        add_group(commands)
+    add_usage_commands(commands, add)
     add_route_commands(commands, add)
     add_system_commands(commands, add)
     return parser
@@ -19195,6 +20123,40 @@ def add_token_commands(commands: Any) -> None:
             sub.add_argument("name", help="the program's; the audit shows it")
         if verb != "revoke":
             sub.add_argument("--json", action="store_true")
+
+
+def add_usage_commands(commands: Any, add: Callable[..., Any]) -> None:
+    """`usage`, `statement`, `price …`."""
+    usage = add("usage", command_usage, "requests and tokens, out of LiteLLM's database")
+    usage.add_argument("--by", choices=get_args(Grouping), default="key")
+    usage.add_argument("--from", dest="first", metavar="DAY", default="", help="such as 2026-11-21")
+    usage.add_argument("--to", dest="last", metavar="DAY", default="", help="included; else today")
+    other = usage.add_mutually_exclusive_group()
+    other.add_argument("--attention", action="store_true", help="close to a limit, or unused")
+    other.add_argument("--engines", action="store_true", help="beside what the engines counted")
+    other.add_argument("--csv", action="store_true", help="every row, for other programs")
+    statement = add("statement", command_statement, "a month's use by groups, at your prices")
+    statement.add_argument(
+        "--month", default="", metavar="MONTH", help="2026-10; default: the last"
+    )
+    statement.add_argument("--group", default="", help="this one only")
+    shown = statement.add_mutually_exclusive_group()
+    shown.add_argument("--csv", action="store_true", help="every line, for other programs")
+    shown.add_argument("--html", action="store_true", help="a page to print")
+    price = commands.add_parser("price", help="of a million tokens, on statements alone")
+    verbs = price.add_subparsers(required=True, metavar="COMMAND")
+    named = verbs.add_parser("set")
+    named.set_defaults(command=command_price_set)
+    named.add_argument("model", help="as in `usage --by model`, or * for all others")
+    named.add_argument("--prompt", type=float, required=True)
+    named.add_argument("--completion", type=float, required=True)
+    named.add_argument("--currency", help="of all prices: three letters")
+    removed = verbs.add_parser("remove")
+    removed.set_defaults(command=command_price_remove)
+    removed.add_argument("model")
+    listed = verbs.add_parser("list")
+    listed.set_defaults(command=command_price_list)
+    listed.add_argument("--json", action="store_true")
 
 
 def add_direct_commands(commands: Any) -> None:
@@ -20010,6 +20972,72 @@ def command_group_verb(arguments: argparse.Namespace) -> int:
     else:
         keys.block_group(arguments.name, blocked=arguments.verb == "block")
     out(f"{arguments.done} {arguments.name}{count}.")
+    return DONE
+
+
+def command_usage(arguments: argparse.Namespace) -> int:
+    query = parse_usage_query(arguments.by, arguments.first, arguments.last, utc_now().date())
+    usage = open_manager().usage
+    headers: Sequence[str]
+    if arguments.attention:
+        headers, rows = STANDING_HEADERS, standing_rows(usage.standings(), utc_now())
+        facts, said = keyed(headers, rows), "" if rows else "Nothing needs attention."
+    elif arguments.engines:
+        headers, rows = TALLY_HEADERS, tally_rows(usage.tallies())
+        facts, said = keyed(headers, rows), TALLY_TEXT if rows else "No engine counts tokens now."
+    else:
+        report = usage.report(query)
+        headers, rows = usage_headers(query), usage_rows(report)
+        facts, said = [asdict(row) for row in (*report.rows, report.total)], usage_headline(report)
+        if arguments.csv:
+            out(usage_csv(report).removesuffix("\n"))
+            return DONE
+    if arguments.json:
+        out_json(facts)
+    else:
+        out_table(headers, rows)
+        out(said)
+    return DONE
+
+
+def command_statement(arguments: argparse.Namespace) -> int:
+    month = parse_month(arguments.month, utc_now().date())
+    statement = open_manager().usage.statement(month, arguments.group)
+    if arguments.csv:
+        out(statement_csv(statement).removesuffix("\n"))
+    elif arguments.html:
+        out(statement_page(statement).removesuffix("\n"))
+    elif arguments.json:
+        out_json(asdict(statement))
+    else:
+        out_table(STATEMENT_HEADERS, statement_rows(statement))
+        out("" if statement.lines else f"Nothing was used in {month:%Y-%m}.")
+    return DONE
+
+
+def command_price_set(arguments: argparse.Namespace) -> int:
+    raw = {name: getattr(arguments, name) for name in ("model", "prompt", "completion")}
+    open_manager().save(pricing(raw, arguments.currency))
+    return DONE
+
+
+def command_price_remove(arguments: argparse.Namespace) -> int:
+    open_manager().save(unpricing(arguments.model))
+    return DONE
+
+
+def command_price_list(arguments: argparse.Namespace) -> int:
+    prices = open_manager().state().prices
+    if arguments.json:
+        out_json(asdict(prices))
+    else:
+        out_table(
+            ("Model", f"Prompt, {prices.currency} for a million tokens", "Completion"),
+            [
+                [price.model, f"{price.prompt:g}", f"{price.completion:g}"]
+                for price in prices.models
+            ],
+        )
     return DONE
 
 

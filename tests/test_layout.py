@@ -21,8 +21,8 @@ IMPURE = {
 HOMES = {
     "fcntl": "Home", "docker": "Containers Images", "requests": "Containers",
     "tarfile": "Containers", "httpx": "Requests", "huggingface_hub": "Hub", "httpx2": "Hub",
-    "pynvml": "Drivers", "gr": "Console", "fastapi": "Programs Console", "uvicorn": "Main",
-    "argparse": "Main",
+    "psycopg": "Database", "pynvml": "Drivers", "gr": "Console", "pd": "Console",
+    "fastapi": "Programs Console", "uvicorn": "Main", "argparse": "Main",
 }  # fmt: skip
 
 BANNERS = [(n, m) for n, line in enumerate(TEXT.splitlines(), 1) if (m := BANNER.match(line))]

@@ -151,6 +151,8 @@ class Handler(BaseHTTPRequestHandler):
             )
             time.sleep(now["gap"])
         self.chunk(delta(body, {}, "stop"))
+        if (body.get("stream_options") or {}).get("include_usage"):
+            self.chunk(head(body, "chat.completion.chunk") | {"choices": [], "usage": USAGE})
         self.wfile.write(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
 
     def chunk(self, event: dict[str, Any]) -> None:
