@@ -4417,7 +4417,7 @@ def parse_statement(month: date, rows: Iterable[Sequence[Any]], prices: Prices) 
 # --- as a file -------------------------------------------------------------------
 
 
-def render_csv(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+def render_csv(headers: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
     """A table for other programs; what a spreadsheet would run as a formula is text in it."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
@@ -8155,18 +8155,8 @@ def _rows(text: str) -> list[tuple[int, dict[str, str]]]:
 
 def secrets_csv(made: Sequence[tuple[KeySettings, pydantic.SecretStr]]) -> str:
     """What is handed out, once: name, e-mail, group, key."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*COLUMNS, "key"])
-    for settings, secret in made:
-        cells = (settings.alias, settings.email, settings.group)
-        writer.writerow([*map(spreadsheet_safe, cells), reveal(secret)])
-    return out.getvalue()
-
-
-def spreadsheet_safe(text: str) -> str:
-    """No program of tables takes it for a formula."""
-    return f"'{text}" if text[:1] in {"=", "+", "-", "@"} else text
+    rows = ((s.alias, s.email, s.group, reveal(secret)) for s, secret in made)
+    return render_csv([*COLUMNS, "key"], rows)
 
 
 # --- why a key does not work ---
@@ -8966,11 +8956,8 @@ def audit_rows(entries: Sequence[AuditEntry]) -> list[list[str]]:
 
 def audit_csv(entries: Sequence[AuditEntry]) -> str:
     """Oldest first, times in ISO 8601."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [f.name for f in fields(AuditEntry)])
-    writer.writeheader()
-    writer.writerows(_AUDIT_ENTRY.dump_python(entry, mode="json") for entry in entries)
-    return text.getvalue()
+    plain = (_AUDIT_ENTRY.dump_python(entry, mode="json") for entry in entries)
+    return render_csv([f.name for f in fields(AuditEntry)], (each.values() for each in plain))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
