@@ -44,6 +44,9 @@ class FakeGateway:
         self.keys.append(lm.read_key(body | {"token": token, "key_name": "sk-…"}))
         return SecretStr(secret)
 
+    def list_groups(self) -> list[lm.KnownGroup]:
+        return []
+
     def delete_keys(self, hashes: list[str]) -> None:
         self.keys = [key for key in self.keys if key.key_hash not in hashes]
 

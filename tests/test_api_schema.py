@@ -35,7 +35,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
     manager.register(CHAT)
     manager.save(lm.providing({"name": "lab", "kind": "openai", "base_url": "http://10.0.0.7"}))
     manager.save(lm.routing({"name": "smart", "members": ["chat", "lab/x"]}))
-    manager.keys.create(lm.KeyRequest(alias="Ada"))
+    manager.keys.create(lm.KeySettings(alias="Ada"))
     return program
 
 
