@@ -8598,6 +8598,12 @@ def key_rows(keys: Sequence[VirtualKey], now: datetime) -> list[list[str]]:
     ]
 
 
+def key_facts(key: VirtualKey, now: datetime) -> Json:
+    """What `key list --json` prints of each: its settings beside what is known of it."""
+    known = {name: value for name, value in asdict(key).items() if name != "settings"}
+    return asdict(key.settings) | known | {"state": key_state(key, now)}
+
+
 def limits_text(allowance: Allowance) -> str:
     parallel = allowance.parallel if isinstance(allowance, KeySettings) else None
     limits = (
@@ -18478,7 +18484,7 @@ def command_key_import(arguments: argparse.Namespace) -> int:
 def command_key_list(arguments: argparse.Namespace) -> int:
     keys = open_manager().keys.all()
     if arguments.json:
-        out_json([asdict(key) for key in keys])
+        out_json([key_facts(key, utc_now()) for key in keys])
     else:
         out_table(KEY_HEADERS, key_rows(keys, utc_now()))
     return DONE

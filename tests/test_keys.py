@@ -140,7 +140,9 @@ def test_a_key_is_a_row_that_never_holds_its_secret() -> None:
     (row,) = lm.key_rows([key], NOW)
     assert row[:6] == ["Ada", "sk-...1234", "", "all", "expired", "9 tokens/min"]
     assert len(row) == len(lm.KEY_HEADERS)
-    assert "hush" not in repr(row)
+    facts = lm.key_facts(key, NOW)
+    assert (facts["alias"], facts["tpm_limit"], facts["state"]) == ("Ada", 9, "expired")
+    assert "hush" not in repr((row, facts))
 
 
 def test_a_replaced_key_leaves_its_name_and_ends_no_later_than_it_would() -> None:
