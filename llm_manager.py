@@ -8045,6 +8045,16 @@ def parse_moment(text: str | None) -> datetime | None:
     return datetime.fromisoformat(text.replace("Z", "+00:00")) if text else None
 
 
+def end_after(days: float | None, now: datetime) -> datetime | None:
+    """The end of what is valid for so many days; none for 0 or nothing."""
+    try:
+        return now + timedelta(days=days) if days else None
+    except (OverflowError, ValueError):
+        raise RefusedError(
+            f"{days:g} days are more than a calendar has.", advice="Give fewer, or 0 for ever."
+        ) from None
+
+
 def named_key(keys: Sequence[VirtualKey], name: str) -> VirtualKey:
     """The key of that name, or of that SHA-256."""
     found = [key for key in keys if name in {key.settings.alias, key.key_hash}]
@@ -9529,6 +9539,12 @@ def key_rows(keys: Sequence[VirtualKey], now: datetime) -> list[list[str]]:
     ]
 
 
+def key_facts(key: VirtualKey, now: datetime) -> Json:
+    """What `key list --json` prints of each: its settings beside what is known of it."""
+    known = {name: value for name, value in asdict(key).items() if name != "settings"}
+    return asdict(key.settings) | known | {"state": key_state(key, now)}
+
+
 def limits_text(allowance: Allowance) -> str:
     parallel = allowance.parallel if isinstance(allowance, KeySettings) else None
     limits = (
@@ -9875,11 +9891,10 @@ def allowance_fields(held: Json) -> Json:
 
 def key_fields(held: Json, now: datetime) -> Json:
     """The same of a whole key's."""
-    days = int(held["days"] or 0)
     return {
         **allowance_fields(held),
         **{name: typed(held.get(name)) for name in ("alias", "email", "group", "note")},
-        "expires_at": now + timedelta(days=days) if days else None,
+        "expires_at": end_after(int(held["days"] or 0), now),
     }
 
 
@@ -16316,7 +16331,9 @@ class Keys:
 
     def create(self, settings: KeySettings) -> pydantic.SecretStr:
         """A new virtual key; this is the only time its secret is seen."""
-        api = self._api_for([settings])
+        self._check_models([settings])
+        api = self._api()
+        _check_groups([settings], api)
         if any(key.settings.alias == settings.alias for key in api.list_keys()):
             raise RefusedError(
                 f"There is a key called {settings.alias!r} already.",
@@ -16329,8 +16346,10 @@ class Keys:
         self, text: str, template: KeySettings
     ) -> list[tuple[KeySettings, pydantic.SecretStr]]:
         """A key for each row of a CSV, see `parse_people`; all of them, or none."""
-        wished = parse_people(text, template, self._api().list_keys())
-        api = self._api_for(wished)
+        api = self._api()
+        wished = parse_people(text, template, api.list_keys())
+        self._check_models(wished)
+        _check_groups(wished, api)
         made: list[tuple[KeySettings, pydantic.SecretStr]] = []
         with self._noting(f"Create {len(wished)} keys, of {', '.join(s.alias for s in wished)}"):
             try:
@@ -16349,7 +16368,8 @@ class Keys:
         api = self._api()
         key = named_key(api.list_keys(), name)
         wished = parse_key_settings(asdict(key.settings) | changes)
-        self._api_for([wished])
+        self._check_models([wished])
+        _check_groups([wished], api)
         if body := key_changes(key.settings, wished, utc_now()):
             with self._noting(f"Change the key {name}: {', '.join(body)}"):
                 api.update_key(key.key_hash, body)
@@ -16442,15 +16462,10 @@ class Keys:
             api.delete_group(name)
         return len(keys)
 
-    def _api_for(self, wished: Sequence[KeySettings]) -> LiteLlmApi:
-        """Refuses what names a model or a group that is not there."""
+    def _check_models(self, wished: Sequence[KeySettings]) -> None:
         state = self._store.load()
         for settings in {settings.models: settings for settings in wished}.values():
             check_models(settings, state)
-        api = self.gateway(state)
-        for group in sorted({settings.group for settings in wished if settings.group}):
-            _known_group(group, api)
-        return api
 
     def _api(self) -> LiteLlmApi:
         return self.gateway(self._store.load())
@@ -16476,6 +16491,11 @@ def _known_group(name: str, api: LiteLlmApi) -> KnownGroup:
             f"There is no group called {name!r}.", advice="Make it first, or see `group list`."
         )
     return found[0]
+
+
+def _check_groups(wished: Sequence[KeySettings], api: LiteLlmApi) -> None:
+    for group in sorted({settings.group for settings in wished if settings.group}):
+        _known_group(group, api)
 
 
 def _keys_of(group: str, api: LiteLlmApi) -> list[VirtualKey]:
@@ -19435,7 +19455,7 @@ def build_group_actions(desk: Desk, said: gr.Markdown) -> gr.Dropdown:
 
     def on_extend(name: str | None, days: float | None) -> str:
         with shown_to_operator():
-            until = utc_now() + timedelta(days=days) if days else None
+            until = end_after(days, utc_now())
             count = keys.extend_group(chosen_one(name), until)
             return done_at(f"{count} keys of {name} end: {format_day(until) or 'never'}.")
 
@@ -20047,11 +20067,15 @@ def add_key_commands(commands: Any) -> None:
     why.set_defaults(command=command_key_why)
     why.add_argument("name", nargs="?", help="whose it is; else its secret is asked for")
     why.add_argument("--model", default="")
+    _add_blocking(verbs, command_key_verb)
+    _add_group_commands(commands)
+
+
+def _add_blocking(verbs: Any, command: Callable[[argparse.Namespace], int]) -> None:
     for verb, done in (("block", "Blocked"), ("unblock", "Unblocked"), ("revoke", "Revoked")):
         sub = verbs.add_parser(verb)
-        sub.set_defaults(command=command_key_verb, verb=verb, done=done)
+        sub.set_defaults(command=command, verb=verb, done=done)
         sub.add_argument("name")
-    _add_group_commands(commands)
 
 
 def _add_key_options(parser: Any) -> None:
@@ -20089,10 +20113,7 @@ def _add_group_commands(commands: Any) -> None:
     extend.set_defaults(command=command_group_extend)
     extend.add_argument("name")
     extend.add_argument("--days", type=int, required=True, help="from now; 0: for ever")
-    for verb, done in (("block", "Blocked"), ("unblock", "Unblocked"), ("revoke", "Revoked")):
-        sub = verbs.add_parser(verb)
-        sub.set_defaults(command=command_group_verb, verb=verb, done=done)
-        sub.add_argument("name")
+    _add_blocking(verbs, command_group_verb)
 
 
 def add_token_commands(commands: Any) -> None:
@@ -20856,8 +20877,7 @@ def _given_settings(arguments: argparse.Namespace) -> Json:
     if "models" in given:
         settings["models"] = tuple(name for name in given["models"] if name)
     if "days" in settings:
-        days = settings.pop("days")
-        settings["expires_at"] = utc_now() + timedelta(days=days) if days else None
+        settings["expires_at"] = end_after(settings.pop("days"), utc_now())
     return settings
 
 
@@ -20906,7 +20926,7 @@ def command_key_import(arguments: argparse.Namespace) -> int:
 def command_key_list(arguments: argparse.Namespace) -> int:
     keys = open_manager().keys.all()
     if arguments.json:
-        out_json([asdict(key) for key in keys])
+        out_json([key_facts(key, utc_now()) for key in keys])
     else:
         out_table(KEY_HEADERS, key_rows(keys, utc_now()))
     return DONE
@@ -20946,7 +20966,7 @@ def command_group_list(arguments: argparse.Namespace) -> int:
 
 
 def command_group_extend(arguments: argparse.Namespace) -> int:
-    until = utc_now() + timedelta(days=arguments.days) if arguments.days else None
+    until = end_after(arguments.days, utc_now())
     count = open_manager().keys.extend_group(arguments.name, until)
     out(f"{count} keys of {arguments.name} end now: {format_day(until) or 'never'}.")
     return DONE

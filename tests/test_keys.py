@@ -135,12 +135,22 @@ def test_the_form_of_a_key_and_its_settings_say_the_same() -> None:
     assert lm.parse_key_settings(empty) == settings()
 
 
+def test_days_beyond_the_calendar_are_refused() -> None:
+    assert lm.end_after(0, NOW) is None
+    assert lm.end_after(1, NOW) == TOMORROW
+    for days in (10**7, 10**12, float("inf"), float("nan")):
+        with pytest.raises(lm.RefusedError, match="more than a calendar has"):
+            lm.end_after(days, NOW)
+
+
 def test_a_key_is_a_row_that_never_holds_its_secret() -> None:
     key = a_key(tpm_limit=9, expires_at=NOW, secret="sk-hush-hush-1234")  # noqa: S106
     (row,) = lm.key_rows([key], NOW)
     assert row[:6] == ["Ada", "sk-...1234", "", "all", "expired", "9 tokens/min"]
     assert len(row) == len(lm.KEY_HEADERS)
-    assert "hush" not in repr(row)
+    facts = lm.key_facts(key, NOW)
+    assert (facts["alias"], facts["tpm_limit"], facts["state"]) == ("Ada", 9, "expired")
+    assert "hush" not in repr((row, facts))
 
 
 def test_a_replaced_key_leaves_its_name_and_ends_no_later_than_it_would() -> None:

@@ -294,7 +294,7 @@ def test_after_a_reboot_everything_that_can_come_back_does(lab: Lab) -> None:
     for row in ("1 MIG layout of GPU 0: as wished", "1 MIG layout of GPU 1: as wished",
                 "2 PostgreSQL: ready", "3 chat: ready", "3 broken: failed: Docker could not start",
                 "4 LiteLLM: ready", "5 Caddy: ready"):  # fmt: skip
-        assert [line for line in rows if line.startswith(row)], row
+        assert [line for line in rows if line.startswith(row)], (row, said)
     here.cli("model", "remove", "broken")
     lab.chat_is_on(slice_)
 
