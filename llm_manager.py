@@ -5440,9 +5440,11 @@ def render_litellm_config(state: State, served: Sequence[ServedModel]) -> str:
             "store_prompts_in_spend_logs": False,
             # Since 1.108 a chain serves only keys that name its targets, too; it is the operator's.
             "enforce_fallback_model_access": False,
-            "disable_error_logs": True,
             "disable_requester_ip_address_logging": True,
-            "spend_logs_metadata_fields": {"exclude": ["spend_logs_metadata", "user_agent"]},
+            # What an error says may quote the request; that there was one, is counted.
+            "spend_logs_metadata_fields": {
+                "exclude": ["spend_logs_metadata", "user_agent", "error_information"]
+            },
             **_retention(state.housekeeping),
         },
         **_WORDLESS_LOGS,
@@ -6240,6 +6242,14 @@ class DropFormer:
 
 
 @dataclass(frozen=True, slots=True)
+class WithholdContents:
+    """Let LiteLLM's database refuse what requests said, before any request reaches LiteLLM."""
+
+    server: ContainerName
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
 class Discard:
     """Stop and remove a container, for good; its volumes stay."""
 
@@ -6276,6 +6286,7 @@ Step = (
     | LoadDump
     | TurnToLoaded
     | DropFormer
+    | WithholdContents
     | Discard
 )
 
@@ -6337,6 +6348,8 @@ def describe(step: Step) -> str:  # noqa: C901, PLR0911, PLR0912, PLR0915 - one 
             return f"put the loaded database in the place of LiteLLM's: {cause}"
         case DropFormer(_, cause):
             return f"drop the database from before: {cause}"
+        case WithholdContents(_, cause):
+            return f"let the database refuse what requests said: {cause}"
         case Discard(name, _, cause):
             return f"discard {name}: {cause}"
         case _:
@@ -7102,7 +7115,9 @@ def _plan_gateway(
     cause = "what is routed changed" if serving else "not there"
     pull = _pull_if_absent(wanted[slot], observed)
     dump = _dump_before_migration(wanted[slot], state, observed)
-    return slot, [*pull, *dump, *clear, *write, *_create(wanted[slot], cause)]
+    # LiteLLM has made its tables now, and Caddy does not know it yet.
+    withhold = WithholdContents(database_name(state), "no prompt is ever stored")
+    return slot, [*pull, *dump, *clear, *write, *_create(wanted[slot], cause), withhold]
 
 
 def _dump_before_migration(
@@ -11573,8 +11588,7 @@ def usage_rows(report: UsageReport) -> list[list[str]]:
         [
             row.name[:-3] if report.query.by == "hour" and row.subject else row.name,
             f"{row.requests:,}",
-            # With `disable_error_logs` LiteLLM keeps none, and a 0 would say that there were none.
-            f"{row.failures:,}" if report.total.failures else "",
+            f"{row.failures:,}",
             *(f"{n:,}" for n in (row.prompt_tokens, row.cached_tokens, row.completion_tokens)),
             "" if row.latency_ms is None else f"{row.latency_ms:,.0f} ms",
         ]
@@ -13393,6 +13407,7 @@ class Database(Protocol):
     def turn_back(self, server: ContainerName) -> None: ...
     def drop_loaded(self, server: ContainerName) -> None: ...
     def drop_former(self, server: ContainerName) -> None: ...
+    def withhold_contents(self, server: ContainerName) -> None: ...
     def size(self, server: ContainerName) -> DatabaseSize: ...
 
 
@@ -13501,6 +13516,7 @@ class PostgresPrograms:
                 raise RefusedError(
                     f"{path.name} cannot be restored: {reason}", advice="Take another dump."
                 ) from error
+            self.withhold_contents(server, LOADED)
 
     def turn(self, server: ContainerName) -> None:
         """The loaded database becomes LiteLLM's, which is kept; all of it or nothing."""
@@ -13528,6 +13544,10 @@ class PostgresPrograms:
 
     def drop_former(self, server: ContainerName) -> None:
         self._sql(server, f"DROP DATABASE IF EXISTS {FORMER} WITH (FORCE)")
+
+    def withhold_contents(self, server: ContainerName, database: str = "litellm") -> None:
+        """From now on LiteLLM's tables keep no name of a tool, and no refused stranger."""
+        self._finish(server, *ADMINISTRATOR, "-d", database, "-c", WITHHOLDING)
 
     def is_as_in(self, server: ContainerName, path: Path) -> bool:
         """Whether the tables are still those of a dump, whatever rows they have now."""
@@ -13569,6 +13589,55 @@ CUT_OFF: Final = (
     "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "
     "WHERE datname IN ('litellm', 'litellm_loaded', 'litellm_former')"
 )
+# LiteLLM has no setting against either (1.108): the names of tools that a request offers or an
+# answer calls go into three tables, which nothing here reads; and each refused request of a
+# stranger leaves rows. Prisma wants the day's row back, else LiteLLM logs errors.
+WITHHOLDING: Final = """
+CREATE OR REPLACE FUNCTION public.llm_manager_no_row() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  RETURN NULL;
+END $$;
+CREATE OR REPLACE FUNCTION public.llm_manager_no_tool() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  IF TG_WHEN = 'BEFORE' THEN
+    NEW.tool_name := '';
+    RETURN NEW;
+  END IF;
+  DELETE FROM public."LiteLLM_DailyToolSpend";
+  RETURN NULL;
+END $$;
+CREATE OR REPLACE FUNCTION public.llm_manager_no_stranger() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  IF EXISTS (SELECT FROM public."LiteLLM_VerificationToken" WHERE token = NEW.api_key) THEN
+    RETURN NEW;
+  END IF;
+  RETURN NULL;
+END $$;
+DO $$
+DECLARE
+  wanted record;
+BEGIN
+  FOR wanted IN SELECT * FROM (VALUES
+    ('LiteLLM_ToolTable', 'BEFORE', 'ROW EXECUTE FUNCTION public.llm_manager_no_row()'),
+    ('LiteLLM_SpendLogToolIndex', 'BEFORE', 'ROW EXECUTE FUNCTION public.llm_manager_no_row()'),
+    ('LiteLLM_DailyToolSpend', 'BEFORE', 'ROW EXECUTE FUNCTION public.llm_manager_no_tool()'),
+    ('LiteLLM_DailyToolSpend', 'AFTER', 'STATEMENT EXECUTE FUNCTION public.llm_manager_no_tool()'),
+    ('LiteLLM_SpendLogs', 'BEFORE', 'ROW WHEN (NEW.status = ''failure'')
+      EXECUTE FUNCTION public.llm_manager_no_stranger()'),
+    ('LiteLLM_DailyUserSpend', 'BEFORE', 'ROW WHEN (NEW.successful_requests = 0)
+      EXECUTE FUNCTION public.llm_manager_no_stranger()')
+  ) AS triggers (place, moment, what) LOOP
+    IF to_regclass(format('public.%I', wanted.place)) IS NOT NULL THEN
+      IF wanted.place LIKE '%Tool%' THEN
+        EXECUTE format('DELETE FROM public.%I', wanted.place);
+      END IF;
+      EXECUTE format('CREATE OR REPLACE TRIGGER %I %s INSERT ON public.%I FOR EACH %s',
+                     'llm_manager_' || lower(wanted.moment), wanted.moment, wanted.place,
+                     wanted.what);
+    END IF;
+  END LOOP;
+END $$;
+"""
 RENAME_TRIES: Final = 5  # PostgreSQL itself waits 5 s for others to leave
 SIZES: Final = """SELECT pg_database_size(current_database()), pg_total_relation_size(oid),
 reltuples::bigint, (SELECT extract(epoch FROM min("startTime")) FROM "LiteLLM_SpendLogs")
@@ -15770,6 +15839,8 @@ def apply_step(  # noqa: C901, PLR0912, PLR0915 - one line per kind of step
             tools.database.turn(server)
         case DropFormer(server, _):
             _drop_former(server, tools, control)
+        case WithholdContents(server, _):
+            tools.database.withhold_contents(server)
         case Discard(name, seconds, _):
             containers.remove(name, seconds)
         case _:

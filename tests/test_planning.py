@@ -108,6 +108,7 @@ def test_the_first_deployment_makes_everything() -> None:
           write litellm-a/config.yaml: what is routed changed
           create llm-litellm-a from ghcr.io/berriai/litellm:v1.108.11: not there
           wait until llm-litellm-a is ready: it starts
+          let the database refuse what requests said: no prompt is ever stored
           pull image caddy:2.11.7-alpine: not on this server
           check and write caddy/Caddyfile: what is served changed
           create llm-caddy from caddy:2.11.7-alpine: not there
@@ -187,6 +188,7 @@ def test_a_stopped_model_loses_its_route_before_its_container() -> None:
           write litellm-b/config.yaml: what is routed changed
           create llm-litellm-b from ghcr.io/berriai/litellm:v1.108.11: what is routed changed
           wait until llm-litellm-b is ready: it starts
+          let the database refuse what requests said: no prompt is ever stored
           check and load caddy/Caddyfile: what is served changed
         retirement:
           pause 2 s: the edge has just turned to the other slot
@@ -312,6 +314,7 @@ def test_a_second_model_turns_the_gateway_to_its_other_slot() -> None:
           write litellm-a/config.yaml: what is routed changed
           create llm-litellm-a from ghcr.io/berriai/litellm:v1.108.11: what is routed changed
           wait until llm-litellm-a is ready: it starts
+          let the database refuse what requests said: no prompt is ever stored
           check and load caddy/Caddyfile: what is served changed
         retirement:
           pause 2 s: the edge has just turned to the other slot
@@ -329,6 +332,7 @@ def test_a_route_turns_the_gateway_and_touches_nothing_else() -> None:
           write litellm-b/config.yaml: what is routed changed
           create llm-litellm-b from ghcr.io/berriai/litellm:v1.108.11: what is routed changed
           wait until llm-litellm-b is ready: it starts
+          let the database refuse what requests said: no prompt is ever stored
           check and load caddy/Caddyfile: what is served changed
         retirement:
           pause 2 s: the edge has just turned to the other slot

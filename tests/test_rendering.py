@@ -238,7 +238,7 @@ def test_content_logging_is_off_whatever_is_served() -> None:
                 "global_disable_no_log_param",
                 "telemetry",
                 "store_prompts_in_spend_logs",
-                "disable_error_logs",
+                "spend_logs_metadata_fields",
                 "disable_requester_ip_address_logging",
             )
         } == {
@@ -247,7 +247,9 @@ def test_content_logging_is_off_whatever_is_served() -> None:
             "global_disable_no_log_param": True,
             "telemetry": False,
             "store_prompts_in_spend_logs": False,
-            "disable_error_logs": True,
+            "spend_logs_metadata_fields": {
+                "exclude": ["spend_logs_metadata", "user_agent", "error_information"]
+            },
             "disable_requester_ip_address_logging": True,
         }
 

@@ -85,6 +85,7 @@ def started(here: Installation) -> dict[str, str]:
 def test_keys_work_as_before_after_dump_and_destruction_and_restore(here: Installation) -> None:
     ada = here.create_key("Ada", "tiny")
     assert ask(here, ada) == "answer of host"
+    sql(here, 'DROP TRIGGER llm_manager_before ON "LiteLLM_ToolTable"')  # as in an old dump
     with here.step("a dump of LiteLLM's database"):
         here.cli("database", "dump", "before")
     assert dumps(here) == ["before.dump"]
@@ -98,6 +99,8 @@ def test_keys_work_as_before_after_dump_and_destruction_and_restore(here: Instal
         here.cli("database", "restore", "before")
     assert ask(here, ada) == "answer of host"
     assert aliases(here) == {"Ada"}
+    refusing = "SELECT tgname FROM pg_trigger WHERE tgrelid = '\"LiteLLM_ToolTable\"'::regclass"
+    assert sql(here, refusing) == "llm_manager_before"
     with pytest.raises(openai.AuthenticationError):
         ask(here, later)
     assert databases(here) == {"litellm", "postgres"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -219,9 +220,8 @@ def far(here: Installation, docker_client: docker.DockerClient) -> Iterator[Upst
 
 
 def ask(client: openai.OpenAI, **more: Any) -> Any:
-    return client.chat.completions.create(
-        model="tiny", messages=[{"role": "user", "content": "Hello?"}], **more
-    )
+    wanted = {"model": "tiny", "messages": [{"role": "user", "content": "Hello?"}]}
+    return client.chat.completions.create(**wanted | more)
 
 
 def rows_by(here: Installation, by: str) -> dict[str, list[int]]:
@@ -256,19 +256,58 @@ def test_every_token_is_counted_once(here: Installation, far: Upstream) -> None:
     far.order()
     with pytest.raises(openai.AuthenticationError):
         ask(here.openai("sk-nobody-has-this-key"))
+    with pytest.raises(openai.BadRequestError):
+        ask(ada, model="no-such-model")
     ask(bob)
-    wait_until(lambda: rows_by(here, "key")["total"][0] == 6, "all is written", 90)
+    wait_until(lambda: rows_by(here, "key")["total"][0] == 10, "all is written", 90)
     found = rows_by(here, "key")
-    # The upstream says that each answer had 3 tokens and its prompt 3, of streams too. What it
-    # refused has none; LiteLLM keeps no row of it, because that would tell what was asked.
-    total = [6, 0, 18, 18]
-    assert found == {"Ada": [4, 0, 12, 12], "Bob": [2, 0, 6, 6], "total": total}
+    # The upstream says that each answer had 3 tokens and its prompt 3, of streams too. LiteLLM
+    # counts a prompt that was refused upstream by itself, at 14; of a stranger nothing is kept.
+    total = [10, 4, 18 + 3 * 14, 18]
+    assert found == {"Ada": [7, 3, 40, 12], "Bob": [3, 1, 20, 6], "total": total}
     totals = {by: rows_by(here, by)["total"] for by in lm.get_args(lm.Grouping)}
     assert all(total == found["total"] for total in totals.values()), totals
     assert rows_by(here, "group")["the lab"] == found["Bob"]
     assert here.cli("usage", "--attention") == "Nothing needs attention.\n"
     here.cli("key", "revoke", "Ada")
     assert rows_by(here, "key")["Ada"] == found["Ada"], "what it used stays accounted for"
+
+
+def test_no_name_of_a_tool_is_stored(here: Installation, far: Upstream) -> None:
+    tess = here.openai(here.create_key("Tess"))
+    database = here.container("llm-postgres")
+
+    def kept_of(name: str) -> list[str]:
+        """The tables that have it, once a request that offers and calls it is accounted for."""
+        before = rows_by(here, "key").get("Tess", [0])[0]
+        function = {"name": name, "parameters": {"type": "object", "properties": {}}}
+        tools = [{"type": "function", "function": function}]
+        (called,) = ask(tess, tools=tools).choices[0].message.tool_calls
+        assert called.function.name == name
+        wait_until(lambda: rows_by(here, "key").get("Tess", [0])[0] > before, "it is written", 90)
+        time.sleep(12)  # LiteLLM writes the tools every ten seconds
+        dump = database.exec_run(["pg_dump", *lm.PSQL[1:], "--data-only", "--inserts"]).output
+        return re.findall(rf'INTO public\."(\w+)" .*{name}', dump.decode())
+
+    def psql(sql: str) -> None:
+        assert database.exec_run([*lm.PSQL, "-c", sql]).exit_code == 0
+
+    assert kept_of("get_secret_weather") == []
+    gateways = [c for name, c in here.containers().items() if name.startswith("llm-litellm")]
+    log = b"".join(c.logs() for c in gateways).decode()
+    assert "ERROR LiteLLM Proxy utils.py" not in log, "LiteLLM is content with the database"
+    places = ("LiteLLM_ToolTable", "LiteLLM_SpendLogToolIndex", "LiteLLM_DailyToolSpend")
+    try:
+        for place in places:
+            psql(f'ALTER TABLE "{place}" DISABLE TRIGGER USER')
+        assert set(kept_of("get_other_weather")) == set(places), "the check can fail"
+    finally:
+        psql(lm.WITHHOLDING)
+        for place in places:
+            psql(f'ALTER TABLE "{place}" ENABLE TRIGGER USER')
+    assert kept_of("get_third_weather") == []
+    said = database.exec_run([*lm.PSQL, "-tAc", 'SELECT count(*) FROM "LiteLLM_ToolTable"'])
+    assert said.output.strip() == b"0", "what was kept from before is gone"
 
 
 @pytest.mark.browser

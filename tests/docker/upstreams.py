@@ -174,7 +174,11 @@ def head(body: dict[str, Any], kind: str) -> dict[str, Any]:
 
 
 def completion(body: dict[str, Any], text: str) -> dict[str, Any]:
-    message = {"role": "assistant", "content": text}
+    message: dict[str, Any] = {"role": "assistant", "content": text}
+    if tools := body.get("tools"):
+        called = {"name": tools[0]["function"]["name"], "arguments": "{}"}
+        call = {"id": f"call-{uuid.uuid4().hex}", "type": "function", "function": called}
+        message = {"role": "assistant", "content": None, "tool_calls": [call]}
     choice = {"index": 0, "message": message, "finish_reason": "stop"}
     return head(body, "chat.completion") | {"choices": [choice], "usage": USAGE}
 
