@@ -4087,19 +4087,10 @@ _DAILY: Final = """
            {sign}completion_tokens AS completion,
            {sign}total_response_time_ms AS took_ms, {sign}timed_requests AS timed
       FROM "{table}" WHERE date BETWEEN %(first)s AND %(last)s"""
-# Hours are known to the spend logs only. LiteLLM has cached tokens in their metadata as whoever
-# answered told of them.
+# Hours are known to the spend logs only, whose million rows are too much to read each time.
 _HOURLY: Final = """
-    SELECT date_trunc('hour', "startTime") AS subject, 1 AS requests,
-           CASE WHEN status = 'failure' THEN 1 ELSE 0 END AS failures, prompt_tokens AS prompt,
-           coalesce((metadata #>> '{usage_object,prompt_tokens_details,cached_tokens}')::int, 0)
-             AS cached,
-           completion_tokens AS completion,
-           CASE WHEN status = 'failure' THEN 0 ELSE coalesce(request_duration_ms, 0) END AS took_ms,
-           CASE WHEN status = 'failure' OR request_duration_ms IS NULL THEN 0 ELSE 1 END AS timed
-      FROM "LiteLLM_SpendLogs"
-     WHERE "startTime" >= %(first)s::date AND "startTime" < %(last)s::date + 1
-    OFFSET 0"""  # so that PostgreSQL sorts figures, and not whole rows with their metadata
+    SELECT hour AS subject, requests, failures, prompt, cached, completion, took_ms, timed
+      FROM llm_manager.hours WHERE hour >= %(first)s::date AND hour < %(last)s::date + 1"""
 # First by subject, which PostgreSQL does without sorting a million rows. The empty grouping set is
 # the total, whatever the limit leaves out.
 _SUMMED: Final = """
@@ -4315,23 +4306,73 @@ class EngineTally:
 
 def tally_sql(engines: Mapping[ContainerName, datetime]) -> Sql:
     """The tokens in LiteLLM's accounts of each of these engines since its start."""
+    # Of the hour in which it started only a part counts.
     text = """
-SELECT engine, coalesce(sum(total_tokens) FILTER (WHERE status = 'success'), 0)::bigint
-  FROM unnest(%(engines)s::text[], %(addresses)s::text[], %(starts)s::timestamptz[])
-       AS started(engine, address, start)
-  LEFT JOIN "LiteLLM_SpendLogs" ON starts_with(api_base, address)
-       AND "startTime" >= start AT TIME ZONE 'UTC'
-       AND "startTime" >= %(earliest)s::timestamptz AT TIME ZONE 'UTC'
- GROUP BY engine"""
+SELECT engine, (
+         SELECT coalesce(sum(prompt + completion), 0)::bigint FROM llm_manager.hours
+          WHERE hour > start AND starts_with(api_base, address)
+       ) + (
+         SELECT coalesce(sum(total_tokens), 0) FROM "LiteLLM_SpendLogs"
+          WHERE "startTime" >= start AND "startTime" < date_trunc('hour', start) + interval '1 hour'
+            AND starts_with(api_base, address)
+       )
+  FROM (SELECT engine, address, start AT TIME ZONE 'UTC' AS start
+          FROM unnest(%(engines)s::text[], %(addresses)s::text[], %(starts)s::timestamptz[])
+               AS given(engine, address, start)) AS started"""
     return Sql(
         text,
         {
             "engines": list(engines),
             "addresses": [engine_url(engine) for engine in engines],
             "starts": list(engines.values()),
-            "earliest": min(engines.values()),
         },
     )
+
+
+# --- sums by the hour -----------------------------------------------------------
+
+# In a schema of our own, because LiteLLM's migrations may drop what they do not know in theirs.
+_SUMS: Final = ("requests", "failures", "prompt", "cached", "completion", "took_ms", "timed")
+# Sorted, so that two gateways never wait for each other in a circle. Of cached tokens the metadata
+# has what the provider said, which may be anything.
+_ADD_HOURS: Final = """
+INSERT INTO llm_manager.hours AS known
+SELECT date_trunc('hour', "startTime"), coalesce(api_base, ''), count(*),
+       count(*) FILTER (WHERE status = 'failure'), sum(prompt_tokens),
+       sum(CASE WHEN cached ~ '^[0-9]{1,9}$' THEN cached::int ELSE 0 END), sum(completion_tokens),
+       coalesce(sum(request_duration_ms) FILTER (WHERE status IS DISTINCT FROM 'failure'), 0),
+       count(request_duration_ms) FILTER (WHERE status IS DISTINCT FROM 'failure')
+  FROM {rows}, LATERAL
+       (SELECT metadata #>> '{usage_object,prompt_tokens_details,cached_tokens}' AS cached) AS told
+ GROUP BY 1, 2 ORDER BY 1, 2
+    ON CONFLICT (hour, api_base) DO UPDATE SET {added}""".replace(
+    "{added}", ", ".join(f"{each} = known.{each} + excluded.{each}" for each in _SUMS)
+)
+_NOT_ADDED: Final = """(SELECT * FROM "LiteLLM_SpendLogs" WHERE "startTime" >= coalesce(
+       (SELECT max(hour) + interval '1 hour' FROM llm_manager.hours), '-infinity')) AS not_added"""
+HOURS_KEPT: Final = """
+SELECT 1 FROM pg_trigger
+ WHERE tgrelid = to_regclass('"LiteLLM_SpendLogs"') AND tgname = 'llm_manager_hours'"""
+# PostgreSQL adds to them what LiteLLM writes, as it writes it, and what retention deletes stays in.
+# Whenever this begins, the hours of which every request is still known are added up anew.
+KEEP_HOURS: Final = f"""
+LOCK TABLE "LiteLLM_SpendLogs" IN SHARE ROW EXCLUSIVE MODE;
+CREATE SCHEMA IF NOT EXISTS llm_manager;
+CREATE TABLE IF NOT EXISTS llm_manager.hours (
+  hour timestamp, api_base text, {", ".join(f"{each} bigint NOT NULL" for each in _SUMS)},
+  PRIMARY KEY (hour, api_base));
+DELETE FROM llm_manager.hours WHERE hour > (SELECT min("startTime") FROM "LiteLLM_SpendLogs");
+{_ADD_HOURS.replace("{rows}", _NOT_ADDED)};
+CREATE OR REPLACE FUNCTION llm_manager.add_hours() RETURNS trigger LANGUAGE plpgsql AS $body$
+BEGIN
+  {_ADD_HOURS.replace("{rows}", "added")};
+  RETURN NULL;
+EXCEPTION WHEN OTHERS THEN  -- LiteLLM may change a column, and must not lose its row for that
+  RAISE WARNING 'llm_manager.hours: %', SQLERRM;
+  RETURN NULL;
+END $body$;
+CREATE TRIGGER llm_manager_hours AFTER INSERT ON "LiteLLM_SpendLogs"
+  REFERENCING NEW TABLE AS added FOR EACH STATEMENT EXECUTE FUNCTION llm_manager.add_hours()"""  # noqa: S608 - constants alone
 
 
 # --- statements -----------------------------------------------------------------
@@ -13604,12 +13645,14 @@ class UsageTables:
             except psycopg.errors.QueryCanceled:
                 raise
             except (psycopg.OperationalError, psycopg.errors.InsufficientPrivilege):
-                self._make_reader()  # before its first use, or where LiteLLM made a table anew
+                self._prepare()  # before its first use, or where LiteLLM made a table anew
             return self._read(query)
 
     def _read(self, query: Sql) -> list[tuple[Any, ...]]:
         text = f"{query.text}\nLIMIT {self.MOST_ROWS + 1}"
         with self._connected(READER) as connection:
+            if connection.execute(HOURS_KEPT.encode()).fetchone() is None:
+                raise psycopg.errors.InsufficientPrivilege("no sums by the hour")
             found = connection.execute(text.encode(), query.values).fetchall()
         if len(found) > self.MOST_ROWS:
             raise DatabaseError(
@@ -13617,7 +13660,8 @@ class UsageTables:
             )
         return found
 
-    def _make_reader(self) -> None:
+    def _prepare(self) -> None:
+        """The reader, and the sums by the hour."""
         with self._connected(DATABASE_OWNER) as connection:
             # Two at once would fail with "tuple concurrently updated".
             connection.execute("SELECT pg_advisory_xact_lock(hashtext(%s))", [READER])
@@ -13627,13 +13671,16 @@ class UsageTables:
             # libpq sends it hashed, so that PostgreSQL's log never has it.
             password = self._passwords[READER].get_secret_value()
             connection.pgconn.change_password(READER.encode(), password.encode())
+            if connection.execute(HOURS_KEPT.encode()).fetchone() is None:
+                connection.execute(KEEP_HOURS.encode())
             tables = ", ".join(f'"{table}"' for table in READER_TABLES)
             for statement in (
                 f"ALTER ROLE {READER} SET default_transaction_read_only = on",
                 f"ALTER ROLE {READER} SET statement_timeout = '{READER_SECONDS}s'",
                 f"ALTER ROLE {READER} SET work_mem = '32MB'",  # for bitmaps of a million rows
                 f"ALTER ROLE {READER} SET jit = off",
-                f"GRANT SELECT ON {tables} TO {READER}",
+                f"GRANT USAGE ON SCHEMA llm_manager TO {READER}",
+                f"GRANT SELECT ON {tables}, llm_manager.hours TO {READER}",
             ):
                 connection.execute(statement.encode())
 
