@@ -4336,27 +4336,32 @@ SELECT engine, (
 # In a schema of our own, because LiteLLM's migrations may drop what they do not know in theirs.
 _SUMS: Final = ("requests", "prompt", "cached", "completion", "took_ms", "timed")
 # Sorted, so that two gateways never wait for each other in a circle. Of cached tokens the metadata
-# has what the provider said, which may be anything.
+# has what the provider said, which may be anything. With OFFSET 0 PostgreSQL sorts figures, and not
+# whole rows with their metadata.
 _ADD_HOURS: Final = """
   INSERT INTO llm_manager.hours AS known
-  SELECT date_trunc('hour', "startTime"), coalesce(api_base, ''),
-         coalesce(status = 'failure', false), count(*), sum(prompt_tokens),
+  SELECT hour, api_base, failed, count(*), sum(prompt_tokens),
          sum(CASE WHEN cached ~ '^[0-9]{1,9}$' THEN cached::int ELSE 0 END),
          sum(completion_tokens), coalesce(sum(request_duration_ms), 0), count(request_duration_ms)
-    FROM {rows}, LATERAL (
-         SELECT metadata #>> '{usage_object,prompt_tokens_details,cached_tokens}' AS cached) AS told
-   GROUP BY 1, 2, 3 ORDER BY 1, 2, 3
+    FROM (SELECT date_trunc('hour', "startTime") AS hour, coalesce(api_base, '') AS api_base,
+                 coalesce(status = 'failure', false) AS failed, prompt_tokens, completion_tokens,
+                 metadata #>> '{usage_object,prompt_tokens_details,cached_tokens}' AS cached,
+                 request_duration_ms
+            FROM {rows} OFFSET 0) AS told
+   GROUP BY hour, api_base, failed ORDER BY hour, api_base, failed
       ON CONFLICT (hour, api_base, failed) DO UPDATE SET {added};""".replace(
     "{added}", ", ".join(f"{each} = known.{each} + excluded.{each}" for each in _SUMS)
 )
-_NOT_ADDED: Final = """(SELECT * FROM "LiteLLM_SpendLogs" WHERE "startTime" >= coalesce(
-           (SELECT max(hour) + interval '1 hour' FROM llm_manager.hours), '-infinity')) AS spent"""
+_NOT_ADDED: Final = """"LiteLLM_SpendLogs" WHERE "startTime" >= coalesce(
+             (SELECT max(known.hour) + interval '1 hour' FROM llm_manager.hours AS known),
+             '-infinity')"""
 HOURS_KEPT: Final = """SELECT 1 FROM pg_trigger
  WHERE tgrelid = to_regclass('"LiteLLM_SpendLogs"') AND tgname = 'llm_manager_hours'"""
 # PostgreSQL adds to them what LiteLLM writes, as it writes it, and what retention deletes stays in.
 # When this begins, the hours of which every request is still known are added up anew.
 KEEP_HOURS: Final = f"""DO $keep$
 BEGIN
+  SET LOCAL jit = off;
   LOCK TABLE "LiteLLM_SpendLogs" IN SHARE ROW EXCLUSIVE MODE;
   IF EXISTS ({HOURS_KEPT}) THEN RETURN; END IF;
   CREATE SCHEMA IF NOT EXISTS llm_manager;
