@@ -16394,6 +16394,11 @@ class Keys:
     def all(self) -> list[VirtualKey]:
         return self._api().list_keys()
 
+    def with_groups(self) -> tuple[list[VirtualKey], list[KnownGroup]]:
+        """All of both, by name."""
+        api = self._api()
+        return api.list_keys(), api.list_groups()
+
     def create(self, settings: KeySettings) -> pydantic.SecretStr:
         """A new virtual key; this is the only time its secret is seen."""
         self._check_models([settings])
@@ -19290,7 +19295,7 @@ def build_keys_tab(desk: Desk) -> None:
         # Opening a tab must not shout: without an endpoint there simply are no keys yet.
         keys, groups = [], []
         with contextlib.suppress(ManagerError):
-            keys, groups = desk.manager.keys.all(), desk.manager.keys.groups()
+            keys, groups = desk.manager.keys.with_groups()
         now, names = utc_now(), [group.settings.name for group in groups]
         return (
             key_rows(keys, now), gr.Dropdown(choices=[key.settings.alias for key in keys]),
