@@ -4087,19 +4087,12 @@ _DAILY: Final = """
            {sign}completion_tokens AS completion,
            {sign}total_response_time_ms AS took_ms, {sign}timed_requests AS timed
       FROM "{table}" WHERE date BETWEEN %(first)s AND %(last)s"""
-# Hours are known to the spend logs only. LiteLLM has cached tokens in their metadata as whoever
-# answered told of them.
+# Hours are known to the spend logs only, whose million rows are too much to read each time.
 _HOURLY: Final = """
-    SELECT date_trunc('hour', "startTime") AS subject, 1 AS requests,
-           CASE WHEN status = 'failure' THEN 1 ELSE 0 END AS failures, prompt_tokens AS prompt,
-           coalesce((metadata #>> '{usage_object,prompt_tokens_details,cached_tokens}')::int, 0)
-             AS cached,
-           completion_tokens AS completion,
-           CASE WHEN status = 'failure' THEN 0 ELSE coalesce(request_duration_ms, 0) END AS took_ms,
-           CASE WHEN status = 'failure' OR request_duration_ms IS NULL THEN 0 ELSE 1 END AS timed
-      FROM "LiteLLM_SpendLogs"
-     WHERE "startTime" >= %(first)s::date AND "startTime" < %(last)s::date + 1
-    OFFSET 0"""  # so that PostgreSQL sorts figures, and not whole rows with their metadata
+    SELECT hour AS subject, requests, CASE WHEN failed THEN requests ELSE 0 END AS failures, prompt,
+           cached, completion, CASE WHEN failed THEN 0 ELSE took_ms END AS took_ms,
+           CASE WHEN failed THEN 0 ELSE timed END AS timed
+      FROM llm_manager.hours WHERE hour >= %(first)s::date AND hour < %(last)s::date + 1"""
 # First by subject, which PostgreSQL does without sorting a million rows. The empty grouping set is
 # the total, whatever the limit leaves out.
 _SUMMED: Final = """
@@ -4315,23 +4308,80 @@ class EngineTally:
 
 def tally_sql(engines: Mapping[ContainerName, datetime]) -> Sql:
     """The tokens in LiteLLM's accounts of each of these engines since its start."""
+    # Of the hour in which it started only a part counts.
     text = """
-SELECT engine, coalesce(sum(total_tokens) FILTER (WHERE status = 'success'), 0)::bigint
-  FROM unnest(%(engines)s::text[], %(addresses)s::text[], %(starts)s::timestamptz[])
-       AS started(engine, address, start)
-  LEFT JOIN "LiteLLM_SpendLogs" ON starts_with(api_base, address)
-       AND "startTime" >= start AT TIME ZONE 'UTC'
-       AND "startTime" >= %(earliest)s::timestamptz AT TIME ZONE 'UTC'
- GROUP BY engine"""
+SELECT engine, (
+         SELECT coalesce(sum(prompt + completion), 0)::bigint FROM llm_manager.hours
+          WHERE hour > start AND starts_with(api_base, address) AND NOT failed
+       ) + (
+         SELECT coalesce(sum(total_tokens), 0) FROM "LiteLLM_SpendLogs"
+          WHERE "startTime" >= start AND "startTime" < date_trunc('hour', start) + interval '1 hour'
+            AND starts_with(api_base, address) AND status IS DISTINCT FROM 'failure'
+       )
+  FROM (SELECT engine, address, start AT TIME ZONE 'UTC' AS start
+          FROM unnest(%(engines)s::text[], %(addresses)s::text[], %(starts)s::timestamptz[])
+               AS given(engine, address, start)) AS started"""
     return Sql(
         text,
         {
             "engines": list(engines),
             "addresses": [engine_url(engine) for engine in engines],
             "starts": list(engines.values()),
-            "earliest": min(engines.values()),
         },
     )
+
+
+# --- sums by the hour -----------------------------------------------------------
+
+# In a schema of our own, because LiteLLM's migrations may drop what they do not know in theirs.
+_SUMS: Final = ("requests", "prompt", "cached", "completion", "took_ms", "timed")
+# Sorted, so that two gateways never wait for each other in a circle. Of cached tokens the metadata
+# has what the provider said, which may be anything. With OFFSET 0 PostgreSQL sorts figures, and not
+# whole rows with their metadata.
+_ADD_HOURS: Final = """
+  INSERT INTO llm_manager.hours AS known
+  SELECT hour, api_base, failed, count(*), sum(prompt_tokens),
+         sum(CASE WHEN cached ~ '^[0-9]{1,9}$' THEN cached::int ELSE 0 END),
+         sum(completion_tokens), coalesce(sum(request_duration_ms), 0), count(request_duration_ms)
+    FROM (SELECT date_trunc('hour', "startTime") AS hour, coalesce(api_base, '') AS api_base,
+                 coalesce(status = 'failure', false) AS failed, prompt_tokens, completion_tokens,
+                 metadata #>> '{usage_object,prompt_tokens_details,cached_tokens}' AS cached,
+                 request_duration_ms
+            FROM {rows} OFFSET 0) AS told
+   GROUP BY hour, api_base, failed ORDER BY hour, api_base, failed
+      ON CONFLICT (hour, api_base, failed) DO UPDATE SET {added};""".replace(
+    "{added}", ", ".join(f"{each} = known.{each} + excluded.{each}" for each in _SUMS)
+)
+_NOT_ADDED: Final = """"LiteLLM_SpendLogs" WHERE "startTime" >= coalesce(
+             (SELECT max(known.hour) + interval '1 hour' FROM llm_manager.hours AS known),
+             '-infinity')"""
+HOURS_KEPT: Final = """SELECT 1 FROM pg_trigger
+ WHERE tgrelid = to_regclass('"LiteLLM_SpendLogs"') AND tgname = 'llm_manager_hours'"""
+# PostgreSQL adds to them what LiteLLM writes, as it writes it, and what retention deletes stays in.
+# When this begins, the hours of which every request is still known are added up anew.
+KEEP_HOURS: Final = f"""DO $keep$
+BEGIN
+  SET LOCAL jit = off;
+  LOCK TABLE "LiteLLM_SpendLogs" IN SHARE ROW EXCLUSIVE MODE;
+  IF EXISTS ({HOURS_KEPT}) THEN RETURN; END IF;
+  CREATE SCHEMA IF NOT EXISTS llm_manager;
+  CREATE TABLE IF NOT EXISTS llm_manager.hours (
+    hour timestamp, api_base text, failed bool,
+    {", ".join(f"{each} bigint NOT NULL" for each in _SUMS)},
+    PRIMARY KEY (hour, api_base, failed));
+  DELETE FROM llm_manager.hours WHERE hour > (SELECT min("startTime") FROM "LiteLLM_SpendLogs");
+  {_ADD_HOURS.replace("{rows}", _NOT_ADDED)}
+  CREATE OR REPLACE FUNCTION llm_manager.add_hours() RETURNS trigger LANGUAGE plpgsql AS $add$
+BEGIN
+  {_ADD_HOURS.replace("{rows}", "added")}
+  RETURN NULL;
+EXCEPTION WHEN OTHERS THEN  -- LiteLLM may change a column, and must not lose its row for that
+  RAISE WARNING 'llm_manager.hours: %', SQLERRM;
+  RETURN NULL;
+END $add$;
+  CREATE TRIGGER llm_manager_hours AFTER INSERT ON "LiteLLM_SpendLogs"
+    REFERENCING NEW TABLE AS added FOR EACH STATEMENT EXECUTE FUNCTION llm_manager.add_hours();
+END $keep$"""  # noqa: S608 - constants alone
 
 
 # --- statements -----------------------------------------------------------------
@@ -8010,8 +8060,17 @@ def group_body(group: Group) -> Json:
     }
 
 
+# Those of LiteLLM's own page, which is closed, are nobody's keys.
+KEYS_SQL: Final = Sql(
+    """SELECT to_jsonb(entry) FROM "LiteLLM_VerificationToken" AS entry
+ WHERE team_id IS DISTINCT FROM 'litellm-dashboard'""",
+    {},
+)
+GROUPS_SQL: Final = Sql('SELECT to_jsonb(entry) FROM "LiteLLM_TeamTable" AS entry', {})
+
+
 def read_key(entry: Json) -> VirtualKey:
-    """One entry of `/key/list`."""
+    """One row of LiteLLM's table of keys."""
     metadata = entry.get("metadata") or {}
     return VirtualKey(
         key_hash=entry["token"],
@@ -8034,7 +8093,7 @@ def read_key(entry: Json) -> VirtualKey:
 
 
 def read_group(entry: Json) -> KnownGroup:
-    """One entry of `/v2/team/list`."""
+    """One row of LiteLLM's table of teams."""
     note = str((entry.get("metadata") or {}).get("note") or "")
     return KnownGroup(
         settings=Group(**_read_allowance(entry), name=entry["team_id"], note=note),
@@ -8056,8 +8115,9 @@ def _read_allowance(entry: Json) -> Json:
 
 
 def parse_moment(text: str | None) -> datetime | None:
-    """As LiteLLM and the hub write one; empty is None."""
-    return datetime.fromisoformat(text.replace("Z", "+00:00")) if text else None
+    """As LiteLLM and the hub write one, which is UTC also where it does not say so."""
+    moment = datetime.fromisoformat(text) if text else None
+    return moment and (moment if moment.tzinfo else moment.replace(tzinfo=UTC))
 
 
 def end_after(days: float | None, now: datetime) -> datetime | None:
@@ -13303,9 +13363,18 @@ def provider_errors(provider: Provider) -> Iterator[None]:
 
 
 class LiteLlmApi:
-    """LiteLLM's management API, by its container's address and with the master key."""
+    """LiteLLM's management API, by its container's address and with the master key.
 
-    def __init__(self, address: str, master_key: pydantic.SecretStr) -> None:
+    What is listed comes out of its tables: LiteLLM itself needs a second for a thousand keys.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        master_key: pydantic.SecretStr,
+        rows: Callable[[Sql], Sequence[Sequence[Any]]],
+    ) -> None:
+        self._rows = rows
         self._client = httpx.Client(
             base_url=f"http://{address}:{GATEWAY_PORT}",
             headers={"Authorization": f"Bearer {master_key.get_secret_value()}"},
@@ -13323,9 +13392,9 @@ class LiteLlmApi:
         self._call("POST", "/key/update", json=request | {"key": key_hash})
 
     def list_keys(self) -> list[VirtualKey]:
-        """Every key, page by page, by name."""
-        found = self._pages("/key/list", "keys", {"return_full_object": "true"})
-        return sorted(map(read_key, found), key=lambda key: key.settings.alias)
+        """Every key, by name."""
+        found = [read_key(entry) for (entry,) in self._rows(KEYS_SQL)]
+        return sorted(found, key=lambda key: key.settings.alias)
 
     def delete_keys(self, hashes: Sequence[str]) -> None:
         """All of them, or none."""
@@ -13336,8 +13405,8 @@ class LiteLlmApi:
 
     def list_groups(self) -> list[KnownGroup]:
         """Every team, by name."""
-        found = self._pages("/v2/team/list", "teams", {}, size="page_size")
-        return sorted(map(read_group, found), key=lambda group: group.settings.name)
+        found = [read_group(entry) for (entry,) in self._rows(GROUPS_SQL)]
+        return sorted(found, key=lambda group: group.settings.name)
 
     def create_group(self, request: Json) -> None:
         self._call("POST", "/team/new", json=request)
@@ -13351,15 +13420,6 @@ class LiteLlmApi:
     def delete_group(self, name: str) -> None:
         """Its keys go with it."""
         self._call("POST", "/team/delete", json={"team_ids": [name]})
-
-    def _pages(self, path: str, of: str, more: Json, size: str = "size") -> list[Json]:
-        found: list[Json] = []
-        page, pages = 1, 1
-        while page <= pages:
-            answer = self._call("GET", path, params={"page": page, size: 100, **more})
-            found += answer[of]
-            page, pages = page + 1, answer["total_pages"]
-        return found
 
     def _call(self, method: str, path: str, **options: Any) -> Any:
         try:
@@ -13673,12 +13733,14 @@ class UsageTables:
             except psycopg.errors.QueryCanceled:
                 raise
             except (psycopg.OperationalError, psycopg.errors.InsufficientPrivilege):
-                self._make_reader()  # before its first use, or where LiteLLM made a table anew
+                self._prepare()  # before its first use, or where LiteLLM made a table anew
             return self._read(query)
 
     def _read(self, query: Sql) -> list[tuple[Any, ...]]:
         text = f"{query.text}\nLIMIT {self.MOST_ROWS + 1}"
         with self._connected(READER) as connection:
+            if connection.execute(HOURS_KEPT.encode()).fetchone() is None:
+                raise psycopg.errors.InsufficientPrivilege("no sums by the hour")
             found = connection.execute(text.encode(), query.values).fetchall()
         if len(found) > self.MOST_ROWS:
             raise DatabaseError(
@@ -13686,7 +13748,8 @@ class UsageTables:
             )
         return found
 
-    def _make_reader(self) -> None:
+    def _prepare(self) -> None:
+        """The reader, and the sums by the hour."""
         with self._connected(DATABASE_OWNER) as connection:
             # Two at once would fail with "tuple concurrently updated".
             connection.execute("SELECT pg_advisory_xact_lock(hashtext(%s))", [READER])
@@ -13696,13 +13759,15 @@ class UsageTables:
             # libpq sends it hashed, so that PostgreSQL's log never has it.
             password = self._passwords[READER].get_secret_value()
             connection.pgconn.change_password(READER.encode(), password.encode())
+            connection.execute(KEEP_HOURS.encode())
             tables = ", ".join(f'"{table}"' for table in READER_TABLES)
             for statement in (
                 f"ALTER ROLE {READER} SET default_transaction_read_only = on",
                 f"ALTER ROLE {READER} SET statement_timeout = '{READER_SECONDS}s'",
                 f"ALTER ROLE {READER} SET work_mem = '32MB'",  # for bitmaps of a million rows
                 f"ALTER ROLE {READER} SET jit = off",
-                f"GRANT SELECT ON {tables} TO {READER}",
+                f"GRANT USAGE ON SCHEMA llm_manager TO {READER}",
+                f"GRANT SELECT ON {tables}, llm_manager.hours TO {READER}",
             ):
                 connection.execute(statement.encode())
 
@@ -16400,6 +16465,11 @@ class Keys:
     def all(self) -> list[VirtualKey]:
         return self._api().list_keys()
 
+    def with_groups(self) -> tuple[list[VirtualKey], list[KnownGroup]]:
+        """All of both, by name."""
+        api = self._api()
+        return api.list_keys(), api.list_groups()
+
     def create(self, settings: KeySettings) -> pydantic.SecretStr:
         """A new virtual key; this is the only time its secret is seen."""
         self._check_models([settings])
@@ -16548,7 +16618,11 @@ class Keys:
         for slot in order:
             seen = observed.containers.get(gateway_name(state, slot))
             if seen is not None and seen.ready and seen.address is not None:
-                return LiteLlmApi(seen.address, state.secrets.master_key)
+                return LiteLlmApi(
+                    seen.address,
+                    state.secrets.master_key,
+                    lambda query: usage_tables(state, observed.containers).rows(query),
+                )
         raise GatewayError(
             "The endpoint is not running, and keys live in its database.",
             advice="Deploy a model, or run `apply`, first.",
@@ -17264,13 +17338,19 @@ class Usage:
         ]
 
     def _tables(self) -> UsageTables:
-        state = self._store.load()
-        seen = self._tools.containers.observe().containers.get(database_name(state))
-        if seen is None or not seen.running or seen.address is None:
-            raise DatabaseError(
-                "PostgreSQL does not run.", advice="Deploy a model, or run `apply`, first."
-            )
-        return UsageTables(seen.address, state.secrets.database_password, reader_password(state))
+        return usage_tables(self._store.load(), self._tools.containers.observe().containers)
+
+
+def usage_tables(
+    state: State, containers: Mapping[ContainerName, ObservedContainer]
+) -> UsageTables:
+    """Those of the database that runs. Raises DatabaseError."""
+    seen = containers.get(database_name(state))
+    if seen is None or not seen.running or seen.address is None:
+        raise DatabaseError(
+            "PostgreSQL does not run.", advice="Deploy a model, or run `apply`, first."
+        )
+    return UsageTables(seen.address, state.secrets.database_password, reader_password(state))
 
 
 class ChangeRunner:
@@ -19286,7 +19366,7 @@ def build_keys_tab(desk: Desk) -> None:
         # Opening a tab must not shout: without an endpoint there simply are no keys yet.
         keys, groups = [], []
         with contextlib.suppress(ManagerError):
-            keys, groups = desk.manager.keys.all(), desk.manager.keys.groups()
+            keys, groups = desk.manager.keys.with_groups()
         now, names = utc_now(), [group.settings.name for group in groups]
         return (
             key_rows(keys, now), gr.Dropdown(choices=[key.settings.alias for key in keys]),
@@ -19310,13 +19390,13 @@ def build_keys_tab(desk: Desk) -> None:
             build_group_form(desk, said)
         all_of = build_many_keys(desk, secret, said)
         build_key_doctor(desk)
-        build_usage_view(desk, tab)
+        build_usage_view(desk)
     shown = [rows, chosen, group_table, belongs, group, all_of]
     for changed in (tab.select, said.change):
         changed(on_list, None, shown, **QUIET)
 
 
-def build_usage_view(desk: Desk, tab: gr.Tab) -> None:
+def build_usage_view(desk: Desk) -> None:
     """Who used how much: any range, added up by what the operator likes, and as a file."""
 
     def on_show(by: str, first: str | None, last: str | None) -> tuple[Any, ...]:
@@ -19324,7 +19404,7 @@ def build_usage_view(desk: Desk, tab: gr.Tab) -> None:
             try:
                 query = parse_usage_query(by, first or "", last or "", utc_now().date())
                 report = desk.manager.usage.report(query)
-            except ManagerError as error:  # opening the tab must not shout
+            except ManagerError as error:  # opening it must not shout
                 return html.escape(str(error)), gr.update(visible=False), gr.update(value=[])
             bars = pd.DataFrame(usage_bars(report), columns=list(BAR_COLUMNS))
             return (
@@ -19333,7 +19413,7 @@ def build_usage_view(desk: Desk, tab: gr.Tab) -> None:
                 gr.update(headers=usage_headers(query), value=usage_rows(report)),
             )
 
-    with gr.Accordion("Usage", open=False):
+    with gr.Accordion("Usage", open=False) as view:
         with gr.Row(elem_classes="actions"):
             by = gr.Dropdown(list(get_args(Grouping)), value="key", label="Added up by")
             first = gr.DateTime(include_time=False, type="string", label="From (UTC)")
@@ -19345,7 +19425,7 @@ def build_usage_view(desk: Desk, tab: gr.Tab) -> None:
         rows = table(["Key", *USAGE_HEADERS])
         build_usage_checks(desk)
         build_statement_view(desk)
-    for asked in (show.click, by.change, tab.select):
+    for asked in (show.click, by.change, view.expand):
         asked(on_show, [by, first, last], [said, plot, rows], **QUIET)
 
 

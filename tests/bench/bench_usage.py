@@ -75,7 +75,7 @@ def measure(tables: lm.UsageTables, days: int) -> None:
                     total.completion_tokens))  # fmt: skip
         if days == 1:
             plan = plan_of(tables, query)
-            assert ("SpendLogs_startTime" if by == "hour" else "Spend_date_idx") in plan, plan
+            assert ("hours_pkey" if by == "hour" else "Spend_date_idx") in plan, plan
     assert len(totals) == 1, "the daily tables and the spend logs say the same"
 
 

@@ -108,14 +108,14 @@ def test_a_statement_is_the_months_use_by_groups_and_models(tables: lm.UsageTabl
 @pytest.mark.parametrize(("by", "index"), [
     *((by, "LiteLLM_DailyUserSpend_date_idx") for by in ("key", "group", "model", "day")),
     ("group", "LiteLLM_DailyTeamSpend_date_idx"),
-    ("hour", "LiteLLM_SpendLogs_startTime"),
+    ("hour", "hours_pkey"),
 ])  # fmt: skip
 def test_a_range_is_found_by_an_index(tables: lm.UsageTables, by: Any, index: str) -> None:
     asked = lm.usage_sql(lm.UsageQuery(first=LAST, last=LAST, by=by))
     plan = tables.rows(lm.Sql(f"EXPLAIN {asked.text}", asked.values))
     assert index in str(plan)
     assert "Seq Scan on" not in "".join(
-        line for (line,) in plan if "SpendLogs" in line or "Daily" in line
+        line for (line,) in plan if "hours" in line or "Daily" in line
     )
 
 
@@ -157,6 +157,66 @@ def test_a_table_that_litellm_made_anew_is_read_again(address: str, tables: lm.U
     with own_connection(address) as connection:
         connection.execute(f'REVOKE ALL ON "LiteLLM_TeamTable" FROM {lm.READER}'.encode())
     assert tables.rows(lm.STANDINGS_SQL)
+
+
+ASKED = """
+INSERT INTO "LiteLLM_SpendLogs" (request_id, call_type, api_key, api_base, status, prompt_tokens,
+       completion_tokens, "startTime", "endTime", request_duration_ms, metadata)
+SELECT 'later-' || n, 'acompletion', 'key', 'http://far/v1',
+       CASE WHEN n = 3 THEN 'failure' ELSE 'success' END, 10 * n, n, moment, moment, 1000 * n,
+       '{"usage_object": {"prompt_tokens_details": {"cached_tokens": "5 or so"}}}'
+  FROM (SELECT n, %s::timestamp + n * interval '40 minutes' AS moment
+          FROM generate_series(1, 4) AS n) AS asked
+    ON CONFLICT (request_id) DO NOTHING"""
+LATER = LAST + timedelta(days=9)
+
+
+@pytest.fixture
+def asked(address: str, tables: lm.UsageTables) -> Iterator[psycopg.Connection]:
+    """Four requests on a later day, of which LiteLLM wrote two twice."""
+    tables.rows(lm.STANDINGS_SQL)
+    with own_connection(address) as connection:
+        connection.autocommit = True
+        connection.execute(ASKED.encode(), [LATER])
+        connection.execute(ASKED.encode(), [LATER])
+        yield connection
+        connection.execute("DELETE FROM \"LiteLLM_SpendLogs\" WHERE request_id ~ '^later-'")
+        connection.execute("DELETE FROM llm_manager.hours WHERE hour >= %s", [LATER])
+
+
+def hours(tables: lm.UsageTables) -> dict[str, list[int]]:
+    query = lm.UsageQuery(first=LATER, last=LATER, by="hour")
+    report = lm.parse_usage(query, tables.rows(lm.usage_sql(query)))
+    return {row.name[11:13]: figures(row) for row in report.rows}
+
+
+THEN = {"00": [1, 0, 10, 0, 1], "01": [1, 0, 20, 0, 2], "02": [2, 1, 70, 0, 7]}
+
+
+def test_hours_keep_what_retention_prunes(
+    asked: psycopg.Connection, tables: lm.UsageTables
+) -> None:
+    assert hours(tables) == THEN
+    before = used(tables, "hour", 20)
+    asked.execute("DELETE FROM \"LiteLLM_SpendLogs\" WHERE request_id = 'later-1'")
+    asked.execute('DELETE FROM "LiteLLM_SpendLogs" WHERE "startTime" < %s', [LAST])
+    assert hours(tables) == THEN
+    asked.execute('DROP TRIGGER llm_manager_hours ON "LiteLLM_SpendLogs"')
+    assert used(tables, "hour", 20) == before, "added up anew, but for what is not known any more"
+
+
+def test_sums_that_fail_lose_no_account(asked: psycopg.Connection, tables: lm.UsageTables) -> None:
+    asked.execute('ALTER TABLE "LiteLLM_SpendLogs" RENAME api_base TO base_of_api')
+    try:
+        more = ASKED.replace("api_base", "base_of_api").replace("later", "later-still")
+        asked.execute(more.encode(), [LATER])
+    finally:
+        asked.execute('ALTER TABLE "LiteLLM_SpendLogs" RENAME base_of_api TO api_base')
+    rows = asked.execute("SELECT FROM \"LiteLLM_SpendLogs\" WHERE request_id ~ '^later'")
+    assert rows.rowcount == 8
+    assert hours(tables) == THEN
+    asked.execute('DROP TRIGGER llm_manager_hours ON "LiteLLM_SpendLogs"')
+    assert hours(tables) == {hour: [2 * n for n in row] for hour, row in THEN.items()}
 
 
 def test_a_query_that_takes_too_long_is_ended(address: str, tables: lm.UsageTables) -> None:

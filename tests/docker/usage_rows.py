@@ -63,9 +63,11 @@ SELECT gen_random_uuid(), {value}, to_char("startTime", 'YYYY-MM-DD'), api_key, 
 """
 
 
-def fill(connection: psycopg.Connection, *, keys: int, rows: int, days: int) -> None:
-    """Keys of twenty groups and of none, and their requests until the end of `LAST`."""
-    filled = Template(FILL).substitute(keys=keys, rows=rows, days=days, last=LAST)
+def fill(
+    connection: psycopg.Connection, *, keys: int, rows: int, days: int, last: date = LAST
+) -> None:
+    """Keys of twenty groups and of none, and their requests until the end of that day."""
+    filled = Template(FILL).substitute(keys=keys, rows=rows, days=days, last=last)
     rolled_up = [
         ROLL_UP.format(of="User", id="user_id", value="'default'"),
         ROLL_UP.format(of="Team", id="team_id", value="team_id"),
