@@ -345,6 +345,11 @@ def mask_secrets(text: str) -> str:
     return re.sub(pem, mask, text)
 
 
+def hide_keys(text: str) -> str:
+    """A text without the keys and tokens that somebody typed where a name was asked for."""
+    return re.sub(r"\b(sk|admin)-[\w-]{8,}", r"\1-…", text)
+
+
 def format_duration(seconds: float) -> str:
     """Two units at most: 9 s, 3 min 20 s, 5 h 2 min, 4 d 3 h."""
     whole = int(max(seconds, 0))
@@ -8055,6 +8060,19 @@ def end_after(days: float | None, now: datetime) -> datetime | None:
         ) from None
 
 
+MOST_GRACE_HOURS: Final = 365 * 24
+
+
+def parse_grace(hours: float) -> timedelta:
+    """How long an old secret works on beside the new one; 0: not at all."""
+    if not 0 <= hours <= MOST_GRACE_HOURS:
+        raise InvalidError(
+            f"An old secret cannot work on for {hours:g} hours.",
+            advice=f"Give 0 to {MOST_GRACE_HOURS}: at most a year.",
+        )
+    return timedelta(hours=hours)
+
+
 def named_key(keys: Sequence[VirtualKey], name: str) -> VirtualKey:
     """The key of that name, or of that SHA-256."""
     found = [key for key in keys if name in {key.settings.alias, key.key_hash}]
@@ -8924,7 +8942,7 @@ class AuditEntry:
             case CancelledError():
                 return replace(self, result="cancelled", finished_at=now)
             case ManagerError():
-                fault = str(error)
+                fault = hide_keys(str(error))
             case _:  # its text may hold anything
                 fault = "It broke off unexpectedly. The journal may say why."
         return replace(self, result="failed", fault=fault, finished_at=now)
@@ -11975,15 +11993,20 @@ class ProofFiles:
         return sorted(self._folder.glob(f"{kind}-*.json"))
 
 
+FULL_AUDIT_BYTES: Final = 64 * 1024**2
+
+
 class AuditTrail:
-    """Who changed what when, in `audit.jsonl`, which only grows.
+    """Who changed what when, in `audit.jsonl`, which only grows; a full one makes way for the next.
 
     A change has a line when it begins and one when it ends: a kill in between hides nothing. What
-    cannot be written is logged instead: the audit must not stop what frees a full disk.
+    cannot be written is logged instead: the audit must not stop what frees a full disk. Full files
+    are named by when they were, as `audit-20261121-183000.jsonl`, and kept for ever.
     """
 
-    def __init__(self, home: Path, actor: Actor) -> None:
+    def __init__(self, home: Path, actor: Actor, full_bytes: int = FULL_AUDIT_BYTES) -> None:
         self._path = home / "audit.jsonl"
+        self._full_bytes = full_bytes
         self._actor = contextvars.ContextVar("actor", default=actor)
 
     @contextlib.contextmanager
@@ -12006,26 +12029,78 @@ class AuditTrail:
             raise
         end(None)
 
+    @contextlib.contextmanager
+    def noting_refusal(self, what: str) -> Iterator[None]:
+        """Surround what comes before a change, which then has its own note."""
+        try:
+            yield
+        except ManagerError as error:
+            self.begin(what)(error)
+            raise
+
     def begin(self, what: str, job: str = "") -> Callable[[BaseException | None], None]:
         """Note that a change begins; what it returns is to be called with how it ended."""
-        actor = self._actor.get()
+        actor, now = self._actor.get(), utc_now()
         entry = AuditEntry(
-            who=actor.name, channel=actor.channel, what=what, job=job, started_at=utc_now()
+            who=actor.name, channel=actor.channel, what=hide_keys(what), job=job, started_at=now
         )
         self._append(entry)
         return lambda error: self._append(entry.ended(error, utc_now()))
 
     def entries(self, since: datetime | None = None) -> list[AuditEntry]:
-        """Oldest first."""
+        """Oldest first, from all files that may hold some."""
+        first = f"{since:{AUDIT_FILE}}" if since else ""
         with file_errors("read the audit"):
-            lines = self._path.read_bytes().splitlines() if self._path.exists() else []
-        return [entry for entry in parse_audit(lines) if not since or entry.started_at >= since]
+            # This one first: what is set aside meanwhile is then read twice, and told once.
+            lines = self._lines(self._path)
+            older = [self._lines(path) for path in self._full() if path.name >= first]
+        found = parse_audit(itertools.chain(*older, lines))
+        return [entry for entry in found if not since or entry.started_at >= since]
+
+    def newest(self, count: int) -> list[AuditEntry]:
+        """The last ones, oldest first, out of no more than the ends of the files."""
+        with file_errors("read the audit"):
+            lines = self._lines(self._path, AUDIT_TAIL_BYTES)
+            for path in reversed(self._full()):
+                if len(lines) > 2 * count:
+                    break
+                lines = self._lines(path, AUDIT_TAIL_BYTES) + lines
+        return parse_audit(lines)[-count:]
+
+    def _full(self) -> list[Path]:
+        return sorted(self._path.parent.glob(f"audit-{'[0-9]' * 8}-{'[0-9]' * 6}.jsonl"))
+
+    def _lines(self, path: Path, last_bytes: int | None = None) -> list[bytes]:
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+            if last_bytes is not None:
+                file.seek(max(file.seek(0, os.SEEK_END) - last_bytes, 0))
+            return file.read().splitlines()
+        return []
+
+    def _opened(self) -> IO[bytes]:
+        """The file to add to, for whoever has the lock."""
+        self._set_aside()
+        return open(self._path, "a+b", opener=private_opener)
+
+    def _set_aside(self) -> None:
+        """A full file makes way for a new one."""
+        if not self._path.is_file() or self._path.stat().st_size < self._full_bytes:
+            return
+        moment = utc_now()
+        for newest in self._full()[-1:]:  # of this second, or the clock was set back
+            named = datetime.strptime(newest.name, AUDIT_FILE).replace(tzinfo=UTC)
+            moment = max(moment, named + timedelta(seconds=1))
+        self._path.rename(self._path.with_name(f"{moment:{AUDIT_FILE}}"))
+        sync_folder(self._path.parent)
 
     def _append(self, entry: AuditEntry) -> None:
         line = _AUDIT_ENTRY.dump_json(entry, exclude_defaults=True) + b"\n"
+        lock = self._path.with_suffix(".lock")
         try:
-            with open(self._path, "a+b", opener=private_opener) as file:
-                fcntl.flock(file, fcntl.LOCK_EX)  # another process adds lines too
+            with (
+                take_lock(lock, wait=True) or contextlib.nullcontext(),  # others add lines too
+                self._opened() as file,
+            ):
                 end = file.seek(0, os.SEEK_END)
                 file.seek(max(end - 1, 0))
                 torn = file.read() not in {b"", b"\n"}
@@ -12036,6 +12111,8 @@ class AuditTrail:
             log.error("the audit cannot be written (%s): %s", error.strerror, line.decode())  # noqa: TRY400 - no traceback helps
 
 
+AUDIT_FILE: Final = "audit-%Y%m%d-%H%M%S.jsonl"
+AUDIT_TAIL_BYTES: Final = 1024**2
 MOST_PROOFS: Final = 20
 _MEASURED: Final = pydantic.TypeAdapter(dict[str, Measured])
 MOST_MEASURED: Final = 500
@@ -13368,7 +13445,7 @@ def _gateway_reason(answer: httpx.Response) -> str:
         fault = answer.json()
         detail = fault.get("error") or fault.get("detail") or fault
         text = detail.get("message", detail) if isinstance(detail, dict) else detail
-        return re.sub(r"sk-[\w-]{8,}", "sk-…", str(text))[:300].rstrip(".")
+        return hide_keys(str(text))[:300].rstrip(".")
     except ValueError:
         return f"status {answer.status_code}"
 
@@ -16325,21 +16402,22 @@ class Keys:
         self._store = store
         self._tools = tools
         self._noting = store.audit.noting
+        self._refusal = store.audit.noting_refusal
 
     def all(self) -> list[VirtualKey]:
         return self._api().list_keys()
 
     def create(self, settings: KeySettings) -> pydantic.SecretStr:
         """A new virtual key; this is the only time its secret is seen."""
-        self._check_models([settings])
-        api = self._api()
-        _check_groups([settings], api)
-        if any(key.settings.alias == settings.alias for key in api.list_keys()):
-            raise RefusedError(
-                f"There is a key called {settings.alias!r} already.",
-                advice="Choose another name, or revoke that one first.",
-            )
         with self._noting(f"Create the key {settings.alias}"):
+            self._check_models([settings])
+            api = self._api()
+            _check_groups([settings], api)
+            if any(key.settings.alias == settings.alias for key in api.list_keys()):
+                raise RefusedError(
+                    f"There is a key called {settings.alias!r} already.",
+                    advice="Choose another name, or revoke that one first.",
+                )
             return api.create_key(key_body(settings, utc_now()))
 
     def create_many(
@@ -16365,12 +16443,14 @@ class Keys:
 
     def edit(self, name: str, changes: Json) -> KeySettings:
         """The settings that are named change; a request under way is not touched."""
-        api = self._api()
-        key = named_key(api.list_keys(), name)
-        wished = parse_key_settings(asdict(key.settings) | changes)
-        self._check_models([wished])
-        _check_groups([wished], api)
-        if body := key_changes(key.settings, wished, utc_now()):
+        with self._refusal(f"Change the key {name}"):
+            api = self._api()
+            key = named_key(api.list_keys(), name)
+            wished = parse_key_settings(asdict(key.settings) | changes)
+            self._check_models([wished])
+            _check_groups([wished], api)
+            body = key_changes(key.settings, wished, utc_now())
+        if body:
             with self._noting(f"Change the key {name}: {', '.join(body)}"):
                 api.update_key(key.key_hash, body)
         return wished
@@ -16380,13 +16460,13 @@ class Keys:
 
         What was used of the budget is used for both, as far as it was until now.
         """
-        api = self._api()
-        key = named_key(api.list_keys(), name)
-        now = utc_now()
-        if key_state(key, now) == "expired":
-            raise RefusedError(f"The key of {name} has expired.", advice="Extend it first.")
-        old = retired(key, now + max(grace, timedelta(seconds=1)))
         with self._noting(f"Another secret for the key {name}"):
+            api = self._api()
+            key = named_key(api.list_keys(), name)
+            now = utc_now()
+            if key_state(key, now) == "expired":
+                raise RefusedError(f"The key of {name} has expired.", advice="Extend it first.")
+            old = retired(key, now + max(grace, timedelta(seconds=1)))
             api.update_key(key.key_hash, key_changes(key.settings, old, now))
             try:
                 secret = api.create_key(key_body(key.settings, now) | {"spend": key.used})
@@ -16399,16 +16479,16 @@ class Keys:
 
     def block(self, name: str, *, blocked: bool = True) -> None:
         """Refuse its requests until it is unblocked."""
-        api = self._api()
-        key = named_key(api.list_keys(), name)
-        with self._noting(f"{'Block' if blocked else 'Unblock'} the key {key.settings.alias}"):
+        with self._noting(f"{'Block' if blocked else 'Unblock'} the key {name}"):
+            api = self._api()
+            key = named_key(api.list_keys(), name)
             api.block_key(key.key_hash, blocked=blocked)
 
     def revoke(self, name: str) -> None:
         """The key of that name stops working; what it used stays accounted for."""
-        api = self._api()
-        key = named_key(api.list_keys(), name)
-        with self._noting(f"Revoke the key {key.settings.alias}"):
+        with self._noting(f"Revoke the key {name}"):
+            api = self._api()
+            key = named_key(api.list_keys(), name)
             api.delete_keys([key.key_hash])
 
     def why(self, text: str, model: str) -> Diagnosis:
@@ -16422,40 +16502,40 @@ class Keys:
 
     def set_group(self, changes: Json) -> Group:
         """A new group, or what is named of a known one."""
-        api = self._api()
-        known = {group.settings.name: group.settings for group in api.list_groups()}
-        old = known.get(changes["name"])
-        wished = parse_group((asdict(old) if old else {}) | changes)
-        check_models(wished, self._store.load())
+        with self._refusal(f"Set the group {changes['name']}"):
+            api = self._api()
+            known = {group.settings.name: group.settings for group in api.list_groups()}
+            old = known.get(changes["name"])
+            wished = parse_group((asdict(old) if old else {}) | changes)
+            check_models(wished, self._store.load())
         with self._noting(f"{'Change' if old else 'Create'} the group {wished.name}"):
             (api.update_group if old else api.create_group)(group_body(wished))
         return wished
 
     def block_group(self, name: str, *, blocked: bool = True) -> None:
         """Refuse the requests of all its keys until it is unblocked."""
-        api = self._api()
-        _known_group(name, api)
         with self._noting(f"{'Block' if blocked else 'Unblock'} the group {name}"):
+            api = self._api()
+            _known_group(name, api)
             api.block_group(name, blocked=blocked)
 
     def extend_group(self, name: str, until: datetime | None) -> int:
         """All its keys end then, or never; how many those are."""
-        api = self._api()
-        now, keys = utc_now(), _keys_of(name, api)
-        bodies = [
-            (key.key_hash, key_changes(key.settings, replace(key.settings, expires_at=until), now))
-            for key in keys
-        ]
         with self._noting(f"Let the keys of {name} end: {until or 'never'}"):
-            for key_hash, body in bodies:
+            api = self._api()
+            now, keys = utc_now(), _keys_of(name, api)
+            wished = [replace(key.settings, expires_at=until) for key in keys]
+            bodies = [key_changes(k.settings, w, now) for k, w in zip(keys, wished, strict=True)]
+            for key, body in zip(keys, bodies, strict=True):
                 if body:
-                    api.update_key(key_hash, body)
+                    api.update_key(key.key_hash, body)
         return len(keys)
 
     def revoke_group(self, name: str) -> int:
         """All its keys stop working, and the group is gone; how many they were."""
-        api = self._api()
-        keys = _keys_of(name, api)
+        with self._refusal(f"Revoke the group {name}"):
+            api = self._api()
+            keys = _keys_of(name, api)
         with self._noting(f"Revoke the group {name} and its {len(keys)} keys"):
             if keys:
                 api.delete_keys([key.key_hash for key in keys])
@@ -19345,7 +19425,7 @@ def build_key_actions(
 
     def on_rotate(alias: str | None, hours: float | None) -> tuple[Any, str]:
         with shown_to_operator():
-            settings, made = keys.rotate(chosen_one(alias), timedelta(hours=hours or 0))
+            settings, made = keys.rotate(chosen_one(alias), parse_grace(hours or 0))
             how = f"works for {hours:g} hours more" if hours else "does not work any more"
             said = done_at(f"{alias} has another secret; the old one {how}.")
             return _shown_once(desk, settings, made), said
@@ -19609,7 +19689,7 @@ def build_audit_view(desk: Desk, tab: gr.Tab) -> None:
         rows = table(AUDIT_HEADERS)
         with gr.Row(elem_classes="actions"):
             gr.Button("Export all as CSV", link=AUDIT_CSV_PATH, size="sm", scale=0, min_width=200)
-    tab.select(lambda: audit_rows(desk.manager.audit.entries()[-50:]), None, rows, **QUIET)
+    tab.select(lambda: audit_rows(desk.manager.audit.newest(50)), None, rows, **QUIET)
 
 
 AUDIT_CSV_PATH: Final = "/audit.csv"
@@ -20892,7 +20972,7 @@ def command_key_create(arguments: argparse.Namespace) -> int:
 
 def command_key_rotate(arguments: argparse.Namespace) -> int:
     manager = open_manager()
-    grace = timedelta(hours=arguments.grace_hours)
+    grace = parse_grace(arguments.grace_hours)
     return _hand_over(arguments, manager.state(), *manager.keys.rotate(arguments.name, grace))
 
 
