@@ -142,6 +142,7 @@ if __name__ == "__main__":
 import argparse
 import base64
 import bisect
+import calendar
 import concurrent.futures
 import contextlib
 import contextvars
@@ -187,6 +188,7 @@ from typing import (
     Literal,
     NewType,
     Protocol,
+    Required,
     Self,
     TypeVar,
     assert_never,
@@ -343,6 +345,11 @@ def mask_secrets(text: str) -> str:
     text = re.sub(r"(Bearer )([^\s\"]+)", mask, text)
     pem = r"(?s)(-----BEGIN [A-Z ]*PRIVATE KEY-----)(.*?)(?=-----END|\Z)"
     return re.sub(pem, mask, text)
+
+
+def hide_keys(text: str) -> str:
+    """A text without the keys and tokens that somebody typed where a name was asked for."""
+    return re.sub(r"\b(sk|admin)-[\w-]{8,}", r"\1-…", text)
 
 
 def format_duration(seconds: float) -> str:
@@ -723,7 +730,7 @@ class Edge:
         return self.open_routes and model.open_route
 
 
-PriceOfMillion = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
+PriceOfMillion = Annotated[float, pydantic.Field(ge=0, le=1e9)]
 ANY_MODEL: Final = "*"
 
 
@@ -4011,11 +4018,11 @@ class UsageQuery:
 
     def __post_init__(self) -> None:
         if self.last < self.first:
-            raise RefusedError(
+            raise InvalidError(
                 f"{self.last} is before {self.first}.", advice="Give the earlier day first."
             )
         if self.by == "hour" and (self.last - self.first).days >= HOURS_DAYS:
-            raise RefusedError(
+            raise InvalidError(
                 f"Use by the hour is told for at most {HOURS_DAYS} days.",
                 advice="Choose a shorter range, or add it up by day.",
             )
@@ -4024,20 +4031,20 @@ class UsageQuery:
 def parse_usage_query(by: str, first: str, last: str, today: date) -> UsageQuery:
     """As typed: without its ends, the last 30 days, or by the hour the last two."""
     if by not in get_args(Grouping):
-        raise RefusedError(
+        raise InvalidError(
             f"Use is not added up by {by!r}.",
             advice=f"Choose from {', '.join(get_args(Grouping))}.",
         )
     end = _parse_day(last) or today
-    usual = timedelta(days=1 if by == "hour" else 29)
-    return UsageQuery(first=_parse_day(first) or end - usual, last=end, by=by)  # type: ignore[arg-type]
+    usual = date.fromordinal(max(end.toordinal() - (1 if by == "hour" else 29), 1))
+    return UsageQuery(first=_parse_day(first) or usual, last=end, by=by)  # type: ignore[arg-type]
 
 
 def _parse_day(text: str) -> date | None:
     try:
         return date.fromisoformat(text) if text else None
     except ValueError as error:
-        raise RefusedError(
+        raise InvalidError(
             f"{text!r} is no day.", advice="Write it as year-month-day: 2026-11-21."
         ) from error
 
@@ -4438,7 +4445,7 @@ def statement_sql(month: date) -> Sql:
         _daily("LiteLLM_DailyTeamSpend", f"team_id AS team, {model}"),
     ))  # fmt: skip
     name = _GROUP_NAME.replace("subject", "team")
-    last = (month + timedelta(days=31)).replace(day=1) - timedelta(days=1)
+    last = month.replace(day=calendar.monthrange(month.year, month.month)[1])
     text = _STATEMENT.replace("{name}", name).replace("{source}", source)
     text = text.replace("{model}", _MODEL_NAME)
     return Sql(text, {"first": str(month), "last": str(last)})
@@ -7528,7 +7535,7 @@ def unpricing(model: str) -> Change:
     def edit(state: State) -> State:
         kept = tuple(price for price in state.prices.models if price.model != model)
         if len(kept) == len(state.prices.models):
-            raise RefusedError(f"{model!r} has no price.", advice="See `price list`.")
+            raise UnknownError(f"{model!r} has no price.", advice="See `price list`.")
         return replace(state, prices=replace(state.prices, models=kept))
 
     return Change(title=f"No price of {model}", edit=edit)
@@ -7917,6 +7924,7 @@ Period = Literal["day", "week", "month"]
 # LiteLLM resets at midnight, on Mondays and on the first of a month (1.108, UTC).
 PERIODS: Final[Mapping[Period, str]] = {"day": "1d", "week": "7d", "month": "1mo"}
 Limit = Annotated[int, pydantic.Field(ge=1, le=2**31 - 1)]
+Budget = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
 _printable = _checked(r"[^\x00-\x1f\x7f]*", "printable", longest=100)
 _titled = _checked(r"\S([^\x00-\x1f\x7f]*\S)?", "a printable name", longest=100)
 _email = _checked(r"([^\s@,;]+@[^\s@,;]+)?", "an e-mail address, or empty", longest=254)
@@ -7931,7 +7939,7 @@ class Allowance:
     rpm_limit: Limit | None = None
     tpm_limit: Limit | None = None
     # In millions of tokens; of a vendor's model a dollar counts as one, by LiteLLM's price list.
-    budget: Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)] | None = None
+    budget: Budget | None = None
     period: Period | None = None  # after which the budget is whole again; None: never
 
 
@@ -7944,7 +7952,7 @@ class KeySettings(Allowance):
     email: Annotated[str, _email] = ""
     group: Annotated[str, _printable] = ""
     note: Annotated[str, _printable] = ""
-    expires_at: datetime | None = None
+    expires_at: pydantic.AwareDatetime | None = None
     parallel: Limit | None = None  # requests at a time; LiteLLM has none for a team (1.108)
 
 
@@ -7994,7 +8002,7 @@ AllowanceT = TypeVar("AllowanceT", bound=Allowance)
 
 def _fitting(allowance: AllowanceT) -> AllowanceT:
     if allowance.period and allowance.budget is None:
-        raise RefusedError("A period without a budget means nothing.", advice="Give both, or none.")
+        raise InvalidError("A period without a budget means nothing.", advice="Give both, or none.")
     return allowance
 
 
@@ -8128,6 +8136,19 @@ def end_after(days: float | None, now: datetime) -> datetime | None:
         raise RefusedError(
             f"{days:g} days are more than a calendar has.", advice="Give fewer, or 0 for ever."
         ) from None
+
+
+MOST_GRACE_HOURS: Final = 365 * 24
+
+
+def parse_grace(hours: float) -> timedelta:
+    """How long an old secret works on beside the new one; 0: not at all."""
+    if not 0 <= hours <= MOST_GRACE_HOURS:
+        raise InvalidError(
+            f"An old secret cannot work on for {hours:g} hours.",
+            advice=f"Give 0 to {MOST_GRACE_HOURS}: at most a year.",
+        )
+    return timedelta(hours=hours)
 
 
 def named_key(keys: Sequence[VirtualKey], name: str) -> VirtualKey:
@@ -8945,6 +8966,7 @@ Phase = Literal["stopped", "pending", "starting", "ready", "failed", "stopping"]
 
 # A task, such as a download or a build, runs beside changes: it wishes and interrupts nothing.
 JobKind = Literal["change", "task"]
+OFFER_SECONDS: Final = 3600.0  # that secrets wait to be fetched
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -8963,6 +8985,7 @@ class JobView:
     fetching: frozenset[str] = frozenset()  # titles of the stages that wait for what it fetches
     progress: str = ""  # how far what is under way has come, by its own words
     done_part: float | None = None  # 0 to 1
+    offers: bool = False  # secrets that can be fetched once
 
 
 Channel = Literal["console", "command line", "API", "itself"]
@@ -8999,7 +9022,7 @@ class AuditEntry:
             case CancelledError():
                 return replace(self, result="cancelled", finished_at=now)
             case ManagerError():
-                fault = str(error)
+                fault = hide_keys(str(error))
             case _:  # its text may hold anything
                 fault = "It broke off unexpectedly. The journal may say why."
         return replace(self, result="failed", fault=fault, finished_at=now)
@@ -9895,6 +9918,26 @@ def job_log(snapshot: Snapshot) -> Json:
         return {"visible": False}
     matters = job.finished_at is None or job.fault is not None
     return {"value": "\n".join(job.lines), "visible": matters}
+
+
+def offering_job(snapshot: Snapshot) -> JobView | None:
+    """The newest job of which nobody fetched the secrets yet."""
+    return next((job for job in snapshot.jobs if job.offers), None)
+
+
+def offer_group(snapshot: Snapshot) -> Json:
+    return {"visible": offering_job(snapshot) is not None}
+
+
+def offer_text(snapshot: Snapshot) -> str:
+    job = offering_job(snapshot)
+    if job is None or job.finished_at is None:
+        return ""
+    until = job.finished_at + timedelta(seconds=OFFER_SECONDS)
+    return (
+        f"**{job.lines[-1]}** Their secrets are told once. They wait in memory alone, until "
+        f"{until:%H:%M} UTC or until this program ends."
+    )
 
 
 def job_cancel(snapshot: Snapshot) -> Json:
@@ -12049,15 +12092,20 @@ class ProofFiles:
         return sorted(self._folder.glob(f"{kind}-*.json"))
 
 
+FULL_AUDIT_BYTES: Final = 64 * 1024**2
+
+
 class AuditTrail:
-    """Who changed what when, in `audit.jsonl`, which only grows.
+    """Who changed what when, in `audit.jsonl`, which only grows; a full one makes way for the next.
 
     A change has a line when it begins and one when it ends: a kill in between hides nothing. What
-    cannot be written is logged instead: the audit must not stop what frees a full disk.
+    cannot be written is logged instead: the audit must not stop what frees a full disk. Full files
+    are named by when they were, as `audit-20261121-183000.jsonl`, and kept for ever.
     """
 
-    def __init__(self, home: Path, actor: Actor) -> None:
+    def __init__(self, home: Path, actor: Actor, full_bytes: int = FULL_AUDIT_BYTES) -> None:
         self._path = home / "audit.jsonl"
+        self._full_bytes = full_bytes
         self._actor = contextvars.ContextVar("actor", default=actor)
 
     @contextlib.contextmanager
@@ -12080,26 +12128,78 @@ class AuditTrail:
             raise
         end(None)
 
+    @contextlib.contextmanager
+    def noting_refusal(self, what: str) -> Iterator[None]:
+        """Surround what comes before a change, which then has its own note."""
+        try:
+            yield
+        except ManagerError as error:
+            self.begin(what)(error)
+            raise
+
     def begin(self, what: str, job: str = "") -> Callable[[BaseException | None], None]:
         """Note that a change begins; what it returns is to be called with how it ended."""
-        actor = self._actor.get()
+        actor, now = self._actor.get(), utc_now()
         entry = AuditEntry(
-            who=actor.name, channel=actor.channel, what=what, job=job, started_at=utc_now()
+            who=actor.name, channel=actor.channel, what=hide_keys(what), job=job, started_at=now
         )
         self._append(entry)
         return lambda error: self._append(entry.ended(error, utc_now()))
 
     def entries(self, since: datetime | None = None) -> list[AuditEntry]:
-        """Oldest first."""
+        """Oldest first, from all files that may hold some."""
+        first = f"{since:{AUDIT_FILE}}" if since else ""
         with file_errors("read the audit"):
-            lines = self._path.read_bytes().splitlines() if self._path.exists() else []
-        return [entry for entry in parse_audit(lines) if not since or entry.started_at >= since]
+            # This one first: what is set aside meanwhile is then read twice, and told once.
+            lines = self._lines(self._path)
+            older = [self._lines(path) for path in self._full() if path.name >= first]
+        found = parse_audit(itertools.chain(*older, lines))
+        return [entry for entry in found if not since or entry.started_at >= since]
+
+    def newest(self, count: int) -> list[AuditEntry]:
+        """The last ones, oldest first, out of no more than the ends of the files."""
+        with file_errors("read the audit"):
+            lines = self._lines(self._path, AUDIT_TAIL_BYTES)
+            for path in reversed(self._full()):
+                if len(lines) > 2 * count:
+                    break
+                lines = self._lines(path, AUDIT_TAIL_BYTES) + lines
+        return parse_audit(lines)[-count:]
+
+    def _full(self) -> list[Path]:
+        return sorted(self._path.parent.glob(f"audit-{'[0-9]' * 8}-{'[0-9]' * 6}.jsonl"))
+
+    def _lines(self, path: Path, last_bytes: int | None = None) -> list[bytes]:
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+            if last_bytes is not None:
+                file.seek(max(file.seek(0, os.SEEK_END) - last_bytes, 0))
+            return file.read().splitlines()
+        return []
+
+    def _opened(self) -> IO[bytes]:
+        """The file to add to, for whoever has the lock."""
+        self._set_aside()
+        return open(self._path, "a+b", opener=private_opener)
+
+    def _set_aside(self) -> None:
+        """A full file makes way for a new one."""
+        if not self._path.is_file() or self._path.stat().st_size < self._full_bytes:
+            return
+        moment = utc_now()
+        for newest in self._full()[-1:]:  # of this second, or the clock was set back
+            named = datetime.strptime(newest.name, AUDIT_FILE).replace(tzinfo=UTC)
+            moment = max(moment, named + timedelta(seconds=1))
+        self._path.rename(self._path.with_name(f"{moment:{AUDIT_FILE}}"))
+        sync_folder(self._path.parent)
 
     def _append(self, entry: AuditEntry) -> None:
         line = _AUDIT_ENTRY.dump_json(entry, exclude_defaults=True) + b"\n"
+        lock = self._path.with_suffix(".lock")
         try:
-            with open(self._path, "a+b", opener=private_opener) as file:
-                fcntl.flock(file, fcntl.LOCK_EX)  # another process adds lines too
+            with (
+                take_lock(lock, wait=True) or contextlib.nullcontext(),  # others add lines too
+                self._opened() as file,
+            ):
                 end = file.seek(0, os.SEEK_END)
                 file.seek(max(end - 1, 0))
                 torn = file.read() not in {b"", b"\n"}
@@ -12110,6 +12210,8 @@ class AuditTrail:
             log.error("the audit cannot be written (%s): %s", error.strerror, line.decode())  # noqa: TRY400 - no traceback helps
 
 
+AUDIT_FILE: Final = "audit-%Y%m%d-%H%M%S.jsonl"
+AUDIT_TAIL_BYTES: Final = 1024**2
 MOST_PROOFS: Final = 20
 _MEASURED: Final = pydantic.TypeAdapter(dict[str, Measured])
 MOST_MEASURED: Final = 500
@@ -13442,7 +13544,7 @@ def _gateway_reason(answer: httpx.Response) -> str:
         fault = answer.json()
         detail = fault.get("error") or fault.get("detail") or fault
         text = detail.get("message", detail) if isinstance(detail, dict) else detail
-        return re.sub(r"sk-[\w-]{8,}", "sk-…", str(text))[:300].rstrip(".")
+        return hide_keys(str(text))[:300].rstrip(".")
     except ValueError:
         return f"status {answer.status_code}"
 
@@ -13496,7 +13598,7 @@ class PostgresPrograms:
                 if path.is_file():
                     return path
         known = ", ".join(dump.file for dump in self.dumps()[:5]) or "none yet"
-        raise RefusedError(f"There is no dump {name!r}.", advice=f"The newest: {known}.")
+        raise UnknownError(f"There is no dump {name!r}.", advice=f"The newest: {known}.")
 
     def drop_dump(self, dump: Dump) -> None:
         with file_errors("remove an old dump"):
@@ -15632,6 +15734,26 @@ class Control:
         self._kind = kind
         self.faults: dict[str, ManagerError] = {}  # of stages, by their titles
         self._cancelled = threading.Event()
+        self._offer: tuple[pydantic.SecretStr, float] | None = None
+        self._taking = threading.Lock()
+
+    def offer(self, text: pydantic.SecretStr, seconds: float = OFFER_SECONDS) -> None:
+        """What can be taken once until so many seconds are over; it is in memory alone."""
+        self._offer = text, time.monotonic() + seconds
+
+    @property
+    def offers(self) -> bool:
+        """Whether something is there to be taken; what nobody took in time is forgotten here."""
+        with self._taking:
+            if self._offer and time.monotonic() >= self._offer[1]:
+                self._offer = None
+            return self._offer is not None
+
+    def take(self) -> pydantic.SecretStr | None:
+        """What was offered; None from then on."""
+        with self._taking:
+            offer, self._offer = self._offer, None
+        return offer[0] if offer and time.monotonic() < offer[1] else None
 
     def cancel(self) -> None:
         self._cancelled.set()
@@ -16329,6 +16451,7 @@ class Job:
                 fetching=self.fetching,
                 progress=self.control.progress,
                 done_part=self.control.done_part,
+                offers=self.control.offers,
             )
 
 
@@ -16441,10 +16564,15 @@ def disk_check(home: Path) -> Check:
     )
 
 
+def new_bearer() -> pydantic.SecretStr:
+    """A fresh secret of the shape that every client of OpenAI's takes."""
+    return pydantic.SecretStr(f"sk-{secrets.token_urlsafe(32)}")
+
+
 def new_direct_key(name: str, models: Sequence[str] = ()) -> DirectKey:
     """A key with a fresh secret, not granted yet; see `granting_direct`."""
-    secret = f"sk-{secrets.token_urlsafe(32)}"
-    return parse_direct_key({"name": name, "secret": secret, "models": list(models)})
+    raw = {"name": name, "secret": reveal(new_bearer()), "models": list(models)}
+    return parse_direct_key(raw)
 
 
 def new_admin_token(name: str) -> tuple[AdminToken, pydantic.SecretStr]:
@@ -16457,10 +16585,12 @@ def new_admin_token(name: str) -> tuple[AdminToken, pydantic.SecretStr]:
 class Keys:
     """The virtual keys of colleagues and their groups, which live in LiteLLM's database."""
 
-    def __init__(self, store: StateStore, tools: Tools) -> None:
+    def __init__(self, store: StateStore, tools: Tools, start_task: StartTask) -> None:
         self._store = store
         self._tools = tools
+        self._start_task = start_task
         self._noting = store.audit.noting
+        self._refusal = store.audit.noting_refusal
 
     def all(self) -> list[VirtualKey]:
         return self._api().list_keys()
@@ -16472,46 +16602,82 @@ class Keys:
 
     def create(self, settings: KeySettings) -> pydantic.SecretStr:
         """A new virtual key; this is the only time its secret is seen."""
-        self._check_models([settings])
-        api = self._api()
-        _check_groups([settings], api)
-        if any(key.settings.alias == settings.alias for key in api.list_keys()):
-            raise RefusedError(
-                f"There is a key called {settings.alias!r} already.",
-                advice="Choose another name, or revoke that one first.",
-            )
         with self._noting(f"Create the key {settings.alias}"):
+            self._check_models([settings])
+            api = self._api()
+            _check_groups([settings], api)
+            if any(key.settings.alias == settings.alias for key in api.list_keys()):
+                raise RefusedError(
+                    f"There is a key called {settings.alias!r} already.",
+                    advice="Choose another name, or revoke that one first.",
+                )
             return api.create_key(key_body(settings, utc_now()))
 
-    def create_many(
-        self, text: str, template: KeySettings
-    ) -> list[tuple[KeySettings, pydantic.SecretStr]]:
-        """A key for each row of a CSV, see `parse_people`; all of them, or none."""
-        api = self._api()
-        wished = parse_people(text, template, api.list_keys())
-        self._check_models(wished)
-        _check_groups(wished, api)
+    def create_many(self, text: str, template: KeySettings) -> Job:
+        """A key for each row of a CSV, see `parse_people`: all of them, or none.
+
+        The job offers the secrets as another CSV, see `ChangeRunner.fetch`.
+        """
+        with self._refusal(MAKING_KEYS):
+            api = self._api()
+            wished = parse_people(text, template, api.list_keys())
+            self._check_models(wished)
+            _check_groups(wished, api)
+        hint = "Their secrets can be fetched once, within an hour: see Keys."
+        return self._start_task(MAKING_KEYS, partial(self._make_all, wished), hint)
+
+    def _make_all(self, wished: Sequence[KeySettings], control: Control) -> None:
+        # The secrets are made here, so that also a key of which LiteLLM's answer was lost is known.
         made: list[tuple[KeySettings, pydantic.SecretStr]] = []
-        with self._noting(f"Create {len(wished)} keys, of {', '.join(s.alias for s in wished)}"):
+        with self._noting(f"Create the keys {', '.join(s.alias for s in wished)}"):
+            api = self._api()
             try:
                 for settings in wished:
-                    secret = api.create_key(key_body(settings, utc_now()))
-                    made.append((settings, secret))
-            except BaseException:
-                if made:
-                    hashes = [sha256(reveal(secret).encode()).hexdigest() for _, secret in made]
-                    api.delete_keys(hashes)
+                    control.check()
+                    control.progress = f"{len(made)} of {len(wished)} keys"
+                    control.done_part = len(made) / len(wished)
+                    made.append((settings, secret := new_bearer()))
+                    api.create_key(key_body(settings, utc_now()) | {"key": reveal(secret)})
+            except BaseException as error:
+                control.report(f"Taking {len(made)} keys back.")
+                self._take_back(made)
+                if isinstance(error, GatewayError):
+                    raise GatewayError(f"No key was made: {error}", advice=error.advice) from error
                 raise
-        return made
+        control.report(f"{len(made)} keys are made.")
+        control.offer(pydantic.SecretStr(secrets_csv(made)))
+
+    def _take_back(self, made: Sequence[tuple[KeySettings, pydantic.SecretStr]]) -> None:
+        """LiteLLM is given two minutes to be back; raises GatewayError with whose keys stay."""
+        hashes = {sha256(reveal(secret).encode()).hexdigest() for _, secret in made}
+        fault: ManagerError | None = None
+        for seconds in TAKE_BACK_PAUSES:
+            self._tools.clock.sleep(seconds)
+            try:
+                api = self._api()
+                there = [key.key_hash for key in api.list_keys() if key.key_hash in hashes]
+                if there:
+                    api.delete_keys(there)
+            except ManagerError as error:
+                fault = error
+            else:
+                return
+        raise GatewayError(
+            f"Of a list that broke off, these keys may be there, and their secrets are known to "
+            f"nobody: {', '.join(settings.alias for settings, _ in made)}.",
+            advice="Revoke them when LiteLLM answers again.",
+        ) from fault
 
     def edit(self, name: str, changes: Json) -> KeySettings:
         """The settings that are named change; a request under way is not touched."""
-        api = self._api()
-        key = named_key(api.list_keys(), name)
-        wished = parse_key_settings(asdict(key.settings) | changes)
-        self._check_models([wished])
-        _check_groups([wished], api)
-        if body := key_changes(key.settings, wished, utc_now()):
+        with self._refusal(f"Change the key {name}"):
+            api = self._api()
+            key = named_key(api.list_keys(), name)
+            wished = parse_key_settings(asdict(key.settings) | changes)
+            self._check_models([wished])
+            _check_groups([wished], api)
+            body = key_changes(key.settings, wished, utc_now())
+        if body:
             with self._noting(f"Change the key {name}: {', '.join(body)}"):
                 api.update_key(key.key_hash, body)
         return wished
@@ -16521,13 +16687,13 @@ class Keys:
 
         What was used of the budget is used for both, as far as it was until now.
         """
-        api = self._api()
-        key = named_key(api.list_keys(), name)
-        now = utc_now()
-        if key_state(key, now) == "expired":
-            raise RefusedError(f"The key of {name} has expired.", advice="Extend it first.")
-        old = retired(key, now + max(grace, timedelta(seconds=1)))
         with self._noting(f"Another secret for the key {name}"):
+            api = self._api()
+            key = named_key(api.list_keys(), name)
+            now = utc_now()
+            if key_state(key, now) == "expired":
+                raise RefusedError(f"The key of {name} has expired.", advice="Extend it first.")
+            old = retired(key, now + max(grace, timedelta(seconds=1)))
             api.update_key(key.key_hash, key_changes(key.settings, old, now))
             try:
                 secret = api.create_key(key_body(key.settings, now) | {"spend": key.used})
@@ -16540,16 +16706,16 @@ class Keys:
 
     def block(self, name: str, *, blocked: bool = True) -> None:
         """Refuse its requests until it is unblocked."""
-        api = self._api()
-        key = named_key(api.list_keys(), name)
-        with self._noting(f"{'Block' if blocked else 'Unblock'} the key {key.settings.alias}"):
+        with self._noting(f"{'Block' if blocked else 'Unblock'} the key {name}"):
+            api = self._api()
+            key = named_key(api.list_keys(), name)
             api.block_key(key.key_hash, blocked=blocked)
 
     def revoke(self, name: str) -> None:
         """The key of that name stops working; what it used stays accounted for."""
-        api = self._api()
-        key = named_key(api.list_keys(), name)
-        with self._noting(f"Revoke the key {key.settings.alias}"):
+        with self._noting(f"Revoke the key {name}"):
+            api = self._api()
+            key = named_key(api.list_keys(), name)
             api.delete_keys([key.key_hash])
 
     def why(self, text: str, model: str) -> Diagnosis:
@@ -16563,40 +16729,40 @@ class Keys:
 
     def set_group(self, changes: Json) -> Group:
         """A new group, or what is named of a known one."""
-        api = self._api()
-        known = {group.settings.name: group.settings for group in api.list_groups()}
-        old = known.get(changes["name"])
-        wished = parse_group((asdict(old) if old else {}) | changes)
-        check_models(wished, self._store.load())
+        with self._refusal(f"Set the group {changes['name']}"):
+            api = self._api()
+            known = {group.settings.name: group.settings for group in api.list_groups()}
+            old = known.get(changes["name"])
+            wished = parse_group((asdict(old) if old else {}) | changes)
+            check_models(wished, self._store.load())
         with self._noting(f"{'Change' if old else 'Create'} the group {wished.name}"):
             (api.update_group if old else api.create_group)(group_body(wished))
         return wished
 
     def block_group(self, name: str, *, blocked: bool = True) -> None:
         """Refuse the requests of all its keys until it is unblocked."""
-        api = self._api()
-        _known_group(name, api)
         with self._noting(f"{'Block' if blocked else 'Unblock'} the group {name}"):
+            api = self._api()
+            _known_group(name, api)
             api.block_group(name, blocked=blocked)
 
     def extend_group(self, name: str, until: datetime | None) -> int:
         """All its keys end then, or never; how many those are."""
-        api = self._api()
-        now, keys = utc_now(), _keys_of(name, api)
-        bodies = [
-            (key.key_hash, key_changes(key.settings, replace(key.settings, expires_at=until), now))
-            for key in keys
-        ]
         with self._noting(f"Let the keys of {name} end: {until or 'never'}"):
-            for key_hash, body in bodies:
+            api = self._api()
+            now, keys = utc_now(), _keys_of(name, api)
+            wished = [replace(key.settings, expires_at=until) for key in keys]
+            bodies = [key_changes(k.settings, w, now) for k, w in zip(keys, wished, strict=True)]
+            for key, body in zip(keys, bodies, strict=True):
                 if body:
-                    api.update_key(key_hash, body)
+                    api.update_key(key.key_hash, body)
         return len(keys)
 
     def revoke_group(self, name: str) -> int:
         """All its keys stop working, and the group is gone; how many they were."""
-        api = self._api()
-        keys = _keys_of(name, api)
+        with self._refusal(f"Revoke the group {name}"):
+            api = self._api()
+            keys = _keys_of(name, api)
         with self._noting(f"Revoke the group {name} and its {len(keys)} keys"):
             if keys:
                 api.delete_keys([key.key_hash for key in keys])
@@ -16627,6 +16793,10 @@ class Keys:
             "The endpoint is not running, and keys live in its database.",
             advice="Deploy a model, or run `apply`, first.",
         )
+
+
+MAKING_KEYS: Final = "Create keys from a list"
+TAKE_BACK_PAUSES: Final = (0, 2, 8, 20, 30, 60)  # seconds
 
 
 def _known_group(name: str, api: LiteLlmApi) -> KnownGroup:
@@ -17393,9 +17563,12 @@ class ChangeRunner:
         return [job.view() for job in reversed(list(self._jobs))]
 
     def job(self, job_id: str) -> JobView:
+        return self._job(job_id).view()
+
+    def _job(self, job_id: str) -> Job:
         for job in list(self._jobs):
             if job.id == job_id:
-                return job.view()
+                return job
         raise UnknownError(
             f"There is no job {job_id!r}.", advice="The newest 50 of this start are known."
         )
@@ -17405,6 +17578,18 @@ class ChangeRunner:
             if job.id == job_id and job.finished_at is None:
                 with self.audit.noting(f"Cancel: {job.title}"):
                     job.cancel()
+
+    def fetch(self, job_id: str) -> pydantic.SecretStr:
+        """The secrets that a job made, this once; they are in no file and in no log."""
+        job = self._job(job_id)
+        with self.audit.noting(f"Fetch the secrets of: {job.title}"):
+            found = job.control.take()
+            if found is None:
+                raise RefusedError(
+                    f"{job.title}: there are no secrets to be fetched.",
+                    advice="They are told once, within an hour. Of a lost one make another.",
+                )
+        return found
 
     def plan(self, change: Change) -> Plan:
         """What the change would do; nothing is saved."""
@@ -17513,8 +17698,9 @@ class ChangeRunner:
         _raise_all([*missing.values()])
 
     def _keep(self, job: Job) -> None:
-        """The last 50 that are done, and all that run."""
-        done = [known for known in self._jobs if known.finished_at is not None][:-50]
+        """The last 50 that are done, and all that run or offer something."""
+        ended = [known for known in self._jobs if known.finished_at and not known.control.offers]
+        done = ended[:-50]
         self._jobs = [known for known in self._jobs if known not in done] + [job]
 
     def start_task(self, title: str, work: Callable[[Control], None], hint: str = "") -> Job:
@@ -17589,7 +17775,7 @@ class Manager(ChangeRunner):
         super().__init__(store, tools, site, recipes)
         self._enabled = enabled
         self._options = engine_options
-        self.keys = Keys(store, tools)
+        self.keys = Keys(store, tools, self.start_task)
         self.providers = Providers(store, tools)
         self.logs = Logs(store, tools)
         self.images = ImageLibrary(store, tools, recipes, self.start_task, self.save)
@@ -18018,7 +18204,8 @@ class NamedChange:
     """A change that needs only a name."""
 
     change: Literal[
-        "deploy", "stop", "restart", "remove-model", "remove-route", "remove-provider"
+        "deploy", "stop", "restart", "remove-model", "remove-route", "remove-provider",
+        "revoke-direct-key",
     ]  # fmt: skip
     name: str
 
@@ -18026,6 +18213,7 @@ class NamedChange:
 NAMED_CHANGES: Final[Mapping[str, Callable[[str], Change]]] = {
     "deploy": deploying, "stop": stopping, "restart": restarting, "remove-model": removing,
     "remove-route": unrouting, "remove-provider": unproviding,
+    "revoke-direct-key": revoking_direct,
 }  # fmt: skip
 
 
@@ -18113,13 +18301,25 @@ class CutGpu:
     wish: str
 
 
+DumpName = Annotated[str, _checked(r"[A-Za-z0-9][\w.-]*", "the name of a dump", longest=100)]
+
+
+@_strict
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RestoreDatabase:
+    """Return to a dump of the database; all or nothing."""
+
+    change: Literal["restore-database"]
+    dump: DumpName
+
+
 AnyChange = Annotated[
-    NamedChange | Apply | RollBack | SetModel | SetRoute | SetProvider | CutGpu,
+    NamedChange | Apply | RollBack | SetModel | SetRoute | SetProvider | CutGpu | RestoreDatabase,
     pydantic.Discriminator("change"),
 ]
 
 
-def wished_change(manager: Manager, body: AnyChange) -> Change:  # noqa: PLR0911 - one per kind
+def wished_change(manager: Manager, body: AnyChange) -> Change:  # noqa: C901, PLR0911 - one per kind
     """The same change that console and command line would make."""
     match body:
         case NamedChange(change=change, name=name):
@@ -18137,8 +18337,109 @@ def wished_change(manager: Manager, body: AnyChange) -> Change:  # noqa: PLR0911
             return providing({k: v for k, v in raw.items() if k != "api_key" or v is not None})
         case CutGpu(gpu=gpu, wish=wish):
             return manager.cutting(gpu, wish)
+        case RestoreDatabase(dump=dump):
+            return manager.database.restoring(dump)
         case _:
             assert_never(body)
+
+
+class AllowanceChanges(TypedDict, total=False):
+    """What is not named stays as it is, and a null takes a limit away."""
+
+    models: tuple[str, ...]
+    rpm_limit: Limit | None
+    tpm_limit: Limit | None
+    budget: Budget | None
+    period: Period | None
+
+
+@_strict
+class GroupChanges(AllowanceChanges, total=False):
+    """A new group, or what changes of a known one."""
+
+    name: Required[Annotated[str, _titled]]
+    note: Annotated[str, _printable]
+
+
+class SharedSettings(AllowanceChanges, total=False):
+    group: Annotated[str, _printable]
+    note: Annotated[str, _printable]
+    expires_at: pydantic.AwareDatetime | None
+    parallel: Limit | None
+
+
+@_strict
+class KeyChanges(SharedSettings, total=False):
+    """What changes of a key; a null takes a limit away, or its end."""
+
+    alias: Annotated[str, _titled]
+    email: Annotated[str, _email]
+
+
+@_strict
+class KeyList(SharedSettings, total=False):
+    """A key for each row of a CSV with the columns name, email and group, and what all may use."""
+
+    csv: Required[Annotated[str, pydantic.Field(max_length=1_000_000)]]
+
+
+@_strict
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rotation:
+    """How long the old secret of a key works on beside the new one."""
+
+    grace_hours: Annotated[float, pydantic.Field(ge=0, le=MOST_GRACE_HOURS)] = 24
+
+
+@_strict
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeyQuestion:
+    """A key, or its name or a part of either, and for which model it is asked; empty: for any."""
+
+    key: str
+    model: str = ""
+
+
+@_strict
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Extension:
+    """When all keys of a group end; null: never."""
+
+    until: pydantic.AwareDatetime | None
+
+
+@_strict
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NewDirectKey:
+    """A key past the gateway, new or with another secret; no models means all of them."""
+
+    name: Name
+    models: tuple[Name, ...] = ()
+
+
+@_strict
+class NewPrice(TypedDict, total=False):
+    """Of a million tokens; the currency is that of all prices."""
+
+    prompt: Required[PriceOfMillion]
+    completion: Required[PriceOfMillion]
+    currency: Annotated[str, pydantic.Field(pattern="^[A-Z]{3}$")]
+
+
+@_strict
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NewDump:
+    """A dump to take; one without a name makes way for newer ones."""
+
+    name: DumpName | None = None
+
+
+@_strict
+class HousekeepingChanges(TypedDict, total=False):
+    """What is not named stays as it is; a retention of null is for ever."""
+
+    retention_days: Annotated[int, pydantic.Field(ge=1, le=3650)] | None
+    dumps_kept: Annotated[int, pydantic.Field(ge=1, le=1000)]
 
 
 def as_typed(settings: Mapping[str, object]) -> Json:
@@ -18169,6 +18470,18 @@ def to_the_letter(kind: Any) -> pydantic.WrapValidator:
 ChangeBody = Annotated[AnyChange, to_the_letter(AnyChange)]
 ModelBody = Annotated[NewModel, to_the_letter(NewModel)]
 KeyBody = Annotated[KeySettings, to_the_letter(KeySettings)]
+KeyChangesBody = Annotated[KeyChanges, to_the_letter(KeyChanges)]
+KeyListBody = Annotated[KeyList, to_the_letter(KeyList)]
+KeyQuestionBody = Annotated[KeyQuestion, to_the_letter(KeyQuestion)]
+RotationBody = Annotated[Rotation, to_the_letter(Rotation)]
+GroupBody = Annotated[GroupChanges, to_the_letter(GroupChanges)]
+ExtensionBody = Annotated[Extension, to_the_letter(Extension)]
+DirectKeyBody = Annotated[NewDirectKey, to_the_letter(NewDirectKey)]
+PriceBody = Annotated[NewPrice, to_the_letter(NewPrice)]
+DumpBody = Annotated[NewDump, to_the_letter(NewDump)]
+HousekeepingBody = Annotated[HousekeepingChanges, to_the_letter(HousekeepingChanges)]
+DayText = Annotated[str, pydantic.Field(pattern=r"^\d{4}-\d\d-\d\d$")]
+MonthText = Annotated[str, pydantic.Field(pattern=r"^\d{4}-\d\d$")]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18178,6 +18491,62 @@ class NewKey:
     alias: str
     key: str
     hand_out: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeyVerdict:
+    """What key it is, and each reason why it does not work."""
+
+    title: str
+    faults: list[Problem]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NewDirect:
+    """A direct key that was made; this is the only time its secret is told.
+
+    It opens something when the job has ended.
+    """
+
+    name: str
+    key: str
+    base_urls: list[str]
+    job: JobView
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DatabaseFacts:
+    """What LiteLLM's database takes, and keeps."""
+
+    size: DatabaseSize
+    keeps: Housekeeping
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeyCount:
+    """How many keys it was done to."""
+
+    keys: int
+
+
+class Csv(fastapi.responses.Response):
+    media_type = "text/csv"
+
+
+CSV_TOO: Final[dict[int | str, Json]] = {
+    200: {"content": {"text/csv": {"schema": {"type": "string"}}}}
+}
+
+
+def wants_csv(
+    request: fastapi.Request,
+    form: Annotated[Literal["json", "csv"] | None, fastapi.Query(alias="format")] = None,
+) -> bool:
+    """As the parameter says, else as the Accept header does."""
+    return form == "csv" or (form is None and "text/csv" in request.headers.get("accept", ""))
+
+
+AsCsv = Annotated[bool, fastapi.Depends(wants_csv)]
 
 
 class TokenGate:
@@ -18261,7 +18630,13 @@ def build_api(manager: Manager, watch: Watch) -> fastapi.FastAPI:
         app.add_exception_handler(code, on_astray)
     add_looks(app, manager, watch)
     add_changes(app, manager)
+    add_jobs(app, manager)
     add_keys(app, manager)
+    add_key_actions(app, manager)
+    add_groups(app, manager)
+    add_direct_keys(app, manager)
+    add_usage(app, manager)
+    add_database(app, manager)
     return app
 
 
@@ -18291,12 +18666,12 @@ def add_looks(app: fastapi.FastAPI, manager: Manager, watch: Watch) -> None:
             served = serving(state, manager.observe(state))
         return pool_facts(state, served)
 
-    @app.get(f"{API}/audit")
-    def read_audit(
-        since: Annotated[str | None, pydantic.Field(pattern=r"^\d{4}-\d\d-\d\d$")] = None,
-    ) -> list[AuditEntry]:
-        """Who changed what when, oldest first; from a day on, in UTC."""
-        return manager.audit.entries(parse_day(since) if since else None)
+    @app.get(f"{API}/audit", response_model=list[AuditEntry], responses=CSV_TOO)
+    def read_audit(as_csv: AsCsv, since: DayText | None = None) -> Any:
+        """Who changed what when, oldest first: all from a day on, in UTC, or the newest 1,000."""
+        audit = manager.audit
+        found = audit.entries(parse_day(since)) if since else audit.newest(1000)
+        return Csv(audit_csv(found)) if as_csv else found
 
 
 def parse_day(text: str) -> datetime:
@@ -18308,7 +18683,7 @@ def parse_day(text: str) -> datetime:
 
 
 def add_changes(app: fastapi.FastAPI, manager: Manager) -> None:
-    """What would be done, and doing it."""
+    """What would be done."""
 
     @app.get(f"{API}/plan")
     def read_plan() -> PlanFacts:
@@ -18321,6 +18696,21 @@ def add_changes(app: fastapi.FastAPI, manager: Manager) -> None:
         change = wished_change(manager, body)
         return plan_facts(change.title, manager.plan(change))
 
+    @app.post(f"{API}/models", status_code=201)
+    def register_model(body: ModelBody) -> Model:
+        """Register a model, stopped."""
+        return manager.register(as_typed(body))
+
+
+def under_way(job: Job, response: fastapi.Response) -> JobView:
+    """A job that was started, and where it is looked at."""
+    response.headers["location"] = f"{API}/jobs/{job.id}"
+    return job.view()
+
+
+def add_jobs(app: fastapi.FastAPI, manager: Manager) -> None:
+    """Changes and tasks under way."""
+
     @app.get(f"{API}/jobs")
     def list_jobs() -> list[JobView]:
         """What runs, and what ended lately; newest first."""
@@ -18329,9 +18719,7 @@ def add_changes(app: fastapi.FastAPI, manager: Manager) -> None:
     @app.post(f"{API}/jobs", status_code=202)
     def start_job(body: ChangeBody, response: fastapi.Response) -> JobView:
         """Make a change; the job tells how far it is, and how it ended."""
-        job = manager.start(wished_change(manager, body))
-        response.headers["location"] = f"{API}/jobs/{job.id}"
-        return job.view()
+        return under_way(manager.start(wished_change(manager, body)), response)
 
     @app.get(f"{API}/jobs/{{job_id}}")
     def read_job(job_id: str) -> JobView:
@@ -18344,14 +18732,18 @@ def add_changes(app: fastapi.FastAPI, manager: Manager) -> None:
         manager.cancel_job(job_id)
         return manager.job(job_id)
 
-    @app.post(f"{API}/models", status_code=201)
-    def register_model(body: ModelBody) -> Model:
-        """Register a model, stopped."""
-        return manager.register(as_typed(body))
+    @app.post(f"{API}/jobs/{{job_id}}/secrets", response_model=None, responses=CSV_TOO)
+    def fetch_secrets(job_id: str) -> Csv:
+        """The secrets of a job that `offers` some: told once, within an hour, as CSV."""
+        return Csv(reveal(manager.fetch(job_id)))
 
 
 def add_keys(app: fastapi.FastAPI, manager: Manager) -> None:
     """Virtual keys."""
+
+    def told(settings: KeySettings, secret: pydantic.SecretStr) -> NewKey:
+        shown = hand_out(manager.state(), settings, reveal(secret))
+        return NewKey(alias=settings.alias, key=reveal(secret), hand_out=shown)
 
     @app.get(f"{API}/keys")
     def list_keys() -> list[VirtualKey]:
@@ -18362,14 +18754,174 @@ def add_keys(app: fastapi.FastAPI, manager: Manager) -> None:
     def create_key(body: KeyBody) -> NewKey:
         """Make a key; its secret is told this once."""
         settings = parse_key_settings(asdict(body))
-        secret = reveal(manager.keys.create(settings))
-        shown = hand_out(manager.state(), settings, secret)
-        return NewKey(alias=settings.alias, key=secret, hand_out=shown)
+        return told(settings, manager.keys.create(settings))
+
+    @app.post(f"{API}/keys/import", status_code=202)
+    def create_many(body: KeyListBody, response: fastapi.Response) -> JobView:
+        """Make a key for each row of a CSV, or none; the job offers the secrets."""
+        raw = as_typed(body) | {"alias": "of the list"}
+        text = raw.pop("csv")
+        return under_way(manager.keys.create_many(text, parse_key_settings(raw)), response)
+
+    @app.post(f"{API}/keys/why")
+    def diagnose_key(body: KeyQuestionBody) -> KeyVerdict:
+        """Why a key works or fails."""
+        found = manager.keys.why(body.key, body.model)
+        faults = [Problem(fact=fact, advice=advice) for fact, advice in found.faults]
+        return KeyVerdict(title=found.title, faults=faults)
+
+    @app.post(f"{API}/keys/{{name:path}}/rotate", status_code=201)
+    def rotate_key(name: str, body: RotationBody) -> NewKey:
+        """Another secret for the same key, told this once; the old one ends after the grace."""
+        return told(*manager.keys.rotate(name, parse_grace(body.grace_hours)))
+
+
+def add_key_actions(app: fastapi.FastAPI, manager: Manager) -> None:
+    """What is done to a key by its name or its hash."""
+
+    @app.patch(f"{API}/keys/{{name:path}}")
+    def edit_key(name: str, body: KeyChangesBody) -> KeySettings:
+        """Change what is named of a key; requests under way are not touched."""
+        return manager.keys.edit(name, as_typed(body))
+
+    @app.post(f"{API}/keys/{{name:path}}/block", status_code=204)
+    def block_key(name: str) -> None:
+        """Refuse its requests until it is unblocked."""
+        manager.keys.block(name)
+
+    @app.post(f"{API}/keys/{{name:path}}/unblock", status_code=204)
+    def unblock_key(name: str) -> None:
+        """Take its requests again."""
+        manager.keys.block(name, blocked=False)
 
     @app.delete(f"{API}/keys/{{name:path}}", status_code=204)
     def revoke_key(name: str) -> None:
         """Revoke the key of that name, or of that hash."""
         manager.keys.revoke(name)
+
+
+def add_groups(app: fastapi.FastAPI, manager: Manager) -> None:
+    """Groups, and all keys of one at once."""
+
+    @app.get(f"{API}/groups")
+    def list_groups() -> list[KnownGroup]:
+        """The groups, and what they used of their budgets."""
+        return manager.keys.groups()
+
+    @app.post(f"{API}/groups")
+    def set_group(body: GroupBody) -> Group:
+        """Make a group, or change what is named of a known one."""
+        return manager.keys.set_group(as_typed(body))
+
+    @app.post(f"{API}/groups/{{name:path}}/extend")
+    def extend_group(name: str, body: ExtensionBody) -> KeyCount:
+        """Let all its keys end then."""
+        return KeyCount(keys=manager.keys.extend_group(name, body.until))
+
+    @app.post(f"{API}/groups/{{name:path}}/block", status_code=204)
+    def block_group(name: str) -> None:
+        """Refuse the requests of all its keys until it is unblocked."""
+        manager.keys.block_group(name)
+
+    @app.post(f"{API}/groups/{{name:path}}/unblock", status_code=204)
+    def unblock_group(name: str) -> None:
+        """Take the requests of its keys again."""
+        manager.keys.block_group(name, blocked=False)
+
+    @app.delete(f"{API}/groups/{{name:path}}")
+    def revoke_group(name: str) -> KeyCount:
+        """Revoke all its keys; the group is gone, and what they used stays accounted for."""
+        return KeyCount(keys=manager.keys.revoke_group(name))
+
+
+def add_direct_keys(app: fastapi.FastAPI, manager: Manager) -> None:
+    """Keys past the gateway; revoking one is a change."""
+
+    @app.get(f"{API}/direct-keys")
+    def list_direct_keys() -> list[Json]:
+        """The direct keys, each with the end of its secret."""
+        return keyed(DIRECT_HEADERS, direct_rows(manager.state()))
+
+    @app.post(f"{API}/direct-keys", status_code=202)
+    def create_direct_key(body: DirectKeyBody, response: fastapi.Response) -> NewDirect:
+        """Make a direct key; its secret is told this once, and opens something after the job."""
+        key = new_direct_key(body.name, body.models)
+        job = under_way(manager.start(granting_direct(key)), response)
+        urls = direct_urls(manager.state(), key)
+        return NewDirect(name=key.name, key=reveal(key.secret), base_urls=urls, job=job)
+
+
+def add_usage(app: fastapi.FastAPI, manager: Manager) -> None:
+    """Who used how much, and what it costs."""
+
+    @app.get(f"{API}/usage", response_model=UsageReport, responses=CSV_TOO)
+    def read_usage(
+        as_csv: AsCsv,
+        by: Grouping = "key",
+        first: Annotated[DayText | None, fastapi.Query(alias="from")] = None,
+        last: Annotated[DayText | None, fastapi.Query(alias="to")] = None,
+    ) -> Any:
+        """The use of a range of days in UTC, both included; else of the last 30."""
+        query = parse_usage_query(by, first or "", last or "", utc_now().date())
+        report = manager.usage.report(query)
+        return Csv(usage_csv(report)) if as_csv else report
+
+    @app.get(f"{API}/usage/attention")
+    def read_attention() -> list[Json]:
+        """Who is close to a limit, and the keys that nobody uses."""
+        return keyed(STANDING_HEADERS, standing_rows(manager.usage.standings(), utc_now()))
+
+    @app.get(f"{API}/usage/engines")
+    def read_tallies() -> list[EngineTally]:
+        """What the engines counted, beside what is accounted for."""
+        return manager.usage.tallies()
+
+    @app.get(f"{API}/statement", response_model=Statement, responses=CSV_TOO)
+    def read_statement(as_csv: AsCsv, month: MonthText | None = None, group: str = "") -> Any:
+        """A month's use by groups and models, at the prices of now; else of the last month."""
+        first = parse_month(month or "", utc_now().date())
+        statement = manager.usage.statement(first, group)
+        return Csv(statement_csv(statement)) if as_csv else statement
+
+    @app.get(f"{API}/prices")
+    def list_prices() -> Prices:
+        """What a million tokens cost, on statements alone."""
+        return manager.state().prices
+
+    @app.put(f"{API}/prices/{{model:path}}")
+    def set_price(model: str, body: PriceBody) -> Prices:
+        """The price of a model, or with * of all others."""
+        raw = as_typed(body) | {"model": model}
+        return manager.save(pricing(raw, raw.pop("currency", None))).prices
+
+    @app.delete(f"{API}/prices/{{model:path}}")
+    def remove_price(model: str) -> Prices:
+        """No price any more for that model."""
+        return manager.save(unpricing(model)).prices
+
+
+def add_database(app: fastapi.FastAPI, manager: Manager) -> None:
+    """LiteLLM's database; the way back to a dump is a change."""
+
+    @app.get(f"{API}/database")
+    def read_database() -> DatabaseFacts:
+        """Its size, and what it keeps for how long."""
+        return DatabaseFacts(size=manager.database.size(), keeps=manager.state().housekeeping)
+
+    @app.patch(f"{API}/database")
+    def keep_house(body: HousekeepingBody) -> Housekeeping:
+        """Change what it keeps; the next plan makes it so."""
+        return manager.save(keeping_house(as_typed(body))).housekeeping
+
+    @app.get(f"{API}/database/dumps")
+    def list_dumps() -> list[Dump]:
+        """Its dumps, newest first."""
+        return manager.database.dumps()
+
+    @app.post(f"{API}/database/dumps", status_code=202)
+    def take_dump(body: DumpBody, response: fastapi.Response) -> JobView:
+        """Take a dump, read back whole before it counts."""
+        return under_way(manager.database.dump(body.name or ""), response)
 
 
 # =============================================================================
@@ -19381,6 +19933,7 @@ def build_keys_tab(desk: Desk) -> None:
             label="Hand this over now: it is shown only once", elem_id="new-key", lines=14,
             interactive=False, buttons=["copy"], visible=False,
         )  # fmt: skip
+        build_offer(desk, secret, said)
         chosen = gr.Dropdown(label="Key", value=None, info="of whom the buttons are")
         build_key_actions(desk, chosen, secret, said)
         belongs = build_key_form(desk, chosen, secret, said)
@@ -19388,7 +19941,7 @@ def build_keys_tab(desk: Desk) -> None:
             group_table = table(GROUP_HEADERS)
             group = build_group_actions(desk, said)
             build_group_form(desk, said)
-        all_of = build_many_keys(desk, secret, said)
+        all_of = build_many_keys(desk, said)
         build_key_doctor(desk)
         build_usage_view(desk)
     shown = [rows, chosen, group_table, belongs, group, all_of]
@@ -19496,7 +20049,7 @@ def build_key_actions(
 
     def on_rotate(alias: str | None, hours: float | None) -> tuple[Any, str]:
         with shown_to_operator():
-            settings, made = keys.rotate(chosen_one(alias), timedelta(hours=hours or 0))
+            settings, made = keys.rotate(chosen_one(alias), parse_grace(hours or 0))
             how = f"works for {hours:g} hours more" if hours else "does not work any more"
             said = done_at(f"{alias} has another secret; the old one {how}.")
             return _shown_once(desk, settings, made), said
@@ -19648,16 +20201,32 @@ def build_group_form(desk: Desk, said: gr.Markdown) -> None:
     save.click(on_save, [name, *form.values()], said, **PRIVATE)
 
 
-def build_many_keys(desk: Desk, secret: gr.Textbox, said: gr.Markdown) -> gr.Dropdown:
+def build_offer(desk: Desk, secret: gr.Textbox, said: gr.Markdown) -> None:
+    """The secrets of a list, for whoever takes them first."""
+
+    def on_fetch() -> tuple[Any, str, str]:
+        with shown_to_operator():
+            job = offering_job(desk.watch.latest())
+            text = reveal(desk.manager.fetch(job.id if job else ""))
+            link = download_link("keys.csv", text)
+            return gr.update(value=text, visible=True), link, done_at("Fetched the secrets.")
+
+    with live(desk, gr.Group(visible=False), offer_group):
+        live(desk, gr.Markdown(padding=True), offer_text)
+        fetch = gr.Button("Fetch the secrets", variant="primary")
+    link = gr.HTML()
+    fetch.click(on_fetch, None, [secret, link, said], **PRIVATE)
+
+
+def build_many_keys(desk: Desk, said: gr.Markdown) -> gr.Dropdown:
     """A key for each line of a list; the field of their group."""
 
-    def on_make(text: str | None, *values: Any) -> tuple[Any, str]:
+    def on_make(text: str | None, *values: Any) -> str:
         with shown_to_operator():
             held = dict(zip(form, values, strict=True)) | {"alias": "of the list"}
             template = parse_key_settings(key_fields(held, utc_now()))
-            made = desk.manager.keys.create_many(text or "", template)
-            shown = gr.update(value=secrets_csv(made), visible=True)
-            return shown, done_at(f"Made {len(made)} keys.")
+            desk.manager.keys.create_many(text or "", template)
+            return done_at("The keys are being made.")
 
     with gr.Accordion("Many at once", open=False):
         people = gr.Textbox(
@@ -19669,7 +20238,7 @@ def build_many_keys(desk: Desk, secret: gr.Textbox, said: gr.Markdown) -> gr.Dro
             days = gr.Number(180, label="Valid for (days)", precision=0, info="0: for ever")
         form = {"group": group, "days": days, **build_allowance(desk)}
         make = gr.Button("Create these keys", variant="primary", scale=0, min_width=170)
-    make.click(on_make, [people, *form.values()], [secret, said], **PRIVATE)
+    make.click(on_make, [people, *form.values()], said, **PRIVATE)
     return group
 
 
@@ -19760,7 +20329,7 @@ def build_audit_view(desk: Desk, tab: gr.Tab) -> None:
         rows = table(AUDIT_HEADERS)
         with gr.Row(elem_classes="actions"):
             gr.Button("Export all as CSV", link=AUDIT_CSV_PATH, size="sm", scale=0, min_width=200)
-    tab.select(lambda: audit_rows(desk.manager.audit.entries()[-50:]), None, rows, **QUIET)
+    tab.select(lambda: audit_rows(desk.manager.audit.newest(50)), None, rows, **QUIET)
 
 
 AUDIT_CSV_PATH: Final = "/audit.csv"
@@ -21043,7 +21612,7 @@ def command_key_create(arguments: argparse.Namespace) -> int:
 
 def command_key_rotate(arguments: argparse.Namespace) -> int:
     manager = open_manager()
-    grace = timedelta(hours=arguments.grace_hours)
+    grace = parse_grace(arguments.grace_hours)
     return _hand_over(arguments, manager.state(), *manager.keys.rotate(arguments.name, grace))
 
 
@@ -21070,7 +21639,10 @@ def command_key_import(arguments: argparse.Namespace) -> int:
     with file_errors(f"read {arguments.file}"):
         text = arguments.file.read_text(errors="replace")
     template = parse_key_settings({"alias": "of the list"} | _given_settings(arguments))
-    out(secrets_csv(open_manager().keys.create_many(text, template)).rstrip())
+    manager = open_manager()
+    job = manager.keys.create_many(text, template)
+    follow(job, quiet=True)
+    out(reveal(manager.fetch(job.id)).rstrip())
     return DONE
 
 

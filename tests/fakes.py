@@ -12,13 +12,13 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from datetime import datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
 
 import yaml
-from builders import STORED, a_site
+from builders import SECRET_MARK, STORED, a_site
 from fake_gpus import SimulatedGpus
 from pydantic import SecretStr
 
@@ -660,7 +660,7 @@ class FakeDatabase:
         for file in (name, f"{name}.dump"):
             if Path(file).name in self.world.dumps:
                 return Path("/backups") / file
-        raise lm.RefusedError(f"There is no dump {name!r}.", advice="See the list.")
+        raise lm.UnknownError(f"There is no dump {name!r}.", advice="See the list.")
 
     def drop_dump(self, dump: lm.Dump) -> None:
         with self.trouble.around():
@@ -795,6 +795,85 @@ class FakeWeights:
         files = (lm.FileProgress(path="model.safetensors", bytes_done=8, bytes_total=8),)
         on_progress(lm.DownloadProgress(repository=repository, files=files))
         return "f" * 40
+
+
+@dataclass
+class FakeGateway:
+    """The keys and groups that LiteLLM would have, for one server."""
+
+    server: InitVar[Server]
+    keys: dict[str, lm.Json] = field(default_factory=dict)  # by their hashes
+    groups: dict[str, lm.Json] = field(default_factory=dict)
+    absent_for: int = 0  # requests that are not answered
+    refuses: str = ""  # a key of that name
+    loses_answer_of: str = ""  # a key of that name is made, and nobody hears of it
+    made: Callable[[str], None] = lambda _: None  # called with the name of each new key
+
+    def __post_init__(self, server: Server) -> None:
+        server.manager.keys.gateway = lambda _: self  # type: ignore[method-assign,assignment,return-value]
+
+    def _answer(self) -> None:
+        if self.absent_for:
+            self.absent_for -= 1
+            raise lm.GatewayError("LiteLLM does not answer.", advice="Look at the Overview.")
+
+    def list_keys(self) -> list[lm.VirtualKey]:
+        self._answer()
+        return [lm.read_key(entry) for entry in self.keys.values()]
+
+    def create_key(self, body: lm.Json) -> SecretStr:
+        self._answer()
+        alias = body["key_alias"]
+        if alias == self.refuses or any(k["key_alias"] == alias for k in self.keys.values()):
+            raise lm.GatewayError("LiteLLM refuses that: it is there.", advice="Correct it.")
+        secret = body.get("key") or f"sk-{SECRET_MARK}-{len(self.keys)}"
+        token = sha256(secret.encode()).hexdigest()
+        self.keys[token] = {"token": token, "key_name": "sk-..."}
+        self._set(self.keys[token], body)
+        self.made(alias)
+        if alias == self.loses_answer_of:
+            raise lm.GatewayError("LiteLLM does not answer.", advice="Look at the Overview.")
+        return SecretStr(secret)
+
+    def _set(self, entry: lm.Json, body: lm.Json) -> None:
+        entry |= {name: value for name, value in body.items() if name != "key"}
+        if "duration" in body:
+            seconds = float((body["duration"] or "0").removesuffix("s"))
+            ends = lm.utc_now() + timedelta(seconds=min(seconds, 1e9))
+            entry["expires"] = ends.isoformat() if seconds else None
+
+    def update_key(self, key_hash: str, body: lm.Json) -> None:
+        self._answer()
+        self._set(self.keys[key_hash], body)
+
+    def block_key(self, key_hash: str, *, blocked: bool) -> None:
+        self._answer()
+        self.keys[key_hash]["blocked"] = blocked
+
+    def delete_keys(self, hashes: Sequence[str]) -> None:
+        self._answer()
+        for key_hash in hashes:
+            del self.keys[key_hash]
+
+    def list_groups(self) -> list[lm.KnownGroup]:
+        self._answer()
+        return [lm.read_group(entry) for entry in self.groups.values()]
+
+    def create_group(self, body: lm.Json) -> None:
+        self._answer()
+        self.groups[body["team_id"]] = dict(body)
+
+    def update_group(self, body: lm.Json) -> None:
+        self._answer()
+        self.groups[body["team_id"]] |= body
+
+    def block_group(self, name: str, *, blocked: bool) -> None:
+        self._answer()
+        self.groups[name]["blocked"] = blocked
+
+    def delete_group(self, name: str) -> None:
+        self._answer()
+        del self.groups[name]
 
 
 class Server:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import csv
+import io
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from builders import SECRET_MARK
-from fakes import Server
+from fakes import FakeGateway, Server
 from pydantic import SecretStr
 
 import llm_manager as lm
@@ -29,26 +31,16 @@ async def console(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b"the console"})
 
 
-@dataclass
-class FakeGateway:
-    """The keys that LiteLLM would have."""
+class FakeTables:
+    """What PostgreSQL would say of one key, used once, whatever it is asked."""
 
-    keys: list[lm.VirtualKey] = field(default_factory=list)
-
-    def list_keys(self) -> list[lm.VirtualKey]:
-        return [*self.keys]
-
-    def create_key(self, body: lm.Json) -> SecretStr:
-        secret = f"sk-{SECRET_MARK}-{len(self.keys)}"
-        token = sha256(secret.encode()).hexdigest()
-        self.keys.append(lm.read_key(body | {"token": token, "key_name": "sk-…"}))
-        return SecretStr(secret)
-
-    def list_groups(self) -> list[lm.KnownGroup]:
-        return []
-
-    def delete_keys(self, hashes: list[str]) -> None:
-        self.keys = [key for key in self.keys if key.key_hash not in hashes]
+    def rows(self, sql: lm.Sql) -> list[tuple[Any, ...]]:
+        if sql is lm.STANDINGS_SQL:
+            return []
+        if "GROUP BY team" in sql.text:
+            return [("ML", "ML", "chat", 1, 20, 5, 7)]
+        used = (1, 0, 20, 5, 7, 12.5, 1)
+        return [("", "", *used), ("ab" * 32, "Ada", *used)]
 
 
 class Program:
@@ -56,8 +48,8 @@ class Program:
 
     def __init__(self, server: Server) -> None:
         self.server, self.manager = server, server.manager
-        self.gateway = FakeGateway()
-        self.manager.keys.gateway = lambda _: self.gateway  # type: ignore[method-assign,assignment,return-value]
+        self.gateway = FakeGateway(server)
+        self.manager.usage._tables = FakeTables  # type: ignore[method-assign,assignment]
         self.api = lm.build_api(self.manager, lm.Watch(self.manager, seconds=3600))
         gate = lm.TokenGate(self.api, self.manager)
         self.app = lm.Guard(console, gate, SecretStr("k"), "a1b2c3")
@@ -84,10 +76,16 @@ class Program:
     def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
         return self.ask("POST", path, body, **{"content_type": "application/json"} | headers)
 
+    def ask_json(self, method: str, path: str, body: Any) -> lm.Json:
+        answer = self.ask(method, path, body, content_type="application/json")
+        assert answer.is_success, answer.text
+        return dict(answer.json())
+
     def finish(self, answer: httpx.Response) -> lm.Json:
         """The job as it is read from where the answer says, when it has ended."""
         assert answer.status_code == 202, answer.text
-        job = next(job for job in self.manager._jobs if job.id == answer.json()["id"])
+        job_id = answer.headers["location"].rpartition("/")[2]
+        job = next(job for job in self.manager._jobs if job.id == job_id)
         with contextlib.suppress(lm.ManagerError):
             list(job.follow())
         return dict(self.get(answer.headers["location"].removeprefix("/api/v1/")).json())
@@ -351,8 +349,139 @@ def test_a_key_is_made_listed_and_revoked(program: Program) -> None:
     problem(program.ask("DELETE", "keys/Ada/Bob"), 404)
     told = [(e.who, e.what, e.result) for e in program.manager.audit.entries()[1:]]
     assert told == [
-        ("ci", "Create the key Ada/Bob", "done"), ("ci", "Revoke the key Ada/Bob", "done"),
+        ("ci", "Create the key Ada/Bob", "done"), ("ci", "Create the key Ada/Bob", "failed"),
+        ("ci", "Revoke the key Ada/Bob", "done"), ("ci", "Revoke the key Ada/Bob", "failed"),
     ]  # fmt: skip
+
+
+def test_a_key_is_changed_rotated_blocked_and_diagnosed(program: Program) -> None:
+    secret = program.post("keys", {"alias": "Ada/Bob", "rpm_limit": 3, "note": "x"}).json()["key"]
+    edited = program.ask_json("PATCH", "keys/Ada/Bob", {"rpm_limit": None, "budget": 2.5})
+    assert [edited[n] for n in ("rpm_limit", "budget", "note")] == [None, 2.5, "x"]
+    assert program.ask("POST", "keys/Ada/Bob/block").status_code == 204
+    why = program.ask_json("POST", "keys/why", {"key": secret})
+    assert "It is blocked" in why["faults"][0]["fact"]
+    assert program.ask("POST", "keys/Ada/Bob/unblock").status_code == 204
+    why = program.ask_json("POST", "keys/why", {"key": secret})
+    assert [fault["fact"] for fault in why["faults"]] == ["The endpoint is stopped."]
+    other = program.post("keys/Ada/Bob/rotate", {"grace_hours": 1})
+    assert other.status_code == 201
+    assert other.json()["key"] != secret
+    assert len(program.get("keys").json()) == 2
+    program.post("keys/Ada/Bob/rotate", {"grace_hours": 0})
+    assert len(program.get("keys").json()) == 2
+    problem(program.post("keys/Ada/Bob/rotate", {"grace_hours": 1e300}), 422)
+    problem(program.post("keys/nobody/rotate", {}), 404)
+    nonsense = program.ask(
+        "PATCH", "keys/Ada/Bob", {"period": "day", "budget": None}, content_type="application/json"
+    )
+    assert "without a budget" in problem(nonsense, 422)
+
+
+def test_a_list_of_people_is_a_job_whose_secrets_are_told_once(program: Program) -> None:
+    program.post("groups", {"name": "ML"})
+    people = {"csv": "name,email\nAda,ada@x.org\nBob,\n", "group": "ML", "rpm_limit": 3}
+    refused = program.post("keys/import", people | {"csv": "name,email\nAda,\nEve,nonsense\n"})
+    assert "line 3: " in problem(refused, 409)
+    job = program.finish(program.post("keys/import", people))
+    assert job["offers"]
+    assert "sk-" not in json.dumps(job)
+    told = program.ask("POST", f"jobs/{job['id']}/secrets")
+    assert told.headers["content-type"] == "text/csv; charset=utf-8"
+    rows = list(csv.DictReader(io.StringIO(told.text)))
+    assert [(row["name"], row["group"]) for row in rows] == [("Ada", "ML"), ("Bob", "ML")]
+    assert {sha256(row["key"].encode()).hexdigest() for row in rows} == {*program.gateway.keys}
+    assert "no secrets" in problem(program.ask("POST", f"jobs/{job['id']}/secrets"), 409)
+    assert not program.get(f"jobs/{job['id']}").json()["offers"]
+    problem(program.ask("POST", "jobs/none/secrets"), 404)
+
+
+def test_a_group_is_made_extended_blocked_and_revoked(program: Program) -> None:
+    made = program.post("groups", {"name": "ML/1", "budget": 5, "note": "a course"})
+    assert (made.status_code, made.json()["budget"]) == (200, 5)
+    changed = program.post("groups", {"name": "ML/1", "rpm_limit": 9}).json()
+    assert (changed["budget"], changed["rpm_limit"], changed["note"]) == (5, 9, "a course")
+    for alias in ("Ada", "Bob"):
+        program.post("keys", {"alias": alias, "group": "ML/1"})
+    until = {"until": "2999-01-01T00:00:00Z"}
+    assert program.post("groups/ML/1/extend", until).json() == {"keys": 2}
+    assert program.post("groups/ML/1/extend", {"until": None}).json() == {"keys": 2}
+    problem(program.post("groups/ML/1/extend", {"until": "2999-01-01T00:00:00"}), 422)
+    problem(program.post("groups/ML/1/extend", {"until": "1999-01-01T00:00:00Z"}), 409)
+    assert program.ask("POST", "groups/ML/1/block").status_code == 204
+    assert program.get("groups").json()[0]["blocked"]
+    assert program.ask("POST", "groups/ML/1/unblock").status_code == 204
+    assert program.ask("DELETE", "groups/ML/1").json() == {"keys": 2}
+    assert program.get("keys").json() == program.get("groups").json() == []
+    problem(program.ask("DELETE", "groups/ML/1"), 404)
+
+
+def test_a_direct_key_is_made_told_once_and_revoked(program: Program) -> None:
+    program.manager.register(CHAT)
+    answer = program.post("direct-keys", {"name": "lab", "models": ["chat"]})
+    made = answer.json()
+    assert made["base_urls"][0].endswith("/models/chat/v1")
+    assert program.finish(answer)["fault"] is None
+    (stored,) = program.manager.state().direct_keys
+    assert lm.reveal(stored.secret) == made["key"]
+    (listed,) = program.get("direct-keys").json()
+    assert (listed["name"], made["key"] in str(listed)) == ("lab", False)
+    revoke = {"change": "revoke-direct-key", "name": "lab"}
+    assert program.finish(program.post("jobs", revoke))["fault"] is None
+    problem(program.post("plan", revoke), 404)
+    problem(program.post("direct-keys", {"name": "x", "models": ["nobody"]}), 404)
+
+
+def test_use_and_statements_are_told_as_json_or_csv(settled: Program) -> None:
+    report = settled.get("usage?by=group&from=2026-11-01&to=2026-11-21").json()
+    assert report["query"] | {"limit": 0} == {
+        "first": "2026-11-01", "last": "2026-11-21", "by": "group", "limit": 0,
+    }  # fmt: skip
+    assert (report["total"]["requests"], report["rows"][0]["name"]) == (1, "Ada")
+    statement = settled.get("statement?month=2026-10").json()
+    assert (statement["month"], statement["lines"][0]["completion_tokens"]) == ("2026-10-01", 7)
+    for path in ("usage", "statement", "audit"):
+        as_csv = settled.get(f"{path}?format=csv")
+        assert as_csv.headers["content-type"] == "text/csv; charset=utf-8"
+        assert len([*csv.reader(io.StringIO(as_csv.text))]) >= 2
+        assert settled.get(path, accept="text/csv").text.splitlines()[0] == as_csv.text.split()[0]
+        told = settled.get(f"{path}?format=json", accept="text/csv")
+        assert told.headers["content-type"] == "application/json"
+    assert settled.get("usage/attention").json() == settled.get("usage/engines").json() == []
+    for path in ("usage?from=2026-99-99", "usage?by=color", "usage?from=2026-02-01&to=2026-01-01",
+                 "statement?month=2026-13", "statement?month=0000-01"):  # fmt: skip
+        problem(settled.get(path), 422)
+    for path in ("usage?to=0001-01-02", "usage?to=9999-12-31", "statement?month=9999-12"):
+        assert settled.get(path).status_code == 200
+    assert "used nothing" in problem(settled.get("statement?group=Nobody"), 409)
+
+
+def test_prices_are_set_and_removed(program: Program) -> None:
+    price = {"prompt": 0.5, "completion": 2, "currency": "CHF"}
+    told = program.ask_json("PUT", "prices/org/model", price)
+    assert (told["currency"], told["models"][0]["model"]) == ("CHF", "org/model")
+    assert program.ask_json("PUT", "prices/*", {"prompt": 0, "completion": 0})["currency"] == "CHF"
+    assert program.get("statement").json()["lines"][0]["cost"] == 0
+    assert len(program.ask("DELETE", "prices/org/model").json()["models"]) == 1
+    problem(program.ask("DELETE", "prices/org/model"), 404)
+    assert len(program.get("prices").json()["models"]) == 1
+
+
+def test_the_database_is_dumped_and_restored_and_its_keeping_changed(program: Program) -> None:
+    assert "not running" in problem(program.get("database"), 503)
+    program.manager.register(CHAT)
+    program.server.do(lm.deploying("chat"))
+    assert program.get("database").json()["keeps"]["retention_days"] == 90
+    kept = program.ask_json("PATCH", "database", {"retention_days": None})
+    assert (kept["retention_days"], kept["dumps_kept"]) == (None, 7)
+    assert program.finish(program.post("database/dumps", {"name": "summer"}))["fault"] is None
+    assert program.finish(program.post("database/dumps", {}))["fault"] is None
+    assert "summer.dump" in {dump["file"] for dump in program.get("database/dumps").json()}
+    restore = {"change": "restore-database", "dump": "summer"}
+    assert program.post("plan", restore).json()["title"] == "Restore the database from summer.dump"
+    assert program.finish(program.post("jobs", restore))["fault"] is None
+    problem(program.post("plan", restore | {"dump": "winter"}), 404)
+    problem(program.post("plan", restore | {"dump": "/etc/passwd"}), 422)
 
 
 # --- what it refuses ------------------------------------------------------------------------------

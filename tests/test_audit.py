@@ -8,12 +8,13 @@ import os
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from builders import NOW
-from fakes import Server, until
+from fakes import Crash, Server, until
 
 import llm_manager as lm
 
@@ -138,7 +139,7 @@ def test_a_line_that_a_crash_tore_harms_no_other(trail: lm.AuditTrail, tmp_path:
 def test_lines_of_several_processes_never_mix(tmp_path: Path) -> None:
     script = (
         "import sys, pathlib, llm_manager as lm\n"
-        "trail = lm.AuditTrail(pathlib.Path(sys.argv[1]), lm.ITSELF)\n"
+        "trail = lm.AuditTrail(pathlib.Path(sys.argv[1]), lm.ITSELF, 50_000)\n"
         "for n in range(25): trail.begin(sys.argv[2] + 'x' * 9000 + str(n))(None)\n"
     )
     processes = [
@@ -147,10 +148,88 @@ def test_lines_of_several_processes_never_mix(tmp_path: Path) -> None:
     ]
     assert [process.wait() for process in processes] == [0, 0]
     entries = lm.AuditTrail(tmp_path, ADA).entries()
+    assert len(files(tmp_path)) >= 10
     assert {entry.result for entry in entries} == {"done"}
     for name in "ab":
         own = [entry.what.strip("abx") for entry in entries if entry.what.startswith(name)]
         assert own == [str(n) for n in range(25)]
+
+
+def fill(trail: lm.AuditTrail, *names: str) -> None:
+    for name in names:
+        trail.begin(name)(None)
+
+
+def files(home: Path) -> list[str]:
+    return sorted(path.name for path in home.glob("audit-*.jsonl"))
+
+
+def test_a_full_file_makes_way_and_every_entry_is_told_in_its_order(tmp_path: Path) -> None:
+    trail = lm.AuditTrail(tmp_path, ADA, full_bytes=600)
+    names = [str(n) for n in range(12)]
+    fill(trail, *names)
+    assert len(files(tmp_path)) >= 3
+    assert [(e.what, e.result) for e in trail.entries()] == [(name, "done") for name in names]
+    assert [e.what for e in trail.newest(5)] == names[-5:]
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in tmp_path.glob("audit*"))
+    # What begins in one file and ends in another is one entry still.
+    end = trail.begin("long")
+    fill(trail, *names)
+    end(None)
+    assert [e.result for e in trail.entries() if e.what == "long"] == ["done"]
+
+
+def test_full_files_are_never_written_again_and_never_take_each_others_place(
+    tmp_path: Path,
+) -> None:
+    trail = lm.AuditTrail(tmp_path, ADA, full_bytes=1)
+    (tmp_path / "audit-29990101-000000.jsonl").write_bytes(b"")  # the clock was set back since
+    (tmp_path / "audit-notes.jsonl").write_bytes(b"of the operator")
+    fill(trail, "a", "b")
+    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+    assert [*before][1:4] == [f"audit-29990101-00000{n}.jsonl" for n in (1, 2, 3)]
+    fill(trail, "c")
+    assert before == {name: (tmp_path / name).read_bytes() for name in before}
+    assert [entry.what for entry in trail.entries()] == ["a", "b", "c"]
+
+
+def test_only_files_that_may_hold_entries_of_the_time_are_read(tmp_path: Path) -> None:
+    trail = lm.AuditTrail(tmp_path, ADA)
+    old, new = (tmp_path / f"audit-{day}-120000.jsonl" for day in ("20260301", "20260304"))
+    line = lm._AUDIT_ENTRY.dump_json
+    entry = lm.AuditEntry(who="ada", channel="API", what="x", started_at=NOW)
+    old.mkdir()  # whoever reads it fails
+    new.write_bytes(line(entry) + b"\n" + line(replace(entry, started_at=NOW - timedelta(days=2))))
+    assert trail.entries(since=NOW - timedelta(days=1)) == [entry]
+    with pytest.raises(lm.ManagerError, match="read the audit"):
+        trail.entries()
+
+
+def test_a_kill_between_two_files_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trail = lm.AuditTrail(tmp_path, ADA, full_bytes=1)
+    fill(trail, "a")
+
+    def killed(_: Path) -> None:
+        raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lm, "sync_folder", killed)
+        with pytest.raises(Crash):
+            trail.begin("b")
+    assert not file_of(tmp_path).exists()
+    assert [entry.what for entry in trail.entries()] == ["a"]
+    fill(trail, "c")
+    assert [entry.what for entry in trail.entries()] == ["a", "c"]
+
+
+def test_a_key_that_is_typed_where_a_name_is_asked_for_stays_out(trail: lm.AuditTrail) -> None:
+    key = "sk-Zm9vYmFyYmF6cXV4"
+    with pytest.raises(lm.RefusedError), trail.noting(f"Revoke the key {key}"):
+        raise lm.RefusedError(f"There is no key called {key!r}.", advice="See the list.")
+    assert "Zm9v" not in file_of(trail._path.parent).read_text()
+    assert trail.entries()[0].what == "Revoke the key sk-…"
 
 
 def test_what_cannot_be_written_goes_to_the_journal_and_stops_nothing(

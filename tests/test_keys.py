@@ -143,6 +143,14 @@ def test_days_beyond_the_calendar_are_refused() -> None:
             lm.end_after(days, NOW)
 
 
+def test_a_grace_is_at_most_a_year() -> None:
+    assert lm.parse_grace(0) == timedelta(0)
+    assert lm.parse_grace(36.5) == timedelta(hours=36.5)
+    for hours in (-1, 8761, 1e300, float("inf"), float("nan")):
+        with pytest.raises(lm.InvalidError, match="cannot work on for"):
+            lm.parse_grace(hours)
+
+
 def test_a_key_is_a_row_that_never_holds_its_secret() -> None:
     key = a_key(tpm_limit=9, expires_at=NOW, secret="sk-hush-hush-1234")  # noqa: S106
     (row,) = lm.key_rows([key], NOW)
