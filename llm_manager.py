@@ -660,11 +660,15 @@ class Route:
 @_strict
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DirectKey:
-    """A key for `/models/{name}/v1`, checked by Caddy; no models means all of them."""
+    """A key for `/models/{name}/v1`, checked by Caddy; no models means all of them.
+
+    In an `emergency` it opens `/v1` too, as LiteLLM's master key, which needs no database.
+    """
 
     name: Name
     secret: Annotated[pydantic.SecretStr, pydantic.AfterValidator(_bearer)]
     models: tuple[ModelName, ...] = ()
+    emergency: bool = False
 
     def opens(self, model: ModelName) -> bool:
         return not self.models or model in self.models
@@ -4193,8 +4197,13 @@ def _usage_row(row: Sequence[Any], by: Grouping) -> UsageRow:
     )
 
 
+MASTER_KEY_ALIAS: Final = "litellm_proxy_master_key"  # as LiteLLM accounts for it
+
+
 def _nameless(subject: str, by: Grouping) -> str:
     match by:
+        case "key" if subject == MASTER_KEY_ALIAS:
+            return "the operator, or a key for emergencies"
         case "key":
             return f"{subject[:8]}…" if re.fullmatch(r"[0-9a-f]{64}", subject) else subject
         case "group":
@@ -5739,7 +5748,7 @@ def _caddyfile_lines(
         *health,
         *_grafana_lines(state),
         *_method_lines(),
-        *_gateway_lines(gateway_name(state, slot)),
+        *_gateway_lines(state, slot),
         *(line for model in _by_name(served) for line in _engine_lines(state, model)),
         *_block("handle", "error 404"),
     ]
@@ -5849,25 +5858,37 @@ def _method_lines() -> list[str]:
     ]
 
 
-def _gateway_lines(gateway: ContainerName) -> list[str]:
+def _gateway_lines(state: State, slot: Slot) -> list[str]:
+    """The way to LiteLLM, which checks the client's key, or is shown its own in an emergency."""
     paths = "|".join(("models(/[A-Za-z0-9._:/-]+)?", *GATEWAY_PATHS))
-    inside = ("X-Litellm-Model-Api-Base", "X-Litellm-Model-Name", "X-Litellm-Version",
-              "X-Litellm-Key-Spend", "X-Litellm-Response-Cost*", "Llm_provider-*")  # fmt: skip
+    master = _quote(f"Bearer {state.secrets.master_key.get_secret_value()}")
+    proxy = f"reverse_proxy {gateway_name(state, slot)}:{GATEWAY_PORT}"
+    emergency = _matching(key for key in state.direct_keys if key.emergency)
+    instead = (
+        f"@emergency {emergency}",
+        *_block(
+            "handle @emergency",
+            *_UNASKED,
+            *_block(proxy, f"header_up Authorization {master}", *_TO_GATEWAY),
+        ),
+    )
     return [
         f"@gateway path_regexp ^/v1/({paths})$",
         *_block(
             "handle @gateway",
-            *_UNASKED,
-            *_block(
-                f"reverse_proxy {gateway}:{GATEWAY_PORT}",
-                "header_up -Cookie",
-                # Its switches, as for redaction, are the operator's; labels would be stored.
-                *(f"header_up -{name}" for name in ("Litellm-*", "X-Litellm-*", "User-Agent")),
-                *(f"header_down -{name}" for name in inside),
-                *_UVICORN,
-            ),
+            *(instead if emergency else ()),
+            *_block("handle", *_UNASKED, *_block(proxy, *_TO_GATEWAY)),
         ),
     ]
+
+
+def _matching(keys: Iterable[DirectKey]) -> str:
+    """A matcher of requests that bear one of these; nothing without any.
+
+    `vars` compares the whole header: no wildcard, no case, no second header beside the first.
+    """
+    bearers = sorted(f'"Bearer {key.secret.get_secret_value()}"' for key in keys)
+    return f"vars {{header.Authorization}} {' '.join(bearers)}" if bearers else ""
 
 
 # Nothing here takes a query, and uvicorn would log it.
@@ -5875,6 +5896,17 @@ _UNASKED: Final = ("rewrite {path}?",)
 
 # uvicorn closes an idle connection after 5 s; reusing it later would be a 502.
 _UVICORN: Final = _block("transport http", "dial_timeout 1s", "keepalive 4s")
+_TO_GATEWAY: Final = (
+    "header_up -Cookie",
+    # Its switches, as for redaction, are the operator's; labels would be stored.
+    *(f"header_up -{name}" for name in ("Litellm-*", "X-Litellm-*", "User-Agent")),
+    *(
+        f"header_down -{name}"
+        for name in ("X-Litellm-Model-Api-Base", "X-Litellm-Model-Name", "X-Litellm-Version",
+                     "X-Litellm-Key-Spend", "X-Litellm-Response-Cost*", "Llm_provider-*")
+    ),
+    *_UVICORN,
+)  # fmt: skip
 
 
 def _engine_snippet(state: State) -> list[str]:
@@ -5914,13 +5946,7 @@ def _engine_lines(state: State, model: ServedModel) -> list[str]:
     would reach other models.
     """
     opened = any(known.name == model.model and state.edge.opens(known) for known in state.models)
-    keys = sorted(
-        f'"Bearer {key.secret.get_secret_value()}"'
-        for key in state.direct_keys
-        if key.opens(model.model)
-    )
-    # `vars` compares the whole header: no wildcard, no case, no second header beside the first.
-    direct = f"vars {{header.Authorization}} {' '.join(keys)}" if keys else ""
+    direct = _matching(key for key in state.direct_keys if key.opens(model.model))
     anybody = "header_regexp Authorization ^Bearer\\s+\\S+$"
     return [
         *_way_lines("models", model, direct),
@@ -7508,6 +7534,11 @@ def granting_direct(key: DirectKey) -> Change:
             advice="Leave it out, and one is made.",
         )
 
+    if key.emergency and key.models:
+        raise RefusedError(
+            "A key for emergencies opens every model.", advice="Leave the models out."
+        )
+
     def edit(state: State) -> State:
         for name in key.models:
             state.model(name)
@@ -8274,6 +8305,7 @@ class Diagnosis:
 
     title: str
     faults: tuple[tuple[str, str], ...] = ()  # fact, advice
+    limits: tuple[Allowance, ...] = ()  # of the key and its group
 
 
 def find_key(text: str, keys: Sequence[VirtualKey]) -> VirtualKey | None:
@@ -8293,21 +8325,27 @@ SHORTEST_PREFIX: Final = 8
 
 
 def diagnose(
-    text: str, model: str, keys: Sequence[VirtualKey], groups: Sequence[KnownGroup],
-    state: State, now: datetime,
+    text: str, model: str, known: tuple[Sequence[VirtualKey], Sequence[KnownGroup]],
+    state: State, served: Sequence[ServedModel], now: datetime,
 ) -> Diagnosis:  # fmt: skip
     """Why a key works or fails, for one model or, where that is empty, for any."""
+    keys, groups = known
     direct = next((k for k in state.direct_keys if reveal(k.secret) == text), None)
     if direct is not None:
-        return Diagnosis(title=f"The direct key {direct.name}: it opens /models, and not /v1.")
+        opened = "/models and /v1" if direct.emergency else "/models, and not /v1"
+        return Diagnosis(title=f"The direct key {direct.name}: it opens {opened}.")
     key = find_key(text, keys)
     if key is None:
         advice = "Look for missing characters; it may have been revoked. Make a new one."
         return Diagnosis(title="Unknown key", faults=(("No key is like that.", advice),))
     group = next((g for g in groups if g.settings.name == key.settings.group), None)
     faults = [*_key_faults(key, now), *(_group_faults(group, now) if group else ())]
-    faults += _model_faults(model, key.settings, group.settings if group else None, state)
-    return Diagnosis(title=f"The key of {key.settings.alias} ({key.hint})", faults=tuple(faults))
+    faults += _model_faults(model, key.settings, group.settings if group else None, state, served)
+    return Diagnosis(
+        title=f"The key of {key.settings.alias} ({key.hint})",
+        faults=tuple(faults),
+        limits=(key.settings, group.settings) if group else (key.settings,),
+    )
 
 
 def _key_faults(key: VirtualKey, now: datetime) -> Iterator[tuple[str, str]]:
@@ -8345,7 +8383,7 @@ def budget_text(allowance: Allowance) -> str:
 
 
 def _model_faults(
-    model: str, key: KeySettings, group: Group | None, state: State
+    model: str, key: KeySettings, group: Group | None, state: State, served: Sequence[ServedModel]
 ) -> Iterator[tuple[str, str]]:
     if state.endpoint == "stopped":
         yield "The endpoint is stopped.", "Deploy a model."
@@ -8358,8 +8396,9 @@ def _model_faults(
         if allowance and allowance.models and not _is_allowed(model, allowance.models, state):
             names = ", ".join(allowance.models)
             yield f"{whose} allows only {names}: 403.", f"Ask for one of these, or allow {model}."
-    if model in {*hollow_names(state)}:
-        yield f"Nobody is to answer for {model}.", "Deploy a model that does."
+    answered = [pool.route.name for pool in pools(state, served)]
+    if not _is_allowed(model, answered, state):
+        yield f"Nobody answers for {model} now.", "Look in Models for what does not run."
 
 
 def _is_allowed(model: str, allowed: Sequence[str], state: State) -> bool:
@@ -8528,6 +8567,12 @@ def _gateway_probes(state: State) -> Iterator[EdgeRequest]:
         yield replace(request, key=RIGHT, expected=(200,), by_edge=False)
         for key in (WRONG, NO_KEY, REVOKED):
             yield replace(request, key=key, expected=(401,))
+        for direct in state.direct_keys:
+            if direct.emergency:
+                yield replace(request, key=direct_title(direct), expected=(200,), by_edge=False)
+    for direct in state.direct_keys:
+        if not direct.emergency:
+            yield replace(list_models, key=direct_title(direct), expected=(401,), by_edge=False)
 
 
 def _call(way: Way, prefix: str, kind: ModelType, name: str, text: str = "yes") -> EdgeRequest:
@@ -9194,7 +9239,8 @@ def direct_urls(state: State, key: DirectKey) -> list[str]:
     """The base URLs that a direct key is good for, of the models registered now."""
     root = base_url(state.edge).removesuffix("/v1")
     names = key.models or tuple(model.name for model in state.models)
-    return [f"{root}/models/{name}/v1" for name in names]
+    every = [f"{root}/v1"] if key.emergency else []
+    return [*every, *(f"{root}/models/{name}/v1" for name in names)]
 
 
 def hand_out_direct(state: State, key: DirectKey) -> str:
@@ -9209,7 +9255,11 @@ DIRECT_HEADERS: Final = ("Name", "Models", "Key")
 def direct_rows(state: State) -> list[list[str]]:
     """The direct keys, by name; of each key its end, by which its owner knows it."""
     return [
-        [key.name, ", ".join(key.models) or "all", f"…{key.secret.get_secret_value()[-4:]}"]
+        [
+            key.name,
+            "all, and /v1 in an emergency" if key.emergency else ", ".join(key.models) or "all",
+            f"…{key.secret.get_secret_value()[-4:]}",
+        ]
         for key in sorted(state.direct_keys, key=lambda key: key.name)
     ]
 
@@ -9255,6 +9305,8 @@ def attention(snapshot: Snapshot) -> list[Attention]:
     found += [Attention(text, "Models") for text in snapshot.hung.values()]
     found += [Attention(text, "Routes") for text in hollow_routes(state)]
     found += [Attention(t, "System") for t in certificate_matters(observed, snapshot.taken_at)]
+    if running_job(snapshot) is None and is_database_down(state, observed):
+        found.insert(0, Attention(DATABASE_DOWN, "System"))
     found += [Attention(text, "System") for text in database_matters(snapshot.database)]
     fetching = any(job.fetching for job in snapshot.jobs)
     if snapshot.plan and running_job(snapshot) is None and not fetching:
@@ -9297,6 +9349,18 @@ def certificate_matters(observed: Observed, now: datetime) -> list[str]:
 
 
 CERTIFICATE_DAYS: Final = 14
+
+
+def is_database_down(state: State, observed: Observed) -> bool:
+    """Whether PostgreSQL is there, should run, and does not answer."""
+    seen = observed.containers.get(database_name(state))
+    return seen is not None and state.endpoint == "running" and seen.ready is not True
+
+
+DATABASE_DOWN: Final = (
+    "PostgreSQL is down. Keys that were used within the last minute still work, then all are "
+    "refused with 503; direct keys work on. Look at its log, and apply the plan."
+)
 
 
 def database_matters(size: DatabaseSize | None) -> list[str]:
@@ -9649,7 +9713,10 @@ def limits_text(allowance: Allowance) -> str:
         (allowance.rpm_limit, "requests/min"), (allowance.tpm_limit, "tokens/min"),
         (parallel, "at a time"),
     )  # fmt: skip
-    return ", ".join(f"{limit} {unit}" for limit, unit in limits if limit) or "none"
+    return ", ".join(f"{limit} {unit}" for limit, unit in limits if limit) or NO_LIMITS
+
+
+NO_LIMITS: Final = "none"
 
 
 def used_text(allowance: Allowance, used: float) -> str:
@@ -9693,7 +9760,9 @@ DIAGNOSIS_HEADERS: Final = ("What is wrong", "What to do")
 def diagnosis_text(diagnosis: Diagnosis) -> str:
     """One sentence, and a line per fault."""
     if not diagnosis.faults:
-        return f"{diagnosis.title}: nothing speaks against it."
+        limits = [limits_text(each) for each in diagnosis.limits if limits_text(each) != NO_LIMITS]
+        beyond = f" Beyond {', or of its group '.join(limits)}: 429." if limits else ""
+        return f"{diagnosis.title}: nothing speaks against it.{beyond}"
     return "\n".join(
         [f"{diagnosis.title}:", *(f"- {fact} {advice}" for fact, advice in diagnosis.faults)]
     )
@@ -16569,10 +16638,10 @@ def new_bearer() -> pydantic.SecretStr:
     return pydantic.SecretStr(f"sk-{secrets.token_urlsafe(32)}")
 
 
-def new_direct_key(name: str, models: Sequence[str] = ()) -> DirectKey:
+def new_direct_key(name: str, models: Sequence[str] = (), *, emergency: bool = False) -> DirectKey:
     """A key with a fresh secret, not granted yet; see `granting_direct`."""
-    raw = {"name": name, "secret": reveal(new_bearer()), "models": list(models)}
-    return parse_direct_key(raw)
+    wished = {"name": name, "models": list(models), "emergency": emergency}
+    return parse_direct_key(wished | {"secret": reveal(new_bearer())})
 
 
 def new_admin_token(name: str) -> tuple[AdminToken, pydantic.SecretStr]:
@@ -16721,8 +16790,9 @@ class Keys:
     def why(self, text: str, model: str) -> Diagnosis:
         """Why a key works or fails; the text is a secret, a name, or a part of either."""
         state = self._store.load()
-        api = self.gateway(state)
-        return diagnose(text, model, api.list_keys(), api.list_groups(), state, utc_now())
+        known = self.with_groups()
+        served = serving(state, observe(self._tools, state.edge))
+        return diagnose(text, model, known, state, served, utc_now())
 
     def groups(self) -> list[KnownGroup]:
         return self._api().list_groups()
@@ -16789,6 +16859,11 @@ class Keys:
                     state.secrets.master_key,
                     lambda query: usage_tables(state, observed.containers).rows(query),
                 )
+        if is_database_down(state, observed):
+            raise DatabaseError(
+                "PostgreSQL is down, and keys and usage live in it.",
+                advice="Read its log with `docker logs`, then run `apply`.",
+            )
         raise GatewayError(
             "The endpoint is not running, and keys live in its database.",
             advice="Deploy a model, or run `apply`, first.",
@@ -17517,9 +17592,7 @@ def usage_tables(
     """Those of the database that runs. Raises DatabaseError."""
     seen = containers.get(database_name(state))
     if seen is None or not seen.running or seen.address is None:
-        raise DatabaseError(
-            "PostgreSQL does not run.", advice="Deploy a model, or run `apply`, first."
-        )
+        raise DatabaseError("PostgreSQL is down.", advice="Deploy a model, or run `apply`, first.")
     return UsageTables(seen.address, state.secrets.database_password, reader_password(state))
 
 
@@ -18415,6 +18488,7 @@ class NewDirectKey:
 
     name: Name
     models: tuple[Name, ...] = ()
+    emergency: bool = False  # opens `/v1` too, and needs no PostgreSQL
 
 
 @_strict
@@ -18845,7 +18919,7 @@ def add_direct_keys(app: fastapi.FastAPI, manager: Manager) -> None:
     @app.post(f"{API}/direct-keys", status_code=202)
     def create_direct_key(body: DirectKeyBody, response: fastapi.Response) -> NewDirect:
         """Make a direct key; its secret is told this once, and opens something after the job."""
-        key = new_direct_key(body.name, body.models)
+        key = new_direct_key(body.name, body.models, emergency=body.emergency)
         job = under_way(manager.start(granting_direct(key)), response)
         urls = direct_urls(manager.state(), key)
         return NewDirect(name=key.name, key=reveal(key.secret), base_urls=urls, job=job)
@@ -19799,9 +19873,9 @@ def build_provider_form(desk: Desk) -> None:
 def build_direct_keys(desk: Desk) -> None:
     """Keys for /models: planned, shown once, revoked."""
 
-    def on_plan(name: str | None, models: Sequence[str] | None) -> tuple[Any, ...]:
+    def on_plan(name: str | None, models: Sequence[str] | None, emergency: bool) -> tuple[Any, ...]:
         with shown_to_operator():
-            key = new_direct_key(typed(name), models or ())
+            key = new_direct_key(typed(name), models or (), emergency=emergency)
             return *planned(desk, "grant", key, granting_direct(key)), key
 
     def on_granted(key: DirectKey | None) -> tuple[Any, None]:
@@ -19816,6 +19890,9 @@ def build_direct_keys(desk: Desk) -> None:
             name = gr.Dropdown(label="For whom", allow_custom_value=True, value=None, scale=2)
             live(desk, name, direct_choices)
             models = many(desk, "Models", "none: all of them", model_names)
+            emergency = gr.Checkbox(
+                label="For emergencies", info="opens /v1 too, while PostgreSQL is down"
+            )
             plan = gr.Button("Plan the key", variant="primary", scale=0, min_width=130)
             revoke = gr.Button("Revoke", variant="stop", scale=0, min_width=110)
         card = build_plan_card(desk, {"grant": granting_direct, "revoke": revoking_direct})
@@ -19824,7 +19901,7 @@ def build_direct_keys(desk: Desk) -> None:
             buttons=["copy"], visible=False, elem_id="new-direct-key", elem_classes="log",
         )  # fmt: skip
     fresh = gr.State(None)
-    plan.click(on_plan, [name, models], [*card.outputs, fresh], **PRIVATE)
+    plan.click(on_plan, [name, models, emergency], [*card.outputs, fresh], **PRIVATE)
     card.confirmed.success(on_granted, fresh, [secret, fresh], **PRIVATE)
     wire_plan(desk, revoke, name, card, "revoke", revoking_direct)
 
@@ -19916,9 +19993,10 @@ def build_keys_tab(desk: Desk) -> None:
 
     def on_list() -> tuple[Any, ...]:
         # Opening a tab must not shout: without an endpoint there simply are no keys yet.
-        keys, groups = [], []
+        listed: tuple[list[VirtualKey], list[KnownGroup]] = [], []
         with contextlib.suppress(ManagerError):
-            keys, groups = desk.manager.keys.with_groups()
+            listed = desk.manager.keys.with_groups()
+        keys, groups = listed
         now, names = utc_now(), [group.settings.name for group in groups]
         return (
             key_rows(keys, now), gr.Dropdown(choices=[key.settings.alias for key in keys]),
@@ -20895,6 +20973,9 @@ def add_direct_commands(commands: Any) -> None:
     create.set_defaults(command=command_direct_create)
     create.add_argument("name")
     create.add_argument("--model", action="append", default=[], help="repeat; none: all of them")
+    create.add_argument(
+        "--emergency", action="store_true", help="opens /v1 too, and needs no PostgreSQL"
+    )
     listing = verbs.add_parser("list")
     listing.set_defaults(command=command_direct_list)
     for sub in (create, listing):
@@ -21773,7 +21854,7 @@ def command_price_list(arguments: argparse.Namespace) -> int:
 
 def command_direct_create(arguments: argparse.Namespace) -> int:
     manager = open_manager()
-    key = new_direct_key(arguments.name, arguments.model)
+    key = new_direct_key(arguments.name, arguments.model, emergency=arguments.emergency)
     job = manager.start(granting_direct(key))
     # Shown first: it is saved, and where loading it fails now, the next `apply` will.
     if not arguments.json:

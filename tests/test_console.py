@@ -401,6 +401,18 @@ def test_the_overview_names_what_should_run_and_does_not() -> None:
     assert lm.attention(busy) == []
 
 
+def test_the_overview_says_first_that_postgresql_is_down() -> None:
+    state = a_state(a_model())
+    database = the(as_wished(state), lm.database_name(state))
+    for fallen in (ended(database, 1), replace(database, ready=False)):
+        down = a_snapshot(state, observed=but(as_wished(state), fallen))
+        assert lm.attention(down)[0].text.startswith("PostgreSQL is down.")
+        assert lm.attention(replace(down, jobs=(a_job(),))) == []
+    stopped = replace(state, endpoint="stopped")
+    assert not lm.is_database_down(stopped, but(as_wished(state), ended(database, 0)))
+    assert not lm.is_database_down(state, lm.Observed())
+
+
 def test_the_overview_names_a_route_that_nobody_is_to_answer() -> None:
     off = a_model("off", wish="stopped")
     route = lm.Route(name="both", members=("off",))

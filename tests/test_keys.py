@@ -238,8 +238,9 @@ def test_the_secrets_are_a_table_without_formulas() -> None:
 def why(text: str, model: str = "", **changes: Any) -> str:
     keys = [a_key(secret="sk-of-ada-1234", **changes)]  # noqa: S106
     groups = [lm.KnownGroup(settings=lm.Group(name="ML", models=("embed",)), blocked=True)]
-    state = a_state(a_model(), a_model("off", wish="stopped"))
-    return lm.diagnosis_text(lm.diagnose(text, model, keys, groups, state, NOW))
+    state = a_state(a_model(), a_model("off", wish="stopped"), a_model("ended"))
+    served = lm.served_models(state, [state.model("chat")])
+    return lm.diagnosis_text(lm.diagnose(text, model, (keys, groups), state, served, NOW))
 
 
 @pytest.mark.parametrize("text", ["sk-of-ada-1234", "Ada", "sk-...1234",
@@ -258,7 +259,8 @@ def test_a_key_is_found_by_whatever_there_is_of_it(text: str) -> None:
         ("chat", {"group": "ML"}, "Its group allows only embed: 403"),
         ("chat", {"models": ("off",)}, "The key allows only off: 403"),
         ("gpt", {}, "Nothing is served as gpt: 400"),
-        ("off", {}, "Nobody is to answer for off"),
+        ("off", {}, "Nobody answers for off now"),
+        ("ended", {}, "Nobody answers for ended now. Look in Models"),
     ],
 )
 def test_each_reason_is_named_with_what_to_do(
@@ -272,8 +274,16 @@ def test_an_unknown_key_and_a_direct_one_are_told() -> None:
     assert "Unknown key" in why("")
     key = lm.parse_direct_key({"name": "lab", "secret": "sk-direct-12345"})
     state = a_state(direct_keys=(key,))
-    found = lm.diagnose("sk-direct-12345", "", [], [], state, NOW)
+    found = lm.diagnose("sk-direct-12345", "", ([], []), state, [], NOW)
     assert "opens /models, and not /v1" in found.title
+    state = a_state(direct_keys=(replace(key, emergency=True),))
+    found = lm.diagnose("sk-direct-12345", "", ([], []), state, [], NOW)
+    assert "opens /models and /v1" in found.title
+
+
+def test_limits_are_told_with_their_answer() -> None:
+    said = why("Ada", "chat", rpm_limit=5, parallel=2)
+    assert said.endswith("nothing speaks against it. Beyond 5 requests/min, 2 at a time: 429.")
 
 
 def test_a_budget_that_is_due_again_refuses_nobody() -> None:
@@ -285,7 +295,9 @@ def test_a_budget_that_is_due_again_refuses_nobody() -> None:
 def test_a_pattern_and_an_alias_allow_what_they_stand_for() -> None:
     route = lm.Route(name="big", members=("chat",), aliases=("nick",))
     pattern = lm.Route(name="lab/*", members=("far/*",))
-    state = a_state(a_model(), routes=(route, pattern))
+    far = lm.Provider(name="far", kind="openai", base_url="http://far.example")
+    state = a_state(a_model(), routes=(route, pattern), providers=(far,))
     for allowed, asked in (("big", "nick"), ("lab/*", "lab/x")):
         key = a_key(models=(allowed,))
-        assert not lm.diagnose("Ada", asked, [key], [], state, NOW).faults
+        served = lm.served_models(state, state.wished_models)
+        assert not lm.diagnose("Ada", asked, ([key], []), state, served, NOW).faults

@@ -542,8 +542,8 @@ def test_the_diff_shows_what_changes_in_the_generated_files() -> None:
     state = before.with_model(a_model("other"))
     diff = lm.plan_state(state, as_wished(before), a_site()).diff()
     assert "+- model_name: other\n" in diff
-    assert "-\t\t\treverse_proxy llm-litellm-a:4000 {\n" in diff
-    assert "+\t\t\treverse_proxy llm-litellm-b:4000 {\n" in diff
+    assert "-\t\t\t\treverse_proxy llm-litellm-a:4000 {\n" in diff
+    assert "+\t\t\t\treverse_proxy llm-litellm-b:4000 {\n" in diff
 
 
 def test_nothing_that_is_not_generated_enters_the_diff() -> None:

@@ -58,6 +58,14 @@ def test_every_public_name_is_asked_with_each_kind_of_key() -> None:
     assert asked == {(n, p, k, e) for n, p in paths.items() for k, e in keys.items()}
 
 
+def test_a_key_for_emergencies_opens_v1_too_and_other_direct_keys_do_not() -> None:
+    keys = (a_server().direct_keys[0], lm.new_direct_key("fire", emergency=True))
+    state = a_server(direct_keys=keys)
+    listing = tried(state, "/v1", "/v1/models")
+    assert (listing["direct key ada"], listing["direct key fire"]) == ((401,), (200,))
+    assert tried(state, "/v1", "/v1/embeddings")["direct key fire"] == (200,)
+
+
 def test_a_direct_route_takes_its_own_keys_and_no_others() -> None:
     own, other = "direct key ada", "direct key ben"
     assert tried(a_server(), "/models", "/models/chat/v1/chat/completions") == {

@@ -2,51 +2,87 @@
 
 from __future__ import annotations
 
-import time
+import json
+import threading
+from collections.abc import Iterator
+from typing import Any
 
-import httpx
 import openai
 import pytest
+from browsing import open_console, serving
 from installation import Install, Installation
-from test_usage_tables import far, here, ask, rows_by
+from playwright.sync_api import Page, expect
 from test_routing import wait_until
+from upstreams import Upstream
 
 import llm_manager as lm
 
 pytestmark = pytest.mark.docker
+LONGEST = 150  # seconds until LiteLLM knows no key any more, on a busy machine
 
 
-def test_explore(here: Installation, far) -> None:
+@pytest.fixture(scope="module")
+def here(install_for_module: Install) -> Iterator[Installation]:
+    """An endpoint whose one model is served outside of Docker."""
+    with Upstream("host", 0) as server:
+        threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
+        made = install_for_module()
+        made.cli("config", "set", "--hostname", "localhost", "--hostname", lm.HOST_NAME)
+        url = f"http://{lm.HOST_NAME}:{server.server_port}"
+        made.cli("provider", "add", "mine", "--kind", "lm-studio", "--url", url)
+        made.cli("route", "set", "tiny", "--member", "mine/tiny")
+        made.cli("apply")
+        yield made
+        server.shutdown()
+
+
+def used(here: Installation) -> dict[str, list[int]]:
+    """By key: requests, failures and tokens."""
+    return {
+        row["name"]: [row["requests"], row["failures"], row["completion_tokens"]]
+        for row in json.loads(here.cli("usage", "--json"))
+    }
+
+
+@pytest.mark.browser
+def test_a_key_for_emergencies_reaches_models_without_postgresql_and_nothing_is_lost(
+    here: Installation, page: Page
+) -> None:
     ada = here.openai(here.create_key("Ada"))
-    ask(ada)
-    manager = here.manager(); state = manager.state()
-    gw = next(c for n, c in here.containers().items() if "litellm" in n)
-    gw.reload()
-    ip = list(gw.attrs["NetworkSettings"]["Networks"].values())[0]["IPAddress"]
-    master = openai.OpenAI(base_url=f"http://{ip}:4000/v1", api_key=state.secrets.master_key.get_secret_value(), max_retries=0, timeout=30)
-    import threading
-    def attempt(what, f):
-        t = time.time()
-        try:
-            r = f(); r = r.choices[0].message.content
-        except Exception as e:
-            r = f"{type(e).__name__} {str(e)[:300]}"
-        print(f"{time.time()-t0:6.1f} {what}: {r} in {time.time()-t:.1f}s", flush=True)
-    t0 = time.time()
-    attempt("master", lambda: ask(master))
-    here.container("llm-postgres").stop()
-    t0 = time.time()
-    for i in range(9):
-        attempt("ada", lambda: ask(ada))
-        attempt("master", lambda: ask(master))
-        attempt("stranger", lambda: ask(here.openai("sk-stranger")))
-        time.sleep(12)
-    for cmd in (("status",), ("doctor",), ("plan",), ("key", "list"), ("usage",), ("key", "why", "sk-xyz"), ("key","create","Bob")):
-        r = here.run(*cmd)
-        print(cmd, r.returncode, r.stdout[-1500:], r.stderr[-600:], flush=True)
-    here.container("llm-postgres").start()
-    t0 = time.time()
-    for i in range(4):
-        attempt("ada", lambda: ask(ada)); time.sleep(10)
-    print(rows_by(here, "key"))
-    assert 0
+    with here.step("a key for emergencies"):
+        made = json.loads(here.cli("direct", "create", "fire", "--emergency", "--json"))
+    fire = here.openai(made["key"])
+    assert (status(ada), status(fire)) == (200, 200)
+    with serving(here) as url:  # whose start would have brought it back
+        open_console(page, url)
+        here.container("llm-postgres").stop()
+        expect(page.get_by_text("PostgreSQL is down.").first).to_be_visible()
+    assert (status(ada), status(fire)) == (200, 200), "it was used within the last minute"
+    wait_until(lambda: status(ada) == 503, "LiteLLM forgets the key", LONGEST)
+    assert [status(fire) for _ in range(3)] == [200] * 3
+    assert [model.id for model in fire.models.list()] == ["tiny"]
+    for command in (("key", "list"), ("key", "why", "Ada"), ("key", "create", "Bob"), ("usage",)):
+        ended = here.run(*command)
+        assert (ended.returncode, "PostgreSQL is down" in ended.stderr) == (lm.FAILED, True)
+    assert "PostgreSQL is down." in here.cli("status")
+    with here.step("PostgreSQL is back"):
+        here.cli("apply")
+    assert "PostgreSQL is down" not in here.cli("status")
+    wait_until(lambda: status(ada) == 200, "the key is let in again", 60)
+    operators = "the operator, or a key for emergencies"
+    wait_until(lambda: used(here).get(operators) == [5, 0, 15], "what was asked is counted", 90)
+    requests, failures, tokens = used(here)["Ada"]
+    assert tokens == 3 * (requests - failures) > 6
+    here.cli("direct", "revoke", "fire")
+    assert status(fire) == 401
+
+
+def status(client: openai.OpenAI) -> int:
+    """How the smallest request is answered."""
+    wanted: Any = {"model": "tiny", "messages": [{"role": "user", "content": "Hello?"}]}
+    try:
+        answer = client.chat.completions.create(**wanted)
+    except openai.APIStatusError as error:
+        return error.status_code
+    assert answer.choices[0].message.content == "answer of host"
+    return 200

@@ -392,6 +392,6 @@ def test_the_page_shows_who_used_what_and_gives_it_as_a_file(
         expect(page.get_by_role("link", name=re.compile("statement-.*html"))).to_be_visible()
     here.container("llm-postgres").stop()
     try:
-        assert "PostgreSQL does not run" in here.run("usage").stderr
+        assert "PostgreSQL is down" in here.run("usage").stderr
     finally:
         here.cli("apply")
