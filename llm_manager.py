@@ -9780,6 +9780,11 @@ def model_choices(snapshot: Snapshot) -> Json:
     return {"choices": names} | ({"value": names[0]} if len(names) == 1 else {})
 
 
+def token_choices(snapshot: Snapshot) -> Json:
+    tokens = snapshot.state.admin_tokens if snapshot.state else ()
+    return {"choices": [token.name for token in tokens]}
+
+
 def served_choices(snapshot: Snapshot) -> Json:
     return {"choices": public_names(snapshot.state) if snapshot.state else []}
 
@@ -16482,7 +16487,7 @@ class Keys:
             wished = parse_people(text, template, api.list_keys())
             self._check_models(wished)
             _check_groups(wished, api)
-        hint = "Their secrets can be fetched once, within an hour: see Keys."
+        hint = "The secrets are told once, under Keys, within an hour."
         return self._start_task(MAKING_KEYS, partial(self._make_all, wished), hint)
 
     def _make_all(self, wished: Sequence[KeySettings], control: Control) -> None:
@@ -20060,9 +20065,10 @@ def build_offer(desk: Desk, secret: gr.Textbox, said: gr.Markdown) -> None:
             link = download_link("keys.csv", text)
             return gr.update(value=text, visible=True), link, done_at("Fetched the secrets.")
 
-    with live(desk, gr.Group(visible=False), offer_group):
+    with live(desk, gr.Group(visible=False, elem_classes="plan-card"), offer_group):
         live(desk, gr.Markdown(padding=True), offer_text)
-        fetch = gr.Button("Fetch the secrets", variant="primary")
+        with gr.Row():
+            fetch = gr.Button("Fetch the secrets", variant="primary", scale=0, min_width=190)
     link = gr.HTML()
     fetch.click(on_fetch, None, [secret, link, said], **PRIVATE)
 
@@ -20123,8 +20129,7 @@ def build_system_tab(desk: Desk) -> None:
         changes["restore the database"] = desk.manager.database.restoring
         build_database_view(desk, card, changes["restore the database"])
         build_audit_view(desk, tab)
-        with gr.Row(elem_classes="actions"):
-            gr.Button("The API for programs", link=API_PAGE, size="sm", scale=0, min_width=200)
+        build_token_view(desk)
         with gr.Accordion("Earlier versions", open=False), gr.Row(elem_classes="actions"):
             version = gr.Textbox(label="Version", placeholder="12", info="from history/", scale=3)
             back = gr.Button("Roll back", variant="stop", scale=0, min_width=110)
@@ -20184,6 +20189,43 @@ def build_audit_view(desk: Desk, tab: gr.Tab) -> None:
 AUDIT_CSV_PATH: Final = "/audit.csv"
 
 
+def build_token_view(desk: Desk) -> None:
+    """What opens the REST API to programs: made, told once, revoked."""
+
+    def on_create(name: str | None) -> tuple[Any, str, str]:
+        with shown_to_operator():
+            token, secret = new_admin_token(typed(name))
+            desk.manager.save(granting_token(token))
+            shown = gr.update(value=reveal(secret), visible=True)
+            return shown, done_at(f"Made a token for {token.name}."), ""
+
+    def on_revoke(name: str | None) -> tuple[Any, ...]:
+        with shown_to_operator():
+            text = f"**Revoke the token of {plain(chosen_one(name))}?** It opens nothing from then."
+            return gr.update(visible=True), text, name
+
+    def revoke_it(name: str) -> str:
+        desk.manager.save(revoking_token(name))
+        return done_at(f"Revoked the token of {name}.")
+
+    with gr.Accordion("Programs", open=False):
+        gr.Markdown("An admin token opens to a program all that this console can do.")
+        with gr.Row(elem_classes="actions"):
+            name = gr.Textbox(label="New token for", placeholder="ci", info="the audit names it")
+            create = gr.Button("Create token", variant="primary", scale=0, min_width=130)
+            chosen = gr.Dropdown(label="Token", value=None, info="that is there")
+            live(desk, chosen, token_choices)
+            revoke = gr.Button("Revoke", variant="stop", scale=0, min_width=110)
+            gr.Button("The API for programs", link=API_PAGE, size="sm", scale=0, min_width=200)
+        secret = gr.Textbox(
+            label="Hand this over now: it is shown only once", elem_id="new-token",
+            interactive=False, buttons=["copy"], visible=False,
+        )  # fmt: skip
+        question, said = build_question("Revoke it", revoke_it)
+    create.click(on_create, name, [secret, said, name], **PRIVATE)
+    revoke.click(on_revoke, chosen, question, **PRIVATE)
+
+
 def build_endpoint_form(desk: Desk) -> None:
     """Names, ports and certificate of the HTTPS endpoint; saved as a wish, done by the plan."""
 
@@ -20241,6 +20283,7 @@ STYLE: Final = """
 button.lg { align-self: flex-start; flex-grow: 0 !important; min-width: 130px; }
 .actions { align-items: end; }
 .actions button { max-height: 42px; }
+.actions button.lg { align-self: flex-end; }
 .actions button, button.lg { white-space: nowrap; }
 .plan-card .row { padding: 12px; }
 .plan-card pre { max-height: 32em; overflow: auto; white-space: pre-wrap; }
