@@ -349,7 +349,7 @@ def mask_secrets(text: str) -> str:
 
 def hide_keys(text: str) -> str:
     """A text without the keys and tokens that somebody typed where a name was asked for."""
-    return re.sub(r"\b(sk|admin)-[\w-]{8,}", r"\1-…", text)
+    return re.sub(r"\b(sk|admin)-[\w-]{16,}", r"\1-…", text)
 
 
 def format_duration(seconds: float) -> str:
@@ -16477,12 +16477,13 @@ class Keys:
                 )
             return api.create_key(key_body(settings, utc_now()))
 
-    def create_many(self, text: str, template: KeySettings) -> Job:
-        """A key for each row of a CSV, see `parse_people`: all of them, or none.
+    def create_many(self, text: str, shared: Json) -> Job:
+        """A key for each row of a CSV, see `parse_people`, with these settings: all, or none.
 
         The job offers the secrets as another CSV, see `ChangeRunner.fetch`.
         """
         with self._refusal(MAKING_KEYS):
+            template = parse_key_settings(shared | {"alias": "of the list"})
             api = self._api()
             wished = parse_people(text, template, api.list_keys())
             self._check_models(wished)
@@ -18038,9 +18039,12 @@ API: Final = "/api/v1"
 API_PAGE: Final = f"{API}/docs"  # for people, so behind the console's cookie
 ABOUT_API: Final = (
     "What the console and the command line do, for programs: the same plans, the same errors. "
-    "Every request shows an admin token, made by `llm_manager.py token create NAME`, as "
+    "Every request shows an admin token, made in the console's System tab or by "
+    "`llm_manager.py token create NAME`, as "
     f"`Authorization: Bearer admin-…`. POST {API}/plan says what a change would do; "
-    f"POST {API}/jobs does it. The document for tools: {API}/openapi.json."
+    f"POST {API}/jobs does it. "
+    "Keys, groups, prices and the like change at once. What is a table comes as CSV where "
+    f"`Accept` or `?format=csv` asks for it. The document for tools: {API}/openapi.json."
 )
 
 
@@ -18613,9 +18617,8 @@ def add_keys(app: fastapi.FastAPI, manager: Manager) -> None:
     @app.post(f"{API}/keys/import", status_code=202)
     def create_many(body: KeyListBody, response: fastapi.Response) -> JobView:
         """Make a key for each row of a CSV, or none; the job offers the secrets."""
-        raw = as_typed(body) | {"alias": "of the list"}
-        text = raw.pop("csv")
-        return under_way(manager.keys.create_many(text, parse_key_settings(raw)), response)
+        raw = as_typed(body)
+        return under_way(manager.keys.create_many(raw.pop("csv"), raw), response)
 
     @app.post(f"{API}/keys/why")
     def diagnose_key(body: KeyQuestionBody) -> KeyVerdict:
@@ -20078,9 +20081,8 @@ def build_many_keys(desk: Desk, said: gr.Markdown) -> gr.Dropdown:
 
     def on_make(text: str | None, *values: Any) -> str:
         with shown_to_operator():
-            held = dict(zip(form, values, strict=True)) | {"alias": "of the list"}
-            template = parse_key_settings(key_fields(held, utc_now()))
-            desk.manager.keys.create_many(text or "", template)
+            shared = key_fields(dict(zip(form, values, strict=True)), utc_now())
+            desk.manager.keys.create_many(text or "", shared)
             return done_at("The keys are being made.")
 
     with gr.Accordion("Many at once", open=False):
@@ -21530,9 +21532,8 @@ def command_key_set(arguments: argparse.Namespace) -> int:
 def command_key_import(arguments: argparse.Namespace) -> int:
     with file_errors(f"read {arguments.file}"):
         text = arguments.file.read_text(errors="replace")
-    template = parse_key_settings({"alias": "of the list"} | _given_settings(arguments))
     manager = open_manager()
-    job = manager.keys.create_many(text, template)
+    job = manager.keys.create_many(text, _given_settings(arguments))
     follow(job, quiet=True)
     out(reveal(manager.fetch(job.id)).rstrip())
     return DONE

@@ -15,7 +15,6 @@ from fakes import FakeGateway, Server
 import llm_manager as lm
 
 PEOPLE = "name,email\nAda,ada@x.org\nBob,\nEve,\n"
-TEMPLATE = lm.KeySettings(alias="of the list")
 
 
 @pytest.fixture
@@ -30,7 +29,7 @@ def gateway(server: Server) -> FakeGateway:
 
 def make(server: Server, text: str = PEOPLE) -> lm.Job:
     """The job of a list, when it has ended well."""
-    job = server.manager.keys.create_many(text, TEMPLATE)
+    job = server.manager.keys.create_many(text, {})
     list(job.follow())
     return job
 
@@ -171,7 +170,7 @@ def test_only_one_list_is_made_at_a_time(server: Server, gateway: FakeGateway) -
 
     def again(_: str) -> None:
         with pytest.raises(lm.BusyError) as busy:
-            server.manager.keys.create_many("name\nZoe\n", TEMPLATE)
+            server.manager.keys.create_many("name\nZoe\n", {})
         refused.append(str(busy.value))
 
     gateway.made = again

@@ -214,7 +214,7 @@ def test_when_litellm_is_restarted_in_the_middle_of_a_list_nobody_has_a_key(
     manager = here.manager()
     people = "name\n" + "".join(f"Student {n}\n" for n in range(400))
     before = {key.key_hash for key in manager.keys.all()}
-    job = manager.keys.create_many(people, lm.KeySettings(alias="of the list"))
+    job = manager.keys.create_many(people, {})
     until(lambda: job.view().done_part is not None and job.view().progress > "1", "some are made")
     seen = manager.observe()
     docker_client.containers.get(lm.gateway_name(here.state(), seen.edge.slot)).restart(timeout=1)
