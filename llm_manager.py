@@ -165,6 +165,7 @@ import re
 import secrets
 import shlex
 import shutil
+import signal
 import socket
 import ssl
 import tarfile
@@ -16305,6 +16306,11 @@ class Job:
         if self.fault:
             raise self.fault
 
+    def wait(self, seconds: float) -> bool:
+        """Whether it ends within that time."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.finished_at is not None, seconds)
+
     def view(self) -> JobView:
         with self._changed:
             return JobView(
@@ -17433,6 +17439,13 @@ class ChangeRunner:
             if job.id == job_id and job.finished_at is None:
                 with self.audit.noting(f"Cancel: {job.title}"):
                     job.cancel()
+
+    def break_off(self, title: str, seconds: float) -> None:
+        """Cancel what runs under that title, and wait so long until it is undone."""
+        for job in list(self._jobs):
+            if job.title == title:
+                self.cancel_job(job.id)
+                job.wait(seconds)
 
     def fetch(self, job_id: str) -> pydantic.SecretStr:
         """The secrets that a job made, this once; they are in no file and in no log."""
@@ -21083,11 +21096,18 @@ def command_serve(arguments: argparse.Namespace) -> int:
         out(f"LLM Manager: {console_url(state, arguments.port)}")
     else:
         out(f"LLM Manager listens on {CONSOLE_HOST}:{arguments.port}; `url` prints its address.")
+    # uvicorn ends by raising again what ended it; there is something to do after that.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listener])
-    # A job may wait an hour for an engine; systemd must not. The next plan heals it.
+    # A job may wait an hour for an engine; systemd must not. The next plan heals it, but no plan
+    # knows of keys whose secrets nobody was told.
+    manager.break_off(MAKING_KEYS, BREAK_OFF_SECONDS)
     logging.shutdown()
     os._exit(DONE)
+
+
+BREAK_OFF_SECONDS: Final = 20.0  # less than systemd waits
 
 
 def listen(port: int) -> socket.socket:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -23,13 +23,29 @@ def installation(install: Install) -> Installation:
 
 
 @pytest.fixture
-def program(installation: Installation) -> Iterator[httpx.Client]:
-    """A program with a token of its own, beside the running service."""
+def port() -> int:
     (port,) = free_ports(1)
-    token = json.loads(installation.cli("token", "create", "ci", "--json"))["token"]
+    return port
+
+
+@pytest.fixture
+def running(installation: Installation, port: int) -> Iterator[subprocess.Popen[str]]:
+    """The service."""
     running = installation.popen("serve", "--port", str(port))
     assert running.stdout is not None
     assert "listens on" in running.stdout.readline()
+    yield running
+    running.terminate()
+    running.communicate(timeout=30)
+
+
+@pytest.fixture
+def program(
+    installation: Installation, running: subprocess.Popen[str], port: int
+) -> Iterator[httpx.Client]:
+    """A program with a token of its own, beside the running service."""
+    assert running.poll() is None
+    token = json.loads(installation.cli("token", "create", "ci", "--json"))["token"]
     with httpx.Client(
         base_url=f"http://127.0.0.1:{port}/api/v1",
         headers={"Authorization": f"Bearer {token}"},
@@ -38,8 +54,6 @@ def program(installation: Installation) -> Iterator[httpx.Client]:
         trust_env=False,
     ) as client:
         yield client
-    running.send_signal(signal.SIGTERM)
-    running.communicate(timeout=30)
 
 
 def done(program: httpx.Client, **change: Any) -> list[str]:
@@ -59,7 +73,7 @@ def ended(program: httpx.Client, answer: httpx.Response) -> dict[str, Any]:
 
 
 def test_a_program_brings_up_the_endpoint_and_hands_out_keys_that_hold_until_it_revokes_them(
-    installation: Installation, program: httpx.Client
+    installation: Installation, program: httpx.Client, running: subprocess.Popen[str]
 ) -> None:
     assert program.get("/keys").status_code == 503  # nothing runs yet
     lab = {"name": "lab", "kind": "openai", "base_url": "http://10.255.255.1:9"}
@@ -108,6 +122,20 @@ def test_a_program_brings_up_the_endpoint_and_hands_out_keys_that_hold_until_it_
     ]
     kept = "".join(path.read_text(errors="replace") for path in installation.home.glob("audit*"))
     assert not [secret for secret in secrets if secret in kept]
+    a_restart_takes_a_list_back(installation, program, running)
+
+
+def a_restart_takes_a_list_back(
+    installation: Installation, program: httpx.Client, running: subprocess.Popen[str]
+) -> None:
+    people = {"csv": "name\n" + "".join(f"Student {n}\n" for n in range(400))}
+    assert program.post("/keys/import", json=people).status_code == 202
+    keys = installation.manager().keys
+    while not keys.all():
+        time.sleep(0.1)
+    running.terminate()  # as `systemctl restart` does
+    running.communicate(timeout=30)
+    assert keys.all() == []
 
 
 def status_of(installation: Installation, key: str) -> int:
