@@ -165,6 +165,7 @@ import re
 import secrets
 import shlex
 import shutil
+import signal
 import socket
 import ssl
 import tarfile
@@ -349,7 +350,7 @@ def mask_secrets(text: str) -> str:
 
 def hide_keys(text: str) -> str:
     """A text without the keys and tokens that somebody typed where a name was asked for."""
-    return re.sub(r"\b(sk|admin)-[\w-]{8,}", r"\1-…", text)
+    return re.sub(r"\b(sk|admin)-[\w-]{16,}", r"\1-…", text)
 
 
 def format_duration(seconds: float) -> str:
@@ -9924,6 +9925,11 @@ def model_choices(snapshot: Snapshot) -> Json:
     return {"choices": names} | ({"value": names[0]} if len(names) == 1 else {})
 
 
+def token_choices(snapshot: Snapshot) -> Json:
+    tokens = snapshot.state.admin_tokens if snapshot.state else ()
+    return {"choices": [token.name for token in tokens]}
+
+
 def served_choices(snapshot: Snapshot) -> Json:
     return {"choices": public_names(snapshot.state) if snapshot.state else []}
 
@@ -16505,6 +16511,11 @@ class Job:
         if self.fault:
             raise self.fault
 
+    def wait(self, seconds: float) -> bool:
+        """Whether it ends within that time."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.finished_at is not None, seconds)
+
     def view(self) -> JobView:
         with self._changed:
             return JobView(
@@ -16682,17 +16693,18 @@ class Keys:
                 )
             return api.create_key(key_body(settings, utc_now()))
 
-    def create_many(self, text: str, template: KeySettings) -> Job:
-        """A key for each row of a CSV, see `parse_people`: all of them, or none.
+    def create_many(self, text: str, shared: Json) -> Job:
+        """A key for each row of a CSV, see `parse_people`, with these settings: all, or none.
 
         The job offers the secrets as another CSV, see `ChangeRunner.fetch`.
         """
         with self._refusal(MAKING_KEYS):
+            template = parse_key_settings(shared | {"alias": "of the list"})
             api = self._api()
             wished = parse_people(text, template, api.list_keys())
             self._check_models(wished)
             _check_groups(wished, api)
-        hint = "Their secrets can be fetched once, within an hour: see Keys."
+        hint = "The secrets are told once, under Keys, within an hour."
         return self._start_task(MAKING_KEYS, partial(self._make_all, wished), hint)
 
     def _make_all(self, wished: Sequence[KeySettings], control: Control) -> None:
@@ -17652,6 +17664,13 @@ class ChangeRunner:
                 with self.audit.noting(f"Cancel: {job.title}"):
                     job.cancel()
 
+    def break_off(self, title: str, seconds: float) -> None:
+        """Cancel what runs under that title, and wait so long until it is undone."""
+        for job in list(self._jobs):
+            if job.title == title:
+                self.cancel_job(job.id)
+                job.wait(seconds)
+
     def fetch(self, job_id: str) -> pydantic.SecretStr:
         """The secrets that a job made, this once; they are in no file and in no log."""
         job = self._job(job_id)
@@ -18257,9 +18276,12 @@ API: Final = "/api/v1"
 API_PAGE: Final = f"{API}/docs"  # for people, so behind the console's cookie
 ABOUT_API: Final = (
     "What the console and the command line do, for programs: the same plans, the same errors. "
-    "Every request shows an admin token, made by `llm_manager.py token create NAME`, as "
+    "Every request shows an admin token, made in the console's System tab or by "
+    "`llm_manager.py token create NAME`, as "
     f"`Authorization: Bearer admin-…`. POST {API}/plan says what a change would do; "
-    f"POST {API}/jobs does it. The document for tools: {API}/openapi.json."
+    f"POST {API}/jobs does it. "
+    "Keys, groups, prices and the like change at once. What is a table comes as CSV where "
+    f"`Accept` or `?format=csv` asks for it. The document for tools: {API}/openapi.json."
 )
 
 
@@ -18833,9 +18855,8 @@ def add_keys(app: fastapi.FastAPI, manager: Manager) -> None:
     @app.post(f"{API}/keys/import", status_code=202)
     def create_many(body: KeyListBody, response: fastapi.Response) -> JobView:
         """Make a key for each row of a CSV, or none; the job offers the secrets."""
-        raw = as_typed(body) | {"alias": "of the list"}
-        text = raw.pop("csv")
-        return under_way(manager.keys.create_many(text, parse_key_settings(raw)), response)
+        raw = as_typed(body)
+        return under_way(manager.keys.create_many(raw.pop("csv"), raw), response)
 
     @app.post(f"{API}/keys/why")
     def diagnose_key(body: KeyQuestionBody) -> KeyVerdict:
@@ -20289,9 +20310,10 @@ def build_offer(desk: Desk, secret: gr.Textbox, said: gr.Markdown) -> None:
             link = download_link("keys.csv", text)
             return gr.update(value=text, visible=True), link, done_at("Fetched the secrets.")
 
-    with live(desk, gr.Group(visible=False), offer_group):
+    with live(desk, gr.Group(visible=False, elem_classes="plan-card"), offer_group):
         live(desk, gr.Markdown(padding=True), offer_text)
-        fetch = gr.Button("Fetch the secrets", variant="primary")
+        with gr.Row():
+            fetch = gr.Button("Fetch the secrets", variant="primary", scale=0, min_width=190)
     link = gr.HTML()
     fetch.click(on_fetch, None, [secret, link, said], **PRIVATE)
 
@@ -20301,9 +20323,8 @@ def build_many_keys(desk: Desk, said: gr.Markdown) -> gr.Dropdown:
 
     def on_make(text: str | None, *values: Any) -> str:
         with shown_to_operator():
-            held = dict(zip(form, values, strict=True)) | {"alias": "of the list"}
-            template = parse_key_settings(key_fields(held, utc_now()))
-            desk.manager.keys.create_many(text or "", template)
+            shared = key_fields(dict(zip(form, values, strict=True)), utc_now())
+            desk.manager.keys.create_many(text or "", shared)
             return done_at("The keys are being made.")
 
     with gr.Accordion("Many at once", open=False):
@@ -20352,8 +20373,7 @@ def build_system_tab(desk: Desk) -> None:
         changes["restore the database"] = desk.manager.database.restoring
         build_database_view(desk, card, changes["restore the database"])
         build_audit_view(desk, tab)
-        with gr.Row(elem_classes="actions"):
-            gr.Button("The API for programs", link=API_PAGE, size="sm", scale=0, min_width=200)
+        build_token_view(desk)
         with gr.Accordion("Earlier versions", open=False), gr.Row(elem_classes="actions"):
             version = gr.Textbox(label="Version", placeholder="12", info="from history/", scale=3)
             back = gr.Button("Roll back", variant="stop", scale=0, min_width=110)
@@ -20413,6 +20433,43 @@ def build_audit_view(desk: Desk, tab: gr.Tab) -> None:
 AUDIT_CSV_PATH: Final = "/audit.csv"
 
 
+def build_token_view(desk: Desk) -> None:
+    """What opens the REST API to programs: made, told once, revoked."""
+
+    def on_create(name: str | None) -> tuple[Any, str, str]:
+        with shown_to_operator():
+            token, secret = new_admin_token(typed(name))
+            desk.manager.save(granting_token(token))
+            shown = gr.update(value=reveal(secret), visible=True)
+            return shown, done_at(f"Made a token for {token.name}."), ""
+
+    def on_revoke(name: str | None) -> tuple[Any, ...]:
+        with shown_to_operator():
+            text = f"**Revoke the token of {plain(chosen_one(name))}?** It opens nothing from then."
+            return gr.update(visible=True), text, name
+
+    def revoke_it(name: str) -> str:
+        desk.manager.save(revoking_token(name))
+        return done_at(f"Revoked the token of {name}.")
+
+    with gr.Accordion("Programs", open=False):
+        gr.Markdown("An admin token opens to a program all that this console can do.")
+        with gr.Row(elem_classes="actions"):
+            name = gr.Textbox(label="New token for", placeholder="ci", info="the audit names it")
+            create = gr.Button("Create token", variant="primary", scale=0, min_width=130)
+            chosen = gr.Dropdown(label="Token", value=None, info="that is there")
+            live(desk, chosen, token_choices)
+            revoke = gr.Button("Revoke", variant="stop", scale=0, min_width=110)
+            gr.Button("The API for programs", link=API_PAGE, size="sm", scale=0, min_width=200)
+        secret = gr.Textbox(
+            label="Hand this over now: it is shown only once", elem_id="new-token",
+            interactive=False, buttons=["copy"], visible=False,
+        )  # fmt: skip
+        question, said = build_question("Revoke it", revoke_it)
+    create.click(on_create, name, [secret, said, name], **PRIVATE)
+    revoke.click(on_revoke, chosen, question, **PRIVATE)
+
+
 def build_endpoint_form(desk: Desk) -> None:
     """Names, ports and certificate of the HTTPS endpoint; saved as a wish, done by the plan."""
 
@@ -20470,6 +20527,7 @@ STYLE: Final = """
 button.lg { align-self: flex-start; flex-grow: 0 !important; min-width: 130px; }
 .actions { align-items: end; }
 .actions button { max-height: 42px; }
+.actions button.lg { align-self: flex-end; }
 .actions button, button.lg { white-space: nowrap; }
 .plan-card .row { padding: 12px; }
 .plan-card pre { max-height: 32em; overflow: auto; white-space: pre-wrap; }
@@ -21270,11 +21328,18 @@ def command_serve(arguments: argparse.Namespace) -> int:
         out(f"LLM Manager: {console_url(state, arguments.port)}")
     else:
         out(f"LLM Manager listens on {CONSOLE_HOST}:{arguments.port}; `url` prints its address.")
+    # uvicorn ends by raising again what ended it; there is something to do after that.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listener])
-    # A job may wait an hour for an engine; systemd must not. The next plan heals it.
+    # A job may wait an hour for an engine; systemd must not. The next plan heals it, but no plan
+    # knows of keys whose secrets nobody was told.
+    manager.break_off(MAKING_KEYS, BREAK_OFF_SECONDS)
     logging.shutdown()
     os._exit(DONE)
+
+
+BREAK_OFF_SECONDS: Final = 20.0  # less than systemd waits
 
 
 def listen(port: int) -> socket.socket:
@@ -21719,9 +21784,8 @@ def command_key_set(arguments: argparse.Namespace) -> int:
 def command_key_import(arguments: argparse.Namespace) -> int:
     with file_errors(f"read {arguments.file}"):
         text = arguments.file.read_text(errors="replace")
-    template = parse_key_settings({"alias": "of the list"} | _given_settings(arguments))
     manager = open_manager()
-    job = manager.keys.create_many(text, template)
+    job = manager.keys.create_many(text, _given_settings(arguments))
     follow(job, quiet=True)
     out(reveal(manager.fetch(job.id)).rstrip())
     return DONE

@@ -15,7 +15,6 @@ from fakes import FakeGateway, Server
 import llm_manager as lm
 
 PEOPLE = "name,email\nAda,ada@x.org\nBob,\nEve,\n"
-TEMPLATE = lm.KeySettings(alias="of the list")
 
 
 @pytest.fixture
@@ -30,7 +29,7 @@ def gateway(server: Server) -> FakeGateway:
 
 def make(server: Server, text: str = PEOPLE) -> lm.Job:
     """The job of a list, when it has ended well."""
-    job = server.manager.keys.create_many(text, TEMPLATE)
+    job = server.manager.keys.create_many(text, {})
     list(job.follow())
     return job
 
@@ -154,6 +153,27 @@ def test_a_cancelled_list_leaves_no_key(server: Server, gateway: FakeGateway) ->
     assert names(gateway) == []
 
 
+def test_who_ends_the_program_waits_until_a_list_is_taken_back(
+    server: Server, gateway: FakeGateway
+) -> None:
+    begun, going_on = threading.Event(), threading.Event()
+
+    def slowly(_: str) -> None:
+        begun.set()
+        going_on.wait(5)
+
+    gateway.made = slowly
+    job = server.manager.keys.create_many(PEOPLE, {})
+    assert begun.wait(5)
+    server.manager.break_off("Another title", 0)
+    assert not job.wait(0)
+    assert not job.control.is_cancelled
+    threading.Timer(0.1, going_on.set).start()
+    server.manager.break_off(lm.MAKING_KEYS, 20)
+    assert job.view().cancelled
+    assert names(gateway) == []
+
+
 def test_a_bad_row_is_refused_before_there_is_a_job(server: Server, gateway: FakeGateway) -> None:
     for text, said in (
         ("name,email\nAda,\nEve,nonsense\n", "line 3: "),
@@ -171,7 +191,7 @@ def test_only_one_list_is_made_at_a_time(server: Server, gateway: FakeGateway) -
 
     def again(_: str) -> None:
         with pytest.raises(lm.BusyError) as busy:
-            server.manager.keys.create_many("name\nZoe\n", TEMPLATE)
+            server.manager.keys.create_many("name\nZoe\n", {})
         refused.append(str(busy.value))
 
     gateway.made = again

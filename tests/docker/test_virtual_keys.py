@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import docker
 import pytest
 from installation import Install, Installation
 from upstreams import Upstream
@@ -205,6 +206,21 @@ def test_a_list_becomes_keys_or_nothing(here: Installation, keys: lm.Keys, tmp_p
     listed = json.loads(here.cli("key", "list", "--json"))
     assert [key["group"] for key in listed if key["alias"] == "Eve"] == ["Course"]
     assert "Eve" in here.cli("key", "why", "Eve", "--model", "tiny")
+
+
+def test_when_litellm_is_restarted_in_the_middle_of_a_list_nobody_has_a_key(
+    here: Installation, docker_client: docker.DockerClient
+) -> None:
+    manager = here.manager()
+    people = "name\n" + "".join(f"Student {n}\n" for n in range(400))
+    before = {key.key_hash for key in manager.keys.all()}
+    job = manager.keys.create_many(people, {})
+    until(lambda: job.view().done_part is not None and job.view().progress > "1", "some are made")
+    seen = manager.observe()
+    docker_client.containers.get(lm.gateway_name(here.state(), seen.edge.slot)).restart(timeout=1)
+    with pytest.raises(lm.GatewayError, match="No key was made"):
+        list(job.follow())
+    assert {key.key_hash for key in manager.keys.all()} == before
 
 
 def test_what_is_there_already_is_refused(colleague: Make, keys: lm.Keys) -> None:

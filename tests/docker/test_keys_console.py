@@ -1,0 +1,108 @@
+"""Keys for a list of people, and tokens for programs, in a real browser over a simulated server."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+from browsing import button, choose, open_console, open_tab
+from fakes import FakeGateway, Server, until
+from playwright.sync_api import Browser, Page, expect
+
+import llm_manager as lm
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Server:
+    return Server(tmp_path)
+
+
+@pytest.fixture
+def gateway(server: Server) -> FakeGateway:
+    return FakeGateway(server)
+
+
+@pytest.fixture
+def url(server: Server, gateway: FakeGateway) -> Iterator[str]:
+    assert gateway.keys == {}
+    app = lm.build_app(server.manager, lm.Watch(server.manager, seconds=0.2))
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        serving = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
+        thread = threading.Thread(target=serving.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        yield lm.console_url(server.manager.state(), listener.getsockname()[1])
+        serving.should_exit = serving.force_exit = True
+        thread.join()
+
+
+def test_a_list_outlives_the_page_that_asked_for_it_and_its_secrets_are_told_once(
+    server: Server, gateway: FakeGateway, browser: Browser, page: Page, url: str
+) -> None:
+    closed = threading.Event()
+
+    def halfway(name: str) -> None:
+        if name == "Person 10":
+            assert closed.wait(60)
+
+    gateway.made = halfway
+    open_console(page, url)
+    open_tab(page, "Keys")
+    page.get_by_role("button", name="Many at once").click()
+    rows = [f"Person {n},p{n}@example.org" for n in range(20)]
+    page.get_by_label("CSV").fill("\n".join(["name,email", *rows]))
+    button(page, "Create these keys").click()
+    expect(page.locator("#job").first).to_contain_text("10 of 20 keys")
+    page.close()
+    closed.set()
+
+    other = browser.new_page()
+    open_console(other, url)
+    open_tab(other, "Keys")
+    expect(other.get_by_text("20 keys are made.")).to_be_visible()
+    button(other, "Fetch the secrets").click()
+    with other.expect_download() as download:
+        other.get_by_text("Download keys.csv").click()
+    with download.value.path().open() as file:
+        told = list(csv.DictReader(file))
+    assert {sha256(row["key"].encode()).hexdigest() for row in told} == {*gateway.keys}
+    expect(button(other, "Fetch the secrets")).to_be_hidden()
+    other.close()
+    assert not any(job.offers for job in server.manager.jobs())
+
+
+def test_a_token_is_made_shown_once_and_revoked(server: Server, page: Page, url: str) -> None:
+    open_console(page, url)
+    open_tab(page, "System")
+    page.get_by_role("button", name="Programs").first.click()
+    page.get_by_label("New token for").fill("ci")
+    button(page, "Create token").click()
+    shown = page.locator("#new-token textarea, #new-token input")
+    expect(shown).to_have_value(re.compile("^admin-.{43}$"))
+    token = shown.input_value()
+    api = url.partition("?")[0] + "api/v1/status"
+
+    def status() -> int:
+        headers = {"Authorization": f"Bearer {token}"}
+        return httpx.get(api, headers=headers, trust_env=False).status_code
+
+    assert status() == 200
+    page.reload()
+    open_tab(page, "System")
+    assert token not in page.content()
+    page.get_by_role("button", name="Programs").first.click()
+    choose(page, "Token", "ci")
+    button(page, "Revoke").click()
+    button(page, "Revoke it").click()
+    assert until(lambda: server.manager.state().admin_tokens == ())
+    assert status() == 401
