@@ -4317,27 +4317,38 @@ class EngineTally:
     since: datetime
     counted: int
     accounted: int
+    broken_off: int  # streams that their clients left
+    guessed: int  # what of the accounted is of those
 
     @property
     def difference(self) -> int:
         return self.counted - self.accounted
 
 
+# Where a client leaves its stream before the engine tells its count, LiteLLM makes one up with a
+# tokenizer of its own, and this comes with it (1.106).
+_GUESSED: Final = "metadata #>> '{usage_object,cache_creation_input_tokens}' IS NOT NULL"
+
+
 def tally_sql(engines: Mapping[ContainerName, datetime]) -> Sql:
     """The tokens in LiteLLM's accounts of each of these engines since its start."""
     # Of the hour in which it started only a part counts.
     text = """
-SELECT engine, (
-         SELECT coalesce(sum(prompt + completion), 0)::bigint FROM llm_manager.hours
-          WHERE hour > start AND starts_with(api_base, address) AND NOT failed
-       ) + (
-         SELECT coalesce(sum(total_tokens), 0) FROM "LiteLLM_SpendLogs"
-          WHERE "startTime" >= start AND "startTime" < date_trunc('hour', start) + interval '1 hour'
-            AND starts_with(api_base, address) AND status IS DISTINCT FROM 'failure'
-       )
+SELECT engine, coalesce(sum(tokens), 0)::bigint,
+       coalesce(sum(requests) FILTER (WHERE guessed), 0)::bigint,
+       coalesce(sum(tokens) FILTER (WHERE guessed), 0)::bigint
   FROM (SELECT engine, address, start AT TIME ZONE 'UTC' AS start
           FROM unnest(%(engines)s::text[], %(addresses)s::text[], %(starts)s::timestamptz[])
-               AS given(engine, address, start)) AS started"""
+               AS given(engine, address, start)) AS started
+  LEFT JOIN LATERAL (
+    SELECT requests, prompt + completion AS tokens, guessed FROM llm_manager.hours
+     WHERE hour > start AND starts_with(api_base, address) AND NOT failed
+    UNION ALL
+    SELECT 1, total_tokens, {guessed} FROM "LiteLLM_SpendLogs"
+     WHERE "startTime" >= start AND "startTime" < date_trunc('hour', start) + interval '1 hour'
+       AND starts_with(api_base, address) AND status IS DISTINCT FROM 'failure'
+  ) AS accounted ON true
+ GROUP BY engine""".replace("{guessed}", _GUESSED)
     return Sql(
         text,
         {
@@ -4352,23 +4363,30 @@ SELECT engine, (
 
 # In a schema of our own, because LiteLLM's migrations may drop what they do not know in theirs.
 _SUMS: Final = ("requests", "prompt", "cached", "completion", "took_ms", "timed")
-# Sorted, so that two gateways never wait for each other in a circle. Of cached tokens the metadata
-# has what the provider said, which may be anything. With OFFSET 0 PostgreSQL sorts figures, and not
-# whole rows with their metadata.
-_ADD_HOURS: Final = """
+
+
+def _adding(rows: str) -> str:
+    """To the sums what these rows are; sorted, so that two gateways never wait in a circle.
+
+    Of cached tokens the metadata has what the provider said, which may be anything. With OFFSET 0
+    PostgreSQL sorts figures, and not whole rows with their metadata.
+    """
+    key = "hour, api_base, failed, guessed"
+    return f"""
   INSERT INTO llm_manager.hours AS known
-  SELECT hour, api_base, failed, count(*), sum(prompt_tokens),
-         sum(CASE WHEN cached ~ '^[0-9]{1,9}$' THEN cached::int ELSE 0 END),
+  SELECT {key}, count(*), sum(prompt_tokens),
+         sum(CASE WHEN cached ~ '^[0-9]{{1,9}}$' THEN cached::int ELSE 0 END),
          sum(completion_tokens), coalesce(sum(request_duration_ms), 0), count(request_duration_ms)
     FROM (SELECT date_trunc('hour', "startTime") AS hour, coalesce(api_base, '') AS api_base,
-                 coalesce(status = 'failure', false) AS failed, prompt_tokens, completion_tokens,
-                 metadata #>> '{usage_object,prompt_tokens_details,cached_tokens}' AS cached,
-                 request_duration_ms
+                 coalesce(status = 'failure', false) AS failed, {_GUESSED} AS guessed,
+                 prompt_tokens, completion_tokens, request_duration_ms,
+                 metadata #>> '{{usage_object,prompt_tokens_details,cached_tokens}}' AS cached
             FROM {rows} OFFSET 0) AS told
-   GROUP BY hour, api_base, failed ORDER BY hour, api_base, failed
-      ON CONFLICT (hour, api_base, failed) DO UPDATE SET {added};""".replace(
-    "{added}", ", ".join(f"{each} = known.{each} + excluded.{each}" for each in _SUMS)
-)
+   GROUP BY {key} ORDER BY {key}
+      ON CONFLICT ({key})
+         DO UPDATE SET {", ".join(f"{each} = known.{each} + excluded.{each}" for each in _SUMS)};"""  # noqa: S608
+
+
 _NOT_ADDED: Final = """"LiteLLM_SpendLogs" WHERE "startTime" >= coalesce(
              (SELECT max(known.hour) + interval '1 hour' FROM llm_manager.hours AS known),
              '-infinity')"""
@@ -4383,14 +4401,14 @@ BEGIN
   IF EXISTS ({HOURS_KEPT}) THEN RETURN; END IF;
   CREATE SCHEMA IF NOT EXISTS llm_manager;
   CREATE TABLE IF NOT EXISTS llm_manager.hours (
-    hour timestamp, api_base text, failed bool,
+    hour timestamp, api_base text, failed bool, guessed bool,
     {", ".join(f"{each} bigint NOT NULL" for each in _SUMS)},
-    PRIMARY KEY (hour, api_base, failed));
+    PRIMARY KEY (hour, api_base, failed, guessed));
   DELETE FROM llm_manager.hours WHERE hour > (SELECT min("startTime") FROM "LiteLLM_SpendLogs");
-  {_ADD_HOURS.replace("{rows}", _NOT_ADDED)}
+  {_adding(_NOT_ADDED)}
   CREATE OR REPLACE FUNCTION llm_manager.add_hours() RETURNS trigger LANGUAGE plpgsql AS $add$
 BEGIN
-  {_ADD_HOURS.replace("{rows}", "added")}
+  {_adding("added")}
   RETURN NULL;
 EXCEPTION WHEN OTHERS THEN  -- LiteLLM may change a column, and must not lose its row for that
   RAISE WARNING 'llm_manager.hours: %', SQLERRM;
@@ -11822,11 +11840,16 @@ def standing_rows(standings: Sequence[Standing], now: datetime) -> list[list[str
 
 
 UNUSED_DAYS: Final = 30
-TALLY_HEADERS: Final = ("Engine", "Since (UTC)", "Tokens it counted", "Accounted for", "Difference")
+TALLY_HEADERS: Final = (
+    "Engine", "Since (UTC)", "Tokens it counted", "Accounted for", "Streams broken off",
+    "Difference",
+)  # fmt: skip
 TALLY_TEXT: Final = (
-    "What no key accounts for came past the gateway (direct and open routes, and the requests by "
-    "which this program sees that an engine is ready), was broken off by its client, or is of the "
-    "last 15 seconds, which LiteLLM has yet to write."
+    "Each whole answer is in both, to the token. What differs came past the gateway (direct and "
+    "open routes, and the requests by which this program sees that an engine is ready), was one "
+    "of several answers to one prompt, which the engine reads for each, or is of the last 15 "
+    "seconds, which LiteLLM has yet to write. Of a stream that its client breaks off the engine "
+    "tells nothing: LiteLLM accounts for what it passed on, by a count of its own."
 )
 
 
@@ -11834,7 +11857,8 @@ def tally_rows(tallies: Sequence[EngineTally]) -> list[list[str]]:
     """One row per engine that counts tokens."""
     return [
         [tally.engine, f"{tally.since:%Y-%m-%d %H:%M}", f"{tally.counted:,}",
-         f"{tally.accounted:,}", f"{tally.difference:+,}"]
+         f"{tally.accounted:,}", f"{tally.broken_off:,}, at {tally.guessed:,} tokens",
+         f"{tally.difference:+,}"]
         for tally in tallies
     ]  # fmt: skip
 
@@ -17583,16 +17607,14 @@ class Usage:
         if not loads:
             return []
         starts = {engine.name: engine.started_at for engine in loads if engine.started_at}
-        accounted = dict(self._tables().rows(tally_sql(starts)))
+        counted = {engine.name: load.tokens for engine, load in loads.items()}
         return [
             EngineTally(
-                engine=engine.name,
-                since=starts[engine.name],
-                counted=load.tokens,
-                accounted=accounted[engine.name],
+                engine=name, since=starts[name], counted=counted[name], accounted=accounted,
+                broken_off=broken_off, guessed=guessed,
             )
-            for engine, load in loads.items()
-        ]
+            for name, accounted, broken_off, guessed in self._tables().rows(tally_sql(starts))
+        ]  # fmt: skip
 
     def _tables(self) -> UsageTables:
         return usage_tables(self._store.load(), self._tools.containers.observe().containers)

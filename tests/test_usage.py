@@ -198,8 +198,11 @@ def test_a_tally_shows_what_no_key_accounts_for() -> None:
     asked = lm.tally_sql(since).values
     assert asked["addresses"] == ["http://llm-model-chat-0:8000/v1", "http://llm-model-b-0:8000/v1"]
     engine, *_ = since
-    tally = lm.EngineTally(engine=engine, since=NOW, counted=1234, accounted=1200)
-    assert lm.tally_rows([tally])[0][-3:] == ["1,234", "1,200", "+34"]
+    tally = lm.EngineTally(
+        engine=engine, since=NOW, counted=1234, accounted=1200, broken_off=2, guessed=30
+    )
+    row = lm.tally_rows([tally])[0]
+    assert row[2:] == ["1,234", "1,200", "2, at 30 tokens", "+34"]
 
 
 def test_without_postgresql_that_is_what_is_said(tmp_path: Path) -> None:
