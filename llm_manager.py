@@ -11770,7 +11770,7 @@ USAGE_HEADERS: Final = (
     "Mean latency",
 )  # fmt: skip
 MOST_BARS: Final = 30
-BAR_COLUMNS: Final = ("", "tokens of", "tokens")  # of `usage_bars`
+BAR_COLUMNS: Final = ("name", "tokens of", "tokens")  # of `usage_bars`
 
 
 def usage_headers(query: UsageQuery) -> list[str]:
@@ -20083,6 +20083,7 @@ def build_usage_view(desk: Desk) -> None:
             bars = pd.DataFrame(usage_bars(report), columns=list(BAR_COLUMNS))
             return (
                 usage_html(report),
+                # With another title or order beside it Gradio (6.31) goes on drawing the old bars.
                 gr.update(value=bars, visible=not bars.empty),
                 gr.update(headers=usage_headers(query), value=usage_rows(report)),
             )
@@ -20095,7 +20096,9 @@ def build_usage_view(desk: Desk) -> None:
             show = gr.Button("Show", variant="primary", scale=0, min_width=110)
         said = gr.HTML()
         x, color, y = BAR_COLUMNS
-        plot = gr.BarPlot(x=x, y=y, color=color, x_label_angle=-35, height=280, visible=False)
+        plot = gr.BarPlot(
+            x=x, y=y, color=color, x_title=" ", x_label_angle=-35, height=280, visible=False
+        )
         rows = table(["Key", *USAGE_HEADERS])
         build_usage_checks(desk)
         build_statement_view(desk)
@@ -20118,8 +20121,8 @@ def build_usage_checks(desk: Desk) -> None:
             return gr.update(headers=list(TALLY_HEADERS), value=found, visible=True), TALLY_TEXT
 
     with gr.Row(elem_classes="actions"):
-        attention = gr.Button("Close to a limit, or unused", scale=0, min_width=230)
-        engines = gr.Button("Compare with the engines", scale=0, min_width=230)
+        attention = gr.Button("Close to a limit, or unused", scale=0, min_width=270)
+        engines = gr.Button("Compare with the engines", scale=0, min_width=250)
     rows, said = table(STANDING_HEADERS, visible=False), gr.Markdown()
     attention.click(on_attention, None, [rows, said], **PRIVATE)
     engines.click(on_engines, None, [rows, said], **PRIVATE)
@@ -20141,7 +20144,7 @@ def build_statement_view(desk: Desk) -> None:
 
     with gr.Row(elem_classes="actions"):
         month = gr.Textbox(label="Statement of the month", placeholder="empty: the last one")
-        make = gr.Button("Make statements", scale=0, min_width=170)
+        make = gr.Button("Make statements", scale=0, min_width=180)
     rows, links = table(STATEMENT_HEADERS, visible=False), gr.HTML()
     make.click(on_state, month, [rows, links], **PRIVATE)
 
@@ -20260,7 +20263,7 @@ def build_key_form(desk: Desk, chosen: gr.Dropdown, secret: gr.Textbox, said: gr
         form = build_key_fields(desk)
         with gr.Row(elem_classes="actions"):
             create = gr.Button("Create key", variant="primary", scale=0, min_width=150)
-            load = gr.Button("Fill in from the chosen key", scale=0, min_width=240)
+            load = gr.Button("Fill in from the chosen key", scale=0, min_width=270)
             save = gr.Button("Save to the chosen key", scale=0, min_width=220)
     inputs = [*form.values()]
     create.click(on_create, inputs, [secret, said, form["alias"]], **PRIVATE)
@@ -20437,7 +20440,7 @@ def build_database_view(desk: Desk, card: PlanCard, restoring: Callable[[str], C
         with gr.Row(elem_classes="actions"):
             name = gr.Textbox(label="Dump", placeholder="before-summer", scale=3,
                               info="a name for a new one, or the one to return to")  # fmt: skip
-            take = gr.Button("Dump now", scale=0, min_width=110)
+            take = gr.Button("Dump now", scale=0, min_width=120)
             back = gr.Button("Restore", variant="stop", scale=0, min_width=110)
     take.click(on_dump, name, None, **PRIVATE)
     wire_plan(desk, back, name, card, "restore the database", restoring)

@@ -381,6 +381,7 @@ def test_the_page_shows_who_used_what_and_gives_it_as_a_file(
         open_tab(page, "Keys")
         page.get_by_role("button", name="Usage").click()
         expect(cell(page, "Grace")).to_be_visible()
+        expect(page.locator(".vega-embed canvas, .vega-embed svg").first).to_be_visible()
         page.get_by_label("Added up by").click()
         page.get_by_role("option", name="model").click()
         expect(cell(page, "tiny")).to_be_visible()
