@@ -16728,62 +16728,24 @@ class Keys:
             wished = parse_people(text, template, api.list_keys())
             self._check_models(wished)
             _check_groups(wished, api)
+
+        def work(control: Control) -> None:
+            with self._noting(f"Create the keys {', '.join(s.alias for s in wished)}"):
+                control.offer(_create_all(wished, self._api, self._tools.clock, control))
+
         hint = "The secrets are told once, under Keys, within an hour."
-        return self._start_task(MAKING_KEYS, partial(self._make_all, wished), hint)
-
-    def _make_all(self, wished: Sequence[KeySettings], control: Control) -> None:
-        # The secrets are made here, so that also a key of which LiteLLM's answer was lost is known.
-        made: list[tuple[KeySettings, pydantic.SecretStr]] = []
-        with self._noting(f"Create the keys {', '.join(s.alias for s in wished)}"):
-            api = self._api()
-            try:
-                for settings in wished:
-                    control.check()
-                    control.progress = f"{len(made)} of {len(wished)} keys"
-                    control.done_part = len(made) / len(wished)
-                    made.append((settings, secret := new_bearer()))
-                    api.create_key(key_body(settings, utc_now()) | {"key": reveal(secret)})
-            except BaseException as error:
-                control.report(f"Taking {len(made)} keys back.")
-                self._take_back(made)
-                if isinstance(error, GatewayError):
-                    raise GatewayError(f"No key was made: {error}", advice=error.advice) from error
-                raise
-        control.report(f"{len(made)} keys are made.")
-        control.offer(pydantic.SecretStr(secrets_csv(made)))
-
-    def _take_back(self, made: Sequence[tuple[KeySettings, pydantic.SecretStr]]) -> None:
-        """LiteLLM is given two minutes to be back; raises GatewayError with whose keys stay."""
-        hashes = {sha256(reveal(secret).encode()).hexdigest() for _, secret in made}
-        fault: ManagerError | None = None
-        for seconds in TAKE_BACK_PAUSES:
-            self._tools.clock.sleep(seconds)
-            try:
-                api = self._api()
-                there = [key.key_hash for key in api.list_keys() if key.key_hash in hashes]
-                if there:
-                    api.delete_keys(there)
-            except ManagerError as error:
-                fault = error
-            else:
-                return
-        raise GatewayError(
-            f"Of a list that broke off, these keys may be there, and their secrets are known to "
-            f"nobody: {', '.join(settings.alias for settings, _ in made)}.",
-            advice="Revoke them when LiteLLM answers again.",
-        ) from fault
+        return self._start_task(MAKING_KEYS, work, hint)
 
     def edit(self, name: str, changes: Json) -> KeySettings:
         """The settings that are named change; a request under way is not touched."""
-        with self._refusal(f"Change the key {name}"):
-            api = self._api()
-            key = named_key(api.list_keys(), name)
+        api, key = self._found("Change the key", name)
+        with self._refusal(f"Change the key {key.settings.alias}"):
             wished = parse_key_settings(asdict(key.settings) | changes)
             self._check_models([wished])
             _check_groups([wished], api)
             body = key_changes(key.settings, wished, utc_now())
         if body:
-            with self._noting(f"Change the key {name}: {', '.join(body)}"):
+            with self._noting(f"Change the key {key.settings.alias}: {', '.join(body)}"):
                 api.update_key(key.key_hash, body)
         return wished
 
@@ -16792,10 +16754,9 @@ class Keys:
 
         What was used of the budget is used for both, as far as it was until now.
         """
-        with self._noting(f"Another secret for the key {name}"):
-            api = self._api()
-            key = named_key(api.list_keys(), name)
-            now = utc_now()
+        api, key = self._found("Another secret for the key", name)
+        now = utc_now()
+        with self._noting(f"Another secret for the key {key.settings.alias}"):
             if key_state(key, now) == "expired":
                 raise RefusedError(f"The key of {name} has expired.", advice="Extend it first.")
             old = retired(key, now + max(grace, timedelta(seconds=1)))
@@ -16811,16 +16772,15 @@ class Keys:
 
     def block(self, name: str, *, blocked: bool = True) -> None:
         """Refuse its requests until it is unblocked."""
-        with self._noting(f"{'Block' if blocked else 'Unblock'} the key {name}"):
-            api = self._api()
-            key = named_key(api.list_keys(), name)
+        doing = f"{'Block' if blocked else 'Unblock'} the key"
+        api, key = self._found(doing, name)
+        with self._noting(f"{doing} {key.settings.alias}"):
             api.block_key(key.key_hash, blocked=blocked)
 
     def revoke(self, name: str) -> None:
         """The key of that name stops working; what it used stays accounted for."""
-        with self._noting(f"Revoke the key {name}"):
-            api = self._api()
-            key = named_key(api.list_keys(), name)
+        api, key = self._found("Revoke the key", name)
+        with self._noting(f"Revoke the key {key.settings.alias}"):
             api.delete_keys([key.key_hash])
 
     def why(self, text: str, model: str) -> Diagnosis:
@@ -16875,6 +16835,12 @@ class Keys:
             api.delete_group(name)
         return len(keys)
 
+    def _found(self, doing: str, name: str) -> tuple[LiteLlmApi, VirtualKey]:
+        """What a change of a key begins with."""
+        with self._refusal(f"{doing} {name}"):
+            api = self._api()
+            return api, named_key(api.list_keys(), name)
+
     def _check_models(self, wished: Sequence[KeySettings]) -> None:
         state = self._store.load()
         for settings in {settings.models: settings for settings in wished}.values():
@@ -16907,6 +16873,59 @@ class Keys:
 
 
 MAKING_KEYS: Final = "Create keys from a list"
+
+
+def _create_all(
+    wished: Sequence[KeySettings], gateway: Callable[[], LiteLlmApi], clock: Clock, control: Control
+) -> pydantic.SecretStr:
+    """All of these keys, as a CSV with their secrets; or none of them."""
+    # Secrets are made here: a key of which LiteLLM's answer was lost can be taken back, too.
+    made: list[tuple[KeySettings, pydantic.SecretStr]] = []
+    try:
+        api = gateway()
+        for settings in wished:
+            control.check()
+            control.progress = f"{len(made)} of {len(wished)} keys"
+            control.done_part = len(made) / len(wished)
+            made.append((settings, secret := new_bearer()))
+            api.create_key(key_body(settings, utc_now()) | {"key": reveal(secret)})
+    except BaseException as error:
+        if made:
+            control.report(f"Taking {len(made)} keys back.")
+            _take_back(made, gateway, clock)
+        if isinstance(error, GatewayError):
+            raise GatewayError(f"No key was made: {error.fact}", advice=error.advice) from error
+        raise
+    control.report(f"{len(made)} keys are made.")
+    return pydantic.SecretStr(secrets_csv(made))
+
+
+def _take_back(
+    made: Sequence[tuple[KeySettings, pydantic.SecretStr]],
+    gateway: Callable[[], LiteLlmApi],
+    clock: Clock,
+) -> None:
+    """LiteLLM is given two minutes to be back; raises GatewayError with whose keys may stay."""
+    hashes = {sha256(reveal(secret).encode()).hexdigest() for _, secret in made}
+    fault: ManagerError | None = None
+    for seconds in TAKE_BACK_PAUSES:
+        clock.sleep(seconds)
+        try:
+            api = gateway()
+            there = [key.key_hash for key in api.list_keys() if key.key_hash in hashes]
+            if there:
+                api.delete_keys(there)
+        except ManagerError as error:
+            fault = error
+        else:
+            return
+    raise GatewayError(
+        "Of a list that broke off, these keys may be there, and their secrets are known to "
+        f"nobody: {', '.join(settings.alias for settings, _ in made)}.",
+        advice="Revoke them when LiteLLM answers again.",
+    ) from fault
+
+
 TAKE_BACK_PAUSES: Final = (0, 2, 8, 20, 30, 60)  # seconds
 
 
@@ -18647,8 +18666,8 @@ class KeyCount:
     keys: int
 
 
-class Csv(fastapi.responses.Response):
-    media_type = "text/csv"
+def csv_answer(text: str) -> fastapi.Response:
+    return fastapi.responses.Response(text, media_type="text/csv")
 
 
 CSV_TOO: Final[dict[int | str, Json]] = {
@@ -18662,9 +18681,6 @@ def wants_csv(
 ) -> bool:
     """As the parameter says, else as the Accept header does."""
     return form == "csv" or (form is None and "text/csv" in request.headers.get("accept", ""))
-
-
-AsCsv = Annotated[bool, fastapi.Depends(wants_csv)]
 
 
 class TokenGate:
@@ -18716,6 +18732,18 @@ def problem(error: ManagerError) -> fastapi.Response:
     return fastapi.responses.JSONResponse(asdict(told), status_code=status)
 
 
+def refuse_unknown_parameters(request: fastapi.Request) -> None:
+    """A range with a misspelt end would be another one."""
+    path = request.app.openapi()["paths"][request.scope["route"].path_format]
+    parameters = path[request.method.lower()].get("parameters", ())
+    known = {each["name"] for each in parameters if each["in"] == "query"}
+    if unknown := {*request.query_params} - known:
+        raise InvalidError(
+            f"There is no parameter {', '.join(sorted(unknown))} here.",
+            advice=f"See {API}/openapi.json.",
+        )
+
+
 def build_api(manager: Manager, watch: Watch) -> fastapi.FastAPI:
     """The API without its gate."""
     faults: dict[int | str, Json] = {
@@ -18725,7 +18753,10 @@ def build_api(manager: Manager, watch: Watch) -> fastapi.FastAPI:
         title="LLM Manager", version="1", description=ABOUT_API, responses=faults,
         openapi_url=f"{API}/openapi.json", docs_url=None, redoc_url=None,
         # The gate judges; this only writes down that there is one.
-        dependencies=[fastapi.Depends(fastapi.security.HTTPBearer(auto_error=False))],
+        dependencies=[
+            fastapi.Depends(fastapi.security.HTTPBearer(auto_error=False)),
+            fastapi.Depends(refuse_unknown_parameters),
+        ],
     )  # fmt: skip
 
     @app.exception_handler(ManagerError)
@@ -18785,11 +18816,13 @@ def add_looks(app: fastapi.FastAPI, manager: Manager, watch: Watch) -> None:
         return pool_facts(state, served)
 
     @app.get(f"{API}/audit", response_model=list[AuditEntry], responses=CSV_TOO)
-    def read_audit(as_csv: AsCsv, since: DayText | None = None) -> Any:
+    def read_audit(
+        as_csv: Annotated[bool, fastapi.Depends(wants_csv)], since: DayText | None = None
+    ) -> Any:
         """Who changed what when, oldest first: all from a day on, in UTC, or the newest 1,000."""
         audit = manager.audit
         found = audit.entries(parse_day(since)) if since else audit.newest(1000)
-        return Csv(audit_csv(found)) if as_csv else found
+        return csv_answer(audit_csv(found)) if as_csv else found
 
 
 def parse_day(text: str) -> datetime:
@@ -18851,9 +18884,9 @@ def add_jobs(app: fastapi.FastAPI, manager: Manager) -> None:
         return manager.job(job_id)
 
     @app.post(f"{API}/jobs/{{job_id}}/secrets", response_model=None, responses=CSV_TOO)
-    def fetch_secrets(job_id: str) -> Csv:
+    def fetch_secrets(job_id: str) -> fastapi.Response:
         """The secrets of a job that `offers` some: told once, within an hour, as CSV."""
-        return Csv(reveal(manager.fetch(job_id)))
+        return csv_answer(reveal(manager.fetch(job_id)))
 
 
 def add_keys(app: fastapi.FastAPI, manager: Manager) -> None:
@@ -18973,7 +19006,7 @@ def add_usage(app: fastapi.FastAPI, manager: Manager) -> None:
 
     @app.get(f"{API}/usage", response_model=UsageReport, responses=CSV_TOO)
     def read_usage(
-        as_csv: AsCsv,
+        as_csv: Annotated[bool, fastapi.Depends(wants_csv)],
         by: Grouping = "key",
         first: Annotated[DayText | None, fastapi.Query(alias="from")] = None,
         last: Annotated[DayText | None, fastapi.Query(alias="to")] = None,
@@ -18981,7 +19014,7 @@ def add_usage(app: fastapi.FastAPI, manager: Manager) -> None:
         """The use of a range of days in UTC, both included; else of the last 30."""
         query = parse_usage_query(by, first or "", last or "", utc_now().date())
         report = manager.usage.report(query)
-        return Csv(usage_csv(report)) if as_csv else report
+        return csv_answer(usage_csv(report)) if as_csv else report
 
     @app.get(f"{API}/usage/attention")
     def read_attention() -> list[Json]:
@@ -18994,11 +19027,15 @@ def add_usage(app: fastapi.FastAPI, manager: Manager) -> None:
         return manager.usage.tallies()
 
     @app.get(f"{API}/statement", response_model=Statement, responses=CSV_TOO)
-    def read_statement(as_csv: AsCsv, month: MonthText | None = None, group: str = "") -> Any:
+    def read_statement(
+        as_csv: Annotated[bool, fastapi.Depends(wants_csv)],
+        month: MonthText | None = None,
+        group: str = "",
+    ) -> Any:
         """A month's use by groups and models, at the prices of now; else of the last month."""
         first = parse_month(month or "", utc_now().date())
         statement = manager.usage.statement(first, group)
-        return Csv(statement_csv(statement)) if as_csv else statement
+        return csv_answer(statement_csv(statement)) if as_csv else statement
 
     @app.get(f"{API}/prices")
     def list_prices() -> Prices:

@@ -449,7 +449,8 @@ def test_use_and_statements_are_told_as_json_or_csv(settled: Program) -> None:
         assert told.headers["content-type"] == "application/json"
     assert settled.get("usage/attention").json() == settled.get("usage/engines").json() == []
     for path in ("usage?from=2026-99-99", "usage?by=color", "usage?from=2026-02-01&to=2026-01-01",
-                 "statement?month=2026-13", "statement?month=0000-01"):  # fmt: skip
+                 "statement?month=2026-13", "statement?month=0000-01", "usage?until=2026-01-01",
+                 "keys?x=", "usage?format=xml"):  # fmt: skip
         problem(settled.get(path), 422)
     for path in ("usage?to=0001-01-02", "usage?to=9999-12-31", "statement?month=9999-12"):
         assert settled.get(path).status_code == 200

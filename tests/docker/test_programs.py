@@ -145,7 +145,8 @@ def status_of(installation: Installation, key: str) -> int:
 
 def course_of_two(installation: Installation, program: httpx.Client) -> list[str]:
     """A list becomes keys that open, and are changed, blocked, rotated and revoked together."""
-    assert program.post("/groups", json={"name": "ML", "models": ["far"]}).status_code == 200
+    made = program.post("/groups", json={"name": "ML", "models": ["far"]})
+    assert made.status_code == 200, made.text
     people = {"csv": "name,email\nBob,bob@example.org\nEve,nonsense\n", "group": "ML"}
     assert "line 3" in program.post("/keys/import", json=people).json()["fact"]
     people["csv"] = people["csv"].replace("nonsense", "eve@example.org")
