@@ -104,7 +104,11 @@ def test_every_token_of_the_engine_is_accounted_for_or_explained(  # noqa: PLR09
             with pytest.raises(openai.APIStatusError):
                 ask(**refused)
         leave(served, key)  # the engine goes on to the end
-        whole = 4 * said.total_tokens + said.prompt_tokens + 1000
+        at_length = [{"role": "user", "content": "word " * 60}]
+        _, again = [ask(messages=at_length, max_tokens=5).usage for _ in range(2)]
+        cached = again.prompt_tokens_details.cached_tokens
+        assert 0 < cached < again.prompt_tokens
+        whole = 4 * said.total_tokens + said.prompt_tokens + 1000 + 2 * again.total_tokens
         until(lambda: counted_since(before) == (whole, whole, 0, 0), 120)
     with served.step("streams that are broken off"):
         before = tally()
@@ -128,7 +132,7 @@ def test_every_token_of_the_engine_is_accounted_for_or_explained(  # noqa: PLR09
     now = tally()
     assert row["accounted_for"] == f"{now.accounted:,}"
     used = {row["name"]: row for row in json.loads(served.cli("usage", "--json"))}["Ada"]
-    assert used["failures"] == 2
+    assert (used["failures"], used["cached_tokens"]) == (2, cached)
     assert used["prompt_tokens"] + used["completion_tokens"] >= now.accounted
 
 
