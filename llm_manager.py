@@ -5123,6 +5123,8 @@ def engine_command(model: Model) -> tuple[str, ...]:
         *(("--omni",) if model.type in OMNI_TYPES else ()),
         *_placement_arguments(model),
         *(("--runner", "pooling") if model.type in {"embedding", "rerank"} else ()),
+        # Without it nobody is told how much of a prompt was cached.
+        *(("--enable-prompt-tokens-details",) if model.type in {"chat", "vision"} else ()),
         *model.engine_arguments,
     )
 

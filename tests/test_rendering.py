@@ -463,7 +463,8 @@ def test_a_command_says_everything_that_the_model_wishes() -> None:
     command = " ".join(lm.engine_command(model))
     assert command == (
         "serve a/b --revision main --served-model-name chat --host 0.0.0.0 --port 8000 "
-        "--tensor-parallel-size 2 --gpu-memory-utilization 0.5 --seed 1"
+        "--tensor-parallel-size 2 --gpu-memory-utilization 0.5 --enable-prompt-tokens-details "
+        "--seed 1"
     )
     pooling = lm.engine_command(a_model(type="rerank", placement=lm.CpuPlacement(kv_cache_mib=16)))
     assert " ".join(pooling[-4:]) == "--kv-cache-memory-bytes 16777216 --runner pooling"

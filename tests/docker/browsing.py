@@ -76,3 +76,24 @@ def choose(page: Page, label: str, option: str) -> None:
     """Pick from a dropdown."""
     page.get_by_label(label, exact=True).filter(visible=True).click()
     page.get_by_role("option", name=option, exact=True).click()
+
+
+def sort_by(page: Page, header: str, way: str) -> None:
+    """The first table that has such a column, `ascending` or `descending`."""
+    column = page.get_by_role("columnheader", name=header).filter(visible=True).first
+    column.click()
+    column.get_by_label("Open cell menu").click()
+    page.get_by_role("menuitem", name=f"Sort {way}").click()
+
+
+def resident_mib(here: Installation) -> float:
+    """The most memory that the console of an installation has had so far."""
+    home = f"LLM_MANAGER_HOME={here.home}".encode()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it may end while we look
+            is_ours = home in (process / "environ").read_bytes().split(b"\0")
+            if is_ours and b"serve" in (process / "cmdline").read_bytes().split(b"\0"):
+                status = (process / "status").read_text()
+                (line,) = [line for line in status.splitlines() if line.startswith("VmHWM:")]
+                return int(line.split()[1]) / 1024
+    raise AssertionError("no console of this installation runs")

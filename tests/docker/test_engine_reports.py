@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
+import openai
 import pytest
 from installation import Install, Installation
 
@@ -49,6 +53,87 @@ def test_what_the_engine_reported_is_remembered(served: Installation) -> None:
     assert measured.peak_mib is None, "there is no GPU"
     took = manager.observe().start_seconds[str(served.container(ENGINE).name)]
     assert measured.start_seconds == took
+
+
+HELLO = {"model": "chat", "messages": [{"role": "user", "content": "Hello?"}], "temperature": 0}
+
+
+def leave(served: Installation, key: str) -> None:
+    """Ask for a long answer, and be gone when the engine is at it."""
+    manager = served.manager()
+    seen = manager.observe().containers.values()
+    (engine,) = [container for container in seen if container.role == "engine"]
+    edge = http.client.HTTPSConnection("localhost", served.https_port, context=served.tls())
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+    body = HELLO | {"max_tokens": 1000, "ignore_eos": True}
+    edge.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+    until(lambda: (load := manager.loads([engine])[engine.name]) and load.running)
+    edge.close()
+
+
+def test_every_token_of_the_engine_is_accounted_for_or_explained(  # noqa: PLR0915 - one account
+    served: Installation,
+) -> None:
+    usage, key = served.manager().usage, served.create_key("Ada")
+    ada = served.openai(key)
+
+    def tally() -> lm.EngineTally:
+        (found,) = usage.tallies()
+        return found
+
+    def counted_since(before: lm.EngineTally) -> tuple[int, int, int, int]:
+        now = tally()
+        return (
+            now.counted - before.counted, now.accounted - before.accounted,
+            now.broken_off - before.broken_off, now.guessed - before.guessed,
+        )  # fmt: skip
+
+    def ask(client: openai.OpenAI = ada, **more: Any) -> Any:
+        return client.chat.completions.create(**HELLO | more)
+
+    before = tally()
+    assert (before.accounted, before.broken_off) == (0, 0)
+    assert before.difference > 0, "it was seen to be ready"
+    with served.step("whole answers are accounted for to the token"):
+        said = ask().usage
+        for _ in range(2):
+            assert "".join(c.choices[0].delta.content or "" for c in ask(stream=True) if c.choices)
+        *_, last = ask(stream=True, stream_options={"include_usage": True})
+        assert last.usage.total_tokens == said.total_tokens
+        for refused in ({"max_tokens": 10**6}, {"model": "no-such-model"}):
+            with pytest.raises(openai.APIStatusError):
+                ask(**refused)
+        leave(served, key)  # the engine goes on to the end
+        at_length = [{"role": "user", "content": "word " * 60}]
+        _, again = [ask(messages=at_length, max_tokens=5).usage for _ in range(2)]
+        cached = again.prompt_tokens_details.cached_tokens
+        assert 0 < cached < again.prompt_tokens
+        whole = 4 * said.total_tokens + said.prompt_tokens + 1000 + 2 * again.total_tokens
+        until(lambda: counted_since(before) == (whole, whole, 0, 0), 120)
+    with served.step("streams that are broken off"):
+        before = tally()
+        for _ in range(2):
+            with ask(stream=True, max_tokens=1000, extra_body={"ignore_eos": True}) as stream:
+                next(iter(stream))
+        until(lambda: counted_since(before)[2] == 2, 120)
+        counted, accounted, _, guessed = counted_since(before)
+        assert 0 < guessed == accounted
+        assert 2 * said.prompt_tokens < counted < 1000, "it stopped when it noticed"
+    with served.step("what comes past the gateway, and several answers"):
+        before = tally()
+        past = ask(served.openai(served.create_direct_key("past", "chat"), "/models/chat/v1")).usage
+        several = ask(n=2, temperature=1).usage  # only sampled ones
+        differs = past.total_tokens + several.prompt_tokens
+        until(lambda: counted_since(before)[1] == several.total_tokens, 120)
+        assert counted_since(before) == (
+            several.total_tokens + differs, several.total_tokens, 0, 0
+        )  # fmt: skip
+    (row,) = json.loads(served.cli("usage", "--engines", "--json"))
+    now = tally()
+    assert row["accounted_for"] == f"{now.accounted:,}"
+    used = {row["name"]: row for row in json.loads(served.cli("usage", "--json"))}["Ada"]
+    assert (used["failures"], used["cached_tokens"]) == (2, cached)
+    assert used["prompt_tokens"] + used["completion_tokens"] >= now.accounted
 
 
 def test_the_next_start_says_when_it_will_be_done(served: Installation) -> None:

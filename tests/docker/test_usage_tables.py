@@ -15,12 +15,12 @@ import docker
 import openai
 import psycopg
 import pytest
-from browsing import button, cell, open_console, open_tab, serving
+from browsing import button, cell, open_console, open_tab, resident_mib, serving, sort_by
 from installation import Install, Installation
 from playwright.sync_api import Page, expect
 from pydantic import SecretStr
 from test_routing import Upstream, wait_until
-from usage_rows import LAST, PASSWORD, fill, litellm_database, own_connection
+from usage_rows import LAST, PASSWORD, database_of, fill, litellm_database, own_connection
 
 import llm_manager as lm
 
@@ -396,3 +396,31 @@ def test_the_page_shows_who_used_what_and_gives_it_as_a_file(
         assert "PostgreSQL is down" in here.run("usage").stderr
     finally:
         here.cli("apply")
+
+
+@pytest.mark.browser
+def test_a_thousand_keys_are_found_sorted_and_accounted_for(here: Installation, page: Page) -> None:
+    with serving(here) as url:
+        open_console(page, url)
+        open_tab(page, "Keys")
+        page.get_by_role("button", name="Usage").click()
+        expect(page.get_by_role("link", name="Download usage-by-key")).to_be_visible()
+        before = resident_mib(here)
+        with database_of(here) as connection:
+            fill(connection, keys=1000, rows=20_000, days=20, last=lm.utc_now().date())
+        page.reload()
+        open_console(page, url)
+        open_tab(page, "Keys")
+        expect(cell(page, "key 100")).to_be_visible()
+        sort_by(page, "For", "descending")
+        expect(cell(page, "key 999")).to_be_visible()
+        page.get_by_placeholder("Filter...").first.fill("key 777")
+        expect(cell(page, "key 777")).to_be_visible()
+        expect(cell(page, "key 999")).to_have_count(0)
+        page.get_by_role("button", name="Usage").click()
+        with page.expect_download() as download:
+            page.get_by_role("link", name="Download usage-by-key").click()
+        rows = [*csv.DictReader(download.value.path().read_text().splitlines())]
+        assert len(rows) == lm.USAGE_ROWS
+        assert {"key 1", "key 1000"} <= {row["key"] for row in rows}
+        assert resident_mib(here) - before < 150, "of pages and tables nothing stays"

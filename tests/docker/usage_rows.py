@@ -12,6 +12,7 @@ from string import Template
 
 import docker
 import psycopg
+from installation import Installation
 
 POSTGRES, LITELLM = "llm-manager-test/postgres:latest", "llm-manager-test/litellm:latest"
 PASSWORD = "of-a-test"  # noqa: S105
@@ -79,6 +80,22 @@ def fill(
     connection.execute("VACUUM ANALYZE")
 
 
+def empty(connection: psycopg.Connection) -> None:
+    """Take back all that was filled in, and what was added up of it."""
+    connection.execute(
+        'TRUNCATE "LiteLLM_TeamTable", "LiteLLM_VerificationToken", "LiteLLM_SpendLogs", '
+        '"LiteLLM_DailyUserSpend", "LiteLLM_DailyTeamSpend", llm_manager.hours CASCADE'
+    )
+
+
+def database_of(here: Installation) -> psycopg.Connection:
+    """An installation's, as the owner of everything."""
+    networks = here.container("llm-postgres").attrs["NetworkSettings"]["Networks"]
+    (network,) = networks.values()
+    password = here.state().secrets.database_password.get_secret_value()
+    return own_connection(str(network["IPAddress"]), password=password)
+
+
 @contextlib.contextmanager
 def litellm_database(client: docker.DockerClient, *settings: str) -> Iterator[str]:
     """The address of a PostgreSQL with LiteLLM's schema, out of LiteLLM's own image."""
@@ -102,13 +119,15 @@ def litellm_database(client: docker.DockerClient, *settings: str) -> Iterator[st
         database.remove(force=True, v=True)
 
 
-def own_connection(address: str, seconds: float = 120) -> psycopg.Connection:
+def own_connection(
+    address: str, seconds: float = 120, password: str = PASSWORD
+) -> psycopg.Connection:
     """As the owner of everything, once PostgreSQL has started."""
     deadline = time.monotonic() + seconds
     while True:
         try:
             return psycopg.connect(
-                host=address, user="litellm", dbname="litellm", password=PASSWORD
+                host=address, user="litellm", dbname="litellm", password=password
             )
         except psycopg.OperationalError:
             assert time.monotonic() < deadline, f"PostgreSQL does not start within {seconds} s"
