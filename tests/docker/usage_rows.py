@@ -55,7 +55,8 @@ INSERT INTO "LiteLLM_Daily{of}Spend" (id, {id}, date, api_key, model, model_grou
        failed_requests, spend, total_response_time_ms, timed_requests)
 SELECT gen_random_uuid(), {value}, to_char("startTime", 'YYYY-MM-DD'), api_key, model, model,
        'hosted_vllm', '/chat/completions', '', now(), sum(prompt_tokens), sum(completion_tokens),
-       sum((metadata #>> '{{usage_object,prompt_tokens_details,cached_tokens}}')::int), count(*),
+       coalesce(sum((metadata #>> '{{usage_object,prompt_tokens_details,cached_tokens}}')::int), 0),
+       count(*),
        count(*) FILTER (WHERE status = 'success'), count(*) FILTER (WHERE status = 'failure'),
        sum(spend), coalesce(sum(request_duration_ms) FILTER (WHERE status = 'success'), 0),
        count(*) FILTER (WHERE status = 'success')
