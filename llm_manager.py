@@ -16854,20 +16854,21 @@ class Keys:
     def gateway(self, state: State) -> LiteLlmApi:
         """The management API of the slot that serves; refused where none does."""
         observed = observe(self._tools)
-        order = [observed.edge.slot] if observed.edge else SLOTS
-        for slot in order:
-            seen = observed.containers.get(gateway_name(state, slot))
-            if seen is not None and seen.ready and seen.address is not None:
-                return LiteLlmApi(
-                    seen.address,
-                    state.secrets.master_key,
-                    lambda query: usage_tables(state, observed.containers).rows(query),
-                )
         if is_database_down(state, observed):
             raise DatabaseError(
                 "PostgreSQL is down, and keys and usage live in it.",
                 advice="Read its log with `docker logs`, then run `apply`.",
             )
+        for slot in [observed.edge.slot] if observed.edge else SLOTS:
+            seen = observed.containers.get(gateway_name(state, slot))
+            # One that Caddy serves may be too busy to say that it is ready.
+            there = seen is not None and (seen.ready or (seen.running and observed.edge))
+            if seen is not None and there and seen.address is not None:
+                return LiteLlmApi(
+                    seen.address,
+                    state.secrets.master_key,
+                    lambda query: usage_tables(state, observed.containers).rows(query),
+                )
         raise GatewayError(
             "The endpoint is not running, and keys live in its database.",
             advice="Deploy a model, or run `apply`, first.",
