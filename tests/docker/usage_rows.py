@@ -45,7 +45,7 @@ SELECT 'request-' || n, 'acompletion', token, team_id, model, model, 'hosted_vll
                  - (n::float / $rows * $days) * interval '1 day' - interval '1 ms' AS moment
           FROM generate_series(1::bigint, $rows) AS n
           CROSS JOIN LATERAL (SELECT 1 + n * 31 % $keys AS k) AS chosen
-          JOIN (SELECT token, team_id, substring(key_alias FROM 5)::int AS number
+          JOIN (SELECT token, team_id, substring(key_alias FROM '^key ([0-9]+)$$')::int AS number
                   FROM "LiteLLM_VerificationToken") AS tokens ON number = k) AS asked;
 """
 ROLL_UP = """
