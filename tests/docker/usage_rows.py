@@ -60,7 +60,7 @@ SELECT gen_random_uuid(), {value}, to_char("startTime", 'YYYY-MM-DD'), api_key, 
        count(*) FILTER (WHERE status = 'success'), count(*) FILTER (WHERE status = 'failure'),
        sum(spend), coalesce(sum(request_duration_ms) FILTER (WHERE status = 'success'), 0),
        count(*) FILTER (WHERE status = 'success')
-  FROM "LiteLLM_SpendLogs" WHERE {value} IS NOT NULL
+  FROM "LiteLLM_SpendLogs" WHERE {value} IS NOT NULL AND request_id LIKE 'request-%'
  GROUP BY 2, to_char("startTime", 'YYYY-MM-DD'), api_key, model;
 """
 
