@@ -9743,7 +9743,8 @@ NO_LIMITS: Final = "none"
 def used_text(allowance: Allowance, used: float) -> str:
     """Of a budget, in millions of tokens."""
     budget = budget_text(allowance)
-    return f"{used:.3g} of {budget}" if budget else f"{used:.3g} million tokens"
+    told = f"{used:,.0f}" if used >= 100 else f"{used:.3g}"  # noqa: PLR2004 - three digits
+    return f"{told} of {budget}" if budget else f"{told} million tokens"
 
 
 GROUP_HEADERS: Final = ("Group", "Keys", "Models", "State", "Limits", "Used", "Resets")
