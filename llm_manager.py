@@ -44,7 +44,7 @@ import subprocess
 import sys
 from hashlib import sha256
 from importlib import import_module
-from importlib.util import LazyLoader, find_spec, module_from_spec
+from importlib.util import find_spec
 from pathlib import Path, PurePath, PurePosixPath
 from types import ModuleType
 from typing import Final
@@ -122,18 +122,14 @@ def _give_up(fact: str, advice: str) -> None:
     raise SystemExit(1)
 
 
-def lazy_module(name: str) -> ModuleType:
-    """Import on first use: Gradio costs 2 s that `status` need not pay."""
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = find_spec(name)
-    if spec is None or spec.loader is None:
-        raise ModuleNotFoundError(name)
-    spec.loader = LazyLoader(spec.loader)
-    module = module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+class LazyModule(ModuleType):
+    """Imported on first use: Gradio costs 2 s that `status` need not pay.
+
+    Unlike the standard library's LazyLoader (3.11) it may be first used by two threads at once.
+    """
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(import_module(self.__name__), name)
 
 
 if __name__ == "__main__":
@@ -220,7 +216,7 @@ if TYPE_CHECKING:
     import uvicorn
 else:
     fastapi, gr, httpx2, huggingface_hub, pd, psycopg, pynvml, uvicorn = map(
-        lazy_module,
+        LazyModule,
         ("fastapi", "gradio", "httpx2", "huggingface_hub", "pandas", "psycopg", "pynvml",
          "uvicorn"),
     )  # fmt: skip
@@ -9744,6 +9740,8 @@ def used_text(allowance: Allowance, used: float) -> str:
     """Of a budget, in millions of tokens."""
     budget = budget_text(allowance)
     told = f"{used:,.0f}" if used >= 100 else f"{used:.3g}"  # noqa: PLR2004 - three digits
+    if 0 < used < 0.01:  # noqa: PLR2004 - which reads better as tokens
+        return f"{used * 1e6:,.0f} tokens{f' of {budget}' if budget else ''}"
     return f"{told} of {budget}" if budget else f"{told} million tokens"
 
 
@@ -11770,7 +11768,7 @@ ROUTE_STYLE: Final = """
 
 USAGE_HEADERS: Final = (
     "Requests", "Failures", "Prompt tokens", "Of these cached", "Completion tokens",
-    "Mean latency",
+    "Mean latency (ms)",
 )  # fmt: skip
 MOST_BARS: Final = 30
 BAR_COLUMNS: Final = ("name", "tokens of", "tokens")  # of `usage_bars`
@@ -11781,18 +11779,22 @@ def usage_headers(query: UsageQuery) -> list[str]:
     return [f"{query.by.capitalize()}{' (UTC)' if query.by == 'hour' else ''}", *USAGE_HEADERS]
 
 
-def usage_rows(report: UsageReport) -> list[list[str]]:
-    """One row per subject, as a reader wants the figures, and the total at the end."""
+def usage_rows(report: UsageReport) -> list[list[str | int | None]]:
+    """One row per subject, and the total at the end; figures, which a table can sort."""
     return [
         [
             row.name[:-3] if report.query.by == "hour" and row.subject else row.name,
-            f"{row.requests:,}",
-            f"{row.failures:,}",
-            *(f"{n:,}" for n in (row.prompt_tokens, row.cached_tokens, row.completion_tokens)),
-            "" if row.latency_ms is None else f"{row.latency_ms:,.0f} ms",
+            *(row.requests, row.failures),
+            *(row.prompt_tokens, row.cached_tokens, row.completion_tokens),
+            None if row.latency_ms is None else round(row.latency_ms),
         ]
         for row in (*report.rows, report.total)
     ]
+
+
+def format_figure(cell: str | int | None) -> str:
+    """With its thousands set apart, as a reader wants it."""
+    return f"{cell:,}" if isinstance(cell, int) else cell or ""
 
 
 def usage_headline(report: UsageReport) -> str:
@@ -16723,7 +16725,7 @@ class Keys:
     def create_many(self, text: str, shared: Json) -> Job:
         """A key for each row of a CSV, see `parse_people`, with these settings: all, or none.
 
-        The job offers the secrets as another CSV, see `ChangeRunner.fetch`.
+        The job offers the secrets as another CSV, see `JobKeeper.fetch`.
         """
         with self._refusal(MAKING_KEYS):
             template = parse_key_settings(shared | {"alias": "of the list"})
@@ -17653,40 +17655,16 @@ def usage_tables(
     return UsageTables(seen.address, state.secrets.database_password, reader_password(state))
 
 
-class ChangeRunner:
-    """How a change is planned, saved and made so: one at a time, as jobs that outlive pages."""
+class JobKeeper:
+    """The jobs of this process, which outlive pages, and what they offer in the end."""
 
-    def __init__(
-        self, store: StateStore, tools: Tools, site: Site, recipes: Callable[[], Recipes]
-    ) -> None:
+    def __init__(self, store: StateStore) -> None:
         self._store = store
-        self._tools = tools
-        self._paths = site
-        self._recipes = recipes
         self._jobs: list[Job] = []
-
-    @property
-    def _site(self) -> Site:
-        return replace(self._paths, recipes=self._recipes())
-
-    @property
-    def home(self) -> Path:
-        return self._store.home
-
-    def state(self) -> State:
-        return self._store.load()
 
     @property
     def audit(self) -> AuditTrail:
         return self._store.audit
-
-    def hardware(self, *, fresh: bool = False) -> Hardware:
-        """The GPUs as they are; where nothing can be seen, its `fault` says why."""
-        return self._tools.gpus.read(fresh=fresh)
-
-    def observe(self, state: State | None = None) -> Observed:
-        """The world now, seen with the eyes of this state, or of the stored one."""
-        return observe(self._tools, (state or self._store.load()).edge)
 
     def jobs(self) -> list[JobView]:
         """Newest first."""
@@ -17727,6 +17705,56 @@ class ChangeRunner:
                     advice="They are told once, within an hour. Of a lost one make another.",
                 )
         return found
+
+    def _keep(self, job: Job) -> None:
+        """The last 50 that are done, and all that run or offer something."""
+        ended = [known for known in self._jobs if known.finished_at and not known.control.offers]
+        done = ended[:-50]
+        self._jobs = [known for known in self._jobs if known not in done] + [job]
+
+    def start_task(self, title: str, work: Callable[[Control], None], hint: str = "") -> Job:
+        """Work beside the changes, as a job; refused while one of the same title runs."""
+        release = self._store.acquire(title, kind="task")
+        job = Job(title, hint, "task")
+        end = self.audit.begin(title, job.id)
+        self._keep(job)
+
+        def at_end() -> None:
+            end(job.fault)
+            release()
+
+        return job.run(work, at_end=at_end)
+
+
+class ChangeRunner(JobKeeper):
+    """How a change is planned, saved and made so: one at a time, as jobs that outlive pages."""
+
+    def __init__(
+        self, store: StateStore, tools: Tools, site: Site, recipes: Callable[[], Recipes]
+    ) -> None:
+        super().__init__(store)
+        self._tools = tools
+        self._paths = site
+        self._recipes = recipes
+
+    @property
+    def _site(self) -> Site:
+        return replace(self._paths, recipes=self._recipes())
+
+    @property
+    def home(self) -> Path:
+        return self._store.home
+
+    def state(self) -> State:
+        return self._store.load()
+
+    def hardware(self, *, fresh: bool = False) -> Hardware:
+        """The GPUs as they are; where nothing can be seen, its `fault` says why."""
+        return self._tools.gpus.read(fresh=fresh)
+
+    def observe(self, state: State | None = None) -> Observed:
+        """The world now, seen with the eyes of this state, or of the stored one."""
+        return observe(self._tools, (state or self._store.load()).edge)
 
     def plan(self, change: Change) -> Plan:
         """What the change would do; nothing is saved."""
@@ -17833,25 +17861,6 @@ class ChangeRunner:
                 [*missing.values(), error] if not isinstance(error, CancelledError) else [error]
             )
         _raise_all([*missing.values()])
-
-    def _keep(self, job: Job) -> None:
-        """The last 50 that are done, and all that run or offer something."""
-        ended = [known for known in self._jobs if known.finished_at and not known.control.offers]
-        done = ended[:-50]
-        self._jobs = [known for known in self._jobs if known not in done] + [job]
-
-    def start_task(self, title: str, work: Callable[[Control], None], hint: str = "") -> Job:
-        """Work beside the changes, as a job; refused while one of the same title runs."""
-        release = self._store.acquire(title, kind="task")
-        job = Job(title, hint, "task")
-        end = self.audit.begin(title, job.id)
-        self._keep(job)
-
-        def at_end() -> None:
-            end(job.fault)
-            release()
-
-        return job.run(work, at_end=at_end)
 
     def _work(
         self, change: Change, before: State, after: State, control: Control,
@@ -20122,11 +20131,12 @@ def build_usage_view(desk: Desk) -> None:
             except ManagerError as error:  # opening it must not shout
                 return html.escape(str(error)), gr.update(visible=False), gr.update(value=[])
             bars = pd.DataFrame(usage_bars(report), columns=list(BAR_COLUMNS))
+            used = pd.DataFrame(usage_rows(report), columns=usage_headers(query), dtype=object)
             return (
                 usage_html(report),
                 # With another title or order beside it Gradio (6.31) goes on drawing the old bars.
                 gr.update(value=bars, visible=not bars.empty),
-                gr.update(headers=usage_headers(query), value=usage_rows(report)),
+                gr.update(headers=[*used], value=used.style.format(format_figure)),
             )
 
     with gr.Accordion("Usage", open=False) as view:
@@ -21928,7 +21938,8 @@ def command_usage(arguments: argparse.Namespace) -> int:
         facts, said = keyed(headers, rows), TALLY_TEXT if rows else "No engine counts tokens now."
     else:
         report = usage.report(query)
-        headers, rows = usage_headers(query), usage_rows(report)
+        headers = usage_headers(query)
+        rows = [[format_figure(cell) for cell in row] for row in usage_rows(report)]
         facts, said = [asdict(row) for row in (*report.rows, report.total)], usage_headline(report)
         if arguments.csv:
             out(usage_csv(report).removesuffix("\n"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import io
 import json
 import os
@@ -132,7 +133,10 @@ def console(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Pat
 
 def connected(port: int) -> httpx.Client:
     transport = httpx.HTTPTransport(retries=5)  # it says that it listens a moment before it does
-    return httpx.Client(base_url=f"http://127.0.0.1:{port}", transport=transport, trust_env=False)
+    # A page takes the server some 50 ms, and a test may have left it many to make.
+    return httpx.Client(
+        base_url=f"http://127.0.0.1:{port}", transport=transport, trust_env=False, timeout=60
+    )
 
 
 def token_of(home: Path) -> str:
@@ -683,3 +687,14 @@ def test_a_route_or_provider_that_cannot_be_is_refused(
     with_chat: Run, arguments: tuple[str, ...], said: str
 ) -> None:
     assert said in with_chat(*arguments).refusal()
+
+
+def test_a_module_that_is_imported_on_first_use_may_be_first_used_by_many_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "slow_to_import.py").write_text("import time\ntime.sleep(0.3)\nanswer = 42\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    module: Any = lm.LazyModule("slow_to_import")
+    assert "slow_to_import" not in sys.modules
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert {*pool.map(lambda _: module.answer, range(8))} == {42}

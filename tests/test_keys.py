@@ -301,3 +301,13 @@ def test_a_pattern_and_an_alias_allow_what_they_stand_for() -> None:
         key = a_key(models=(allowed,))
         served = lm.served_models(state, state.wished_models)
         assert not lm.diagnose("Ada", asked, ([key], []), state, served, NOW).faults
+
+
+@pytest.mark.parametrize(
+    ("used", "said"),
+    [(0, "0 million tokens"), (6e-6, "6 tokens"), (0.0042, "4,200 tokens"), (1.5, "1.5 million"),
+     (104.2, "104 million"), (1234.5, "1,234 million")],
+)  # fmt: skip
+def test_what_was_used_is_said_in_figures_that_can_be_read(used: float, said: str) -> None:
+    assert lm.used_text(settings("Ada"), used).startswith(said)
+    assert lm.used_text(settings("Ada", budget=5), 6e-6) == "6 tokens of 5 million tokens"

@@ -42,6 +42,8 @@ def serving(here: Installation, **variables: str) -> Iterator[str]:
         with contextlib.suppress(subprocess.TimeoutExpired):
             console.wait(20)
         console.kill()
+        if console.stderr is not None:
+            print(console.stderr.read())  # noqa: T201 - shown where the test fails
 
 
 def open_console(page: Page, url: str) -> None:

@@ -12,6 +12,7 @@ import ssl
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ import httpx
 import openai
 import pytest
 from docker.models.containers import Container
+from upstreams import Upstream
 
 import llm_manager
 from llm_manager import LABEL_IMAGE_INSTANCE, LABEL_INSTANCE, Manager, State
@@ -272,3 +274,18 @@ def copied_models(client: docker.DockerClient, folder: Path) -> Path:
     with tarfile.open(folder / "models.tar") as archive:
         archive.extractall(folder, filter="data")
     return folder / "models"
+
+
+@contextlib.contextmanager
+def served_outside(install: Install) -> Iterator[Installation]:
+    """An endpoint whose one model, `tiny`, is served outside of Docker."""
+    with Upstream("host", 0) as server:
+        threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
+        made = install()
+        made.cli("config", "set", "--hostname", "localhost", "--hostname", llm_manager.HOST_NAME)
+        url = f"http://{llm_manager.HOST_NAME}:{server.server_port}"
+        made.cli("provider", "add", "mine", "--kind", "lm-studio", "--url", url)
+        made.cli("route", "set", "tiny", "--member", "mine/tiny")
+        made.cli("apply")
+        yield made
+        server.shutdown()

@@ -91,9 +91,11 @@ def real(docker_client: docker.DockerClient, tmp_path: Path) -> Iterator[Callabl
         engine.create_network(f"{instance}-network")
         images = lm.DockerImages(DOCKER_URL, instance, {})
         weights = lm.HuggingFace(lm.HubCache(store.home / "huggingface"), lambda: None)
+        database = lm.PostgresPrograms(engine.contents, store.home / "backups")
         doors = lm.Tools(
-            engine, lm.HttpProbes(), store, lm.SystemClock(), SimulatedGpus(), weights, images
-        )
+            engine, lm.HttpProbes(), store, lm.SystemClock(), SimulatedGpus(), weights, images,
+            database,
+        )  # fmt: skip
         return Bench(instance, doors)
 
     yield make

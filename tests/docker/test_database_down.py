@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
 from browsing import open_console, serving
-from installation import Install, Installation
+from installation import Install, Installation, served_outside
 from playwright.sync_api import Page, expect
 from test_routing import wait_until
-from upstreams import Upstream
 
 import llm_manager as lm
 
@@ -24,16 +22,8 @@ LONGEST = 150  # seconds until LiteLLM knows no key any more, on a busy machine
 @pytest.fixture(scope="module")
 def here(install_for_module: Install) -> Iterator[Installation]:
     """An endpoint whose one model is served outside of Docker."""
-    with Upstream("host", 0) as server:
-        threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
-        made = install_for_module()
-        made.cli("config", "set", "--hostname", "localhost", "--hostname", lm.HOST_NAME)
-        url = f"http://{lm.HOST_NAME}:{server.server_port}"
-        made.cli("provider", "add", "mine", "--kind", "lm-studio", "--url", url)
-        made.cli("route", "set", "tiny", "--member", "mine/tiny")
-        made.cli("apply")
+    with served_outside(install_for_module) as made:
         yield made
-        server.shutdown()
 
 
 def used(here: Installation) -> dict[str, list[int]]:

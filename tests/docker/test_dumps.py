@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -13,8 +12,7 @@ from pathlib import Path
 import docker
 import openai
 import pytest
-from installation import Install, Installation, built
-from upstreams import Upstream
+from installation import Install, Installation, built, served_outside
 
 import llm_manager as lm
 
@@ -30,16 +28,8 @@ DROP COLUMN \\"key_name\\" CASCADE' \\"$DATABASE_URL\\"; exit 3"]
 @pytest.fixture(scope="module")
 def here(install_for_module: Install) -> Iterator[Installation]:
     """An endpoint whose one model is served outside of Docker."""
-    with Upstream("host", 0) as server:
-        threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
-        made = install_for_module()
-        made.cli("config", "set", "--hostname", "localhost", "--hostname", lm.HOST_NAME)
-        url = f"http://{lm.HOST_NAME}:{server.server_port}"
-        made.cli("provider", "add", "mine", "--kind", "lm-studio", "--url", url)
-        made.cli("route", "set", "tiny", "--member", "mine/tiny")
-        made.cli("apply")
+    with served_outside(install_for_module) as made:
         yield made
-        server.shutdown()
 
 
 def sql(here: Installation, *statements: str) -> str:

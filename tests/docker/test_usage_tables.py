@@ -399,6 +399,16 @@ def test_the_page_shows_who_used_what_and_gives_it_as_a_file(
         here.cli("apply")
 
 
+def figures_sort_as_numbers(page: Page) -> None:
+    sort_by(page, "Prompt tokens", "ascending")
+    used = page.get_by_role("grid").filter(has=page.get_by_role("columnheader", name="Prompt"))
+    prompts = used.get_by_role("row").locator("[role=gridcell]:nth-child(4)")
+    expect(prompts.first).not_to_have_text("")
+    figures = [int(text.replace(",", "")) for text in prompts.all_inner_texts()]
+    assert len(figures) > 5
+    assert figures == sorted(figures)
+
+
 @pytest.mark.browser
 def test_a_thousand_keys_are_found_sorted_and_accounted_for(here: Installation, page: Page) -> None:
     with serving(here) as url:
@@ -419,6 +429,7 @@ def test_a_thousand_keys_are_found_sorted_and_accounted_for(here: Installation, 
         expect(cell(page, "key 777")).to_be_visible()
         expect(cell(page, "key 999")).to_have_count(0)
         page.get_by_role("button", name="Usage").click()
+        figures_sort_as_numbers(page)
         with page.expect_download() as download:
             page.get_by_role("link", name="Download usage-by-key").click()
         rows = [*csv.DictReader(download.value.path().read_text().splitlines())]
