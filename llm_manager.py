@@ -9960,11 +9960,36 @@ def revoke_question(alias: str) -> str:
     )
 
 
-def revoke_group_question(name: str, count: int) -> str:
-    return (
-        f"**Revoke the group {plain(name)} with its {count} keys?** Their requests are refused "
-        "from then on; what they used stays accounted for."
-    )
+GroupVerb = Literal["block", "extend", "revoke"]
+
+
+def group_question(
+    verb: GroupVerb, name: str, keys: Sequence[VirtualKey], until: datetime | None, now: datetime
+) -> str:
+    """What would happen to the keys of a group, before it does."""
+    named, many = plain(name), f"{len(keys)} key{'s' * (len(keys) != 1)}"
+    match verb:
+        case "block":
+            return (
+                f"**Block the group {named} with its {many}?** Their requests are refused until it "
+                "is unblocked."
+            )
+        case "extend":
+            ends = [key.settings.expires_at for key in keys]
+            sooner = sum(end is not None and (until is None or end < until) for end in ends)
+            later = sum(until is not None and (end is None or end > until) for end in ends)
+            expired = sum(key_state(key, now) == "expired" for key in keys)
+            return (
+                f"**Let the {many} of {named} end: {format_day(until) or 'never'}?** Now {sooner} "
+                f"end sooner, {expired} of them have expired and work again, and {later} end later."
+            )
+        case "revoke":
+            return (
+                f"**Revoke the group {named} with its {many}?** Their requests are refused from "
+                "then on; what they used stays accounted for."
+            )
+        case _:
+            assert_never(verb)
 
 
 def running_job(snapshot: Snapshot) -> JobView | None:
@@ -20323,28 +20348,38 @@ def build_key_form(desk: Desk, chosen: gr.Dropdown, secret: gr.Textbox, said: gr
     return form["group"]
 
 
+def act_on_group(keys: Keys, pending: tuple[GroupVerb, str, datetime | None]) -> str:
+    """Do what was asked and confirmed; what was done, in a sentence."""
+    verb, group, until = pending
+    match verb:
+        case "block":
+            keys.block_group(group)
+            return done_at(f"Blocked the group {group}.")
+        case "extend":
+            count = keys.extend_group(group, until)
+            return done_at(f"{count} keys of {group} end: {format_day(until) or 'never'}.")
+        case "revoke":
+            return done_at(f"Revoked {keys.revoke_group(group)} keys of {group}.")
+        case _:
+            assert_never(verb)
+
+
 def build_group_actions(desk: Desk, said: gr.Markdown) -> gr.Dropdown:
     """What is done to all keys of a group at once."""
     keys = desk.manager.keys
 
-    def on_block(blocked: bool, name: str | None) -> str:
+    def on_ask(verb: GroupVerb, name: str | None, days: float | None) -> tuple[Any, ...]:
         with shown_to_operator():
-            keys.block_group(chosen_one(name), blocked=blocked)
-            return done_at(f"{'Blocked' if blocked else 'Unblocked'} the group {name}.")
+            group, now = chosen_one(name), utc_now()
+            until = end_after(days, now) if verb == "extend" else None
+            theirs = [key for key in keys.all() if key.settings.group == group]
+            question = group_question(verb, group, theirs, until, now)
+            return gr.update(visible=True), question, (verb, group, until)
 
-    def on_extend(name: str | None, days: float | None) -> str:
+    def on_unblock(name: str | None) -> str:
         with shown_to_operator():
-            until = end_after(days, utc_now())
-            count = keys.extend_group(chosen_one(name), until)
-            return done_at(f"{count} keys of {name} end: {format_day(until) or 'never'}.")
-
-    def on_revoke(name: str | None) -> tuple[Any, ...]:
-        with shown_to_operator():
-            count = sum(key.settings.group == chosen_one(name) for key in keys.all())
-            return gr.update(visible=True), revoke_group_question(name or "", count), name
-
-    def revoke_it(name: str) -> str:
-        return done_at(f"Revoked {keys.revoke_group(name)} keys of {name}.")
+            keys.block_group(chosen_one(name), blocked=False)
+            return done_at(f"Unblocked the group {name}.")
 
     with gr.Row(elem_classes="actions"):
         chosen = gr.Dropdown(label="Group", value=None, scale=2)
@@ -20353,11 +20388,13 @@ def build_group_actions(desk: Desk, said: gr.Markdown) -> gr.Dropdown:
         days = gr.Number(30, label="Valid for (days)", precision=0, info="0: for ever")
         extend = gr.Button("Extend all", scale=0, min_width=120)
         revoke = gr.Button("Revoke all", variant="stop", scale=0, min_width=120)
-    question, _ = build_question("Revoke all of them", revoke_it, said)
-    block.click(partial(on_block, True), chosen, said, **PRIVATE)
-    unblock.click(partial(on_block, False), chosen, said, **PRIVATE)
-    extend.click(on_extend, [chosen, days], said, **PRIVATE)
-    revoke.click(on_revoke, chosen, question, **PRIVATE)
+    question, _ = build_question("Do it", partial(act_on_group, keys), said)
+    asking: tuple[tuple[gr.Button, GroupVerb], ...] = (
+        (block, "block"), (extend, "extend"), (revoke, "revoke"),
+    )  # fmt: skip
+    for button, verb in asking:
+        button.click(partial(on_ask, verb), [chosen, days], question, **PRIVATE)
+    unblock.click(on_unblock, chosen, said, **PRIVATE)
     return chosen
 
 

@@ -6,6 +6,7 @@ import csv
 import io
 from dataclasses import asdict, replace
 from datetime import timedelta
+from functools import partial
 from hashlib import sha256
 from typing import Any
 
@@ -311,3 +312,17 @@ def test_a_pattern_and_an_alias_allow_what_they_stand_for() -> None:
 def test_what_was_used_is_said_in_figures_that_can_be_read(used: float, said: str) -> None:
     assert lm.used_text(settings("Ada"), used).startswith(said)
     assert lm.used_text(settings("Ada", budget=5), 6e-6) == "6 tokens of 5 million tokens"
+
+
+def test_what_would_happen_to_a_group_is_said_before_it_does() -> None:
+    yesterday = NOW - timedelta(days=1)
+    keys = [a_key(expires_at=end) for end in (yesterday, TOMORROW, None)]
+    asked = partial(lm.group_question, name="ML", keys=keys, now=NOW)
+    week = NOW + timedelta(days=7)
+    assert "the 3 keys of ML end: 2026-03-11?** Now 2 end sooner, 1 of them" in asked(
+        "extend", until=week
+    )
+    assert "and 1 end later" in asked("extend", until=week)
+    assert "end: never?** Now 2 end sooner" in asked("extend", until=None)
+    assert "Block the group ML with its 3 keys?" in asked("block", until=None)
+    assert "Revoke the group ML with its 3 keys?" in asked("revoke", until=None)

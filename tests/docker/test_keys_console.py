@@ -106,3 +106,27 @@ def test_a_token_is_made_shown_once_and_revoked(server: Server, page: Page, url:
     button(page, "Revoke it").click()
     assert until(lambda: server.manager.state().admin_tokens == ())
     assert status() == 401
+
+
+def test_what_would_happen_to_a_group_is_asked_before_it_does(
+    server: Server, gateway: FakeGateway, page: Page, url: str
+) -> None:
+    keys = server.manager.keys
+    keys.set_group({"name": "ML"})
+    for name in ("Ada", "Grace"):
+        keys.create(lm.parse_key_settings({"alias": name, "group": "ML"}))
+    open_console(page, url)
+    open_tab(page, "Keys")
+    page.get_by_role("button", name="Create or change a key").click()  # it has a group, too
+    page.get_by_role("button", name="Groups").click()
+    choose(page, "Group", "ML")
+    button(page, "Extend all").click()
+    expect(page.get_by_text("and 2 end later")).to_be_visible()
+    assert {key.settings.expires_at for key in keys.all()} == {None}
+    button(page, "Do it").click()
+    expect(page.get_by_text("2 keys of ML end")).to_be_visible()
+    assert None not in {key.settings.expires_at for key in keys.all()}
+    button(page, "Block all").click()
+    expect(page.get_by_text("Block the group ML with its 2 keys?")).to_be_visible()
+    button(page, "Not now").click()
+    assert not any(group.blocked for group in keys.groups())
