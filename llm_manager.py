@@ -6870,7 +6870,8 @@ def _dump_before(
 def _dump(
     state: State, observed: Observed, cause: str, *, guards: bool = False, spare: str = ""
 ) -> DumpDatabase:
-    file, kept = automatic_dump(observed.taken_at), state.housekeeping.dumps_kept
+    # A change may take two, and the first is then the way back from the second.
+    file, kept = automatic_dump(observed.taken_at), max(2, state.housekeeping.dumps_kept)
     return DumpDatabase(database_name(state), file, kept, cause, guards=guards, spare=spare)
 
 
@@ -7132,7 +7133,12 @@ def plan_endpoint(
         staying = {edge_name(state), *(gateway_name(state, slot) for slot in SLOTS)}
         return Stage(title="endpoint", steps=refused), frozenset(staying)
     slot, gateway_steps = _plan_gateway(state, served, observed, site)
-    steps = (*gateway_steps, *_plan_edge(state, slot, served, observed, site))
+    started = any(not isinstance(step, WriteFile) for step in gateway_steps)
+    withhold: tuple[Step, ...] = ()
+    if started or serving_slot(observed) != slot:
+        # LiteLLM has made its tables now, and Caddy does not know it yet.
+        withhold = (WithholdContents(database_name(state), "no prompt is ever stored"),)
+    steps = (*gateway_steps, *withhold, *_plan_edge(state, slot, served, observed, site))
     kept = frozenset({gateway_name(state, slot), edge_name(state)})
     return Stage(title="endpoint", steps=steps), kept
 
@@ -7215,9 +7221,7 @@ def _plan_gateway(
     cause = "what is routed changed" if serving else "not there"
     pull = _pull_if_absent(wanted[slot], observed)
     dump = _dump_before_migration(wanted[slot], state, observed)
-    # LiteLLM has made its tables now, and Caddy does not know it yet.
-    withhold = WithholdContents(database_name(state), "no prompt is ever stored")
-    return slot, [*pull, *dump, *clear, *write, *_create(wanted[slot], cause), withhold]
+    return slot, [*pull, *dump, *clear, *write, *_create(wanted[slot], cause)]
 
 
 def _dump_before_migration(
@@ -8025,6 +8029,7 @@ class VirtualKey:
     resets_at: datetime | None = None
     created_at: datetime | None = None
     last_used_at: datetime | None = None
+    replaced_by: str = ""  # the SHA-256 of another secret for it; this one only lives out its grace
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -8092,8 +8097,12 @@ def _key_body(settings: KeySettings) -> Json:
         "key_alias": settings.alias,
         "max_parallel_requests": settings.parallel,
         "team_id": settings.group or None,
-        "metadata": {"email": settings.email, "note": settings.note},
+        "metadata": _metadata(settings),
     }
+
+
+def _metadata(settings: KeySettings) -> Json:
+    return {"email": settings.email, "note": settings.note}
 
 
 def _duration(settings: KeySettings, now: datetime) -> str | None:
@@ -8145,6 +8154,7 @@ def read_key(entry: Json) -> VirtualKey:
         resets_at=parse_moment(entry.get("budget_reset_at")),
         created_at=parse_moment(entry.get("created_at")),
         last_used_at=parse_moment(entry.get("last_active")),
+        replaced_by=str(metadata.get("replaced_by") or ""),
     )
 
 
@@ -8205,6 +8215,14 @@ def named_key(keys: Sequence[VirtualKey], name: str) -> VirtualKey:
     if not found:
         raise UnknownError(f"There is no key called {name!r}.", advice="See `key list`.")
     return found[0]
+
+
+def with_former(key: VirtualKey, keys: Sequence[VirtualKey]) -> list[VirtualKey]:
+    """A key, and what it has replaced that is still in its grace."""
+    found = [key]
+    for each in found:
+        found += [other for other in keys if other.replaced_by == each.key_hash]
+    return found
 
 
 def retired(key: VirtualKey, until: datetime) -> KeySettings:
@@ -12871,8 +12889,12 @@ class DockerContents:
                 said = (said + (complaint or b""))[-4000:]
                 if printed:
                     yield printed
-            status = api.exec_inspect(run)["ExitCode"]
-        if status:
+            # A moment after its last word it may count as running still, and has no status yet.
+            status, tries = None, 50
+            while status is None and tries:
+                status, tries = api.exec_inspect(run)["ExitCode"], tries - 1
+                time.sleep(0.1 if status is None else 0)
+        if status != 0:
             text = said.decode(errors="replace")
             # PostgreSQL's programs go on after the error: with a hint, or the place in the query.
             error = re.search(r"\berror: *(.+)", text, re.IGNORECASE)
@@ -13882,7 +13904,8 @@ CUT_OFF: Final = (
 )
 # LiteLLM has no setting against either (1.108): the names of tools that a request offers or an
 # answer calls go into three tables, which nothing here reads; and each refused request of a
-# stranger leaves rows. Prisma wants the day's row back, else LiteLLM logs errors.
+# stranger leaves rows. No trigger has a WHEN: PostgreSQL would refuse LiteLLM's own migrations of a
+# column that is named there. Prisma wants the day's row back, else LiteLLM logs errors.
 WITHHOLDING: Final = """
 CREATE OR REPLACE FUNCTION public.llm_manager_no_row() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
@@ -13898,11 +13921,23 @@ BEGIN
   RETURN NULL;
 END $$;
 CREATE OR REPLACE FUNCTION public.llm_manager_no_stranger() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE
+  failed bool;
 BEGIN
-  IF EXISTS (SELECT FROM public."LiteLLM_VerificationToken" WHERE token = NEW.api_key) THEN
-    RETURN NEW;
+  IF TG_TABLE_NAME = 'LiteLLM_SpendLogs' THEN
+    failed := NEW.status = 'failure';
+  ELSE
+    failed := NEW.successful_requests = 0;
   END IF;
-  RETURN NULL;
+  IF failed AND NEW.api_key <> '{master}'
+     AND NOT EXISTS (SELECT FROM public."LiteLLM_VerificationToken" WHERE token = NEW.api_key)
+     AND NOT EXISTS (SELECT FROM public."LiteLLM_DeletedVerificationToken"
+                      WHERE token = NEW.api_key) THEN
+    RETURN NULL;
+  END IF;
+  RETURN NEW;
+EXCEPTION WHEN OTHERS THEN  -- LiteLLM may change a column, and must not lose its row for that
+  RETURN NEW;
 END $$;
 DO $$
 DECLARE
@@ -13913,10 +13948,8 @@ BEGIN
     ('LiteLLM_SpendLogToolIndex', 'BEFORE', 'ROW EXECUTE FUNCTION public.llm_manager_no_row()'),
     ('LiteLLM_DailyToolSpend', 'BEFORE', 'ROW EXECUTE FUNCTION public.llm_manager_no_tool()'),
     ('LiteLLM_DailyToolSpend', 'AFTER', 'STATEMENT EXECUTE FUNCTION public.llm_manager_no_tool()'),
-    ('LiteLLM_SpendLogs', 'BEFORE', 'ROW WHEN (NEW.status = ''failure'')
-      EXECUTE FUNCTION public.llm_manager_no_stranger()'),
-    ('LiteLLM_DailyUserSpend', 'BEFORE', 'ROW WHEN (NEW.successful_requests = 0)
-      EXECUTE FUNCTION public.llm_manager_no_stranger()')
+    ('LiteLLM_SpendLogs', 'BEFORE', 'ROW EXECUTE FUNCTION public.llm_manager_no_stranger()'),
+    ('LiteLLM_DailyUserSpend', 'BEFORE', 'ROW EXECUTE FUNCTION public.llm_manager_no_stranger()')
   ) AS triggers (place, moment, what) LOOP
     IF to_regclass(format('public.%I', wanted.place)) IS NOT NULL THEN
       IF wanted.place LIKE '%Tool%' THEN
@@ -13928,7 +13961,7 @@ BEGIN
     END IF;
   END LOOP;
 END $$;
-"""
+""".replace("{master}", MASTER_KEY_ALIAS)
 RENAME_TRIES: Final = 5  # PostgreSQL itself waits 5 s for others to leave
 SIZES: Final = """SELECT pg_database_size(current_database()), pg_total_relation_size(oid),
 reltuples::bigint, (SELECT extract(epoch FROM min("startTime")) FROM "LiteLLM_SpendLogs")
@@ -16768,7 +16801,7 @@ class Keys:
 
     def edit(self, name: str, changes: Json) -> KeySettings:
         """The settings that are named change; a request under way is not touched."""
-        api, key = self._found("Change the key", name)
+        api, key, *_ = self._found("Change the key", name)
         with self._refusal(f"Change the key {key.settings.alias}"):
             wished = parse_key_settings(asdict(key.settings) | changes)
             self._check_models([wished])
@@ -16784,34 +16817,68 @@ class Keys:
 
         What was used of the budget is used for both, as far as it was until now.
         """
-        api, key = self._found("Another secret for the key", name)
+        api, key, *_ = self._found("Another secret for the key", name)
         now = utc_now()
         with self._noting(f"Another secret for the key {key.settings.alias}"):
-            if key_state(key, now) == "expired":
-                raise RefusedError(f"The key of {name} has expired.", advice="Extend it first.")
+            match key_state(key, now):
+                case "expired":
+                    raise RefusedError(f"The key of {name} has expired.", advice="Extend it first.")
+                case "blocked":
+                    raise RefusedError(f"The key of {name} is blocked.", advice="Unblock it first.")
+                case _:
+                    pass
             old = retired(key, now + max(grace, timedelta(seconds=1)))
-            api.update_key(key.key_hash, key_changes(key.settings, old, now))
+            # Made here: a key of which LiteLLM's answer was lost can be taken back, too.
+            secret = new_bearer()
+            new_hash = sha256(reveal(secret).encode()).hexdigest()
+            marked = key_changes(key.settings, old, now)
+            marked["metadata"] = _metadata(key.settings) | {"replaced_by": new_hash}
             try:
-                secret = api.create_key(key_body(key.settings, now) | {"spend": key.used})
+                api.update_key(key.key_hash, marked)
+                made = key_body(key.settings, now) | {"spend": key.used, "key": reveal(secret)}
+                api.create_key(made)
             except BaseException:
-                api.update_key(key.key_hash, key_changes(old, key.settings, now))
+                self._take_rotation_back(key, old, new_hash)
                 raise
             if not grace:
-                api.delete_keys([key.key_hash])
+                with contextlib.suppress(GatewayError):  # it has ended in any case
+                    api.delete_keys([key.key_hash])
         return key.settings, secret
+
+    def _take_rotation_back(self, key: VirtualKey, old: KeySettings, new_hash: str) -> None:
+        """The key as it was, however far its replacement came; raises GatewayError if it is not."""
+        back = key_changes(old, key.settings, utc_now()) | {"metadata": _metadata(key.settings)}
+        fault: ManagerError | None = None
+        for seconds in TAKE_BACK_PAUSES[:3]:
+            self._tools.clock.sleep(seconds)
+            try:
+                api = self._api()
+                if any(known.key_hash == new_hash for known in api.list_keys()):
+                    api.delete_keys([new_hash])
+                api.update_key(key.key_hash, back)
+            except ManagerError as error:
+                fault = error
+            else:
+                return
+        raise GatewayError(
+            f"The key of {key.settings.alias} may end at {old.expires_at:%Y-%m-%d %H:%M} UTC, and "
+            "nobody has another secret for it.",
+            advice="Look at `key list` when LiteLLM answers again; revoke it, and make a new one.",
+        ) from fault
 
     def block(self, name: str, *, blocked: bool = True) -> None:
         """Refuse its requests until it is unblocked."""
         doing = f"{'Block' if blocked else 'Unblock'} the key"
-        api, key = self._found(doing, name)
-        with self._noting(f"{doing} {key.settings.alias}"):
-            api.block_key(key.key_hash, blocked=blocked)
+        api, *keys = self._found(doing, name)
+        with self._noting(f"{doing} {keys[0].settings.alias}"):
+            for key in keys:
+                api.block_key(key.key_hash, blocked=blocked)
 
     def revoke(self, name: str) -> None:
-        """The key of that name stops working; what it used stays accounted for."""
-        api, key = self._found("Revoke the key", name)
-        with self._noting(f"Revoke the key {key.settings.alias}"):
-            api.delete_keys([key.key_hash])
+        """It stops working, as do its former secrets; what it used stays accounted for."""
+        api, *keys = self._found("Revoke the key", name)
+        with self._noting(f"Revoke the key {keys[0].settings.alias}"):
+            api.delete_keys([key.key_hash for key in keys])
 
     def why(self, text: str, model: str) -> Diagnosis:
         """Why a key works or fails; the text is a secret, a name, or a part of either."""
@@ -16846,7 +16913,7 @@ class Keys:
         """All its keys end then, or never; how many those are."""
         with self._noting(f"Let the keys of {name} end: {until or 'never'}"):
             api = self._api()
-            now, keys = utc_now(), _keys_of(name, api)
+            now, keys = utc_now(), [key for key in _keys_of(name, api) if not key.replaced_by]
             wished = [replace(key.settings, expires_at=until) for key in keys]
             bodies = [key_changes(k.settings, w, now) for k, w in zip(keys, wished, strict=True)]
             for key, body in zip(keys, bodies, strict=True):
@@ -16865,11 +16932,15 @@ class Keys:
             api.delete_group(name)
         return len(keys)
 
-    def _found(self, doing: str, name: str) -> tuple[LiteLlmApi, VirtualKey]:
-        """What a change of a key begins with."""
+    def _found(
+        self, doing: str, name: str
+    ) -> tuple[LiteLlmApi, VirtualKey, *tuple[VirtualKey, ...]]:
+        """What a change of a key begins with: that key, and what it replaced."""
         with self._refusal(f"{doing} {name}"):
             api = self._api()
-            return api, named_key(api.list_keys(), name)
+            known = api.list_keys()
+            key, *former = with_former(named_key(known, name), known)
+            return api, key, *former
 
     def _check_models(self, wished: Sequence[KeySettings]) -> None:
         state = self._store.load()
@@ -16920,6 +16991,7 @@ def _create_all(
             control.done_part = len(made) / len(wished)
             made.append((settings, secret := new_bearer()))
             api.create_key(key_body(settings, utc_now()) | {"key": reveal(secret)})
+        control.check()
     except BaseException as error:
         if made:
             control.report(f"Taking {len(made)} keys back.")
@@ -17686,6 +17758,7 @@ class JobKeeper:
     def __init__(self, store: StateStore) -> None:
         self._store = store
         self._jobs: list[Job] = []
+        self._keeping = threading.Lock()
 
     @property
     def audit(self) -> AuditTrail:
@@ -17733,9 +17806,10 @@ class JobKeeper:
 
     def _keep(self, job: Job) -> None:
         """The last 50 that are done, and all that run or offer something."""
-        ended = [known for known in self._jobs if known.finished_at and not known.control.offers]
-        done = ended[:-50]
-        self._jobs = [known for known in self._jobs if known not in done] + [job]
+        with self._keeping:
+            ended = [each for each in self._jobs if each.finished_at and not each.control.offers]
+            done = ended[:-50]
+            self._jobs = [known for known in self._jobs if known not in done] + [job]
 
     def start_task(self, title: str, work: Callable[[Control], None], hint: str = "") -> Job:
         """Work beside the changes, as a job; refused while one of the same title runs."""
@@ -20372,7 +20446,7 @@ def build_group_actions(desk: Desk, said: gr.Markdown) -> gr.Dropdown:
         with shown_to_operator():
             group, now = chosen_one(name), utc_now()
             until = end_after(days, now) if verb == "extend" else None
-            theirs = [key for key in keys.all() if key.settings.group == group]
+            theirs = [k for k in keys.all() if k.settings.group == group and not k.replaced_by]
             question = group_question(verb, group, theirs, until, now)
             return gr.update(visible=True), question, (verb, group, until)
 

@@ -217,3 +217,72 @@ def test_refused_changes_of_keys_are_in_the_audit(server: Server, gateway: FakeG
         "Another secret for the key Ada", "Revoke the group ML", "Set the group ML",
         "Create the key Ada",
     )]  # fmt: skip
+
+
+# --- another secret for a key ---
+
+
+def a_key_of(server: Server, name: str, **more: object) -> str:
+    """The SHA-256 of a new key."""
+    secret = server.manager.keys.create(lm.parse_key_settings({"alias": name} | more))
+    return sha256(lm.reveal(secret).encode()).hexdigest()
+
+
+def test_the_former_secret_of_a_key_goes_with_it_and_is_never_extended(
+    server: Server, gateway: FakeGateway
+) -> None:
+    keys = server.manager.keys
+    keys.set_group({"name": "ML"})
+    first = a_key_of(server, "Ada", group="ML")
+    keys.rotate("Ada", lm.parse_grace(1))
+    keys.rotate("Ada", lm.parse_grace(2))
+    ends = {key.key_hash: key.settings.expires_at for key in keys.all()}
+    assert len(ends) == 3
+    assert keys.extend_group("ML", lm.utc_now() + lm.timedelta(days=30)) == 1
+    moved = {key.key_hash for key in keys.all() if key.settings.expires_at != ends[key.key_hash]}
+    assert len(moved) == 1
+    assert first not in moved
+    keys.block("Ada")
+    assert all(key.blocked for key in keys.all())
+    with pytest.raises(lm.RefusedError, match="is blocked"):
+        keys.rotate("Ada", lm.parse_grace(1))
+    keys.revoke("Ada")
+    assert gateway.keys == {}
+
+
+@pytest.mark.parametrize("fault", ["refused", "lost", "absent"])
+def test_a_rotation_that_breaks_off_leaves_the_key_as_it_was(
+    server: Server, gateway: FakeGateway, fault: str
+) -> None:
+    first = a_key_of(server, "Ada")
+    before = dict(gateway.keys[first])
+    gateway.refuses = "Ada" if fault == "refused" else ""
+    gateway.loses_answer_of = "Ada" if fault == "lost" else ""
+    update = gateway.update_key
+
+    def update_then_vanish(key_hash: str, body: lm.Json) -> None:
+        update(key_hash, body)
+        gateway.absent_for = 2 if fault == "absent" else 0
+        gateway.update_key = update  # type: ignore[method-assign]
+
+    gateway.update_key = update_then_vanish  # type: ignore[method-assign]
+    with pytest.raises(lm.GatewayError):
+        server.manager.keys.rotate("Ada", lm.parse_grace(0))
+    assert [*gateway.keys] == [first]
+    (key,) = server.manager.keys.all()
+    assert (key.settings.alias, key.settings.expires_at, key.replaced_by) == ("Ada", None, "")
+    assert gateway.keys[first]["metadata"] == before["metadata"]
+
+
+def test_where_not_even_that_works_it_is_said_when_the_key_ends(
+    server: Server, gateway: FakeGateway
+) -> None:
+    a_key_of(server, "Ada")
+
+    def vanish(_: str) -> None:
+        gateway.absent_for = 10**6
+
+    gateway.made = vanish
+    gateway.loses_answer_of = "Ada"
+    with pytest.raises(lm.GatewayError, match=r"The key of Ada may end at .* nobody has another"):
+        server.manager.keys.rotate("Ada", lm.parse_grace(1))

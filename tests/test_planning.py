@@ -402,6 +402,7 @@ def test_a_crash_between_writing_and_loading_the_caddyfile_is_healed() -> None:
     crashed = replace(world, edge=lm.LoadedCaddyfile("a", "0123456789ab"))
     assert planned(state, crashed) == expect("""
         endpoint:
+          let the database refuse what requests said: no prompt is ever stored
           check and load caddy/Caddyfile: what is served changed
         """)
 
