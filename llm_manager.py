@@ -9798,7 +9798,8 @@ DIAGNOSIS_HEADERS: Final = ("What is wrong", "What to do")
 def diagnosis_text(diagnosis: Diagnosis) -> str:
     """One sentence, and a line per fault."""
     if not diagnosis.faults:
-        limits = [limits_text(each) for each in diagnosis.limits if limits_text(each) != NO_LIMITS]
+        told = map(limits_text, diagnosis.limits)
+        limits = [text for text in told if text != NO_LIMITS]
         beyond = f" Beyond {', or of its group '.join(limits)}: 429." if limits else ""
         return f"{diagnosis.title}: nothing speaks against it.{beyond}"
     return "\n".join(
@@ -16732,8 +16733,16 @@ def disk_check(home: Path) -> Check:
 
 
 def new_bearer() -> pydantic.SecretStr:
-    """A fresh secret of the shape that every client of OpenAI's takes."""
+    """A fresh secret of the shape that every client of OpenAI's takes.
+
+    A virtual key that is made with one can be taken back although LiteLLM's answer was lost.
+    """
     return pydantic.SecretStr(f"sk-{secrets.token_urlsafe(32)}")
+
+
+def hash_of(secret: pydantic.SecretStr) -> str:
+    """By which LiteLLM knows a virtual key."""
+    return sha256(reveal(secret).encode()).hexdigest()
 
 
 def new_direct_key(name: str, models: Sequence[str] = (), *, emergency: bool = False) -> DirectKey:
@@ -16828,9 +16837,8 @@ class Keys:
                 case _:
                     pass
             old = retired(key, now + max(grace, timedelta(seconds=1)))
-            # Made here: a key of which LiteLLM's answer was lost can be taken back, too.
             secret = new_bearer()
-            new_hash = sha256(reveal(secret).encode()).hexdigest()
+            new_hash = hash_of(secret)
             marked = key_changes(key.settings, old, now)
             marked["metadata"] = _metadata(key.settings) | {"replaced_by": new_hash}
             try:
@@ -16838,33 +16846,12 @@ class Keys:
                 made = key_body(key.settings, now) | {"spend": key.used, "key": reveal(secret)}
                 api.create_key(made)
             except BaseException:
-                self._take_rotation_back(key, old, new_hash)
+                _take_rotation_back(key, old, new_hash, self._api, self._tools.clock)
                 raise
             if not grace:
                 with contextlib.suppress(GatewayError):  # it has ended in any case
                     api.delete_keys([key.key_hash])
         return key.settings, secret
-
-    def _take_rotation_back(self, key: VirtualKey, old: KeySettings, new_hash: str) -> None:
-        """The key as it was, however far its replacement came; raises GatewayError if it is not."""
-        back = key_changes(old, key.settings, utc_now()) | {"metadata": _metadata(key.settings)}
-        fault: ManagerError | None = None
-        for seconds in TAKE_BACK_PAUSES[:3]:
-            self._tools.clock.sleep(seconds)
-            try:
-                api = self._api()
-                if any(known.key_hash == new_hash for known in api.list_keys()):
-                    api.delete_keys([new_hash])
-                api.update_key(key.key_hash, back)
-            except ManagerError as error:
-                fault = error
-            else:
-                return
-        raise GatewayError(
-            f"The key of {key.settings.alias} may end at {old.expires_at:%Y-%m-%d %H:%M} UTC, and "
-            "nobody has another secret for it.",
-            advice="Look at `key list` when LiteLLM answers again; revoke it, and make a new one.",
-        ) from fault
 
     def block(self, name: str, *, blocked: bool = True) -> None:
         """Refuse its requests until it is unblocked."""
@@ -16960,9 +16947,10 @@ class Keys:
             )
         for slot in [observed.edge.slot] if observed.edge else SLOTS:
             seen = observed.containers.get(gateway_name(state, slot))
+            if seen is None or seen.address is None:
+                continue
             # One that Caddy serves may be too busy to say that it is ready.
-            there = seen is not None and (seen.ready or (seen.running and observed.edge))
-            if seen is not None and there and seen.address is not None:
+            if seen.ready or (seen.running and observed.edge):
                 return LiteLlmApi(
                     seen.address,
                     state.secrets.master_key,
@@ -16981,7 +16969,6 @@ def _create_all(
     wished: Sequence[KeySettings], gateway: Callable[[], LiteLlmApi], clock: Clock, control: Control
 ) -> pydantic.SecretStr:
     """All of these keys, as a CSV with their secrets; or none of them."""
-    # Secrets are made here: a key of which LiteLLM's answer was lost can be taken back, too.
     made: list[tuple[KeySettings, pydantic.SecretStr]] = []
     try:
         api = gateway()
@@ -17009,24 +16996,58 @@ def _take_back(
     clock: Clock,
 ) -> None:
     """LiteLLM is given two minutes to be back; raises GatewayError with whose keys may stay."""
-    hashes = {sha256(reveal(secret).encode()).hexdigest() for _, secret in made}
+    hashes = {hash_of(secret) for _, secret in made}
+    fault = _last_fault(lambda: _delete_known(gateway(), hashes), TAKE_BACK_PAUSES, clock)
+    if fault is not None:
+        raise GatewayError(
+            "Of a list that broke off, these keys may be there, and their secrets are known to "
+            f"nobody: {', '.join(settings.alias for settings, _ in made)}.",
+            advice="Revoke them when LiteLLM answers again.",
+        ) from fault
+
+
+def _take_rotation_back(
+    key: VirtualKey, old: KeySettings, new_hash: str,
+    gateway: Callable[[], LiteLlmApi], clock: Clock,
+) -> None:  # fmt: skip
+    """The key as it was, however far its replacement came; raises GatewayError if it is not."""
+    back = key_changes(old, key.settings, utc_now()) | {"metadata": _metadata(key.settings)}
+
+    def attempt() -> None:
+        api = gateway()
+        _delete_known(api, {new_hash})
+        api.update_key(key.key_hash, back)
+
+    fault = _last_fault(attempt, TAKE_BACK_PAUSES[:3], clock)
+    if fault is not None:
+        raise GatewayError(
+            f"The key of {key.settings.alias} may end at {old.expires_at:%Y-%m-%d %H:%M} UTC, and "
+            "nobody has another secret for it.",
+            advice="Look at `key list` when LiteLLM answers again; revoke it, and make a new one.",
+        ) from fault
+
+
+def _last_fault(
+    attempt: Callable[[], None], pauses: Sequence[float], clock: Clock
+) -> ManagerError | None:
+    """None as soon as an attempt succeeds; they come after these seconds each."""
     fault: ManagerError | None = None
-    for seconds in TAKE_BACK_PAUSES:
+    for seconds in pauses:
         clock.sleep(seconds)
         try:
-            api = gateway()
-            there = [key.key_hash for key in api.list_keys() if key.key_hash in hashes]
-            if there:
-                api.delete_keys(there)
+            attempt()
         except ManagerError as error:
             fault = error
         else:
-            return
-    raise GatewayError(
-        "Of a list that broke off, these keys may be there, and their secrets are known to "
-        f"nobody: {', '.join(settings.alias for settings, _ in made)}.",
-        advice="Revoke them when LiteLLM answers again.",
-    ) from fault
+            return None
+    return fault
+
+
+def _delete_known(api: LiteLlmApi, hashes: Collection[str]) -> None:
+    """Those of them that are there, which LiteLLM wants to be all."""
+    there = [key.key_hash for key in api.list_keys() if key.key_hash in hashes]
+    if there:
+        api.delete_keys(there)
 
 
 TAKE_BACK_PAUSES: Final = (0, 2, 8, 20, 30, 60)  # seconds
@@ -17330,7 +17351,7 @@ def _temporary_key(gateway: LiteLlmApi) -> Iterator[pydantic.SecretStr]:
     try:
         yield key
     finally:
-        gateway.delete_keys([sha256(reveal(key).encode()).hexdigest()])
+        gateway.delete_keys([hash_of(key)])
 
 
 def _sent(
