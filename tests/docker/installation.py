@@ -43,6 +43,7 @@ TEST_IMAGES = {
     "vllm_omni": ENGINE,
 }
 CHEAP = "--enforce-eager"  # a start takes about 35 s
+PATIENCE = 900.0  # seconds for a command: no verdict, but a bound for what never ends
 
 
 log = logging.getLogger("tests")
@@ -92,7 +93,7 @@ class Installation:
         """The real program, to its end, whatever that is."""
         running = self.popen(*arguments, **variables)
         try:
-            said, complained = running.communicate(timeout=240)
+            said, complained = running.communicate(timeout=PATIENCE)
         except subprocess.TimeoutExpired:
             running.kill()
             pytest.fail(f"`{' '.join(arguments)}` does not end:\n{running.communicate()[0]}")

@@ -7,6 +7,9 @@
    and `import torchvision` ends with "operator torchvision::nms does not exist". So the two operators
    that it annotates are declared; its transforms, which are all that vLLM uses, are plain torch.
 3. vLLM-Omni ships no CPU platform: omni_cpu_platform.py is installed as its plug-in.
+4. A start takes 15 s instead of 38: on a CPU, vLLM imports itself four times, in the server, for the
+   engine's core, for its worker and to look at the model's class. Core and worker are forked here, as
+   they are on a GPU, and what it found out about classes is kept in the image.
 """
 
 import importlib.metadata
@@ -20,6 +23,7 @@ OPERATORS = """if not torchvision.extension._has_ops():
 
 
 """
+CLASSES_SEEN = "/opt/modelinfos"
 ANNOTATED = '@torch.library.register_fake("torchvision::nms")'
 
 
@@ -44,6 +48,14 @@ write_distribution(site / f"vllm-{vllm.version}+cpu.dist-info", about, "")
 
 source = site / "torchvision/_meta_registrations.py"
 source.write_text(replace_once(source.read_text(), ANNOTATED, OPERATORS + ANNOTATED))
+
+source = site / "vllm/platforms/cpu.py"
+spawned = 'os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = '
+source.write_text(replace_once(source.read_text(), f'{spawned}"spawn"', f'{spawned}"fork"'))
+
+source = site / "vllm/model_executor/models/registry.py"
+kept = 'return Path(envs.VLLM_CACHE_ROOT) / "modelinfos"'
+source.write_text(replace_once(source.read_text(), kept, f'return Path("{CLASSES_SEEN}")'))
 
 shutil.copy(pathlib.Path(__file__).with_name("omni_cpu_platform.py"), site)
 write_distribution(
