@@ -12,29 +12,35 @@ Outline (search for "§5"; tests/test_layout.py keeps it true):
   §8  Weights            pure     repositories, what to fetch of them, and what is stored here
   §9  Routes             pure     public names, who answers for them, and how
   §10 Usage              pure     who used how much, and the queries that tell
-  §11 Config generation  pure     containers, LiteLLM's YAML, the Caddyfile
-  §12 Steps              pure     what is observed, and all that can be done about it
-  §13 Planning           pure     desired + observed -> Plan
-  §14 Changes            pure     what an operator can ask for
-  §15 Keys               pure     what a colleague may, groups, and many keys at once
-  §16 Proofs             pure     what every way in should answer, and what must be found nowhere
-  §17 Views              pure     what the operator reads
-  §18 Hardware views     pure     GPUs, slices and restores as the operator sees them
-  §19 Library views      pure     weights, fit and images as the operator sees them
-  §20 Route views        pure     the ways in as the operator sees them
-  §21 Usage views        pure     use as the operator sees it
-  §22 Home               effects  time, and the state and files on the disk
-  §23 Containers         effects  Docker
-  §24 Images             effects  pulled, built from recipes, pruned
-  §25 Requests           effects  HTTP to containers on the bridge, LiteLLM's management API
-  §26 Database           effects  PostgreSQL
-  §27 Hub                effects  Hugging Face, downloads, and the cache on the disk
-  §28 Drivers            effects  NVML, and what the system knows about GPUs
-  §29 Orchestration      effects  Plan -> world, undo, jobs
-  §30 Manager            effects  the use cases; all that console and command line may call
-  §31 Programs           effects  the REST API, and who may use it
-  §32 Console            effects  one builder per tab, and who may open it
-  §33 Main               effects  arguments, wiring, systemd
+  §11 Energy             pure     joules from looks at GPUs, and whose they are
+  §12 Benchmark          pure     loads to offer, and what engines made of them
+  §13 Config generation  pure     containers, LiteLLM's YAML, the Caddyfile
+  §14 Monitoring         pure     scrape targets, dashboards and alerts
+  §15 Steps              pure     what is observed, and all that can be done about it
+  §16 Planning           pure     desired + observed -> Plan
+  §17 Changes            pure     what an operator can ask for
+  §18 Keys               pure     what a colleague may, groups, and many keys at once
+  §19 Proofs             pure     what every way in should answer, and what must be found nowhere
+  §20 Views              pure     what the operator reads
+  §21 Hardware views     pure     GPUs, slices and restores as the operator sees them
+  §22 Library views      pure     weights, fit and images as the operator sees them
+  §23 Route views        pure     the ways in as the operator sees them
+  §24 Usage views        pure     use as the operator sees it
+  §25 Energy views       pure     energy and benchmarks as the operator sees them
+  §26 Home               effects  time, and the state and files on the disk
+  §27 Containers         effects  Docker
+  §28 Images             effects  pulled, built from recipes, pruned
+  §29 Requests           effects  HTTP to containers on the bridge, LiteLLM's management API
+  §30 Database           effects  PostgreSQL
+  §31 Energy records     effects  SQLite
+  §32 Hub                effects  Hugging Face, downloads, and the cache on the disk
+  §33 Drivers            effects  NVML, and what the system knows about GPUs
+  §34 Orchestration      effects  Plan -> world, undo, jobs
+  §35 Manager            effects  the use cases; all that console and command line may call
+  §36 Programs           effects  the REST API, and who may use it
+  §37 Terminal           effects  a live view for an SSH session
+  §38 Console            effects  one builder per tab, and who may open it
+  §39 Main               effects  arguments, wiring, systemd
 """
 
 from __future__ import annotations
@@ -785,6 +791,20 @@ class Housekeeping:
 
 @_strict
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EnergySettings:
+    """How often GPUs are looked at, and what a kilowatt-hour is worth; None where nobody said.
+
+    `overhead` is what the room takes for each kilowatt-hour of a GPU, itself included (PUE).
+    """
+
+    period_seconds: Annotated[float, pydantic.Field(ge=0.1, le=60)] = 1.0
+    price_per_kwh: Annotated[float, pydantic.Field(ge=0, le=1000)] | None = None  # Prices.currency
+    co2_grams_per_kwh: Annotated[float, pydantic.Field(ge=0, le=5000)] | None = None
+    overhead: Annotated[float, pydantic.Field(ge=1, le=5)] = 1.0
+
+
+@_strict
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Secrets:
     """Everything that must never print; made once, kept through every rollback."""
 
@@ -817,6 +837,7 @@ class State:
     prices: Prices = field(default_factory=Prices)
     monitoring: bool = False
     housekeeping: Housekeeping = field(default_factory=Housekeeping)
+    energy: EnergySettings = field(default_factory=EnergySettings)
     hugging_face_home: AbsolutePath | None = None
     secrets: Secrets
 
@@ -4513,7 +4534,113 @@ def _harmless(cell: object) -> object:
 
 
 # =============================================================================
-# §11 Config generation — pure: containers, LiteLLM's YAML, the Caddyfile
+# §11 Energy — pure: joules from looks at GPUs, and whose they are
+# =============================================================================
+
+# Whole millijoules, as NVML counts: then parts add up to their whole exactly, however it is split.
+EnergyMethod = Literal["counter", "power", "unmeasured"]
+LONGEST_LOOK_SECONDS: Final = 60.0
+PERIODS_BRIDGED: Final = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EnergyReading:
+    """One look at a whole GPU; None is what it did not tell.
+
+    `at` are seconds of a clock that only goes forward, and goes on while the server sleeps.
+    """
+
+    at: float
+    counter_mj: int | None = None  # since the driver was loaded, or the GPU reset
+    power_w: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Interval:
+    """What a GPU took between two looks; without millijoules nobody can know."""
+
+    seconds: float
+    energy_mj: int | None
+    method: EnergyMethod
+
+
+ShareMethod = Literal["whole GPU", "process utilisation", "MIG activity", "equal split", "idle"]
+NOBODY: Final = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EnergyShare:
+    """What one replica, or nobody, took of one GPU between two looks at it.
+
+    The shares of a GPU's interval add up to what was measured. `energy_mj` is None in the one share
+    of an interval that nobody measured.
+    """
+
+    gpu_uuid: str
+    start: float  # seconds since 1970
+    seconds: float
+    model: str  # NOBODY: the GPU's idle baseline, and what no replica accounts for
+    replica: int
+    energy_mj: int | None
+    method: ShareMethod
+
+    @property
+    def measured(self) -> bool:
+        """Whether the GPU itself told; else a method divided what it told."""
+        return self.energy_mj is not None and self.method in ("whole GPU", "idle")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EnergyRates:
+    """What a kilowatt-hour was worth while it was taken; kept with each record."""
+
+    price_per_kwh: float | None = None
+    currency: str = "EUR"
+    co2_grams_per_kwh: float | None = None
+    overhead: float = 1.0
+
+
+def measure(before: EnergyReading, now: EnergyReading, period: float) -> Interval:
+    """The energy between two looks that should be a period apart.
+
+    The counter is exact however late a look comes, so a stalled program loses nothing; one that
+    went backwards was reset, and says nothing of this interval. Power is integrated by trapezoid,
+    over a few periods at most. What is longer was a sleep or a stop: it is left unmeasured.
+    """
+    seconds = now.at - before.at
+    if before.counter_mj is not None and now.counter_mj is not None:
+        taken = now.counter_mj - before.counter_mj
+        if taken >= 0 and seconds <= max(LONGEST_LOOK_SECONDS, PERIODS_BRIDGED * period):
+            return Interval(seconds=seconds, energy_mj=taken, method="counter")
+    if before.power_w is not None and now.power_w is not None:
+        taken = round(1000 * seconds * (before.power_w + now.power_w) / 2)
+        if seconds <= PERIODS_BRIDGED * period:
+            return Interval(seconds=seconds, energy_mj=taken, method="power")
+    return Interval(seconds=seconds, energy_mj=None, method="unmeasured")
+
+
+def split_energy(energy_mj: int, weights: Mapping[str, float]) -> dict[str, int]:
+    """Parts in proportion, which add up exactly; equal ones where no weight is above nothing."""
+    total = math.fsum(weights.values())
+    shares = {
+        who: energy_mj * (weight / total if total > 0 else 1 / len(weights))
+        for who, weight in weights.items()
+    }
+    parts = {who: math.floor(share) for who, share in shares.items()}
+    by_remainder = sorted(parts, key=lambda who: (parts[who] - shares[who], who))
+    left = energy_mj - sum(parts.values())
+    for who in itertools.islice(itertools.cycle(by_remainder), left):
+        parts[who] += 1
+    return parts
+
+
+# =============================================================================
+# §12 Benchmark — pure: loads to offer, and what engines made of them
+# =============================================================================
+
+
+# =============================================================================
+# §13 Config generation — pure: containers, LiteLLM's YAML, the Caddyfile
 # =============================================================================
 
 
@@ -6030,7 +6157,12 @@ def render_unit(template: str, *, python: str, program: str, home: str) -> str:
 
 
 # =============================================================================
-# §12 Steps — pure: what is observed, and all that can be done about it
+# §14 Monitoring — pure: scrape targets, dashboards and alerts
+# =============================================================================
+
+
+# =============================================================================
+# §15 Steps — pure: what is observed, and all that can be done about it
 # =============================================================================
 
 
@@ -6537,7 +6669,7 @@ def aside(name: ContainerName) -> ContainerName:
 
 
 # =============================================================================
-# §13 Planning — pure: desired + observed -> Plan
+# §16 Planning — pure: desired + observed -> Plan
 # =============================================================================
 
 
@@ -7384,7 +7516,7 @@ def lanes(stages: Sequence[Stage]) -> list[list[Stage]]:
 
 
 # =============================================================================
-# §14 Changes — pure: what an operator can ask for
+# §17 Changes — pure: what an operator can ask for
 # =============================================================================
 
 
@@ -7969,7 +8101,7 @@ def repairing(names: Collection[ModelName]) -> Change:
 
 
 # =============================================================================
-# §15 Keys — pure: what a colleague may, groups, and many keys at once
+# §18 Keys — pure: what a colleague may, groups, and many keys at once
 # =============================================================================
 
 Period = Literal["day", "week", "month"]
@@ -8446,7 +8578,7 @@ def _is_allowed(model: str, allowed: Sequence[str], state: State) -> bool:
 
 
 # =============================================================================
-# §16 Proofs — pure: what every way in should answer, and what must be found nowhere
+# §19 Proofs — pure: what every way in should answer, and what must be found nowhere
 # =============================================================================
 
 Way = Literal["/v1", "/models", "/open", "/grafana", "health", "elsewhere"]
@@ -9038,7 +9170,7 @@ def _direct_key(state: State, name: ModelName) -> pydantic.SecretStr | None:
 
 
 # =============================================================================
-# §17 Views — pure: what the operator reads
+# §20 Views — pure: what the operator reads
 # =============================================================================
 
 Phase = Literal["stopped", "pending", "starting", "ready", "failed", "stopping"]
@@ -10202,7 +10334,7 @@ def edge_settings(  # noqa: PLR0913, PLR0917 - one argument per field of the for
 
 
 # =============================================================================
-# §18 Hardware views — pure: GPUs, slices and restores as the operator sees them
+# §21 Hardware views — pure: GPUs, slices and restores as the operator sees them
 # =============================================================================
 
 
@@ -10698,7 +10830,7 @@ def slice_choices(snapshot: Snapshot) -> Json:
 
 
 # =============================================================================
-# §19 Library views — pure: weights, fit and images as the operator sees them
+# §22 Library views — pure: weights, fit and images as the operator sees them
 # =============================================================================
 
 IMAGE_HEADERS: Final = ("Part", "Image", "On this server", "Size", "Digest", "Used by")
@@ -11122,7 +11254,7 @@ def task_cancel(snapshot: Snapshot) -> Json:
 
 
 # =============================================================================
-# §20 Route views — pure: the ways in as the operator sees them
+# §23 Route views — pure: the ways in as the operator sees them
 # =============================================================================
 
 PROBE_HEADERS: Final = ("Verdict", "Way", "Request", "Key", "Should", "Answered", "By")
@@ -11807,7 +11939,7 @@ ROUTE_STYLE: Final = """
 
 
 # =============================================================================
-# §21 Usage views — pure: use as the operator sees it
+# §24 Usage views — pure: use as the operator sees it
 # =============================================================================
 
 USAGE_HEADERS: Final = (
@@ -11991,7 +12123,12 @@ def download_link(name: str, text: str) -> str:
 
 
 # =============================================================================
-# §22 Home — effects: time, and the state and files on the disk
+# §25 Energy views — pure: energy and benchmarks as the operator sees them
+# =============================================================================
+
+
+# =============================================================================
+# §26 Home — effects: time, and the state and files on the disk
 # =============================================================================
 
 
@@ -12541,7 +12678,7 @@ def free_bytes(path: Path) -> int:
 
 
 # =============================================================================
-# §23 Containers — effects: Docker
+# §27 Containers — effects: Docker
 # =============================================================================
 
 
@@ -13133,7 +13270,7 @@ def _docker_fault(action: str, said: str) -> ContainerFailedError:
 
 
 # =============================================================================
-# §24 Images — effects: pulled, built from recipes, pruned
+# §28 Images — effects: pulled, built from recipes, pruned
 # =============================================================================
 
 
@@ -13306,7 +13443,7 @@ def build_arguments(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 # =============================================================================
-# §25 Requests — effects: HTTP to containers on the bridge, LiteLLM's management API
+# §29 Requests — effects: HTTP to containers on the bridge, LiteLLM's management API
 # =============================================================================
 
 
@@ -13702,7 +13839,7 @@ def _gateway_reason(answer: httpx.Response) -> str:
 
 
 # =============================================================================
-# §26 Database — effects: PostgreSQL
+# §30 Database — effects: PostgreSQL
 # =============================================================================
 
 PSQL: Final = ("psql", "-U", "litellm", "-d", "litellm")
@@ -14077,7 +14214,12 @@ def database_errors() -> Iterator[None]:
 
 
 # =============================================================================
-# §27 Hub — effects: Hugging Face, downloads, and the cache on the disk
+# §31 Energy records — effects: SQLite
+# =============================================================================
+
+
+# =============================================================================
+# §32 Hub — effects: Hugging Face, downloads, and the cache on the disk
 # =============================================================================
 
 LOOK_SECONDS: Final = 10.0  # one request to the hub; a download has its own watchdog
@@ -15083,7 +15225,7 @@ def fetch_weights() -> HubError | None:
 
 
 # =============================================================================
-# §28 Drivers — effects: NVML, and what the system knows about GPUs
+# §33 Drivers — effects: NVML, and what the system knows about GPUs
 # =============================================================================
 
 
@@ -15830,7 +15972,7 @@ def kernel_log(device: Path) -> str | None:
 
 
 # =============================================================================
-# §29 Orchestration — effects: Plan -> world, undo, jobs
+# §34 Orchestration — effects: Plan -> world, undo, jobs
 # =============================================================================
 
 
@@ -16624,7 +16766,7 @@ class Job:
 
 
 # =============================================================================
-# §30 Manager — effects: the use cases; all that console and command line may call
+# §35 Manager — effects: the use cases; all that console and command line may call
 # =============================================================================
 
 
@@ -18443,7 +18585,7 @@ class Watch:
 
 
 # =============================================================================
-# §31 Programs — effects: the REST API, and who may use it
+# §36 Programs — effects: the REST API, and who may use it
 # =============================================================================
 
 API: Final = "/api/v1"
@@ -19212,7 +19354,12 @@ def add_database(app: fastapi.FastAPI, manager: Manager) -> None:
 
 
 # =============================================================================
-# §32 Console — effects: one builder per tab, and who may open it
+# §37 Terminal — effects: a live view for an SSH session
+# =============================================================================
+
+
+# =============================================================================
+# §38 Console — effects: one builder per tab, and who may open it
 # =============================================================================
 
 LOOPBACK_HOSTS: Final = frozenset({"127.0.0.1", "localhost", "[::1]"})
@@ -20840,7 +20987,7 @@ def build_app(manager: Manager, watch: Watch) -> Guard:
 
 
 # =============================================================================
-# §33 Main — effects: arguments, wiring, systemd
+# §39 Main — effects: arguments, wiring, systemd
 # =============================================================================
 
 DONE, FAILED, WRONG_USAGE, TO_DO = range(4)
