@@ -4039,27 +4039,37 @@ class UsageQuery:
     limit: int = USAGE_ROWS  # subjects; the total is that of all
 
     def __post_init__(self) -> None:
-        if self.last < self.first:
-            raise InvalidError(
-                f"{self.last} is before {self.first}.", advice="Give the earlier day first."
-            )
-        if self.by == "hour" and (self.last - self.first).days >= HOURS_DAYS:
-            raise InvalidError(
-                f"Use by the hour is told for at most {HOURS_DAYS} days.",
-                advice="Choose a shorter range, or add it up by day.",
-            )
+        check_days(self.first, self.last, HOURS_DAYS if self.by == "hour" else None)
+
+
+def check_days(first: date, last: date, most: int | None) -> None:
+    """Refuse a range that ends before it begins, or has more days than can be told so finely."""
+    if last < first:
+        raise InvalidError(f"{last} is before {first}.", advice="Give the earlier day first.")
+    if most is not None and (last - first).days >= most:
+        raise InvalidError(
+            f"That is told for at most {most} days.",
+            advice="Choose a shorter range, or add it up by day.",
+        )
 
 
 def parse_usage_query(by: str, first: str, last: str, today: date) -> UsageQuery:
     """As typed: without its ends, the last 30 days, or by the hour the last two."""
-    if by not in get_args(Grouping):
-        raise InvalidError(
-            f"Use is not added up by {by!r}.",
-            advice=f"Choose from {', '.join(get_args(Grouping))}.",
-        )
+    start, end = parse_days(first, last, today, 2 if by == "hour" else 30)
+    return UsageQuery(first=start, last=end, by=parse_grouping(by, get_args(Grouping)))
+
+
+def parse_grouping(by: str, known: Sequence[Any]) -> Any:
+    if by not in known:
+        raise InvalidError(f"Nothing adds up by {by!r}.", advice=f"Choose from {', '.join(known)}.")
+    return by
+
+
+def parse_days(first: str, last: str, today: date, usual: int) -> tuple[date, date]:
+    """The ends of a range as typed; else today, and so many days until the end."""
     end = _parse_day(last) or today
-    usual = date.fromordinal(max(end.toordinal() - (1 if by == "hour" else 29), 1))
-    return UsageQuery(first=_parse_day(first) or usual, last=end, by=by)  # type: ignore[arg-type]
+    start = date.fromordinal(max(end.toordinal() - usual + 1, 1))
+    return _parse_day(first) or start, end
 
 
 def _parse_day(text: str) -> date | None:
@@ -4632,6 +4642,176 @@ def split_energy(energy_mj: int, weights: Mapping[str, float]) -> dict[str, int]
     for who in itertools.islice(itertools.cycle(by_remainder), left):
         parts[who] += 1
     return parts
+
+
+# --- kept, and added up -----------------------------------------------------------
+
+EnergyGrouping = Literal["day", "hour", "model", "gpu", "key", "group"]
+EnergyTable = Literal["samples", "sessions", "models", "keys", "groups"]
+KWH_MJ: Final = 3_600_000_000
+SHARED_DAYS: Final = 366  # as many days are told by key or group
+IDLE: Final = "(idle)"  # the subject of what the GPUs took while nobody's work explains it
+NO_REQUESTS: Final = "(no requests) "  # and a model: energy of hours in which no key used it
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EnergyQuery:
+    """Which energy to add up: whole days of UTC, both ends included, and by what."""
+
+    first: date
+    last: date
+    by: EnergyGrouping = "model"
+
+    def __post_init__(self) -> None:
+        most = {"hour": HOURS_DAYS, "key": SHARED_DAYS, "group": SHARED_DAYS}
+        check_days(self.first, self.last, most.get(self.by))
+
+
+def parse_energy_query(by: str, first: str, last: str, today: date) -> EnergyQuery:
+    """As typed: without its ends, the last 30 days, or by the hour the last two."""
+    start, end = parse_days(first, last, today, 2 if by == "hour" else 30)
+    return EnergyQuery(first=start, last=end, by=parse_grouping(by, get_args(EnergyGrouping)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EnergyPart:
+    """What a subject took of a model's energy within one hour or day, at one rate."""
+
+    start: int  # seconds since 1970: of the hour, or of the day
+    subject: str  # a day, an hour, a model, a GPU's UUID, a key's hash, a group's id
+    model: str  # NOBODY: idle
+    energy_mj: int
+    estimated_mj: int  # how much of it a method divided
+    unmeasured_ms: int
+    rates: EnergyRates
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenUse:
+    """What a subject had a model read and make within one hour or day."""
+
+    start: int
+    subject: str
+    model: str
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    name: str = ""  # of the subject, where it has another
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EnergySum:
+    """The energy of one subject; money and CO2 are at each record's own rates, with overhead."""
+
+    subject: str
+    name: str
+    energy_mj: int = 0
+    idle_mj: int = 0  # of it, what is nobody's
+    estimated_mj: int = 0  # of it, what a method divided: the rest is measured
+    unmeasured_seconds: float = 0.0  # of GPUs, whose energy nobody knows and nothing here has
+    costs: Mapping[str, float] = field(default_factory=dict)  # by currency
+    unpriced_mj: int = 0  # taken while there was no price
+    co2_grams: float | None = None
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    @property
+    def kwh(self) -> float:
+        return self.energy_mj / KWH_MJ
+
+    @property
+    def joules_per_output_token(self) -> float | None:
+        return joules_per(self.energy_mj, self.completion_tokens)
+
+    @property
+    def joules_per_token(self) -> float | None:
+        return joules_per(self.energy_mj, self.prompt_tokens + self.completion_tokens)
+
+
+def joules_per(energy_mj: int, tokens: int) -> float | None:
+    return energy_mj / 1000 / tokens if tokens else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EnergyReport:
+    """The energy of a range by subject: the rows add up to the total, to the millijoule."""
+
+    query: EnergyQuery
+    total: EnergySum
+    rows: tuple[EnergySum, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EnergySession:
+    """One replica from ready to stopped; tokens and requests are by its engine's own count."""
+
+    model: str
+    replica: int
+    container_id: str
+    gpu_uuids: tuple[str, ...]
+    start: datetime
+    end: datetime | None  # None: it goes on
+    energy_mj: int
+    estimated_mj: int
+    measured_seconds: float  # what the mean is of
+    unmeasured_seconds: float
+    peak_w: float
+    requests: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    costs: Mapping[str, float]
+    co2_grams: float | None
+
+    @property
+    def kwh(self) -> float:
+        return self.energy_mj / KWH_MJ
+
+    @property
+    def mean_w(self) -> float | None:
+        return self.energy_mj / 1000 / self.measured_seconds if self.measured_seconds else None
+
+    @property
+    def joules_per_output_token(self) -> float | None:
+        return joules_per(self.energy_mj, self.completion_tokens)
+
+    @property
+    def joules_per_token(self) -> float | None:
+        return joules_per(self.energy_mj, self.prompt_tokens + self.completion_tokens)
+
+    @property
+    def method(self) -> str:
+        """Measured, estimated, or how much of it is estimated."""
+        if not self.estimated_mj:
+            return "measured"
+        part = self.estimated_mj / self.energy_mj
+        return "estimated" if part == 1 else f"{part:.0%} estimated"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CsvStyle:
+    """How a table is written: `;` and `,` are what a German spreadsheet reads."""
+
+    separator: str = ","
+    decimal: str = "."
+
+    def __post_init__(self) -> None:
+        if self.separator not in {",", ";", "\t"} or self.decimal not in {".", ","}:
+            raise InvalidError(
+                "The separator is a comma, a semicolon or a tab; the decimal mark a point or "
+                "a comma.",
+                advice="For a German spreadsheet: `;` and `,`.",
+            )
+        if self.separator == self.decimal:
+            raise InvalidError(
+                "The separator and the decimal mark are the same.",
+                advice="With a decimal comma, choose `;`.",
+            )
 
 
 # =============================================================================
@@ -12126,6 +12306,89 @@ def download_link(name: str, text: str) -> str:
 # §25 Energy views — pure: energy and benchmarks as the operator sees them
 # =============================================================================
 
+ENERGY_HEADERS: Final = (
+    "kWh", "Of these idle", "Of these estimated", "Unmeasured (h)", "Cost", "CO₂ (kg)", "Requests",
+    "J per output token", "J per token",
+)  # fmt: skip
+
+
+def energy_headers(query: EnergyQuery) -> list[str]:
+    """Those of `energy_rows`."""
+    return [f"{'GPU' if query.by == 'gpu' else query.by.capitalize()}", *ENERGY_HEADERS]
+
+
+def energy_rows(report: EnergyReport) -> list[list[str]]:
+    """One row per subject, and the total at the end."""
+    return [[row.name, *_energy_cells(row)] for row in (*report.rows, report.total)]
+
+
+def _energy_cells(row: EnergySum) -> list[str]:
+    return [
+        format_kwh(row.energy_mj), format_kwh(row.idle_mj), format_kwh(row.estimated_mj),
+        f"{row.unmeasured_seconds / 3600:.2f}" if row.unmeasured_seconds else "",
+        format_costs(row.costs) + " and what had no price" * bool(row.costs and row.unpriced_mj),
+        "" if row.co2_grams is None else f"{row.co2_grams / 1000:,.3f}",
+        f"{row.requests:,}" if row.requests else "",
+        format_per_token(row.joules_per_output_token), format_per_token(row.joules_per_token),
+    ]  # fmt: skip
+
+
+def format_kwh(energy_mj: int) -> str:
+    return f"{energy_mj / KWH_MJ:,.4f}"
+
+
+def format_costs(costs: Mapping[str, float]) -> str:
+    return " + ".join(f"{amount:,.2f} {currency}" for currency, amount in sorted(costs.items()))
+
+
+def format_per_token(joules: float | None) -> str:
+    return "" if joules is None else f"{joules:,.3g}"
+
+
+def energy_headline(report: EnergyReport) -> str:
+    """What was taken in all, in one sentence."""
+    query, total = report.query, report.total
+    if not total.energy_mj and not total.unmeasured_seconds:
+        return f"No energy was recorded from {query.first} to {query.last}."
+    return (
+        f"From {query.first} to {query.last}: {format_kwh(total.energy_mj)} kWh, of these "
+        f"{format_kwh(total.idle_mj)} idle; {total.unmeasured_seconds / 3600:.2f} hours of GPUs "
+        "were not measured."
+    )
+
+
+STACK_COLUMNS: Final = ("day", "model", "kWh")  # of `energy_stack`
+
+
+def energy_stack(parts: Iterable[EnergyPart]) -> list[tuple[str, str, float]]:
+    """For a plot of the parts by day: each day's energy by model, the idle part among them."""
+    sums: Counter[tuple[str, str]] = Counter()
+    for part in parts:
+        sums[part.subject, part.model or IDLE] += part.energy_mj
+    return [(*key, energy_mj / KWH_MJ) for key, energy_mj in sums.items()]
+
+
+SESSION_HEADERS: Final = (
+    "Model", "Replica", "From (UTC)", "To (UTC)", "kWh", "Mean (W)", "Peak (W)", "Tokens in",
+    "Tokens out", "Requests", "J per output token", "J per token", "Cost", "CO₂ (kg)", "Method",
+)  # fmt: skip
+
+
+def session_rows(sessions: Sequence[EnergySession]) -> list[list[str]]:
+    """One row per session."""
+    return [
+        [
+            s.model, str(s.replica), f"{s.start:%Y-%m-%d %H:%M}",
+            f"{s.end:%Y-%m-%d %H:%M}" if s.end else "still on", format_kwh(s.energy_mj),
+            "" if s.mean_w is None else f"{s.mean_w:,.0f}", f"{s.peak_w:,.0f}",
+            f"{s.prompt_tokens:,}", f"{s.completion_tokens:,}", f"{s.requests:,}",
+            format_per_token(s.joules_per_output_token), format_per_token(s.joules_per_token),
+            format_costs(s.costs), "" if s.co2_grams is None else f"{s.co2_grams / 1000:,.3f}",
+            s.method,
+        ]
+        for s in sessions
+    ]  # fmt: skip
+
 
 # =============================================================================
 # §26 Home — effects: time, and the state and files on the disk
@@ -17905,6 +18168,28 @@ class Usage:
         return usage_tables(self._store.load(), self._tools.containers.observe().containers)
 
 
+class Energy:
+    """What GPUs took, and whose it was, out of energy.sqlite and LiteLLM's tables of use."""
+
+    def report(self, query: EnergyQuery) -> EnergyReport:
+        """The energy of a range by its grouping. Raises EnergyRecordsError, DatabaseError."""
+        raise NotImplementedError
+
+    def parts(self, query: EnergyQuery) -> list[EnergyPart]:
+        """By day or hour and model (for stacked bars), or by GPU and model."""
+        raise NotImplementedError
+
+    def sessions(self, first: date, last: date) -> list[EnergySession]:
+        """Those that were on in these days, newest first."""
+        raise NotImplementedError
+
+    def export(
+        self, what: EnergyTable, first: date, last: date, style: CsvStyle
+    ) -> Iterator[bytes]:
+        """A CSV in pieces, however long it is; README says what its columns are."""
+        raise NotImplementedError
+
+
 def usage_tables(
     state: State, containers: Mapping[ContainerName, ObservedContainer]
 ) -> UsageTables:
@@ -18192,6 +18477,7 @@ class Manager(ChangeRunner):
         self.traffic = Traffic(store, tools, self.proofs)
         self.database = DatabaseCare(store, tools, self.start_task)
         self.usage = Usage(store, tools)
+        self.energy = Energy()
 
     def cutting(self, gpu: str, wish: str) -> Change:
         """The change of one GPU to what was typed; see `cutting_as_typed`."""

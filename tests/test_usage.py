@@ -48,7 +48,7 @@ def test_a_range_as_typed_has_usual_ends() -> None:
 @pytest.mark.parametrize(
     ("by", "first", "last", "said"),
     [
-        ("colour", "", "", "not added up by 'colour'"),
+        ("colour", "", "", "Nothing adds up by 'colour'"),
         ("key", "yesterday", "", "'yesterday' is no day"),
         ("key", "2026-11-31", "", "no day"),
         ("key", "2026-11-21", "2026-11-20", "2026-11-20 is before 2026-11-21"),
