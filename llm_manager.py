@@ -198,7 +198,7 @@ from typing import (
     cast,
     get_args,
 )
-from urllib.parse import parse_qs, quote, urlsplit
+from urllib.parse import parse_qs, quote, urlencode, urlsplit
 
 import docker
 import docker.errors
@@ -12368,6 +12368,93 @@ def energy_stack(parts: Iterable[EnergyPart]) -> list[tuple[str, str, float]]:
     return [(*key, energy_mj / KWH_MJ) for key, energy_mj in sums.items()]
 
 
+PER_TOKEN_COLUMNS: Final = (" ", "model", "J per output token")  # of `tokens_by_model`
+
+
+def tokens_by_model(report: EnergyReport) -> list[tuple[str, str, float]]:
+    """For a plot of a report by model: those that made tokens, the thirstiest first."""
+    told = [(row.name, row.joules_per_output_token) for row in report.rows]
+    known = [(name, joules) for name, joules in told if joules is not None]
+    known.sort(key=lambda each: -each[1])
+    return [(name, name, joules) for name, joules in known[:MOST_BARS]]
+
+
+def live_energy_html(seen: Snapshot, live: LiveEnergy) -> str:
+    """A line for each GPU: its watts now and lately, and the models' part of all of them."""
+    if live.trouble:
+        return f'<p class="watts-trouble">{html.escape(live.trouble)}</p>'
+    gpus = {gpu.uuid: f"GPU {gpu.index} {gpu.name}" for gpu in seen.hardware.gpus}
+    lines = [
+        f"<tr><th>{html.escape(gpus.get(uuid, uuid))}</th><td>{_watts_text(watts)}</td>"
+        f"<td>{watts_svg(live.past.get(uuid, ()))}</td></tr>"
+        for uuid, watts in live.gpu_watts.items()
+    ]
+    if not lines:
+        return "<p>No GPU is looked at: there is none, or the manager's service has just begun.</p>"
+    takers = sorted(live.model_watts.items(), key=lambda each: (each[0] == NOBODY, -each[1]))
+    shares = ", ".join(f"{html.escape(who or IDLE)} {watts:,.0f} W" for who, watts in takers)
+    return f'<table class="watts">{"".join(lines)}</table><p>Now: {shares or "nothing known"}.</p>'
+
+
+def _watts_text(watts: float | None) -> str:
+    return "not measured" if watts is None else f"{watts:,.0f} W"
+
+
+def watts_svg(past: Sequence[float | None]) -> str:
+    """A line from the oldest watts to the newest, over zero; broken where nobody measured."""
+    most = max((watts for watts in past if watts), default=0) or 1
+    points = [
+        None if watts is None else f"{at:g} {30 - 28 * watts / most:.1f}"
+        for at, watts in enumerate(past)
+    ]
+    runs = [
+        list(run) for known, run in itertools.groupby(points, lambda each: each is not None)
+        if known
+    ]  # fmt: skip
+    path = " ".join("M" + " L".join(map(str, run)) for run in runs)
+    label = f"up to {most:,.0f} W in this time"
+    return (
+        f'<svg viewBox="0 0 {max(len(past) - 1, 1)} 32" preserveAspectRatio="none" role="img" '
+        f'aria-label="{label}"><title>{label}</title><path d="{path}"/></svg>'
+    )
+
+
+WATTS_STYLE: Final = """
+.watts { border-collapse: collapse; width: 100%; color: var(--body-text-color); }
+.watts th { text-align: left; font-weight: 600; white-space: nowrap; padding: 4px 24px 4px 0; }
+.watts td { white-space: nowrap; padding: 4px 24px 4px 0; text-align: right; }
+.watts td:last-child { width: 100%; padding-right: 0; }
+.watts svg { display: block; width: 100%; height: 32px; background: var(--background-fill-secondary); }
+.watts path { fill: none; stroke: var(--color-accent); stroke-width: 1.5;
+  vector-effect: non-scaling-stroke; }
+.watts-trouble { color: var(--body-text-color); border-left: 4px solid #b45309; padding-left: 10px; }
+"""
+
+
+ENERGY_FILES: Final = "/energy"  # the console's path of energy as CSV
+CSV_STYLES: Final = {
+    "programs and English spreadsheets (, and .)": CsvStyle(),
+    "German spreadsheets (; and ,)": CsvStyle(separator=";", decimal=","),
+}
+FILE_TEXTS: Final[Mapping[EnergyTable, str]] = {
+    "samples": "every look at every GPU, of the days for which looks are kept",
+    "sessions": "each replica from ready to stopped",
+    "models": "each model's energy by day, the idle part on its own line",
+    "keys": "each key's share by day, by its tokens",
+    "groups": "each group's share by day, by its tokens",
+}
+
+
+def energy_files_html(first: date, last: date, style: str) -> str:
+    """A link for each table; the file is written while it is fetched, whatever its length."""
+    asked = html.escape(urlencode({"first": first, "last": last, "style": style}))
+    links = (
+        f'<li><a download href="{ENERGY_FILES}/{what}.csv?{asked}">{what}.csv</a>: {text}</li>'
+        for what, text in FILE_TEXTS.items()
+    )
+    return f"<p>From {first} to {last}:</p><ul>{''.join(links)}</ul>"
+
+
 SESSION_HEADERS: Final = (
     "Model", "Replica", "From (UTC)", "To (UTC)", "kWh", "Mean (W)", "Peak (W)", "Tokens in",
     "Tokens out", "Requests", "J per output token", "J per token", "Cost", "CO₂ (kg)", "Method",
@@ -20999,6 +21086,104 @@ def build_key_doctor(desk: Desk) -> None:
     ask.click(on_ask, [pasted, model], found, **PRIVATE)
 
 
+def build_energy_tab(desk: Desk) -> None:
+    """What GPUs take now, what any range took and whose it was, as files too, and its price."""
+    with gr.Tab("Energy") as tab:
+        live(desk, gr.HTML(), lambda seen: live_energy_html(seen, desk.manager.energy.now()))
+        with gr.Row(elem_classes="actions"):
+            by = gr.Dropdown(list(get_args(EnergyGrouping)), value="model", label="Added up by")
+            first = gr.DateTime(include_time=False, type="string", label="From (UTC)")
+            last = gr.DateTime(include_time=False, type="string", label="To, included")
+            show = gr.Button("Show", variant="primary", scale=0, min_width=110)
+        said = gr.Markdown()
+        with gr.Row():
+            stack = energy_plot(*STACK_COLUMNS)
+            per_token = energy_plot(*PER_TOKEN_COLUMNS)
+        rows = table(["Model", *ENERGY_HEADERS])
+        with gr.Accordion("Sessions: each replica from ready to stopped", open=False):
+            sessions = table(SESSION_HEADERS)
+        with gr.Accordion("Files", open=False):
+            style = gr.Radio(list(CSV_STYLES), value=next(iter(CSV_STYLES)), label="Written for")
+            files = gr.HTML()
+        build_energy_settings(desk)
+    asked = [by, first, last]
+    for event in (show.click, by.change, tab.select):
+        event(_energy_shower(desk), asked, [said, stack, per_token, rows, sessions], **QUIET)
+        event(on_energy_files, [*asked, style], files, **QUIET)
+    style.change(on_energy_files, [*asked, style], files, **QUIET)
+
+
+def energy_plot(x: str, color: str, y: str) -> Any:
+    """Bars that are hidden until there is something to draw."""
+    return gr.BarPlot(
+        x=x, y=y, color=color, x_title=" ", x_label_angle=-35, height=280, visible=False
+    )
+
+
+def _energy_shower(desk: Desk) -> Callable[..., tuple[Any, ...]]:
+    def on_show(by: str, first: str | None, last: str | None) -> tuple[Any, ...]:
+        with shown_to_operator():
+            energy = desk.manager.energy
+            try:
+                query = parse_energy_query(by, first or "", last or "", utc_now().date())
+                report = energy.report(query)
+                by_day = energy.parts(replace(query, by="day"))
+                used = session_rows(energy.sessions(query.first, query.last))
+                per_token = tokens_by_model(energy.report(replace(query, by="model")))
+            except ManagerError as error:  # opening the tab must not shout
+                hidden = gr.update(visible=False)
+                return plain(str(error)), hidden, hidden, gr.update(value=[]), []
+            return (
+                energy_headline(report),
+                drawn(STACK_COLUMNS, energy_stack(by_day)),
+                drawn(PER_TOKEN_COLUMNS, per_token),
+                gr.update(headers=energy_headers(query), value=energy_rows(report)),
+                used,
+            )
+
+    return on_show
+
+
+def drawn(columns: Sequence[str], bars: Sequence[Sequence[Any]]) -> Any:
+    """An update of a plot; with another title or order Gradio (6.31) goes on drawing the old."""
+    return gr.update(value=pd.DataFrame(bars, columns=list(columns)), visible=bool(bars))
+
+
+def on_energy_files(by: str, first: str | None, last: str | None, style: str) -> str:
+    with shown_to_operator():
+        query = parse_energy_query(by, first or "", last or "", utc_now().date())
+        return energy_files_html(query.first, query.last, style)
+
+
+def build_energy_settings(desk: Desk) -> None:
+    """How often GPUs are looked at, and what a kilowatt-hour is worth; kept with each record."""
+
+    def on_save(period: float, price: float | None, co2: float | None, overhead: float) -> str:
+        with shown_to_operator():
+            given = {
+                "period_seconds": period, "price_per_kwh": price, "co2_grams_per_kwh": co2,
+                "overhead": overhead,
+            }  # fmt: skip
+            desk.manager.save(setting_energy(given))
+            return done_at("Saved, for what is recorded from now on.")
+
+    def stored(label: str, info: str, view: Callable[[EnergySettings], Any]) -> Any:
+        field = gr.Number(label=label, info=info)
+        return live(desk, field, lambda seen: seen.state and view(seen.state.energy))
+
+    with gr.Accordion("Price, CO₂ and how often GPUs are looked at", open=False):
+        with gr.Row():
+            fields = [
+                stored("A look every (s)", "0.1 to 60", lambda kept: kept.period_seconds),
+                stored("Price of a kWh", "empty: unknown", lambda kept: kept.price_per_kwh),
+                stored("CO₂ of a kWh (g)", "empty: unknown", lambda kept: kept.co2_grams_per_kwh),
+                stored("Overhead (PUE)", "of the room, 1 is none", lambda kept: kept.overhead),
+            ]
+        save = gr.Button("Save")
+        said = gr.Markdown()
+    save.click(on_save, fields, said, **PRIVATE)
+
+
 def build_system_tab(desk: Desk) -> None:
     """The plan, the server's health, the endpoint's settings, the way back."""
     with gr.Tab("System") as tab:
@@ -21229,6 +21414,7 @@ def build_console(manager: Manager, watch: Watch) -> gr.Blocks:
             build_hardware_tab(desk)
             build_routes_tab(desk)
             build_keys_tab(desk)
+            build_energy_tab(desk)
             build_system_tab(desk)
         wire_live(desk, app)
     return app
@@ -21247,6 +21433,19 @@ def build_app(manager: Manager, watch: Watch) -> Guard:
         text = audit_csv(manager.audit.entries())
         return fastapi.Response(text, media_type="text/csv", headers=named)
 
+    @app.get(f"{ENERGY_FILES}/{{what}}.csv")
+    def export_energy(
+        what: EnergyTable, first: date, last: date, style: str = ""
+    ) -> fastapi.Response:
+        pieces = manager.energy.export(what, first, last, CSV_STYLES.get(style, CsvStyle()))
+        try:
+            begin = next(pieces, b"")  # here it is refused, if it is
+        except ManagerError as error:
+            return _plain(409, str(error))
+        named = {"content-disposition": f'attachment; filename="{what}-{first}-{last}.csv"'}
+        whole = itertools.chain((begin,), pieces)
+        return fastapi.responses.StreamingResponse(whole, media_type="text/csv", headers=named)
+
     @app.get(API_PAGE)
     def show_api() -> fastapi.Response:
         return fastapi.responses.HTMLResponse(render_api_page(programs.openapi()))
@@ -21260,7 +21459,7 @@ def build_app(manager: Manager, watch: Watch) -> Guard:
         path="/",
         auth_dependency=operator,
         app_kwargs={"openapi_url": None, "docs_url": None, "redoc_url": None},
-        css=STYLE + FIT_STYLE + ROUTE_STYLE,
+        css=STYLE + FIT_STYLE + ROUTE_STYLE + WATTS_STYLE,
         head=RELOAD,
         theme=gr.themes.Default(primary_hue="blue", font=FONTS, font_mono=MONOSPACE_FONTS),
         footer_links=[],
