@@ -1962,6 +1962,27 @@ def parse_engine_report(log_text: str) -> Measured:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EngineCounts:
+    """What an engine has counted since it started; `cached` are prompt tokens it knew already."""
+
+    prompt: int = 0
+    completion: int = 0
+    cached: int = 0
+    requests: int = 0
+
+    def since(self, before: EngineCounts) -> EngineCounts:
+        """What came after; all of it where the engine has begun to count anew."""
+        if self.requests < before.requests or self.prompt < before.prompt:
+            return self
+        return EngineCounts(
+            prompt=self.prompt - before.prompt,
+            completion=self.completion - before.completion,
+            cached=self.cached - before.cached,
+            requests=self.requests - before.requests,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EngineLoad:
     """What an engine is at: requests now, and the tokens it has read and made since it started."""
 
@@ -1969,6 +1990,7 @@ class EngineLoad:
     waiting: int
     tokens: int
     cached: float = 0.0  # part of the KV cache in use: a long prompt grows there before any token
+    counts: EngineCounts = field(default_factory=EngineCounts)
 
     @property
     def progress(self) -> tuple[int, float]:
@@ -1984,15 +2006,24 @@ LOAD_METRICS: Final = (
 
 def parse_load(metrics: str) -> EngineLoad | None:
     """From vLLM's `/metrics`, summed over its engines; None where it counts no tokens."""
-    found = [
-        re.findall(rf"^vllm:{name}\{{.*\}} (\S+)$", metrics, re.MULTILINE) for name in LOAD_METRICS
-    ]
-    if not all(found):
+
+    def told(name: str) -> list[float]:
+        found = re.findall(rf"^vllm:{name}\{{.*\}} (\S+)$", metrics, re.MULTILINE)
+        return [*map(float, found)]
+
+    if not all(map(told, LOAD_METRICS)):
         return None
-    running, waiting, read, made = (int(sum(map(float, figures))) for figures in found)
-    used = re.findall(r"^vllm:kv_cache_usage_perc\{.*\} (\S+)$", metrics, re.MULTILINE)
-    cached = sum(map(float, used))
-    return EngineLoad(running=running, waiting=waiting, tokens=read + made, cached=cached)
+    running, waiting, read, made = (int(sum(told(name))) for name in LOAD_METRICS)
+    counts = EngineCounts(
+        prompt=read,
+        completion=made,
+        cached=int(sum(told("prompt_tokens_cached_total"))),
+        requests=int(sum(told("request_success_total"))),
+    )
+    return EngineLoad(
+        running=running, waiting=waiting, tokens=read + made,
+        cached=sum(told("kv_cache_usage_perc")), counts=counts,
+    )  # fmt: skip
 
 
 def measurement_key(model: Model, image: str, hardware: Hardware | None) -> str:
@@ -4629,6 +4660,98 @@ def measure(before: EnergyReading, now: EnergyReading, period: float) -> Interva
     return Interval(seconds=seconds, energy_mj=None, method="unmeasured")
 
 
+Activities = Mapping[int | str, float]  # percent of the multiprocessors, by PID or MIG device
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GpuTenant:
+    """A replica on a GPU, or with NOBODY as its model a program that is not ours.
+
+    `part` is what it has of the GPU's compute slices, `device` its slice, if any.
+    """
+
+    model: str
+    replica: int = 0
+    part: float = 1.0
+    device: str = ""
+    pids: frozenset[int] = frozenset()  # on the host; none where nobody may see them
+
+    def activity(self, activities: Activities | None) -> float | None:
+        """How much of what it could have used it did use; None where nobody knows."""
+        if activities is None or self.device:
+            return activities.get(self.device) if activities else None
+        return sum(activities.get(pid, 0.0) for pid in self.pids) if self.pids else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GpuLook:
+    """What a GPU told at one moment; no activities where they were not asked for, or unknown."""
+
+    reading: EnergyReading
+    activities: Activities | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LiveEnergy:
+    """Watts of the last interval; None where it was not measured. Memory only, for pages."""
+
+    gpu_watts: Mapping[str, float | None] = field(default_factory=dict)  # by GPU UUID
+    model_watts: Mapping[str, float] = field(default_factory=dict)  # NOBODY: idle
+    trouble: str = ""  # why nothing is recorded, for the operator
+
+
+def attribute(
+    interval: Interval,
+    start: float,
+    gpu_uuid: str,
+    tenants: Sequence[GpuTenant],
+    activities: Activities | None = None,
+    idle_w: float | None = None,
+) -> list[EnergyShare]:
+    """Whose energy it was, to the millijoule: the shares add up to what was measured.
+
+    A replica that has a GPU to itself takes all of it. Of a shared GPU what it takes without
+    tenants, where that is known, stays nobody's; the rest is divided by activity times size, or by
+    size alone, with what is not given to anybody, where some tenant's activity is unknown or all
+    of them rested.
+    """
+
+    def share(who: GpuTenant, energy_mj: int | None, method: ShareMethod) -> EnergyShare:
+        return EnergyShare(
+            gpu_uuid=gpu_uuid, start=start, seconds=interval.seconds,
+            model=who.model, replica=who.replica, energy_mj=energy_mj, method=method,
+        )  # fmt: skip
+
+    nobody = GpuTenant(model=NOBODY)
+    ours = [tenant for tenant in tenants if tenant.model != NOBODY]
+    if interval.energy_mj is None or not ours:
+        return [share(nobody, interval.energy_mj, "idle")]
+    if len(tenants) == 1 and ours[0].part == 1:
+        return [share(ours[0], interval.energy_mj, "whole GPU")]
+    idle = min(interval.energy_mj, round(1000 * interval.seconds * (idle_w or 0)))
+    weights, method = _weigh(tenants, activities)
+    parts = split_energy(interval.energy_mj - idle, {str(n): w for n, w in enumerate(weights)})
+    taken = [*zip(tenants, parts.values(), strict=False)]
+    rest = interval.energy_mj - sum(part for who, part in taken if who.model != NOBODY)
+    shares = [share(who, part, method) for who, part in taken if who.model != NOBODY]
+    return [*shares, share(nobody, rest, method)] if rest else shares
+
+
+def _weigh(
+    tenants: Sequence[GpuTenant], activities: Activities | None
+) -> tuple[list[float], ShareMethod]:
+    """What each tenant weighs, and last what nobody has; and by which method."""
+    known = [
+        activity for tenant in tenants if (activity := tenant.activity(activities)) is not None
+    ]
+    if len(known) == len(tenants) and sum(known) > 0:
+        weights = [tenant.part * activity for tenant, activity in zip(tenants, known, strict=True)]
+        cut = any(tenant.device for tenant in tenants)
+        return [*weights, 0.0], "MIG activity" if cut else "process utilisation"
+    sizes = [tenant.part for tenant in tenants]
+    return [*sizes, max(0.0, 1 - math.fsum(sizes))], "equal split"
+
+
 def split_energy(energy_mj: int, weights: Mapping[str, float]) -> dict[str, int]:
     """Parts in proportion, which add up exactly; equal ones where no weight is above nothing."""
     total = math.fsum(weights.values())
@@ -5223,6 +5346,10 @@ def parse_edge(raw: Json) -> Edge:
 
 def parse_housekeeping(raw: Json) -> Housekeeping:
     return _parsed(Housekeeping, raw, "The database cannot be kept so")
+
+
+def parse_energy(raw: Json) -> EnergySettings:
+    return _parsed(EnergySettings, raw, "Energy cannot be recorded so")
 
 
 def parse_direct_key(raw: Json) -> DirectKey:
@@ -6430,6 +6557,53 @@ class Observed:
     foreign_devices: Mapping[str, frozenset[str]] = field(default_factory=dict)  # by container
     weights: Mapping[str, frozenset[str]] = field(default_factory=dict)  # whole revisions here
     start_seconds: Mapping[str, float] = field(default_factory=dict)  # last time, by container
+
+
+def engines_on_gpus(observed: Observed) -> list[ObservedContainer]:
+    """The running engines that were given a GPU or a slice, by name."""
+    seen = (container for _, container in sorted(observed.containers.items()))
+    return [c for c in seen if c.role == "engine" and c.running and c.model_name and c.devices]
+
+
+def replica_number(name: ContainerName) -> int:
+    """Which replica of its model an engine is, by its container's name."""
+    return int(name.rpartition("-")[2])
+
+
+def gpu_devices(gpu: Gpu) -> dict[str, tuple[Slice | None, float]]:
+    """What of a GPU a container can be given: its slices, or all of it, and how large that is."""
+    if not gpu.mig_enabled or gpu.geometry is None:
+        return {gpu.uuid: (None, 1.0)}
+    whole, sizes = gpu.geometry.compute_slices, {p.name: p for p in gpu.geometry.profiles}
+    return {
+        device.uuid: (device.slice, sizes[device.profile].compute_slices / whole)
+        for device in gpu.slices or ()
+        if device.uuid and device.profile in sizes
+    }
+
+
+def gpu_tenants(gpu: Gpu, engines: Sequence[ObservedContainer]) -> list[GpuTenant]:
+    """Who is on a GPU: these engines by what Docker gave them, and whoever else computes there."""
+    found: list[GpuTenant] = []
+    for device, (place, part) in gpu_devices(gpu).items():
+        pids: dict[str, set[int]] = {}
+        for client in gpu.clients or ():
+            if client.computes and client.slice == place:
+                pids.setdefault(client.container_id or "", set()).add(client.pid)
+        slice_uuid = "" if place is None else device
+        found += [
+            GpuTenant(
+                model=engine.model_name or NOBODY, replica=replica_number(engine.name), part=part,
+                device=slice_uuid, pids=frozenset(pids.pop(engine.container_id, ())),
+            )
+            for engine in engines
+            if device in engine.devices
+        ]  # fmt: skip
+        strangers = frozenset(pid for theirs in pids.values() for pid in theirs)
+        if strangers:
+            stranger = GpuTenant(model=NOBODY, part=part, device=slice_uuid, pids=strangers)
+            found.append(stranger)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -7928,6 +8102,15 @@ def keeping_house(changes: Json) -> Change:
         return replace(state, housekeeping=parse_housekeeping(asdict(state.housekeeping) | changes))
 
     return Change(title="Change what the database keeps", edit=edit, scope=NO_MODELS)
+
+
+def setting_energy(changes: Json) -> Change:
+    """How often GPUs are looked at, and what a kilowatt-hour is worth from now on."""
+
+    def edit(state: State) -> State:
+        return replace(state, energy=parse_energy(asdict(state.energy) | changes))
+
+    return Change(title="Change how energy is recorded", edit=edit, scope=NO_MODELS)
 
 
 def granting_token(token: AdminToken) -> Change:
@@ -9479,6 +9662,7 @@ class Snapshot:
     health: RouteHealth = field(default_factory=RouteHealth)
     database: DatabaseSize | None = None  # None: not looked at yet, or it does not answer
     dumps: tuple[Dump, ...] = ()
+    energy: LiveEnergy = field(default_factory=LiveEnergy)
 
     @property
     def seconds_old(self) -> float:
@@ -9638,6 +9822,8 @@ def attention(snapshot: Snapshot) -> list[Attention]:
         age = format_duration(snapshot.seconds_old)
         found.append(Attention(f"This page shows the server of {age} ago: it hangs.", "System"))
     found += [Attention(text, "Hardware") for text in hardware_matters(snapshot.hardware)]
+    if snapshot.energy.trouble:
+        found.append(Attention(snapshot.energy.trouble, "Energy"))
     state, observed = snapshot.state, snapshot.observed
     if state is None or observed is None:
         return found
@@ -15587,6 +15773,9 @@ class GpuDriver(Protocol):
     def create_slice(self, gpu: GpuUuid, wanted: Slice) -> None: ...
     def destroy_slice(self, gpu: GpuUuid, wanted: Slice) -> None: ...
     def refresh_cdi(self) -> None: ...
+    def look(
+        self, shared: Mapping[GpuUuid, Collection[str]], *, keep_open: bool = True
+    ) -> Mapping[GpuUuid, GpuLook]: ...
 
 
 HARDWARE_SECONDS: Final = 5.0
@@ -15606,16 +15795,24 @@ MODE_ATTEMPTS: Final = 3
 class NvmlGpus:
     """GPUs through NVML.
 
-    The library is open only while it is asked: an open one is a client of every GPU, and would
-    itself keep an Ampere card from the reset that its MIG mode needs.
+    An open library is a client of every GPU, and would itself keep an Ampere card from the reset
+    that its MIG mode needs. It is open while it is asked, and between the looks of whoever samples,
+    who lets go of it while `turn`, a lock shared by all processes, is taken for a change of mode.
     """
 
     def __init__(
-        self, geometries: Mapping[str, MigGeometry], system: GpuSystem, *, pause: float = 1.0
+        self,
+        geometries: Mapping[str, MigGeometry],
+        system: GpuSystem,
+        *,
+        pause: float = 1.0,
+        turn: Path | None = None,
     ) -> None:
         self._tables = geometries
         self._system = system
-        self._pause = pause  # seconds before a mode is tried once more
+        self._pause = pause  # seconds before a mode is tried once more: longer than a look's period
+        self._turn = turn
+        self._meter = NvmlMeter()
         self._geometries: dict[tuple[str, bool], MigGeometry] = {}
         self._lock = threading.RLock()
         self._linked: tuple[Any, Mapping[frozenset[GpuUuid], Link]] = ((), {})
@@ -15629,6 +15826,46 @@ class NvmlGpus:
             if fresh or self._latest is None or now - self._taken > HARDWARE_SECONDS:
                 self._latest, self._taken = self._look(), now
             return self._latest
+
+    def look(
+        self, shared: Mapping[GpuUuid, Collection[str]], *, keep_open: bool = True
+    ) -> Mapping[GpuUuid, GpuLook]:
+        """What each GPU has taken until now, and how busy these shared ones are; never raises.
+
+        A shared GPU comes with its MIG devices, or with none where processes share it. Nothing is
+        seen of a GPU that does not answer, nor of any while somebody changes a MIG mode.
+        """
+        with self._lock:
+            try:
+                return {} if self._is_taken() else self._meter.look(shared)
+            finally:
+                if not keep_open or self._is_taken():
+                    self._meter.close()
+
+    def _is_taken(self) -> bool:
+        """Whether a process, this one included, changes a MIG mode."""
+        if self._turn is None:
+            return False
+        try:
+            handle = take_lock(self._turn)
+        except OSError:  # nobody can take it then
+            return False
+        if handle is not None:
+            handle.close()
+        return handle is None
+
+    @contextlib.contextmanager
+    def _taking_turn(self) -> Iterator[None]:
+        """Samplers of all processes let go of the GPUs at their next look."""
+        handle = None
+        if self._turn is not None:
+            with file_errors("lock the GPUs"):
+                handle = take_lock(self._turn, wait=True)
+        try:
+            yield
+        finally:
+            if handle is not None:
+                handle.close()
 
     def _look(self) -> Hardware:
         system = self._system
@@ -15733,6 +15970,7 @@ class NvmlGpus:
     def _changing(self, gpu: GpuUuid, action: str) -> Iterator[Any]:
         """The handle of a GPU to change; what was read before is forgotten."""
         with self._lock, nvml_errors(action, lambda: self._in_the_way(gpu)):
+            self._meter.close()  # its handles may be of slices that go
             pynvml.nvmlInit()
             try:
                 yield pynvml.nvmlDeviceGetHandleByUUID(gpu)
@@ -15751,6 +15989,10 @@ class NvmlGpus:
         does, is in the way for a moment.
         """
         action = f"turn MIG {'on' if enabled else 'off'}"
+        with self._taking_turn():
+            self._set_mig_mode(gpu, action, enabled=enabled)
+
+    def _set_mig_mode(self, gpu: GpuUuid, action: str, *, enabled: bool) -> None:
         now: Gpu | None = None
         for attempt in range(MODE_ATTEMPTS):
             if attempt:
@@ -15814,6 +16056,159 @@ class NvmlGpus:
             "The container toolkit's list of devices still lacks a slice.",
             advice="Run `systemctl restart nvidia-cdi-refresh`, and read its journal.",
         )
+
+
+class NvmlMeter:
+    """NVML as a sampler uses it: open between looks, because opening costs more than asking."""
+
+    def __init__(self) -> None:
+        self._handles: dict[GpuUuid, Any] = {}
+        self._opened: float | None = None
+        self._busy: dict[GpuUuid, tuple[int, float, Activities]] = {}
+        self._samples: dict[str, Any] = {}  # GPM's last one of each MIG device
+
+    def look(self, shared: Mapping[GpuUuid, Collection[str]]) -> Mapping[GpuUuid, GpuLook]:
+        """What answers; NVML is opened again now and then where something does not."""
+        found: dict[GpuUuid, GpuLook] = {}
+        try:
+            self._open()
+        except pynvml.NVMLError:  # of the driver's absence every other reading tells
+            return found
+        for gpu, handle in self._handles.items():
+            with contextlib.suppress(pynvml.NVMLError):
+                reading = _energy_reading(handle)
+                if reading.counter_mj is not None or reading.power_w is not None:
+                    activities = self._activities(gpu, handle, shared.get(gpu))
+                    found[gpu] = GpuLook(reading=reading, activities=activities)
+        age = boot_seconds() - (self._opened or 0.0)
+        if age > REOPEN_SECONDS and (len(found) < len(self._handles) or not found):
+            self.close()
+        return found
+
+    def _open(self) -> None:
+        if self._opened is not None:
+            return
+        pynvml.nvmlInit()
+        self._opened = boot_seconds()
+        for index in range(_ask(pynvml.nvmlDeviceGetCount) or 0):
+            with contextlib.suppress(pynvml.NVMLError):
+                handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+                self._handles[GpuUuid(_text(pynvml.nvmlDeviceGetUUID(handle)) or "")] = handle
+
+    def close(self) -> None:
+        """Let go of every GPU; the next look opens it anew."""
+        if self._opened is None:
+            return
+        with contextlib.suppress(pynvml.NVMLError):
+            for sample in self._samples.values():
+                _ask(pynvml.nvmlGpmSampleFree, sample)
+            pynvml.nvmlShutdown()
+        self._opened, self._handles, self._samples, self._busy = None, {}, {}, {}
+
+    def _activities(
+        self, uuid: GpuUuid, handle: Any, devices: Collection[str] | None
+    ) -> Activities | None:
+        if devices is None:
+            return None
+        return self._slices_busy(handle, devices) if devices else self._processes_busy(uuid, handle)
+
+    def _processes_busy(self, uuid: GpuUuid, handle: Any) -> Activities | None:
+        """How busy each process kept the GPU since the last look; None where it cannot tell.
+
+        The driver has a sample now and then: between two of them the last one holds.
+        """
+        since, taken_at, known = self._busy.get(uuid, (0, -math.inf, {}))
+        now = boot_seconds()
+        samples = _utilisation(handle, since)
+        if samples is None:
+            return None
+        if not samples:
+            return known if now - taken_at <= BUSY_SECONDS else {}
+        busy: dict[int | str, list[float]] = {}
+        for sample in samples:
+            busy.setdefault(sample.pid, []).append(float(sample.smUtil))
+        means = {pid: sum(several) / len(several) for pid, several in busy.items()}
+        self._busy[uuid] = max(int(sample.timeStamp) for sample in samples), now, means
+        return means
+
+    def _slices_busy(self, handle: Any, devices: Collection[str]) -> Activities:
+        """How busy slices were since the last look, by GPM; Hopper and later have that."""
+        support = _ask(pynvml.nvmlGpmQueryDeviceSupport, handle)
+        if support is None or not support.isSupportedDevice:
+            return {}
+        busy = {device: self._slice_busy(handle, device) for device in devices}
+        return {device: percent for device, percent in busy.items() if percent is not None}
+
+    def _slice_busy(self, handle: Any, device: str) -> float | None:
+        before, now = self._samples.pop(device, None), _gpm_sample(handle, device)
+        if now is not None:
+            self._samples[device] = now
+        if before is None:
+            return None
+        try:
+            return _gpm_activity(before, now) if now is not None else None
+        finally:
+            _ask(pynvml.nvmlGpmSampleFree, before)
+
+
+REOPEN_SECONDS: Final = 60.0
+BUSY_SECONDS: Final = 3.0
+POWER_INSTANT: Final = 186  # NVML_FI_DEV_POWER_INSTANT, in milliwatts
+SM_ACTIVITY: Final = 2  # NVML_GPM_METRIC_SM_UTIL, percent of the slice's own multiprocessors
+
+
+def boot_seconds() -> float:
+    """Seconds that go on while the server sleeps, and that no clock setting changes."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def _energy_reading(handle: Any) -> EnergyReading:
+    """Millijoules and watts of a whole GPU; each may be missing, on old cards and virtual ones."""
+    power = _ask(pynvml.nvmlDeviceGetPowerUsage, handle)
+    if power is None:
+        values = _ask(pynvml.nvmlDeviceGetFieldValues, handle, [POWER_INSTANT])
+        power = values[0].value.uiVal if values and not values[0].nvmlReturn else None
+    at = boot_seconds()
+    counter = _ask(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle)
+    return EnergyReading(at=at, counter_mj=counter, power_w=_watts(power))
+
+
+def _utilisation(handle: Any, since: int) -> list[Any] | None:
+    """Samples newer than that; none where nobody computed, None where the driver has no such."""
+    try:
+        found = pynvml.nvmlDeviceGetProcessUtilization(handle, since)
+    except pynvml.NVMLError as error:
+        # pynvml takes "success, nothing to tell" for an error.
+        none = error.value in {pynvml.NVML_ERROR_NOT_FOUND, pynvml.NVML_SUCCESS}
+        return [] if none else None
+    most = 100  # percent; drivers sometimes answer nonsense beside it
+    return [sample for sample in found if sample.timeStamp > since and sample.smUtil <= most]
+
+
+def _gpm_sample(handle: Any, device: str) -> Any:
+    """What GPM counted on a MIG device until now; None where it does not tell."""
+    slice_handle = _ask(pynvml.nvmlDeviceGetHandleByUUID, device)
+    instance = _ask(pynvml.nvmlDeviceGetGpuInstanceId, slice_handle) if slice_handle else None
+    sample = _ask(pynvml.nvmlGpmSampleAlloc) if instance is not None else None
+    if sample is None:
+        return None
+    if _ask(pynvml.nvmlGpmMigSampleGet, handle, instance, sample) is None:
+        _ask(pynvml.nvmlGpmSampleFree, sample)
+        return None
+    return sample
+
+
+def _gpm_activity(before: Any, now: Any) -> float | None:
+    """Percent of the multiprocessors that worked between two samples."""
+    asked = pynvml.c_nvmlGpmMetricsGet_t(
+        version=pynvml.NVML_GPM_METRICS_GET_VERSION, numMetrics=1, sample1=before, sample2=now
+    )
+    asked.metrics[0].metricId = SM_ACTIVITY
+    told = _ask(pynvml.nvmlGpmMetricsGet, asked)
+    if told is None or told.metrics[0].nvmlReturn:
+        return None
+    value = float(told.metrics[0].value)
+    return value if math.isfinite(value) and value >= 0 else None
 
 
 def _why_no_driver(error: Any, system: GpuSystem) -> ManagerError | None:
@@ -18638,6 +19033,14 @@ class Manager(ChangeRunner):
         except RefusedError:
             return True
 
+    def energy_meter(self, records: EnergySink) -> EnergyMeter:
+        """What looks at this server's GPUs for those records."""
+        return EnergyMeter(self._tools.gpus, records)
+
+    def only_here(self, title: str) -> Callable[[], None]:
+        """The right to do this alone, of all processes; BusyError where another one has it."""
+        return self._store.acquire(title, kind="task")
+
     def snapshot(self) -> Snapshot:
         """Everything a page shows; what cannot be read is a fault in it, not an exception."""
         state, observed, plan, dumps = None, None, None, list[Dump]()
@@ -18853,6 +19256,268 @@ class Gauge:
 GAUGE_SECONDS: Final = 300.0
 
 
+class EnergySink(Protocol):
+    """Where a sampler leaves what it found: the records on the disk."""
+
+    def add(self, shares: Sequence[EnergyShare], rates: EnergyRates) -> None: ...
+    def open_session(
+        self, model: str, replica: int, container_id: str, gpu_uuids: Sequence[str], start: float
+    ) -> None: ...
+    def close_session(self, container_id: str, end: float) -> None: ...
+    def count_tokens(
+        self, container_id: str, prompt: int, completion: int, cached: int, requests: int
+    ) -> None: ...
+
+
+@dataclass
+class Timeline:
+    """When the intervals of one GPU began, in seconds since 1970: never twice, never before.
+
+    A clock that is set back does not take records with it: they go on from where they ended. One
+    that was wrong by more than a day is followed at once.
+    """
+
+    end: float = -math.inf
+
+    def place(self, seconds: float, now: float) -> float:
+        """The start of an interval that is over now."""
+        start = now - seconds
+        ahead = self.end - start
+        if -CLOCK_JITTER_SECONDS < ahead < CLOCK_WRONG_SECONDS:
+            start = self.end
+        self.end = start + seconds
+        return start
+
+
+CLOCK_JITTER_SECONDS: Final = 0.5  # between the two clocks' reading; more is a clock set forward
+CLOCK_WRONG_SECONDS: Final = 86400.0
+
+
+class EnergyMeter:
+    """Joules by replica from looks at GPUs; of one thread, without clocks or threads of its own."""
+
+    def __init__(self, gpus: GpuDriver, records: EnergySink) -> None:
+        self._gpus = gpus
+        self._records = records
+        self._before: dict[GpuUuid, EnergyReading] = {}
+        self._times: dict[GpuUuid, Timeline] = {}
+        self._idle_w: dict[GpuUuid, float] = {}  # the least that was seen without a tenant
+        self.live = LiveEnergy()
+
+    def sample(self, snapshot: Snapshot, settings: EnergySettings, now: float) -> None:
+        """Look once, and record what was taken since the look before, with its rates."""
+        tenants = tenants_of(snapshot)
+        shared = {
+            gpu: {tenant.device for tenant in on_it if tenant.device}
+            for gpu, on_it in tenants.items()
+            if len(on_it) > 1 or any(tenant.device for tenant in on_it)
+        }
+        looks = self._gpus.look(shared, keep_open=settings.period_seconds <= KEPT_OPEN_SECONDS)
+        shares = [
+            share
+            for gpu, look in looks.items()
+            for share in self._shares(gpu, look, tenants.get(gpu, ()), settings, now)
+        ]
+        self.live = live_energy(shares, self._before)
+        if shares:
+            self._records.add(shares, energy_rates(snapshot.state, settings))
+
+    def _shares(
+        self, gpu: GpuUuid, look: GpuLook, tenants: Sequence[GpuTenant],
+        settings: EnergySettings, now: float,
+    ) -> list[EnergyShare]:  # fmt: skip
+        reading = look.reading
+        if not tenants and reading.power_w:
+            self._idle_w[gpu] = min(reading.power_w, self._idle_w.get(gpu, math.inf))
+        before = self._before.get(gpu)
+        self._before[gpu] = reading
+        if before is None or reading.at <= before.at:
+            return []
+        interval = measure(before, reading, settings.period_seconds)
+        start = self._times.setdefault(gpu, Timeline()).place(interval.seconds, now)
+        idle_w = self._idle_w.get(gpu)
+        return attribute(interval, start, gpu, tenants, look.activities, idle_w)
+
+
+KEPT_OPEN_SECONDS: Final = 1.0  # a change of MIG mode waits so long for the next look
+
+
+class EngineSessions:
+    """From an engine's first ready moment to its end, with what it counted in between."""
+
+    def __init__(self, records: EnergySink) -> None:
+        self._records = records
+        self._open: dict[str, datetime | None] = {}  # container -> the start of its engine
+        self._base: dict[str, EngineCounts] = {}  # what it had counted before its session
+        self._counts: dict[str, EngineCounts] = {}
+        self._new: set[str] | None = None  # engines that were seen before they were ready
+
+    def follow(
+        self, snapshot: Snapshot, loads: Mapping[ContainerName, EngineLoad | None], now: float
+    ) -> None:
+        """Begin, count and end sessions; a look that saw no containers changes nothing."""
+        if snapshot.observed is None:
+            return
+        engines = {c.container_id: c for c in engines_on_gpus(snapshot.observed)}
+        for container_id, started_at in [*self._open.items()]:
+            seen = engines.get(container_id)
+            if seen is None or seen.started_at != started_at:
+                self._end(container_id, now)
+        new = self._new or set()
+        for container_id, engine in engines.items():
+            load = loads.get(engine.name)
+            if engine.ready and container_id not in self._open:
+                self._begin(engine, snapshot.hardware, now, is_new=container_id in new)
+            if container_id in self._open and load is not None:
+                self._base.setdefault(container_id, load.counts)
+                self._counts[container_id] = load.counts
+        self._new = {c for c, engine in engines.items() if not engine.ready} | (new & {*engines})
+
+    def _begin(
+        self, engine: ObservedContainer, hardware: Hardware, now: float, *, is_new: bool
+    ) -> None:
+        gpus = [gpu.uuid for gpu in hardware.gpus if {*gpu_devices(gpu)} & {*engine.devices}]
+        self._records.open_session(
+            engine.model_name or "", replica_number(engine.name), engine.container_id, gpus, now
+        )
+        self._open[engine.container_id] = engine.started_at
+        if is_new:  # all that it will have counted belongs to this session
+            self._base[engine.container_id] = EngineCounts()
+
+    def count(self) -> None:
+        """Hand on what each session counted so far."""
+        for container_id, counts in self._counts.items():
+            more = counts.since(self._base[container_id])
+            self._records.count_tokens(
+                container_id, more.prompt, more.completion, more.cached, more.requests
+            )
+
+    def _end(self, container_id: str, now: float) -> None:
+        self.count()
+        self._records.close_session(container_id, now)
+        del self._open[container_id]
+        self._counts.pop(container_id, None)
+        self._base.pop(container_id, None)
+
+    def close(self, now: float) -> None:
+        """End all of them: nobody looks any more."""
+        for container_id in [*self._open]:
+            self._end(container_id, now)
+
+
+def tenants_of(snapshot: Snapshot) -> dict[GpuUuid, list[GpuTenant]]:
+    """Who is on which GPU, as the last look at the world has it."""
+    engines = engines_on_gpus(snapshot.observed) if snapshot.observed else []
+    return {gpu.uuid: gpu_tenants(gpu, engines) for gpu in snapshot.hardware.gpus}
+
+
+def energy_rates(state: State | None, settings: EnergySettings) -> EnergyRates:
+    return EnergyRates(
+        price_per_kwh=settings.price_per_kwh,
+        currency=(state.prices if state else Prices()).currency,
+        co2_grams_per_kwh=settings.co2_grams_per_kwh,
+        overhead=settings.overhead,
+    )
+
+
+def live_energy(shares: Sequence[EnergyShare], gpus: Iterable[str]) -> LiveEnergy:
+    """The watts of one look's shares; GPUs that told nothing have none."""
+    by_gpu: dict[str, float] = {}
+    by_model: dict[str, float] = {}
+    for share in shares:
+        if share.energy_mj is not None:
+            watts = share.energy_mj / share.seconds / 1000
+            by_gpu[share.gpu_uuid] = by_gpu.get(share.gpu_uuid, 0.0) + watts
+            by_model[share.model] = by_model.get(share.model, 0.0) + watts
+    return LiveEnergy(gpu_watts={gpu: by_gpu.get(gpu) for gpu in gpus}, model_watts=by_model)
+
+
+class EnergySampler:
+    """A thread of its own that samples; of several processes of one installation, one does."""
+
+    def __init__(
+        self,
+        manager: Manager,
+        records: EnergySink,
+        latest: Callable[[], Snapshot],
+        loads: Callable[[], Mapping[ContainerName, EngineLoad | None]],
+    ) -> None:
+        self._manager = manager
+        self._latest = latest
+        self._loads = loads
+        self._meter = manager.energy_meter(records)
+        self._sessions = EngineSessions(records)
+        self._settings = EnergySettings()
+        self._trouble = ""
+        self._counted = -math.inf
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="energy", daemon=True)
+        self._thread.start()
+
+    def now(self) -> LiveEnergy:
+        """The watts of the last look, and why nothing is recorded where that is so."""
+        return replace(self._meter.live, trouble=self._trouble)
+
+    def close(self) -> None:
+        """End the sessions; the next process begins its own."""
+        self._ending.set()
+        self._thread.join(timeout=ENDING_SECONDS)
+
+    def _run(self) -> None:
+        release = self._turn()
+        if release is None:
+            return
+        try:
+            due = boot_seconds()
+            while not self._ending.wait(max(0.0, due - boot_seconds())):
+                self._attempt(self._sample)
+                due = max(due, boot_seconds() - 1) + self._settings.period_seconds
+            self._attempt(lambda: self._sessions.close(time.time()))
+        finally:
+            release()
+
+    def _turn(self) -> Callable[[], None] | None:
+        """The right to sample; None where this process ends before another one does."""
+        while True:
+            try:
+                release = self._manager.only_here(SAMPLING)
+            except ManagerError as error:
+                self._trouble = f"Another LLM Manager records the energy. {error.advice}"
+                if self._ending.wait(TURN_SECONDS):
+                    return None
+            else:
+                self._trouble = ""
+                return release
+
+    def _sample(self) -> None:
+        snapshot = self._latest()
+        self._settings = snapshot.state.energy if snapshot.state else self._settings
+        now = time.time()
+        self._meter.sample(snapshot, self._settings, now)
+        self._sessions.follow(snapshot, self._loads(), now)
+        if boot_seconds() - self._counted >= COUNT_SECONDS:
+            self._counted = boot_seconds()
+            self._sessions.count()
+
+    def _attempt(self, work: Callable[[], None]) -> None:
+        """The same trouble is logged once, and shown as long as it lasts."""
+        try:
+            work()
+        except Exception as error:  # boundary: one look must not end all of them
+            trouble = f"Energy is not recorded: {error}"
+            if trouble != self._trouble:
+                log.exception("energy is not recorded")
+            self._trouble = trouble
+        else:
+            self._trouble = ""
+
+
+SAMPLING: Final = "Record energy"
+TURN_SECONDS: Final = 10.0
+COUNT_SECONDS: Final = 30.0
+ENDING_SECONDS: Final = 3.0
+
+
 class Watch:
     """One thread that takes the snapshot which every open tab reads."""
 
@@ -18862,6 +19527,7 @@ class Watch:
         seconds: float = 2.0,
         revivals: Revivals | None = None,
         stalls: Stalls | None = None,
+        records: EnergySink | None = None,
     ) -> None:
         self._manager = manager
         self._seconds = seconds
@@ -18874,6 +19540,11 @@ class Watch:
         self._pulse = Pulse(manager, lambda: self._latest, stalls or Stalls())
         self._meter = Meter(manager, lambda: self._latest, seconds)
         self._gauge = Gauge(manager, lambda: self._latest)
+        self.sampler = (
+            EnergySampler(manager, records, lambda: self._latest, lambda: self._pulse.loads)
+            if records is not None
+            else None
+        )
         watching = manager.audit.acting_as(ITSELF)(self._run)
         threading.Thread(target=watching, name="watch", daemon=True).start()
 
@@ -18887,6 +19558,7 @@ class Watch:
             fates={**self._fates},
             hung=self._pulse.hung,
             database=self._gauge.size,
+            energy=self.sampler.now() if self.sampler else LiveEnergy(),
             health=RouteHealth(
                 figures=self._meter.breakers.figures or GatewayFigures(),
                 circuits=self._meter.breakers.circuits,
@@ -21962,6 +22634,10 @@ def number_or_off(text: str) -> int:
     return OFF if text == "off" else positive(text)
 
 
+def amount_or_off(text: str) -> float | str:
+    return text if text == "off" else float(text)
+
+
 def add_database_commands(commands: Any) -> None:
     """`database …`."""
     group = commands.add_parser("database", help="keys and usage on the disk").add_subparsers(
@@ -21988,14 +22664,14 @@ def add_database_commands(commands: Any) -> None:
     keep.add_argument("--dumps", type=positive, metavar="N", help="automatic ones that are kept")
 
 
-def add_system_commands(commands: Any, add: Callable[..., Any]) -> None:
-    """`config …`, `database …`, `image …`, `install`."""
+def add_config_commands(commands: Any) -> None:
+    """`config …`."""
     config = commands.add_parser("config", help="the stored state").add_subparsers(
         required=True, metavar="COMMAND"
     )
     config.add_parser("show").set_defaults(command=command_config_show)
     config.add_parser("check").set_defaults(command=command_config_check)
-    edge = config.add_parser("set", help="the HTTPS endpoint")
+    edge = config.add_parser("set", help="the HTTPS endpoint, and how energy is recorded")
     edge.set_defaults(command=command_config_set)
     edge.add_argument("--hostname", action="append")
     edge.add_argument("--address", help="to listen on")
@@ -22008,8 +22684,19 @@ def add_system_commands(commands: Any, add: Callable[..., Any]) -> None:
     edge.add_argument("--acme-directory", default="", help="a company's own ACME server")
     edge.add_argument("--open-routes", choices=YES_OR_NO, help="no closes all of them at once")
     edge.add_argument("--max-request-mib", type=positive, metavar="MIB", help="larger ones: 413")
+    edge.add_argument("--energy-period", type=float, metavar="SECONDS", help="between looks")
+    edge.add_argument("--price-per-kwh", type=amount_or_off, metavar="N", help="a price, or off")
+    edge.add_argument("--co2-grams-per-kwh", type=amount_or_off, metavar="N", help="or off")
+    edge.add_argument(
+        "--overhead", type=float, metavar="N", help="what the room takes beside (PUE)"
+    )
     token = config.add_parser("token", help="the Hugging Face token, from standard input")
     token.set_defaults(command=command_config_token)
+
+
+def add_system_commands(commands: Any, add: Callable[..., Any]) -> None:
+    """`config …`, `database …`, `image …`, `install`."""
+    add_config_commands(commands)
     add_database_commands(commands)
     add_image_commands(commands)
     add_token_commands(commands)
@@ -22073,7 +22760,8 @@ def open_manager(actor: Actor | None = None) -> Manager:
     docker_url = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
     recipes = PROGRAM.parent / "recipes"
     system = GpuSystem()
-    gpus = NvmlGpus(parse_geometries((recipes / "mig.yaml").read_text()), system)
+    tables = parse_geometries((recipes / "mig.yaml").read_text())
+    gpus = NvmlGpus(tables, system, turn=store.home / "lock-gpus")
     containers = DockerContainers(docker_url, state.instance)
     failures = parse_failures((recipes / "failures.yaml").read_text())
     images = DockerImages(docker_url, state.instance, build_arguments(os.environ))
@@ -22952,7 +23640,18 @@ def command_config_set(arguments: argparse.Namespace) -> int:
             arguments.acme_directory,
         )
     changes = {key: value for key, value in given.items() if value is not None}
-    open_manager().save(configuring_edge(changes))
+    energy = {
+        "period_seconds": arguments.energy_period,
+        "price_per_kwh": arguments.price_per_kwh,
+        "co2_grams_per_kwh": arguments.co2_grams_per_kwh,
+        "overhead": arguments.overhead,
+    }
+    energy = {k: None if v == "off" else v for k, v in energy.items() if v is not None}
+    manager = open_manager()
+    if energy:
+        manager.save(setting_energy(energy))
+    if changes or not energy:
+        manager.save(configuring_edge(changes))
     out("Saved. Next: llm_manager.py plan")
     return DONE
 

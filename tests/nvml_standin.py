@@ -384,6 +384,16 @@ class Server:
         used = ctypes.c_uint64(used_mib * 1024**2)
         self._do("run", gpu, pid, name, int(graphics), int(hidden), used, profile, start)
 
+    def work(self, pid: int, percent: int) -> None:
+        """A process keeps so much of its GPU's or slice's multiprocessors at work."""
+        self._do("work", pid, percent)
+
+    def open_samples(self) -> int:
+        """How many of GPM's samples nobody has freed."""
+        count = ctypes.c_longlong()
+        self._do("get", -1, "gpm_samples", ctypes.byref(count))
+        return count.value
+
     def remove_process(self, pid: int) -> None:
         self._do("end", pid)
 

@@ -240,13 +240,18 @@ vllm:num_requests_waiting_by_reason{engine="0",model_name="m",reason="capacity"}
 vllm:prompt_tokens_total{engine="0",model_name="m"} 1.5e+06
 vllm:prompt_tokens_created{engine="0",model_name="m"} 1.7952562138218098e+09
 vllm:prompt_tokens_by_source_total{engine="0",model_name="m",source="local_compute"} 9.0
+vllm:prompt_tokens_cached_total{engine="0",model_name="m"} 12.0
+vllm:request_success_total{engine="0",finished_reason="stop",model_name="m"} 3.0
+vllm:request_success_total{engine="0",finished_reason="length",model_name="m"} 2.0
 vllm:generation_tokens_total{engine="0",model_name="m"} 30.0
 vllm:generation_tokens_total{engine="1",model_name="m"} 4.0
 """
 
 
 def test_the_load_is_summed_over_an_engines_ranks() -> None:
-    assert lm.parse_load(METRICS) == lm.EngineLoad(running=3, waiting=4, tokens=1500034)
+    counts = lm.EngineCounts(prompt=1500000, completion=34, cached=12, requests=5)
+    expected = lm.EngineLoad(running=3, waiting=4, tokens=1500034, counts=counts)
+    assert lm.parse_load(METRICS) == expected
 
 
 def test_metrics_without_tokens_are_no_load() -> None:
