@@ -4696,6 +4696,7 @@ class LiveEnergy:
     """Watts of the last interval; None where it was not measured. Memory only, for pages."""
 
     gpu_watts: Mapping[str, float | None] = field(default_factory=dict)  # by GPU UUID
+    past: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)  # of looks before
     model_watts: Mapping[str, float] = field(default_factory=dict)  # NOBODY: idle
     trouble: str = ""  # why nothing is recorded, for the operator
 
@@ -12565,15 +12566,16 @@ def tokens_by_model(report: EnergyReport) -> list[tuple[str, str, float]]:
     return [(name, name, joules) for name, joules in known[:MOST_BARS]]
 
 
-def live_energy_html(seen: Snapshot, live: LiveEnergy) -> str:
+def live_energy_html(seen: Snapshot) -> str:
     """A line for each GPU: its watts now and lately, and the models' part of all of them."""
+    live = seen.energy
     if live.trouble:
         return f'<p class="watts-trouble">{html.escape(live.trouble)}</p>'
-    gpus = {gpu.uuid: f"GPU {gpu.index} {gpu.name}" for gpu in seen.hardware.gpus}
+    gpus = {str(gpu.uuid): f"GPU {gpu.index} {gpu.name}" for gpu in seen.hardware.gpus}
     lines = [
-        f"<tr><th>{html.escape(gpus.get(uuid, uuid))}</th><td>{_watts_text(watts)}</td>"
-        f"<td>{watts_svg(live.past.get(uuid, ()))}</td></tr>"
-        for uuid, watts in live.gpu_watts.items()
+        f"<tr><th>{html.escape(gpus.get(gpu, gpu))}</th><td>{_watts_text(watts)}</td>"
+        f"<td>{watts_svg(live.past.get(gpu, ()))}</td></tr>"
+        for gpu, watts in live.gpu_watts.items()
     ]
     if not lines:
         return "<p>No GPU is looked at: there is none, or the manager's service has just begun.</p>"
@@ -12610,10 +12612,12 @@ WATTS_STYLE: Final = """
 .watts th { text-align: left; font-weight: 600; white-space: nowrap; padding: 4px 24px 4px 0; }
 .watts td { white-space: nowrap; padding: 4px 24px 4px 0; text-align: right; }
 .watts td:last-child { width: 100%; padding-right: 0; }
-.watts svg { display: block; width: 100%; height: 32px; background: var(--background-fill-secondary); }
+.watts svg { display: block; width: 100%; height: 32px;
+  background: var(--background-fill-secondary); }
 .watts path { fill: none; stroke: var(--color-accent); stroke-width: 1.5;
   vector-effect: non-scaling-stroke; }
-.watts-trouble { color: var(--body-text-color); border-left: 4px solid #b45309; padding-left: 10px; }
+.watts-trouble { color: var(--body-text-color); border-left: 4px solid #b45309;
+  padding-left: 10px; }
 """
 
 
@@ -16063,6 +16067,7 @@ class NvmlMeter:
 
     def __init__(self) -> None:
         self._handles: dict[GpuUuid, Any] = {}
+        self._count = 0  # GPUs that there are, with those that did not answer
         self._opened: float | None = None
         self._busy: dict[GpuUuid, tuple[int, float, Activities]] = {}
         self._samples: dict[str, Any] = {}  # GPM's last one of each MIG device
@@ -16081,7 +16086,7 @@ class NvmlMeter:
                     activities = self._activities(gpu, handle, shared.get(gpu))
                     found[gpu] = GpuLook(reading=reading, activities=activities)
         age = boot_seconds() - (self._opened or 0.0)
-        if age > REOPEN_SECONDS and (len(found) < len(self._handles) or not found):
+        if age > REOPEN_SECONDS and len(found) < max(1, self._count):
             self.close()
         return found
 
@@ -16090,7 +16095,8 @@ class NvmlMeter:
             return
         pynvml.nvmlInit()
         self._opened = boot_seconds()
-        for index in range(_ask(pynvml.nvmlDeviceGetCount) or 0):
+        self._count = _ask(pynvml.nvmlDeviceGetCount) or 0
+        for index in range(self._count):
             with contextlib.suppress(pynvml.NVMLError):
                 handle = pynvml.nvmlDeviceGetHandleByIndex(index)
                 self._handles[GpuUuid(_text(pynvml.nvmlDeviceGetUUID(handle)) or "")] = handle
@@ -19318,7 +19324,7 @@ class EnergyMeter:
             for gpu, look in looks.items()
             for share in self._shares(gpu, look, tenants.get(gpu, ()), settings, now)
         ]
-        self.live = live_energy(shares, self._before)
+        self.live = live_energy(shares, self._before, self.live.past)
         if shares:
             self._records.add(shares, energy_rates(snapshot.state, settings))
 
@@ -19420,8 +19426,11 @@ def energy_rates(state: State | None, settings: EnergySettings) -> EnergyRates:
     )
 
 
-def live_energy(shares: Sequence[EnergyShare], gpus: Iterable[str]) -> LiveEnergy:
-    """The watts of one look's shares; GPUs that told nothing have none."""
+def live_energy(
+    shares: Sequence[EnergyShare], gpus: Iterable[str],
+    past: Mapping[str, tuple[float | None, ...]],
+) -> LiveEnergy:  # fmt: skip
+    """The watts of one look's shares, with those of looks before; a silent GPU has none."""
     by_gpu: dict[str, float] = {}
     by_model: dict[str, float] = {}
     for share in shares:
@@ -19429,7 +19438,12 @@ def live_energy(shares: Sequence[EnergyShare], gpus: Iterable[str]) -> LiveEnerg
             watts = share.energy_mj / share.seconds / 1000
             by_gpu[share.gpu_uuid] = by_gpu.get(share.gpu_uuid, 0.0) + watts
             by_model[share.model] = by_model.get(share.model, 0.0) + watts
-    return LiveEnergy(gpu_watts={gpu: by_gpu.get(gpu) for gpu in gpus}, model_watts=by_model)
+    now = {gpu: by_gpu.get(gpu) for gpu in gpus}
+    longer = {gpu: (*past.get(gpu, ()), watts)[-LOOKS_SHOWN:] for gpu, watts in now.items()}
+    return LiveEnergy(gpu_watts=now, model_watts=by_model, past=longer)
+
+
+LOOKS_SHOWN: Final = 300  # five minutes at one a second
 
 
 class EnergySampler:
@@ -21761,7 +21775,7 @@ def build_key_doctor(desk: Desk) -> None:
 def build_energy_tab(desk: Desk) -> None:
     """What GPUs take now, what any range took and whose it was, as files too, and its price."""
     with gr.Tab("Energy") as tab:
-        live(desk, gr.HTML(), lambda seen: live_energy_html(seen, desk.manager.energy.now()))
+        live(desk, gr.HTML(), live_energy_html)
         with gr.Row(elem_classes="actions"):
             by = gr.Dropdown(list(get_args(EnergyGrouping)), value="model", label="Added up by")
             first = gr.DateTime(include_time=False, type="string", label="From (UTC)")

@@ -11,6 +11,7 @@
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -33,7 +34,7 @@ enum { /* what the driver's functions return */
     INSUFFICIENT_RESOURCES = 23, VERSION_MISMATCH = 25,
 };
 enum { AMPERE = 7, NODE = 40, SYSTEM = 50, P2P_OK = 0, P2P_NO_CHIPSET = 1, P2P_NO = 5, NO_INSTANCE = 0xffffffff };
-enum { GPUS = 64, INSTANCES = 8, COMPUTES = 8, PROFILES = 18, STARTS = 12, LINKS = 36, PROCESSES = 64, FAULTS = 32 };
+enum { GPUS = 64, INSTANCES = 8, COMPUTES = 8, PROFILES = 18, STARTS = 12, LINKS = 36, PROCESSES = 64, FAULTS = 32, CLIENTS = 16 };
 enum { NOBODY = -2, SWITCH = -1, PROCEED = -1, FOREVER = -1 };
 #define MIB ((u64)1024 * 1024)
 #define RESERVED (512 * MIB) /* what the driver keeps of a whole card */
@@ -91,6 +92,7 @@ typedef struct {
     int ancestor[GPUS][GPUS], p2p[GPUS][GPUS], links[GPUS][GPUS];
     Gpu gpus[GPUS];
     Process processes[PROCESSES];
+    pid_t clients[CLIENTS];
     Fault faults[FAULTS];
 } Server;
 
@@ -371,6 +373,22 @@ static Compute *occupy(Target *t, u32 slices) { /* a new compute instance, or NU
 
 /* --- functions of the driver: the library -------------------------------------------------------------------------- */
 
+static bool others_look(void) { /* whether another process has the library open: it is a client of every GPU */
+    EACH(pid, server->clients)
+        if (*pid && *pid != getpid() && !kill(*pid, 0))
+            return true;
+    return false;
+}
+
+static void note_client(bool open) {
+    pid_t own = getpid();
+    EACH(pid, server->clients)
+        if (open ? !*pid || *pid == own || kill(*pid, 0) : *pid == own) {
+            *pid = open ? own : 0;
+            return;
+        }
+}
+
 static int initialize(const char *symbol) {
     __attribute__((cleanup(leave), unused)) bool held = lock();
     if (!references) {
@@ -380,6 +398,8 @@ static int initialize(const char *symbol) {
     int code = !server ? DRIVER_NOT_LOADED : server->mismatch ? LIB_RM_VERSION_MISMATCH : injected(symbol);
     if (code == PROCEED || code == SUCCESS)
         references++;
+    if (references == 1)
+        note_client(true);
     if (!references)
         detach(&client);
     return code == PROCEED ? SUCCESS : code;
@@ -390,8 +410,10 @@ int nvmlInitWithFlags(u32 flags) { (void)flags; return initialize(__func__); }
 
 int nvmlShutdown(void) {
     CALL(false);
-    if (!--references)
+    if (!--references) {
+        note_client(false);
         detach(&client);
+    }
     return SUCCESS;
 }
 
@@ -803,7 +825,7 @@ int nvmlDeviceSetMigMode(Handle device, u32 mode, u32 *activation) {
     CHANGE(device, PHYSICAL, activation && mode <= 1);
     if (!t.card->compute_slices)
         return NOT_SUPPORTED;
-    bool busy = occupied(t.number, 0);
+    bool busy = occupied(t.number, 0) || (t.card->architecture == AMPERE && others_look());
     EACH_INSTANCE(i, t.gpu)
         busy = true;
     t.gpu->mig_pending = mode;
