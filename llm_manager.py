@@ -19265,6 +19265,9 @@ GAUGE_SECONDS: Final = 300.0
 class EnergySink(Protocol):
     """Where a sampler leaves what it found: the records on the disk."""
 
+    @property
+    def trouble(self) -> ManagerError | None: ...
+    def close(self) -> None: ...
     def add(self, shares: Sequence[EnergyShare], rates: EnergyRates) -> None: ...
     def open_session(
         self, model: str, replica: int, container_id: str, gpu_uuids: Sequence[str], start: float
@@ -19452,16 +19455,16 @@ class EnergySampler:
     def __init__(
         self,
         manager: Manager,
-        records: EnergySink,
+        open_records: Callable[[], EnergySink],
         latest: Callable[[], Snapshot],
         loads: Callable[[], Mapping[ContainerName, EngineLoad | None]],
     ) -> None:
         self._manager = manager
+        self._open_records = open_records
         self._latest = latest
         self._loads = loads
-        self._meter = manager.energy_meter(records)
-        self._sessions = EngineSessions(records)
         self._settings = EnergySettings()
+        self._at_work: tuple[EnergySink, EnergyMeter, EngineSessions] | None = None
         self._trouble = ""
         self._counted = -math.inf
         self._ending = threading.Event()
@@ -19470,48 +19473,53 @@ class EnergySampler:
 
     def now(self) -> LiveEnergy:
         """The watts of the last look, and why nothing is recorded where that is so."""
-        return replace(self._meter.live, trouble=self._trouble)
+        if self._at_work is None:
+            return LiveEnergy(trouble=self._trouble)
+        records, meter, _ = self._at_work
+        return replace(meter.live, trouble=self._trouble or str(records.trouble or ""))
 
     def close(self) -> None:
-        """End the sessions; the next process begins its own."""
+        """End the sessions and the records; the next process begins its own."""
         self._ending.set()
         self._thread.join(timeout=ENDING_SECONDS)
 
     def _run(self) -> None:
-        release = self._turn()
-        if release is None:
-            return
-        try:
-            due = boot_seconds()
-            while not self._ending.wait(max(0.0, due - boot_seconds())):
-                self._attempt(self._sample)
-                due = max(due, boot_seconds() - 1) + self._settings.period_seconds
-            self._attempt(lambda: self._sessions.close(time.time()))
-        finally:
-            release()
+        while (release := self._turn()) is None:
+            if self._ending.wait(TURN_SECONDS):
+                return
+        records = self._open_records()  # not before: they have one writer
+        meter, sessions = self._manager.energy_meter(records), EngineSessions(records)
+        self._at_work = records, meter, sessions
+        due = boot_seconds()
+        while not self._ending.wait(max(0.0, due - boot_seconds())):
+            self._attempt(lambda: self._sample(meter, sessions))
+            due = max(due, boot_seconds() - 1) + self._settings.period_seconds
+        self._attempt(lambda: sessions.close(time.time()))
+        records.close()
+        release()
 
     def _turn(self) -> Callable[[], None] | None:
-        """The right to sample; None where this process ends before another one does."""
-        while True:
-            try:
-                release = self._manager.only_here(SAMPLING)
-            except ManagerError as error:
-                self._trouble = f"Another LLM Manager records the energy. {error.advice}"
-                if self._ending.wait(TURN_SECONDS):
-                    return None
-            else:
-                self._trouble = ""
-                return release
+        """The right to sample; None while another process has it."""
+        try:
+            release = self._manager.only_here(SAMPLING)
+        except BusyError:
+            self._trouble = "The energy is recorded by another LLM Manager: this one shows none."
+        except ManagerError as error:
+            self._trouble = f"Energy is not recorded: {error}"
+        else:
+            self._trouble = ""
+            return release
+        return None
 
-    def _sample(self) -> None:
+    def _sample(self, meter: EnergyMeter, sessions: EngineSessions) -> None:
         snapshot = self._latest()
         self._settings = snapshot.state.energy if snapshot.state else self._settings
         now = time.time()
-        self._meter.sample(snapshot, self._settings, now)
-        self._sessions.follow(snapshot, self._loads(), now)
+        meter.sample(snapshot, self._settings, now)
+        sessions.follow(snapshot, self._loads(), now)
         if boot_seconds() - self._counted >= COUNT_SECONDS:
             self._counted = boot_seconds()
-            self._sessions.count()
+            sessions.count()
 
     def _attempt(self, work: Callable[[], None]) -> None:
         """The same trouble is logged once, and shown as long as it lasts."""
@@ -19541,7 +19549,7 @@ class Watch:
         seconds: float = 2.0,
         revivals: Revivals | None = None,
         stalls: Stalls | None = None,
-        records: EnergySink | None = None,
+        records: Callable[[], EnergySink] | None = None,
     ) -> None:
         self._manager = manager
         self._seconds = seconds

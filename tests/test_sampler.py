@@ -35,6 +35,11 @@ class Kept:
     rates: list[lm.EnergyRates] = field(default_factory=list)
     sessions: list[tuple[Any, ...]] = field(default_factory=list)
     fault: Exception | None = None
+    trouble: lm.ManagerError | None = None
+    closed: bool = False
+
+    def close(self) -> None:
+        self.closed = True
 
     def add(self, shares: Sequence[lm.EnergyShare], rates: lm.EnergyRates) -> None:
         if self.fault is not None:
@@ -491,7 +496,7 @@ def served(tmp_path: Path) -> Iterator[tuple[Server, Kept]]:
 
 def test_the_console_samples_with_the_rates_of_its_state(served: tuple[Server, Kept]) -> None:
     server, kept = served
-    watch = lm.Watch(server.manager, seconds=0.05, records=kept)
+    watch = lm.Watch(server.manager, seconds=0.05, records=lambda: kept)
     assert watch.sampler is not None
     assert until(lambda: len(kept.shares) > 2)
     assert kept.rates[-1] == lm.EnergyRates(price_per_kwh=0.3, overhead=1.2)
@@ -506,15 +511,16 @@ def test_of_two_consoles_one_samples_and_the_other_takes_over(
 ) -> None:
     server, kept = served
     monkeypatch.setattr(lm, "TURN_SECONDS", 0.05)
-    one = lm.Watch(server.manager, seconds=0.05, records=kept)
+    one = lm.Watch(server.manager, seconds=0.05, records=lambda: kept)
     assert until(lambda: bool(kept.shares))
     other = Kept()
-    two = lm.Watch(server.manager, seconds=0.05, records=other)
+    two = lm.Watch(server.manager, seconds=0.05, records=lambda: other)
     assert one.sampler is not None
     assert two.sampler is not None
-    assert until(lambda: "Another LLM Manager" in two.latest().energy.trouble)
+    assert until(lambda: "another LLM Manager" in two.latest().energy.trouble)
     assert other.shares == []
     one.sampler.close()
+    assert kept.closed
     assert until(lambda: bool(other.shares))
     assert two.latest().energy.trouble == ""
     two.sampler.close()
@@ -525,7 +531,7 @@ def test_records_that_fail_are_said_on_the_page_once_in_the_log_and_are_taken_up
 ) -> None:
     server, kept = served
     kept.fault = lm.ManagerError("The disk is full.", advice="Make room.")
-    watch = lm.Watch(server.manager, seconds=0.05, records=kept)
+    watch = lm.Watch(server.manager, seconds=0.05, records=lambda: kept)
     assert watch.sampler is not None
     assert until(lambda: bool(watch.latest().energy.trouble))
     said = "Energy is not recorded: The disk is full. Make room."
@@ -535,4 +541,6 @@ def test_records_that_fail_are_said_on_the_page_once_in_the_log_and_are_taken_up
     assert until(lambda: bool(kept.shares))
     assert until(lambda: watch.latest().energy.trouble == "")
     assert [r.message for r in caplog.records] == ["energy is not recorded"]
+    kept.trouble = lm.ManagerError("What was recorded is damaged.", advice="It was set aside.")
+    assert watch.latest().energy.trouble == str(kept.trouble)
     watch.sampler.close()
