@@ -531,6 +531,35 @@ def test_what_the_database_keeps_is_saved_setting_by_setting(run: Run) -> None:
     assert run("database", "list").out == ""
 
 
+def test_how_energy_is_recorded_is_saved_setting_by_setting(run: Run) -> None:
+    run("config", "set", "--energy-period", "5", "--price-per-kwh", "0.32", "--overhead", "1.4")
+    run("config", "set", "--co2-grams-per-kwh", "381")
+    run("config", "set", "--price-per-kwh", "off")
+    shown = json.loads(run("config", "show").out)
+    assert shown["energy"] == {
+        "period_seconds": 5.0, "price_per_kwh": None, "co2_grams_per_kwh": 381.0, "overhead": 1.4,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--energy-period", "0.01", "period_seconds"),
+        ("--energy-period", "nan", "period_seconds"),
+        ("--price-per-kwh", "-1", "price_per_kwh"),
+        ("--price-per-kwh", "nan", "price_per_kwh"),
+        ("--overhead", "0.9", "overhead"),
+    ],
+)
+def test_energy_cannot_be_recorded_by_nonsense(
+    run: Run, option: str, value: str, said: str
+) -> None:
+    line = run("config", "set", f"{option}={value}").refusal()
+    assert "Energy cannot be recorded so" in line
+    assert said in line
+    assert json.loads(run("config", "show").out)["energy"]["period_seconds"] == 1.0
+
+
 def test_an_image_is_pinned(run: Run) -> None:
     assert run("image", "set", "caddy", "caddy:2.12.0").status == lm.DONE
     assert image_of(run, "caddy") == "caddy:2.12.0"
