@@ -161,6 +161,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import platform
 import pwd
 import re
@@ -169,6 +170,7 @@ import shlex
 import shutil
 import signal
 import socket
+import sqlite3
 import ssl
 import tarfile
 import tempfile
@@ -329,6 +331,10 @@ class GatewayError(ManagerError):
 
 class DatabaseError(ManagerError):
     """PostgreSQL does not answer, or not that."""
+
+
+class EnergyRecordsError(ManagerError):
+    """The records of energy cannot be read or written."""
 
 
 class ProviderError(ManagerError):
@@ -4423,20 +4429,27 @@ SELECT engine, coalesce(sum(tokens), 0)::bigint,
 _SUMS: Final = ("requests", "prompt", "cached", "completion", "took_ms", "timed")
 
 
-def _adding(rows: str) -> str:
+_HOUR_KEYS: Final = {
+    "hours": "hour, api_base, failed, guessed",
+    "uses": "hour, api_base, api_key, team_id",  # apart: it has as many times more rows as keys
+}
+
+
+def _adding(table: str, rows: str) -> str:
     """To the sums what these rows are; sorted, so that two gateways never wait in a circle.
 
     Of cached tokens the metadata has what the provider said, which may be anything. With OFFSET 0
     PostgreSQL sorts figures, and not whole rows with their metadata.
     """
-    key = "hour, api_base, failed, guessed"
+    key = _HOUR_KEYS[table]
     return f"""
-  INSERT INTO llm_manager.hours AS known
+  INSERT INTO llm_manager.{table} AS known
   SELECT {key}, count(*), sum(prompt_tokens),
          sum(CASE WHEN cached ~ '^[0-9]{{1,9}}$' THEN cached::int ELSE 0 END),
          sum(completion_tokens), coalesce(sum(request_duration_ms), 0), count(request_duration_ms)
     FROM (SELECT date_trunc('hour', "startTime") AS hour, coalesce(api_base, '') AS api_base,
                  coalesce(status = 'failure', false) AS failed, {_GUESSED} AS guessed,
+                 coalesce(api_key, '') AS api_key, coalesce(team_id, '') AS team_id,
                  prompt_tokens, completion_tokens, request_duration_ms,
                  metadata #>> '{{usage_object,prompt_tokens_details,cached_tokens}}' AS cached
             FROM {rows} OFFSET 0) AS told
@@ -4446,10 +4459,23 @@ def _adding(rows: str) -> str:
 
 
 _NOT_ADDED: Final = """"LiteLLM_SpendLogs" WHERE "startTime" >= coalesce(
-             (SELECT max(known.hour) + interval '1 hour' FROM llm_manager.hours AS known),
+             (SELECT max(known.hour) + interval '1 hour' FROM llm_manager.{table} AS known),
              '-infinity')"""
 HOURS_KEPT: Final = """SELECT 1 FROM pg_trigger
- WHERE tgrelid = to_regclass('"LiteLLM_SpendLogs"') AND tgname = 'llm_manager_hours'"""
+ WHERE tgrelid = to_regclass('"LiteLLM_SpendLogs"') AND tgname = 'llm_manager_hours'
+   AND to_regclass('llm_manager.uses') IS NOT NULL"""
+
+
+def _making(table: str, key_columns: str) -> str:
+    return f"""
+  CREATE TABLE IF NOT EXISTS llm_manager.{table} (
+    {key_columns},
+    {", ".join(f"{each} bigint NOT NULL" for each in _SUMS)},
+    PRIMARY KEY ({_HOUR_KEYS[table]}));
+  DELETE FROM llm_manager.{table} WHERE hour > (SELECT min("startTime") FROM "LiteLLM_SpendLogs");
+  {_adding(table, _NOT_ADDED.format(table=table))}"""  # noqa: S608 - constants alone
+
+
 # PostgreSQL adds to them what LiteLLM writes, as it writes it, and what retention deletes stays in.
 # When this begins, the hours of which every request is still known are added up anew.
 KEEP_HOURS: Final = f"""DO $keep$
@@ -4458,23 +4484,68 @@ BEGIN
   LOCK TABLE "LiteLLM_SpendLogs" IN SHARE ROW EXCLUSIVE MODE;
   IF EXISTS ({HOURS_KEPT}) THEN RETURN; END IF;
   CREATE SCHEMA IF NOT EXISTS llm_manager;
-  CREATE TABLE IF NOT EXISTS llm_manager.hours (
-    hour timestamp, api_base text, failed bool, guessed bool,
-    {", ".join(f"{each} bigint NOT NULL" for each in _SUMS)},
-    PRIMARY KEY (hour, api_base, failed, guessed));
-  DELETE FROM llm_manager.hours WHERE hour > (SELECT min("startTime") FROM "LiteLLM_SpendLogs");
-  {_adding(_NOT_ADDED)}
+  {_making("hours", "hour timestamp, api_base text, failed bool, guessed bool")}
+  {_making("uses", "hour timestamp, api_base text, api_key text, team_id text")}
   CREATE OR REPLACE FUNCTION llm_manager.add_hours() RETURNS trigger LANGUAGE plpgsql AS $add$
 BEGIN
-  {_adding("added")}
+  {_adding("hours", "added")}
+  {_adding("uses", "added")}
   RETURN NULL;
 EXCEPTION WHEN OTHERS THEN  -- LiteLLM may change a column, and must not lose its row for that
   RAISE WARNING 'llm_manager.hours: %', SQLERRM;
   RETURN NULL;
 END $add$;
-  CREATE TRIGGER llm_manager_hours AFTER INSERT ON "LiteLLM_SpendLogs"
+  CREATE OR REPLACE TRIGGER llm_manager_hours AFTER INSERT ON "LiteLLM_SpendLogs"
     REFERENCING NEW TABLE AS added FOR EACH STATEMENT EXECUTE FUNCTION llm_manager.add_hours();
-END $keep$"""  # noqa: S608 - constants alone
+END $keep$"""
+
+
+_USES: Final = """
+SELECT hour, api_base, subject, {name} AS name, requests, prompt, completion
+  FROM (SELECT extract(epoch FROM hour)::bigint AS hour, api_base, {column} AS subject,
+               sum(requests)::bigint AS requests, sum(prompt)::bigint AS prompt,
+               sum(completion)::bigint AS completion
+          FROM llm_manager.uses
+         WHERE hour >= %(day)s::date AND hour < %(day)s::date + 1 GROUP BY 1, 2, 3) AS used
+ WHERE prompt + completion > 0"""
+
+
+def uses_sql(day: date, by: Literal["key", "group"]) -> Sql:
+    """Rows for `parse_uses`: who had which engine work in each hour of a day."""
+    column, name = ("api_key", _KEY_NAME) if by == "key" else ("team_id", _GROUP_NAME)
+    return Sql(_USES.replace("{name}", name).replace("{column}", column), {"day": str(day)})
+
+
+def parse_uses(rows: Iterable[Sequence[Any]], by: Literal["key", "group"]) -> list[TokenUse]:
+    """From what `uses_sql` brings; what other servers' engines did is left out."""
+    return [
+        TokenUse(
+            start=hour, subject=subject, model=engine[1], requests=asked, prompt_tokens=prompt,
+            completion_tokens=completion, name=name or _nameless(subject, by),
+        )
+        for hour, address, subject, name, asked, prompt, completion in rows
+        if (engine := _ENGINE_URL.match(address))
+    ]  # fmt: skip
+
+
+_ENGINE_URL: Final = re.compile(r"http://(?:[a-z0-9]+-)?llm-model-(.+)-\d+:")  # of `engine_url`
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenUse:
+    """What a subject had a model read and make within one hour or day."""
+
+    start: int
+    subject: str
+    model: str
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    name: str = ""  # of the subject, where it has another
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
 
 
 # --- statements -----------------------------------------------------------------
@@ -4560,16 +4631,52 @@ def parse_statement(month: date, rows: Iterable[Sequence[Any]], prices: Prices) 
 # --- as a file -------------------------------------------------------------------
 
 
-def render_csv(headers: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CsvStyle:
+    """How a table is written: `;` and `,` are what a German spreadsheet reads."""
+
+    separator: str = ","
+    decimal: str = "."
+
+    def __post_init__(self) -> None:
+        if self.separator not in {",", ";", "\t"} or self.decimal not in {".", ","}:
+            raise InvalidError(
+                "The separator is a comma, a semicolon or a tab; the decimal mark a point or "
+                "a comma.",
+                advice="For a German spreadsheet: `;` and `,`.",
+            )
+        if self.separator == self.decimal:
+            raise InvalidError(
+                "The separator and the decimal mark are the same.",
+                advice="With a decimal comma, choose `;`.",
+            )
+
+
+PLAIN: Final = CsvStyle()
+CSV_BATCH: Final = 1000
+
+
+def render_csv(
+    headers: Sequence[str], rows: Iterable[Iterable[object]], style: CsvStyle = PLAIN
+) -> str:
     """A table for other programs; what a spreadsheet would run as a formula is text in it."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(headers)
-    writer.writerows([[_harmless(cell) for cell in row] for row in rows])
-    return file.getvalue()
+    return b"".join(stream_csv(headers, rows, style)).decode()
 
 
-def _harmless(cell: object) -> object:
+def stream_csv(
+    headers: Sequence[str], rows: Iterable[Iterable[object]], style: CsvStyle
+) -> Iterator[bytes]:
+    """The same in pieces, so that memory does not grow with the rows."""
+    lines = itertools.chain([headers], ([_harmless(c, style) for c in row] for row in rows))
+    while batch := [*itertools.islice(lines, CSV_BATCH)]:
+        file = io.StringIO()
+        csv.writer(file, delimiter=style.separator, lineterminator="\n").writerows(batch)
+        yield file.getvalue().encode()
+
+
+def _harmless(cell: object, style: CsvStyle) -> object:
+    if isinstance(cell, float):
+        return str(cell).replace(".", style.decimal)
     is_formula = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r"))
     return f"'{cell}" if is_formula else cell
 
@@ -4773,6 +4880,7 @@ def split_energy(energy_mj: int, weights: Mapping[str, float]) -> dict[str, int]
 EnergyGrouping = Literal["day", "hour", "model", "gpu", "key", "group"]
 EnergyTable = Literal["samples", "sessions", "models", "keys", "groups"]
 KWH_MJ: Final = 3_600_000_000
+DAY_SECONDS, HOUR_SECONDS, MINUTE_SECONDS = 86_400, 3_600, 60
 SHARED_DAYS: Final = 366  # as many days are told by key or group
 IDLE: Final = "(idle)"  # the subject of what the GPUs took while nobody's work explains it
 NO_REQUESTS: Final = "(no requests) "  # and a model: energy of hours in which no key used it
@@ -4808,23 +4916,6 @@ class EnergyPart:
     estimated_mj: int  # how much of it a method divided
     unmeasured_ms: int
     rates: EnergyRates
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TokenUse:
-    """What a subject had a model read and make within one hour or day."""
-
-    start: int
-    subject: str
-    model: str
-    requests: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    name: str = ""  # of the subject, where it has another
-
-    @property
-    def tokens(self) -> int:
-        return self.prompt_tokens + self.completion_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -4917,25 +5008,171 @@ class EnergySession:
         return "estimated" if part == 1 else f"{part:.0%} estimated"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CsvStyle:
-    """How a table is written: `;` and `,` are what a German spreadsheet reads."""
+def split_by_use(parts: Iterable[EnergyPart], uses: Iterable[TokenUse]) -> Iterator[EnergyPart]:
+    """Each hour's energy of a model to those who used it in that hour, by their tokens.
 
-    separator: str = ","
-    decimal: str = "."
+    What no tokens explain, and what was not measured, stays the model's; the parts add up to those
+    that were given. Token for token alike: engines do not tell what one read or made costs.
+    """
+    tokens: dict[tuple[int, str], Counter[str]] = {}
+    for use in uses:
+        tokens.setdefault((use.start, use.model), Counter())[use.subject] += use.tokens
+    for part in parts:
+        users = tokens.get((part.start, part.model)) or Counter()
+        for who, energy_mj in (split_energy(part.energy_mj, users) if users else {}).items():
+            yield replace(
+                part, subject=who, energy_mj=energy_mj, estimated_mj=energy_mj, unmeasured_ms=0
+            )
+        model_own = replace(part, subject=NO_REQUESTS + part.model if part.model else IDLE)
+        if not users:
+            yield model_own
+        elif part.unmeasured_ms:
+            yield replace(model_own, energy_mj=0, estimated_mj=0)
 
-    def __post_init__(self) -> None:
-        if self.separator not in {",", ";", "\t"} or self.decimal not in {".", ","}:
-            raise InvalidError(
-                "The separator is a comma, a semicolon or a tab; the decimal mark a point or "
-                "a comma.",
-                advice="For a German spreadsheet: `;` and `,`.",
-            )
-        if self.separator == self.decimal:
-            raise InvalidError(
-                "The separator and the decimal mark are the same.",
-                advice="With a decimal comma, choose `;`.",
-            )
+
+def add_up(records: Iterable[EnergyPart | TokenUse], key: str = "subject") -> dict[Any, EnergySum]:
+    """The sums by one of their fields, or by several with a comma between; as they come."""
+    key_of = operator.attrgetter(*key.split(","))
+    sums: dict[Any, Counter[str]] = {}
+    names: dict[Any, tuple[str, str]] = {}
+    for record in records:
+        who = key_of(record)
+        sums.setdefault(who, Counter()).update(_energy_figures(record))
+        if isinstance(record, TokenUse) and record.name:
+            names[who] = record.subject, record.name
+        names.setdefault(who, (record.subject, record.subject))
+    return {who: _energy_sum(*names[who], figures) for who, figures in sums.items()}
+
+
+def _energy_figures(record: EnergyPart | TokenUse) -> dict[str, Any]:
+    if isinstance(record, TokenUse):
+        return {
+            "requests": record.requests,
+            "prompt": record.prompt_tokens,
+            "completion": record.completion_tokens,
+        }
+    rates, price = record.rates, record.rates.price_per_kwh
+    kwh = record.energy_mj * rates.overhead / KWH_MJ
+    return {
+        "energy": record.energy_mj,
+        "idle": 0 if record.model else record.energy_mj,
+        "estimated": record.estimated_mj,
+        "unmeasured": record.unmeasured_ms,
+        "unpriced": record.energy_mj if price is None else 0,
+        **({} if price is None else {PAID + rates.currency: kwh * price}),
+        **({} if rates.co2_grams_per_kwh is None else {"co2": kwh * rates.co2_grams_per_kwh}),
+    }
+
+
+PAID: Final = "paid in "
+
+
+def _energy_sum(subject: str, name: str, figures: Mapping[str, Any]) -> EnergySum:
+    paid = {key: amount for key, amount in figures.items() if key.startswith(PAID)}
+    return EnergySum(
+        subject=subject,
+        name=name,
+        energy_mj=figures["energy"],
+        idle_mj=figures["idle"],
+        estimated_mj=figures["estimated"],
+        unmeasured_seconds=figures["unmeasured"] / 1000,
+        costs={key.removeprefix(PAID): amount for key, amount in paid.items()},
+        unpriced_mj=figures["unpriced"],
+        co2_grams=figures.get("co2"),
+        requests=figures["requests"],
+        prompt_tokens=figures["prompt"],
+        completion_tokens=figures["completion"],
+    )
+
+
+def energy_report(query: EnergyQuery, records: Iterable[EnergyPart | TokenUse]) -> EnergyReport:
+    """Days and hours as they come, else the most energy first."""
+    found = add_up(records)
+    timed = query.by in {"day", "hour"}
+    rows = sorted(
+        found.values(), key=lambda row: row.subject if timed else (-row.energy_mj, row.name)
+    )
+    return EnergyReport(query=query, total=_total(rows), rows=tuple(rows))
+
+
+def _total(rows: Sequence[EnergySum]) -> EnergySum:
+    costs: Counter[str] = Counter()
+    for row in rows:
+        costs.update(row.costs)
+    names = ("energy_mj", "idle_mj", "estimated_mj", "unmeasured_seconds", "unpriced_mj",
+             "requests", "prompt_tokens", "completion_tokens")  # fmt: skip
+    emitted = [row.co2_grams for row in rows if row.co2_grams is not None]
+    return EnergySum(
+        subject="total",
+        name="total",
+        costs=costs,
+        co2_grams=math.fsum(emitted) if emitted else None,
+        **{name: sum(getattr(row, name) for row in rows) for name in names},
+    )
+
+
+SUM_COLUMNS: Final = (
+    "energy_kwh", "energy_joules", "estimated_joules", "unmeasured_gpu_seconds", "requests",
+    "prompt_tokens", "completion_tokens", "joules_per_output_token", "joules_per_token",
+    "cost_with_overhead", "currency", "co2_grams_with_overhead",
+)  # fmt: skip
+# The separator, and within figures the decimal mark, of samples as they are kept: no text has them.
+SEPARATOR, DECIMAL = b"\x1f", b"\x1e"
+SAMPLE_COLUMNS: Final = (
+    "start_utc", "duration_seconds", "gpu_uuid", "model", "replica", "energy_joules",
+    "mean_power_watts", "unmeasured_seconds", "method",
+)  # fmt: skip
+
+
+def sample_line(moment: str, who: tuple[str, str, int, str], taken: tuple[int, int, int]) -> str:
+    """A line of `SAMPLE_COLUMNS` as it is kept; `styled` makes it a CSV's.
+
+    Of whom: GPU, model, replica and method. What: millijoules in so many milliseconds, and how many
+    were not measured.
+    """
+    gpu, model, replica, method = who
+    energy_mj, ms, unmeasured_ms = taken
+    watts = f"{energy_mj * 10 // ms // 10}\x1e{energy_mj * 10 // ms % 10}" if ms else ""
+    return "\x1f".join((
+        moment, _thousandths(ms), gpu, model or IDLE, str(replica), _thousandths(energy_mj), watts,
+        _thousandths(unmeasured_ms), method,
+    )) + "\n"  # fmt: skip
+
+
+def _thousandths(number: int) -> str:
+    return f"{number // 1000}\x1e{number % 1000:03d}"
+
+
+def styled(lines: bytes, style: CsvStyle) -> bytes:
+    """In one pass over the bytes: samples come by the million."""
+    marks = (style.separator + style.decimal).encode()
+    return lines.translate(bytes.maketrans(SEPARATOR + DECIMAL, marks))
+
+
+def by_the_hour(share: EnergyShare) -> list[EnergyShare]:
+    """A gap in each hour that it lies in; what was measured is whole in the hour it began in."""
+    pieces, start, end = [], share.start, share.start + share.seconds
+    while share.energy_mj is None and start // HOUR_SECONDS != end // HOUR_SECONDS:
+        turn = (start // HOUR_SECONDS + 1) * HOUR_SECONDS
+        pieces.append(replace(share, start=start, seconds=turn - start))
+        start = turn
+    return [*pieces, replace(share, start=start, seconds=end - start)] if pieces else [share]
+
+
+def given_up(shares: Iterable[EnergyShare]) -> list[EnergyShare]:
+    """What is left of shares that could not be kept: how long each GPU went unrecorded."""
+    looks = {(share.gpu_uuid, share.start): share.seconds for share in shares}
+    gaps: dict[tuple[str, float], list[float]] = {}
+    for (gpu, start), seconds in looks.items():
+        gap = gaps.setdefault((gpu, start // HOUR_SECONDS), [start, 0.0])
+        gap[1] += seconds
+    return [
+        EnergyShare(
+            gpu_uuid=gpu, start=start, seconds=seconds, model=NOBODY, replica=0, energy_mj=None,
+            method="idle",
+        )
+        for (gpu, _), (start, seconds) in gaps.items()
+    ]  # fmt: skip
 
 
 # =============================================================================
@@ -12544,6 +12781,60 @@ def energy_headline(report: EnergyReport) -> str:
     )
 
 
+ENERGY_TABLES: Final[Mapping[str, Literal["model", "key", "group"]]] = {
+    "models": "model", "keys": "key", "groups": "group",
+}  # fmt: skip
+
+
+def energy_columns(by: Literal["model", "key", "group"]) -> list[str]:
+    """Those of `energy_csv_rows`."""
+    who = ["model"] if by == "model" else [by, f"{by}_name", "model"]
+    return ["day_utc", *who, *SUM_COLUMNS]
+
+
+def energy_csv_rows(
+    day: date, by: Literal["model", "key", "group"], records: Iterable[EnergyPart | TokenUse]
+) -> Iterator[list[object]]:
+    """A day's rows of `energy_columns`; all rows of all days add up to what was measured."""
+    for (subject, model), row in sorted(add_up(records, "subject,model").items()):
+        who = [model or IDLE] if by == "model" else [subject, row.name, model or IDLE]
+        cost, currency = _cost_cells(row.costs)
+        yield [
+            str(day), *who, row.kwh, row.energy_mj / 1000, row.estimated_mj / 1000,
+            row.unmeasured_seconds, row.requests, row.prompt_tokens, row.completion_tokens,
+            row.joules_per_output_token, row.joules_per_token, cost, currency, row.co2_grams,
+        ]  # fmt: skip
+
+
+def _cost_cells(costs: Mapping[str, float]) -> tuple[object, str]:
+    """The amount and its currency; a sum in several is no figure."""
+    if len(costs) > 1:
+        return format_costs(costs), "several"
+    return next(((amount, currency) for currency, amount in costs.items()), (None, ""))
+
+
+SESSION_COLUMNS: Final = (
+    "model", "replica", "container_id", "gpu_uuids", "start_utc", "end_utc", "energy_kwh",
+    "energy_joules", "estimated_joules", "measured_seconds", "unmeasured_seconds",
+    "mean_power_watts", "peak_power_watts", "requests", "prompt_tokens", "cached_tokens",
+    "completion_tokens", "joules_per_output_token", "joules_per_token", "cost_with_overhead",
+    "currency", "co2_grams_with_overhead", "method",
+)  # fmt: skip
+
+
+def session_csv_rows(sessions: Iterable[EnergySession]) -> Iterator[list[object]]:
+    """Rows of `SESSION_COLUMNS`; a session that goes on has no end."""
+    for s in sessions:
+        yield [
+            s.model, s.replica, s.container_id, " ".join(s.gpu_uuids),
+            f"{s.start:%Y-%m-%d %H:%M:%S}", f"{s.end:%Y-%m-%d %H:%M:%S}" if s.end else "", s.kwh,
+            s.energy_mj / 1000, s.estimated_mj / 1000, s.measured_seconds, s.unmeasured_seconds,
+            s.mean_w, s.peak_w, s.requests, s.prompt_tokens, s.cached_tokens, s.completion_tokens,
+            s.joules_per_output_token, s.joules_per_token, *_cost_cells(s.costs), s.co2_grams,
+            s.method,
+        ]  # fmt: skip
+
+
 STACK_COLUMNS: Final = ("day", "model", "kWh")  # of `energy_stack`
 
 
@@ -14709,7 +15000,7 @@ class UsageTables:
                 f"ALTER ROLE {READER} SET work_mem = '32MB'",  # for bitmaps of a million rows
                 f"ALTER ROLE {READER} SET jit = off",
                 f"GRANT USAGE ON SCHEMA llm_manager TO {READER}",
-                f"GRANT SELECT ON {tables}, llm_manager.hours TO {READER}",
+                f"GRANT SELECT ON {tables}, llm_manager.hours, llm_manager.uses TO {READER}",
             ):
                 connection.execute(statement.encode())
 
@@ -14756,6 +15047,545 @@ def database_errors() -> Iterator[None]:
 # =============================================================================
 # §31 Energy records — effects: SQLite
 # =============================================================================
+
+RAW_DAYS: Final = 2
+MINUTE_DAYS: Final = 366
+COMMIT_SECONDS: Final = 5.0  # what a kill may lose
+ROLL_UP_SECONDS: Final = 3600.0
+MOST_WAITING: Final = 1800  # looks at all GPUs that wait for a disk
+TIERS: Final = {"minutes": MINUTE_SECONDS, "hours": HOUR_SECONDS}
+ENERGY_FILE: Final = "energy.sqlite"
+# Minutes and hours are added up as shares come, in the transaction that keeps the samples: so
+# rolling up is deleting what is told more coarsely too, and no sum can change by it. Samples are
+# kept as the lines that they are exported as, because nothing else reads them: 20 million rows of
+# columns would take a minute to write out. `kept` has the moment before which a tier was deleted.
+_TIER: Final = """
+CREATE TABLE {tier} (start INTEGER, subject INTEGER, rates INTEGER, energy_mj INTEGER, ms INTEGER,
+  unmeasured_ms INTEGER, PRIMARY KEY (start, subject, rates)) WITHOUT ROWID;"""
+ENERGY_SCHEMA: Final = f"""BEGIN;
+CREATE TABLE rates (id INTEGER PRIMARY KEY, price REAL, currency TEXT, co2 REAL, overhead REAL);
+CREATE TABLE subjects (id INTEGER PRIMARY KEY, gpu TEXT, model TEXT, replica INTEGER, method TEXT,
+  estimated INTEGER, UNIQUE (gpu, model, replica, method, estimated));
+CREATE TABLE samples (id INTEGER PRIMARY KEY, lines BLOB);
+{"".join(_TIER.format(tier=tier) for tier in TIERS)}
+CREATE TABLE tokens (start INTEGER, model TEXT, replica INTEGER, prompt INTEGER, completion INTEGER,
+  cached INTEGER, requests INTEGER, PRIMARY KEY (start, model, replica)) WITHOUT ROWID;
+CREATE TABLE sessions (id INTEGER PRIMARY KEY, model TEXT, replica INTEGER, container TEXT,
+  gpus TEXT, start REAL, last REAL, end REAL, ms INTEGER, unmeasured_ms INTEGER, peak_w REAL,
+  prompt INTEGER, completion INTEGER, cached INTEGER, requests INTEGER);
+CREATE INDEX sessions_by_start ON sessions (start);
+CREATE TABLE session_energy (session INTEGER, rates INTEGER, energy_mj INTEGER,
+  estimated_mj INTEGER, PRIMARY KEY (session, rates)) WITHOUT ROWID;
+CREATE TABLE kept (tier TEXT PRIMARY KEY, since INTEGER);
+INSERT INTO kept VALUES ('samples', 0), ('minutes', 0);
+PRAGMA user_version = 1;
+COMMIT;"""  # noqa: S608
+
+
+@contextlib.contextmanager
+def sqlite_errors() -> Iterator[None]:
+    """Turn every failure of SQLite into one sentence."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        name = getattr(error, "sqlite_errorname", "")
+        if name == "SQLITE_FULL" or name.startswith("SQLITE_IOERR"):
+            raise EnergyRecordsError(
+                "Energy cannot be recorded: its disk is full, or fails.",
+                advice="Free some space; until then records wait in memory.",
+            ) from error
+        if _is_damaged(error):
+            raise EnergyRecordsError(
+                f"{ENERGY_FILE} is damaged.",
+                advice="Restart the console: it sets the file aside and begins a new one.",
+            ) from error
+        raise EnergyRecordsError(
+            f"{ENERGY_FILE} cannot be used: {error}.", advice="Look at the home directory."
+        ) from error
+
+
+def _is_damaged(error: sqlite3.Error) -> bool:
+    return getattr(error, "sqlite_errorname", "").startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB"))
+
+
+@dataclass(kw_only=True, slots=True)
+class _Session:
+    """A session as it grows; its figures are whole, so that writing it twice changes nothing."""
+
+    id: int
+    model: str
+    replica: int
+    container: str
+    gpus: tuple[str, ...]
+    start: float
+    last: float
+    tokens: tuple[int, ...] = (0, 0, 0, 0)  # prompt, completion, cached; and requests
+    end: float | None = None
+    ms: int = 0
+    unmeasured_ms: int = 0
+    peak_w: float = 0.0
+    energy: dict[EnergyRates, list[int]] = field(default_factory=dict)
+
+    def take(self, shares: Sequence[EnergyShare], rates: EnergyRates) -> None:
+        """Its shares of one look at all GPUs, which is what its peak is of."""
+        watts = 0.0
+        for share in shares:
+            self.last = max(self.last, share.start + share.seconds)
+            if share.energy_mj is None:
+                self.unmeasured_ms += round(1000 * share.seconds)
+                continue
+            self.ms += round(1000 * share.seconds)
+            watts += share.energy_mj / 1000 / share.seconds if share.seconds else 0
+            sums = self.energy.setdefault(rates, [0, 0])
+            sums[0] += share.energy_mj
+            sums[1] += 0 if share.measured else share.energy_mj
+        self.peak_w = max(self.peak_w, watts)
+
+    def count(self, counters: tuple[int, ...]) -> tuple[int, ...]:
+        """What came since it last counted."""
+        came, self.tokens = _minus(counters, self.tokens), counters
+        return came
+
+
+def _minus(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
+    return tuple(x - y for x, y in zip(a, b, strict=True))
+
+
+class EnergyRecords:
+    """energy.sqlite, by its one writer: what is given is on the disk within COMMIT_SECONDS.
+
+    No failure of the disk raises. What cannot be written waits, `trouble` says so, and of what
+    waits too long only the time is kept, as unmeasured. A damaged file is set aside.
+    """
+
+    def __init__(self, path: Path, now: Callable[[], float] = time.time) -> None:
+        self._path = path
+        self._now = now
+        self._lock = threading.Lock()
+        self._db: sqlite3.Connection | None = None
+        self._ids: dict[object, int] = {}
+        self._waiting: list[tuple[Sequence[EnergyShare], EnergyRates]] = []
+        self._tokens: dict[tuple[int, str, int], tuple[int, ...]] = {}
+        self._sessions: dict[str, _Session] = {}  # by container
+        self._unsaved: dict[int, _Session] = {}
+        self._committed = self._rolled_up = -math.inf
+        self._set_aside: ManagerError | None = None
+        self._fault: ManagerError | None = None
+        with self._lock:
+            self._commit()
+
+    @property
+    def trouble(self) -> ManagerError | None:
+        """Why records wait in memory, or that earlier ones were set aside."""
+        return self._fault or self._set_aside
+
+    def add(self, shares: Sequence[EnergyShare], rates: EnergyRates) -> None:
+        """The shares of one look at all GPUs."""
+        with self._lock:
+            self._waiting.append((shares, rates))
+            for session in self._sessions.values():
+                who = (session.model, session.replica)
+                if own := [s for s in shares if (s.model, s.replica) == who]:
+                    session.take(own, rates)
+                    self._unsaved[session.id] = session
+            if time.monotonic() - self._committed >= COMMIT_SECONDS:
+                self._commit()
+
+    def open_session(
+        self, model: str, replica: int, container_id: str, gpu_uuids: Sequence[str], start: float
+    ) -> None:  # fmt: skip
+        """A replica is ready; one that it was before, in another container, is over."""
+        with self._lock:
+            for other in [*self._sessions.values()]:
+                if container_id == other.container or (model, replica) == (
+                    other.model, other.replica,
+                ):  # fmt: skip
+                    self._end(other, max(other.last, other.start))
+            session = _Session(
+                id=time.time_ns(), model=model, replica=replica, container=container_id,
+                gpus=tuple(gpu_uuids), start=start, last=start,
+            )  # fmt: skip
+            self._sessions[container_id] = self._unsaved[session.id] = session
+            self._commit()
+
+    def close_session(self, container_id: str, end: float) -> None:
+        with self._lock:
+            if session := self._sessions.get(container_id):
+                self._end(session, max(end, session.start))
+                self._commit()
+
+    def _end(self, session: _Session, end: float) -> None:
+        session.end = end
+        self._unsaved[session.id] = session
+        del self._sessions[session.container]
+
+    def count_tokens(
+        self, container_id: str, prompt: int, completion: int, cached: int, asked: int
+    ) -> None:  # fmt: skip
+        """What a session's engine counted since the session began, so far."""
+        with self._lock:
+            if session := self._sessions.get(container_id):
+                came = session.count((prompt, completion, cached, asked))
+                hour = int(session.last) // HOUR_SECONDS * HOUR_SECONDS
+                key = (hour, session.model, session.replica)
+                before = self._tokens.get(key, (0, 0, 0, 0))
+                self._tokens[key] = tuple(a + b for a, b in zip(before, came, strict=True))
+                self._unsaved[session.id] = session
+
+    def flush(self) -> None:
+        with self._lock:
+            self._commit()
+
+    def close(self) -> None:
+        """What waits is written if it can be; sessions end at their last record."""
+        with self._lock:
+            for session in [*self._sessions.values()]:
+                self._end(session, session.last)
+            self._commit()
+            self._disconnect()
+
+    # --- writing -----------------------------------------------------------------
+
+    def _commit(self) -> None:
+        """All that waits in one transaction, or none of it."""
+        self._committed = time.monotonic()
+        try:
+            with sqlite_errors():
+                try:
+                    self._write()
+                except sqlite3.DatabaseError as error:
+                    if not _is_damaged(error):
+                        raise
+                    self._begin_anew(error)
+                    self._write()
+        except (EnergyRecordsError, OSError) as error:
+            self._wait(error)
+        else:
+            if self._fault:
+                log.info("Energy is recorded again.")
+            self._waiting, self._tokens, self._unsaved, self._fault = [], {}, {}, None
+
+    def _wait(self, error: Exception) -> None:
+        self._ids.clear()  # of rows that are not there
+        fault = error if isinstance(error, EnergyRecordsError) else EnergyRecordsError(
+            f"{ENERGY_FILE} cannot be set aside: {error}.", advice="Look at the home directory."
+        )  # fmt: skip
+        if self._fault is None:
+            log.warning("%s", fault)
+        self._fault = fault
+        if len(self._waiting) > MOST_WAITING:
+            half = len(self._waiting) // 2
+            lost = itertools.chain.from_iterable(shares for shares, _ in self._waiting[:half])
+            self._waiting[:half] = [(given_up(lost), EnergyRates())]
+
+    def _write(self) -> None:
+        db = self._db = self._db or self._connect()
+        with db:
+            db.execute("BEGIN IMMEDIATE")
+            self._write_shares(db)
+            self._write_sessions(db)
+            if time.monotonic() - self._rolled_up >= ROLL_UP_SECONDS:
+                roll_up(db, self._now())
+                self._rolled_up = time.monotonic()
+
+    def _write_shares(self, db: sqlite3.Connection) -> None:
+        lines: dict[int, list[str]] = {}
+        sums: dict[str, dict[tuple[int, int, int], list[int]]] = {tier: {} for tier in TIERS}
+        waiting = ((share, rates) for shares, rates in self._waiting for share in shares)
+        for share, rates in waiting:
+            ids = self._subject(db, share), self._rates(db, rates)
+            for piece in by_the_hour(share):
+                ms = round(1000 * piece.seconds)
+                known = piece.energy_mj is not None
+                taken = (piece.energy_mj or 0, ms if known else 0, 0 if known else ms)
+                for tier, length in TIERS.items():
+                    start = int(piece.start // length) * length
+                    row = sums[tier].setdefault((start, *ids), [0, 0, 0])
+                    row[:] = (a + b for a, b in zip(row, taken, strict=True))
+                minute = int(piece.start // MINUTE_SECONDS) * MINUTE_SECONDS
+                who = (share.gpu_uuid, share.model, share.replica, share.method)
+                line = sample_line(format_moment(piece.start), who, taken)
+                lines.setdefault(minute, []).append(line)
+        for tier, rows in sums.items():
+            db.executemany(ADDING.format(tier=tier), [(*key, *row) for key, row in rows.items()])
+        for minute, found in lines.items():
+            db.execute(KEEPING, {"first": minute * 1000, "lines": "".join(found).encode()})
+        db.executemany(COUNTING, [(*key, *came) for key, came in self._tokens.items() if any(came)])
+
+    def _subject(self, db: sqlite3.Connection, share: EnergyShare) -> int:
+        names = ("gpu", "model", "replica", "method", "estimated")
+        estimated = int(not share.measured and share.energy_mj is not None)
+        values = (share.gpu_uuid, share.model, share.replica, share.method, estimated)
+        return self._id(db, "subjects", names, values)
+
+    def _rates(self, db: sqlite3.Connection, rates: EnergyRates) -> int:
+        values = rates.price_per_kwh, rates.currency, rates.co2_grams_per_kwh, rates.overhead
+        return self._id(db, "rates", ("price", "currency", "co2", "overhead"), values)
+
+    def _id(
+        self, db: sqlite3.Connection, table: str, names: Sequence[str], values: tuple[object, ...]
+    ) -> int:
+        """The number of that row, which is made where there is none."""
+        key = (table, values)
+        if key not in self._ids:
+            where = " AND ".join(f"{name} IS ?" for name in names)
+            found = db.execute(f"SELECT id FROM {table} WHERE {where}", values).fetchone()  # noqa: S608
+            if found is None:
+                marks = ", ".join("?" * len(names))
+                made = f"INSERT INTO {table} ({', '.join(names)}) VALUES ({marks}) RETURNING id"  # noqa: S608
+                found = db.execute(made, values).fetchone()
+            self._ids[key] = found[0]
+        return self._ids[key]
+
+    def _write_sessions(self, db: sqlite3.Connection) -> None:
+        for s in self._unsaved.values():
+            db.execute(
+                f"INSERT OR REPLACE INTO sessions VALUES (?{', ?' * 14})",  # noqa: S608
+                (s.id, s.model, s.replica, s.container, json.dumps(s.gpus), s.start, s.last, s.end,
+                 s.ms, s.unmeasured_ms, s.peak_w, *s.tokens),
+            )  # fmt: skip
+            db.executemany(
+                "INSERT OR REPLACE INTO session_energy VALUES (?, ?, ?, ?)",
+                [(s.id, self._rates(db, rates), *sums) for rates, sums in s.energy.items()],
+            )
+
+    # --- the file ------------------------------------------------------------------
+
+    def _connect(self) -> sqlite3.Connection:
+        """The file, made where there is none; sessions that a kill left open end."""
+        os.close(private_opener(str(self._path), os.O_CREAT | os.O_RDWR))
+        db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = NORMAL")
+            _check_file(db)
+            if not self._sessions:
+                db.execute("UPDATE sessions SET end = last WHERE end IS NULL")
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def _disconnect(self) -> None:
+        if self._db is not None:
+            self._db.close()
+        self._db = None
+
+    def _begin_anew(self, why: sqlite3.Error) -> None:
+        """Keep the damaged file, with its log, under another name."""
+        with contextlib.suppress(sqlite3.Error):
+            self._disconnect()
+        self._db = None
+        self._ids.clear()
+        aside = f"{self._path}.damaged-{utc_now():%Y%m%dT%H%M%S}"
+        for ending in ("", "-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                Path(f"{self._path}{ending}").rename(f"{aside}{ending}")
+        self._set_aside = EnergyRecordsError(
+            f"{ENERGY_FILE} was damaged ({why}), and is now {Path(aside).name}.",
+            advice="Energy is recorded in a new file; what was recorded before is in that one.",
+        )
+        log.warning("%s", self._set_aside)
+
+
+def _check_file(db: sqlite3.Connection) -> None:
+    """Make the tables of a new file, or refuse one that is damaged, or not for this program."""
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    if version > 1:
+        raise EnergyRecordsError(
+            f"{ENERGY_FILE} is of a newer LLM Manager.", advice="Update this one."
+        )
+    if not version:
+        db.executescript(ENERGY_SCHEMA)
+    if db.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
+        raise _DamagedError
+
+
+class _DamagedError(sqlite3.DatabaseError):
+    sqlite_errorname = "SQLITE_CORRUPT"
+
+
+ADDING: Final = """
+INSERT INTO {tier} VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET
+  energy_mj = energy_mj + excluded.energy_mj, ms = ms + excluded.ms,
+  unmeasured_ms = unmeasured_ms + excluded.unmeasured_ms"""
+COUNTING: Final = """
+INSERT INTO tokens VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET
+  prompt = prompt + excluded.prompt, completion = completion + excluded.completion,
+  cached = cached + excluded.cached, requests = requests + excluded.requests"""
+# Numbered by the minute, so that they are found and deleted by it: 60,000 may be of one.
+KEEPING: Final = """
+INSERT INTO samples SELECT coalesce(max(id) + 1, :first), :lines FROM samples
+ WHERE id BETWEEN :first AND :first + 59999"""
+
+
+def format_moment(seconds: float) -> str:
+    """As in `SAMPLE_COLUMNS`: to the millisecond."""
+    whole, ms = divmod(int(seconds * 1000), 1000)
+    return f"{datetime.fromtimestamp(whole, UTC):%Y-%m-%d %H:%M:%S}\x1e{ms:03d}"
+
+
+def roll_up(db: sqlite3.Connection, now: float) -> None:
+    """Delete what is told by minutes, or by hours, and too old to be told more finely."""
+    since = {
+        "samples": int(now - RAW_DAYS * DAY_SECONDS) // HOUR_SECONDS * HOUR_SECONDS,
+        "minutes": int(now - MINUTE_DAYS * DAY_SECONDS) // HOUR_SECONDS * HOUR_SECONDS,
+    }
+    for tier, moment in since.items():
+        db.execute("UPDATE kept SET since = max(since, ?) WHERE tier = ?", (moment, tier))
+    until = "(SELECT since FROM kept WHERE tier = '{tier}')"
+    db.execute(f"DELETE FROM samples WHERE id < 1000 * {until.format(tier='samples')}")  # noqa: S608
+    db.execute(f"DELETE FROM minutes WHERE start < {until.format(tier='minutes')}")  # noqa: S608
+
+
+PARTS: Final = """
+SELECT {start}, {subject}, model, sum(energy_mj), sum(energy_mj * estimated), sum(unmeasured_ms),
+       price, currency, co2, overhead
+  FROM hours JOIN subjects ON subjects.id = subject JOIN rates ON rates.id = rates
+ WHERE start >= ? AND start < ? GROUP BY 1, 2, 3, rates.id ORDER BY 1, 2, 3"""
+DAY_OF: Final = f"start - start % {DAY_SECONDS}"
+ENERGY_KEYS: Final[Mapping[str, tuple[str, str]]] = {
+    "day": (DAY_OF, "date(start, 'unixepoch')"),
+    "hour": ("start", "strftime('%Y-%m-%d %H:00', start, 'unixepoch')"),
+    "model": ("0", f"iif(model = '', '{IDLE}', model)"),
+    "gpu": ("0", "gpu"),
+}
+COUNTED: Final = """
+SELECT {start}, {subject}, model, sum(requests), sum(prompt), sum(completion) FROM tokens
+ WHERE start >= ? AND start < ? GROUP BY 1, 2, 3 ORDER BY 1, 2, 3"""
+TOLD: Final = """
+SELECT datetime(start, 'unixepoch') || char(30) || '000', gpu, model, replica, method,
+       energy_mj, ms, unmeasured_ms
+  FROM {tier} JOIN subjects ON subjects.id = subject WHERE start >= ? AND start < ?
+ ORDER BY start, subject"""
+BLOCKS: Final = 256  # of lines, at once
+
+
+class EnergyReader:
+    """energy.sqlite as anybody may read it while it is written; without a file, nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def parts(self, first: date, last: date, by: EnergyGrouping) -> list[EnergyPart]:
+        """Of whole days, by model and day, hour or GPU. Raises EnergyRecordsError."""
+        start, subject = ENERGY_KEYS[by]
+        with self._reading() as db:
+            rows = db.execute(PARTS.format(start=start, subject=subject), _moments(first, last))
+            return [
+                EnergyPart(
+                    start=moment, subject=who, model=model, energy_mj=energy_mj,
+                    estimated_mj=estimated_mj, unmeasured_ms=unmeasured_ms,
+                    rates=EnergyRates(price_per_kwh=price, currency=currency,
+                                      co2_grams_per_kwh=co2, overhead=overhead),
+                )
+                for (moment, who, model, energy_mj, estimated_mj, unmeasured_ms, price, currency,
+                     co2, overhead) in rows
+            ]  # fmt: skip
+
+    def uses(self, first: date, last: date, by: EnergyGrouping) -> list[TokenUse]:
+        """By the engines' own count; they do not tell by GPU."""
+        if by == "gpu":
+            return []
+        start, subject = ENERGY_KEYS[by]
+        with self._reading() as db:
+            rows = db.execute(COUNTED.format(start=start, subject=subject), _moments(first, last))
+            return [
+                TokenUse(start=moment, subject=who, model=model, requests=asked,
+                         prompt_tokens=prompt, completion_tokens=completion)
+                for moment, who, model, asked, prompt, completion in rows
+            ]  # fmt: skip
+
+    def sessions(self, first: date, last: date) -> Iterator[EnergySession]:
+        """Those that were on in these days, newest first; each with all of its energy."""
+        start, end = _moments(first, last)
+        with self._reading() as db:
+            rows = db.execute(
+                "SELECT * FROM sessions WHERE start < ? AND last >= ? ORDER BY start DESC, id",
+                (end, start),
+            )
+            for row in rows:
+                energy = db.execute(
+                    "SELECT price, currency, co2, overhead, energy_mj, estimated_mj "
+                    "FROM session_energy JOIN rates ON rates.id = rates WHERE session = ?",
+                    (row[0],),
+                )
+                yield _read_session(row, energy.fetchall())
+
+    def samples(self, first: date, last: date, style: CsvStyle) -> Iterator[bytes]:
+        """A CSV of what is kept, each stretch of time as finely as it still is."""
+        start, end = _moments(first, last)
+        yield (style.separator.join(SAMPLE_COLUMNS) + "\n").encode()
+        with self._reading() as db:
+            since = dict(db.execute("SELECT tier, since FROM kept"))
+            by_minute = min(max(start, since["minutes"]), end)
+            raw = min(max(by_minute, since["samples"]), end)
+            for tier, *stretch in (("hours", start, by_minute), ("minutes", by_minute, raw)):
+                rows = db.execute(TOLD.format(tier=tier), stretch)
+                while batch := rows.fetchmany(CSV_BATCH):
+                    lines = (sample_line(row[0], row[1:5], row[5:]) for row in batch)
+                    yield styled("".join(lines).encode(), style)
+            rows = db.execute(
+                "SELECT lines FROM samples WHERE id >= ? AND id < ? ORDER BY id",
+                (raw * 1000, end * 1000),
+            )
+            while batch := rows.fetchmany(BLOCKS):
+                yield styled(b"".join(lines for (lines,) in batch), style)
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        """One look: what is written or rolled up meanwhile does not show."""
+        known = self._path.exists()
+        with sqlite_errors():
+            where = f"{self._path.absolute().as_uri()}?mode=ro" if known else ":memory:"
+            db = sqlite3.connect(where, uri=True, isolation_level=None, check_same_thread=False)
+            try:
+                if not known:
+                    db.executescript(ENERGY_SCHEMA)
+                db.execute("BEGIN")
+                yield db
+            finally:
+                db.close()
+
+
+def _moments(first: date, last: date) -> tuple[int, int]:
+    """Where the days begin, and where they have ended."""
+    days = first.toordinal(), last.toordinal() + 1
+    return tuple((day - date(1970, 1, 1).toordinal()) * DAY_SECONDS for day in days)  # type: ignore[return-value]
+
+
+def _read_session(row: Sequence[Any], energy: Sequence[Sequence[Any]]) -> EnergySession:
+    (_, model, replica, container, gpus, start, _, end, ms, unmeasured_ms, peak_w, prompt,
+     completion, cached, requests_) = row  # fmt: skip
+    uuids = tuple(json.loads(gpus))
+    parts = [
+        EnergyPart(
+            start=0, subject=model, model=model, energy_mj=energy_mj, estimated_mj=estimated_mj,
+            unmeasured_ms=0, rates=EnergyRates(price_per_kwh=price, currency=currency,
+                                               co2_grams_per_kwh=co2, overhead=overhead),
+        )
+        for price, currency, co2, overhead, energy_mj, estimated_mj in energy
+    ]  # fmt: skip
+    (found,) = add_up(parts).values() or [EnergySum(subject=model, name=model)]
+    return EnergySession(
+        model=model,
+        replica=replica,
+        container_id=container,
+        gpu_uuids=uuids,
+        start=datetime.fromtimestamp(start, UTC),
+        end=None if end is None else datetime.fromtimestamp(end, UTC),
+        energy_mj=found.energy_mj,
+        estimated_mj=found.estimated_mj,
+        measured_seconds=ms / 1000 / (len(uuids) or 1),
+        unmeasured_seconds=unmeasured_ms / 1000 / (len(uuids) or 1),
+        peak_w=peak_w,
+        requests=requests_,
+        prompt_tokens=prompt,
+        cached_tokens=cached,
+        completion_tokens=completion,
+        costs=found.costs,
+        co2_grams=found.co2_grams,
+    )
 
 
 # =============================================================================
@@ -18614,6 +19444,7 @@ class Usage:
     def __init__(self, store: StateStore, tools: Tools) -> None:
         self._store = store
         self._tools = tools
+        self.energy = Energy(EnergyReader(store.home / ENERGY_FILE), self._tables)
 
     def report(self, query: UsageQuery) -> UsageReport:
         """The use of a range, added up by PostgreSQL. Raises DatabaseError."""
@@ -18659,23 +19490,69 @@ class Usage:
 class Energy:
     """What GPUs took, and whose it was, out of energy.sqlite and LiteLLM's tables of use."""
 
+    def __init__(self, records: EnergyReader, tables: Callable[[], UsageTables]) -> None:
+        self._records = records
+        self._tables = tables
+
     def report(self, query: EnergyQuery) -> EnergyReport:
         """The energy of a range by its grouping. Raises EnergyRecordsError, DatabaseError."""
-        raise NotImplementedError
+        return energy_report(query, self._recorded(query))
+
+    def _recorded(self, query: EnergyQuery) -> Iterator[EnergyPart | TokenUse]:
+        if query.by in ("key", "group"):
+            for day in days_between(query.first, query.last):
+                yield from self.shared(day, query.by)
+        else:
+            yield from self._records.parts(query.first, query.last, query.by)
+            yield from self._records.uses(query.first, query.last, query.by)
+
+    def shared(self, day: date, by: Literal["key", "group"]) -> list[EnergyPart | TokenUse]:
+        """A day's energy by who used it, and their use of what was recorded."""
+        parts = self._records.parts(day, day, "hour")
+        if not parts:
+            return []
+        recorded = {(part.start, part.model) for part in parts}
+        uses = [
+            use
+            for use in parse_uses(self._tables().rows(uses_sql(day, by)), by)
+            if (use.start, use.model) in recorded
+        ]
+        return [*split_by_use(parts, uses), *uses]
 
     def parts(self, query: EnergyQuery) -> list[EnergyPart]:
         """By day or hour and model (for stacked bars), or by GPU and model."""
-        raise NotImplementedError
+        return self._records.parts(query.first, query.last, query.by)
 
     def sessions(self, first: date, last: date) -> list[EnergySession]:
         """Those that were on in these days, newest first."""
-        raise NotImplementedError
+        return [*self._records.sessions(first, last)]
 
     def export(
         self, what: EnergyTable, first: date, last: date, style: CsvStyle
     ) -> Iterator[bytes]:
         """A CSV in pieces, however long it is; README says what its columns are."""
-        raise NotImplementedError
+        match what:
+            case "samples":
+                return self._records.samples(first, last, style)
+            case "sessions":
+                found = session_csv_rows(self._records.sessions(first, last))
+                return stream_csv(SESSION_COLUMNS, found, style)
+            case "models" | "keys" | "groups":
+                by = ENERGY_TABLES[what]
+                days = (EnergyQuery(first=d, last=d, by=by) for d in days_between(first, last))
+                rows = (energy_csv_rows(q.first, by, self._recorded(q)) for q in days)
+                return stream_csv(energy_columns(by), itertools.chain.from_iterable(rows), style)
+            case _:
+                assert_never(what)
+
+    def of_groups(self, first: date, last: date) -> dict[tuple[str, str], EnergySum]:
+        """The energy of these days by group and model; nothing where nothing was recorded."""
+        days = (self.shared(day, "group") for day in days_between(first, last))
+        return add_up(itertools.chain.from_iterable(days), "subject,model")
+
+
+def days_between(first: date, last: date) -> Iterator[date]:
+    return map(date.fromordinal, range(first.toordinal(), last.toordinal() + 1))
 
 
 def usage_tables(
@@ -18965,7 +19842,7 @@ class Manager(ChangeRunner):
         self.traffic = Traffic(store, tools, self.proofs)
         self.database = DatabaseCare(store, tools, self.start_task)
         self.usage = Usage(store, tools)
-        self.energy = Energy()
+        self.energy = self.usage.energy
 
     def cutting(self, gpu: str, wish: str) -> Change:
         """The change of one GPU to what was typed; see `cutting_as_typed`."""
