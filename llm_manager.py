@@ -4561,7 +4561,9 @@ class StatementLine:
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
-    cost: float | None  # None: the model has no price
+    kwh: float | None = None  # of GPUs, by token share; None: none was recorded
+    co2_grams: float | None = None  # with overhead
+    cost: float | None  # of tokens; None: the model has no price
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -4593,6 +4595,10 @@ def parse_month(text: str, today: date) -> date:
     return (_parse_day(f"{text}-01") if text else None) or last.replace(day=1)
 
 
+def last_of_month(day: date) -> date:
+    return day.replace(day=calendar.monthrange(day.year, day.month)[1])
+
+
 def statement_sql(month: date) -> Sql:
     """Rows for `parse_statement`."""
     model = "coalesce(model, '')"
@@ -4602,14 +4608,20 @@ def statement_sql(month: date) -> Sql:
         _daily("LiteLLM_DailyTeamSpend", f"team_id AS team, {model}"),
     ))  # fmt: skip
     name = _GROUP_NAME.replace("subject", "team")
-    last = month.replace(day=calendar.monthrange(month.year, month.month)[1])
+    last = last_of_month(month)
     text = _STATEMENT.replace("{name}", name).replace("{source}", source)
     text = text.replace("{model}", _MODEL_NAME)
     return Sql(text, {"first": str(month), "last": str(last)})
 
 
-def parse_statement(month: date, rows: Iterable[Sequence[Any]], prices: Prices) -> Statement:
-    """From what `statement_sql` brings."""
+def parse_statement(
+    month: date,
+    rows: Iterable[Sequence[Any]],
+    prices: Prices,
+    energy: Mapping[tuple[str, str], tuple[float, float | None]] | None = None,
+) -> Statement:
+    """From what `statement_sql` brings; kWh and grams of CO2 are by group's id and model."""
+    taken = energy or {}
     return Statement(
         month=month,
         currency=prices.currency,
@@ -4621,6 +4633,8 @@ def parse_statement(month: date, rows: Iterable[Sequence[Any]], prices: Prices) 
                 prompt_tokens=prompt,
                 cached_tokens=cached,
                 completion_tokens=completion,
+                kwh=taken.get((team, model), (None, None))[0],
+                co2_grams=taken.get((team, model), (None, None))[1],
                 cost=prices.cost(model, prompt, completion),
             )
             for team, name, model, asked, prompt, cached, completion in rows
@@ -12649,7 +12663,8 @@ def tally_rows(tallies: Sequence[EngineTally]) -> list[list[str]]:
 
 
 STATEMENT_HEADERS: Final = (
-    "Group", "Model", "Requests", "Prompt tokens", "Of these cached", "Completion tokens", "Cost",
+    "Group", "Model", "Requests", "Prompt tokens", "Of these cached", "Completion tokens", "kWh",
+    "CO₂ (g)", "Cost",
 )  # fmt: skip
 
 
@@ -12664,10 +12679,14 @@ def statement_rows(statement: Statement) -> list[list[str]]:
 
 def _amounts(lines: Sequence[StatementLine], currency: str) -> list[str]:
     names = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens")
+    energy = [line.kwh for line in lines if line.kwh is not None]
+    emitted = [line.co2_grams for line in lines if line.co2_grams is not None]
     costs = [line.cost for line in lines if line.cost is not None]
     unpriced = " and what has no price" if costs and len(costs) < len(lines) else ""
     return [
         *(f"{sum(getattr(line, name) for line in lines):,}" for name in names),
+        f"{sum(energy):,.3f}" if energy else "",
+        f"{sum(emitted):,.0f}" if emitted else "",
         f"{sum(costs):,.2f} {currency}{unpriced}" if costs else "",
     ]
 
@@ -12767,6 +12786,12 @@ def format_costs(costs: Mapping[str, float]) -> str:
 
 def format_per_token(joules: float | None) -> str:
     return "" if joules is None else f"{joules:,.3g}"
+
+
+def energy_facts(row: EnergySum | EnergySession) -> Json:
+    """For programs: what it has, and what follows from that."""
+    names = ("kwh", "joules_per_output_token", "joules_per_token")
+    return asdict(row) | {name: getattr(row, name) for name in names}
 
 
 def energy_headline(report: EnergyReport) -> str:
@@ -19452,8 +19477,8 @@ class Usage:
 
     def statement(self, month: date, group: str = "") -> Statement:
         """A month's use at the prices of today; without a name, of all groups."""
-        rows = self._tables().rows(statement_sql(month))
-        found = parse_statement(month, rows, self._store.load().prices)
+        state, rows = self._store.load(), self._tables().rows(statement_sql(month))
+        found = parse_statement(month, rows, state.prices, self._energy_of(month, state))
         if group and group not in found.by_group:
             raise RefusedError(
                 f"A group called {group!r} used nothing in {month:%Y-%m}.",
@@ -19461,6 +19486,19 @@ class Usage:
             )
         lines = tuple(line for line in found.lines if group in {"", line.group})
         return replace(found, lines=lines)
+
+    def _energy_of(
+        self, month: date, state: State
+    ) -> dict[tuple[str, str], tuple[float, float | None]]:
+        """By group and model as LiteLLM accounts for it; a damaged file stops no statement."""
+        served = {str(model.name): model.served_model_name for model in state.models}
+        with contextlib.suppress(EnergyRecordsError):
+            found = self.energy.of_groups(month, last_of_month(month))
+            return {
+                (group, served.get(model, model)): (row.kwh, row.co2_grams)
+                for (group, model), row in found.items()
+            }
+        return {}
 
     def standings(self) -> list[Standing]:
         """Every key and group with its limits, and how near it is to them. Raises DatabaseError."""
@@ -21256,6 +21294,8 @@ def add_usage(app: fastapi.FastAPI, manager: Manager) -> None:
         statement = manager.usage.statement(first, group)
         return csv_answer(statement_csv(statement)) if as_csv else statement
 
+    add_energy(app, manager)
+
     @app.get(f"{API}/prices")
     def list_prices() -> Prices:
         """What a million tokens cost, on statements alone."""
@@ -21271,6 +21311,54 @@ def add_usage(app: fastapi.FastAPI, manager: Manager) -> None:
     def remove_price(model: str) -> Prices:
         """No price any more for that model."""
         return manager.save(unpricing(model)).prices
+
+
+def add_energy(app: fastapi.FastAPI, manager: Manager) -> None:
+    """What GPUs took, and whose it was."""
+
+    @app.get(f"{API}/energy")
+    def read_energy(
+        by: EnergyGrouping = "model",
+        first: Annotated[DayText | None, fastapi.Query(alias="from")] = None,
+        last: Annotated[DayText | None, fastapi.Query(alias="to")] = None,
+    ) -> EnergyReport:
+        """The energy of a range of days in UTC, both included; else of the last 30."""
+        today = utc_now().date()
+        return manager.energy.report(parse_energy_query(by, first or "", last or "", today))
+
+    @app.get(f"{API}/energy/sessions")
+    def read_sessions(
+        first: Annotated[DayText | None, fastapi.Query(alias="from")] = None,
+        last: Annotated[DayText | None, fastapi.Query(alias="to")] = None,
+    ) -> list[EnergySession]:
+        """The replicas that were on in these days, each from ready to stopped; newest first."""
+        query = parse_energy_query("day", first or "", last or "", utc_now().date())
+        return manager.energy.sessions(query.first, query.last)
+
+    @app.get(
+        f"{API}/energy/export/{{what}}",
+        response_class=fastapi.responses.StreamingResponse,
+        responses={200: {"content": {"text/csv": {"schema": {"type": "string"}}}}},
+    )
+    def export_energy(
+        what: EnergyTable,
+        first: Annotated[DayText | None, fastapi.Query(alias="from")] = None,
+        last: Annotated[DayText | None, fastapi.Query(alias="to")] = None,
+        separator: str = ",",
+        decimal: str = ".",
+    ) -> fastapi.Response:
+        """A CSV as it is read, however long; `;` and `,` are for German spreadsheets."""
+        query = parse_energy_query("day", first or "", last or "", utc_now().date())
+        style = CsvStyle(separator=separator, decimal=decimal)
+        return csv_stream(manager.energy.export(what, query.first, query.last, style))
+
+
+def csv_stream(pieces: Iterator[bytes]) -> fastapi.Response:
+    """What fails before the first piece is an error; later the answer can only break off."""
+    begun = [*itertools.islice(pieces, 2)]
+    return fastapi.responses.StreamingResponse(
+        itertools.chain(begun, pieces), media_type="text/csv"
+    )
 
 
 def add_database(app: fastapi.FastAPI, manager: Manager) -> None:
@@ -23140,6 +23228,7 @@ def build_parser() -> argparse.ArgumentParser:
     for add_group in (add_gpu_commands, add_key_commands, add_direct_commands):
         add_group(commands)
     add_usage_commands(commands, add)
+    add_energy_commands(commands)
     add_route_commands(commands, add)
     add_system_commands(commands, add)
     return parser
@@ -23398,6 +23487,26 @@ def add_token_commands(commands: Any) -> None:
             sub.add_argument("name", help="the program's; the audit shows it")
         if verb != "revoke":
             sub.add_argument("--json", action="store_true")
+
+
+def add_energy_commands(commands: Any) -> None:
+    """`energy show | export`."""
+    group = commands.add_parser("energy", help="what GPUs took, and whose it was")
+    verbs = group.add_subparsers(required=True, metavar="COMMAND")
+    show = verbs.add_parser("show", help="kWh, money, CO2 and joules per token")
+    show.set_defaults(command=command_energy_show)
+    grouping = (*get_args(EnergyGrouping), "session")
+    show.add_argument("--by", choices=grouping, default="model")
+    show.add_argument("--json", action="store_true")
+    export = verbs.add_parser("export", help="a CSV, however long; README lists the columns")
+    export.set_defaults(command=command_energy_export)
+    export.add_argument("what", choices=get_args(EnergyTable))
+    export.add_argument("--separator", default=",", help="; for a German spreadsheet")
+    export.add_argument("--decimal", default=".", metavar="MARK", help=", for a German spreadsheet")
+    export.add_argument("-o", dest="file", metavar="FILE", help="else it is printed")
+    for each in (show, export):
+        each.add_argument("--from", dest="first", metavar="DAY", default="", help="2026-11-21")
+        each.add_argument("--to", dest="last", metavar="DAY", default="", help="included")
 
 
 def add_usage_commands(commands: Any, add: Callable[..., Any]) -> None:
@@ -24300,6 +24409,40 @@ def command_usage(arguments: argparse.Namespace) -> int:
     else:
         out_table(headers, rows)
         out(said)
+    return DONE
+
+
+def command_energy_show(arguments: argparse.Namespace) -> int:
+    energy, today = open_manager().energy, utc_now().date()
+    headers: Sequence[str]
+    if arguments.by == "session":
+        query = parse_energy_query("day", arguments.first, arguments.last, today)
+        sessions = energy.sessions(query.first, query.last)
+        headers, rows = SESSION_HEADERS, session_rows(sessions)
+        facts, said = [*map(energy_facts, sessions)], "" if rows else "There was none."
+    else:
+        query = parse_energy_query(arguments.by, arguments.first, arguments.last, today)
+        report = energy.report(query)
+        headers, rows, said = energy_headers(query), energy_rows(report), energy_headline(report)
+        facts = [*map(energy_facts, (*report.rows, report.total))]
+    if arguments.json:
+        out_json(facts)
+    else:
+        out_table(headers, rows)
+        out(said)
+    return DONE
+
+
+def command_energy_export(arguments: argparse.Namespace) -> int:
+    query = parse_energy_query("day", arguments.first, arguments.last, utc_now().date())
+    style = CsvStyle(separator=arguments.separator, decimal=arguments.decimal)
+    pieces = open_manager().energy.export(arguments.what, query.first, query.last, style)
+    with file_errors("write the export", PLACE_ADVICE), contextlib.ExitStack() as stack:
+        file = sys.stdout.buffer
+        if arguments.file:
+            file = stack.enter_context(open(arguments.file, "wb", opener=private_opener))
+        for piece in pieces:
+            file.write(piece)
     return DONE
 
 
