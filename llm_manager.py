@@ -166,6 +166,7 @@ import platform
 import pwd
 import re
 import secrets
+import select
 import shlex
 import shutil
 import signal
@@ -174,8 +175,10 @@ import sqlite3
 import ssl
 import tarfile
 import tempfile
+import termios
 import threading
 import time
+import tty
 import uuid
 import wave
 from collections import Counter, deque
@@ -221,6 +224,10 @@ if TYPE_CHECKING:
     import pandas as pd
     import psycopg
     import pynvml
+    import rich.console as rich_console
+    import rich.live as rich_live
+    import rich.table as rich_table
+    import rich.text as rich_text
     import uvicorn
 else:
     fastapi, gr, httpx2, huggingface_hub, pd, psycopg, pynvml, uvicorn = map(
@@ -228,6 +235,9 @@ else:
         ("fastapi", "gradio", "httpx2", "huggingface_hub", "pandas", "psycopg", "pynvml",
          "uvicorn"),
     )  # fmt: skip
+    rich_console, rich_live, rich_table, rich_text = map(
+        LazyModule, ("rich.console", "rich.live", "rich.table", "rich.text")
+    )
 
 # =============================================================================
 # §2 Foundations — pure: names, constants, errors
@@ -1967,6 +1977,10 @@ def parse_engine_report(log_text: str) -> Measured:
     )
 
 
+# What is counted since a start: by metric, and its bucket or reason.
+Counts = Mapping[tuple[str, str], float]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineCounts:
     """What an engine has counted since it started; `cached` are prompt tokens it knew already."""
@@ -1996,7 +2010,27 @@ class EngineLoad:
     waiting: int
     tokens: int
     cached: float = 0.0  # part of the KV cache in use: a long prompt grows there before any token
-    counts: EngineCounts = field(default_factory=EngineCounts)
+    ranks: int = 1  # over which `cached` is summed
+    counts: Counts = field(default_factory=dict, repr=False)
+
+    @property
+    def kv_cache_part(self) -> float:
+        """In use, of all that its ranks have."""
+        return self.cached / self.ranks
+
+    @property
+    def used(self) -> EngineCounts:
+        """What its sessions are told by."""
+
+        def told(name: str) -> int:
+            return int(sum(count for (metric, _), count in self.counts.items() if metric == name))
+
+        return EngineCounts(
+            prompt=told("prompt_tokens_total"),
+            completion=told("generation_tokens_total"),
+            cached=told("prompt_tokens_cached_total"),
+            requests=told("request_success_total"),
+        )
 
     @property
     def progress(self) -> tuple[int, float]:
@@ -2010,26 +2044,143 @@ LOAD_METRICS: Final = (
 )  # fmt: skip
 
 
+COUNTED_METRICS: Final = (
+    "prompt_tokens_cached_total", "prefix_cache_queries_total", "prefix_cache_hits_total",
+    "request_success_total", "time_to_first_token_seconds_bucket",
+)  # fmt: skip
+_ENGINE_SERIES: Final = re.compile(
+    rf"^vllm:({'|'.join((*LOAD_METRICS, *COUNTED_METRICS, 'kv_cache_usage_perc'))})"
+    r"\{(.*)\} (\S+)$",
+    re.MULTILINE,
+)
+_SPLIT_BY: Final = re.compile(r'(?:^|,)(?:le|finished_reason)="([^"]*)"')
+
+
 def parse_load(metrics: str) -> EngineLoad | None:
     """From vLLM's `/metrics`, summed over its engines; None where it counts no tokens."""
-
-    def told(name: str) -> list[float]:
-        found = re.findall(rf"^vllm:{name}\{{.*\}} (\S+)$", metrics, re.MULTILINE)
-        return [*map(float, found)]
-
-    if not all(map(told, LOAD_METRICS)):
+    counts: dict[tuple[str, str], float] = {}
+    ranks = 0
+    for name, labels, value in _ENGINE_SERIES.findall(metrics):
+        part = _SPLIT_BY.search(labels)
+        key = name, part[1] if part else ""
+        counts[key] = counts.get(key, 0.0) + float(value)
+        ranks += name == LOAD_METRICS[0]
+    if any((name, "") not in counts for name in LOAD_METRICS):
         return None
-    running, waiting, read, made = (int(sum(told(name))) for name in LOAD_METRICS)
-    counts = EngineCounts(
-        prompt=read,
-        completion=made,
-        cached=int(sum(told("prompt_tokens_cached_total"))),
-        requests=int(sum(told("request_success_total"))),
-    )
+    running, waiting, read, made = (int(counts.pop((name, ""))) for name in LOAD_METRICS)
+    counts["prompt_tokens_total", ""], counts["generation_tokens_total", ""] = read, made
     return EngineLoad(
-        running=running, waiting=waiting, tokens=read + made,
-        cached=sum(told("kv_cache_usage_perc")), counts=counts,
-    )  # fmt: skip
+        running=running,
+        waiting=waiting,
+        tokens=read + made,
+        cached=counts.pop(("kv_cache_usage_perc", ""), 0.0),
+        ranks=ranks,
+        counts=counts,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rise:
+    """What was counted between two looks."""
+
+    seconds: float
+    counts: Counts
+
+    def total(self, name: str) -> float | None:
+        """Of all its parts; None where nobody counts it."""
+        found = [count for (counted, _), count in self.counts.items() if counted == name]
+        return math.fsum(found) if found else None
+
+    def per_second(self, name: str) -> float | None:
+        total = self.total(name)
+        return None if total is None else total / self.seconds
+
+
+@dataclass
+class RateWindow:
+    """The last looks at what several count, each known by a key that a restart changes."""
+
+    seconds: float = 10.0  # between the first look and the last, or a little more
+    looks: deque[tuple[float, Mapping[str, Counts]]] = field(default_factory=deque)
+
+    def feed(self, at: float, counts: Mapping[str, Counts]) -> None:
+        """One look; `at` are seconds of a clock that only goes forward."""
+        self.looks.append((at, counts))
+        while len(self.looks) > 2 and at - self.looks[1][0] >= self.seconds:  # noqa: PLR2004 - a pair
+            self.looks.popleft()
+
+    def rise(self, keys: Collection[str]) -> Rise | None:
+        """What those counted from the first look that saw one to the last; None: nobody knows."""
+        every = tuple(self.looks)
+        looks = [look for look in every if not look[1].keys().isdisjoint(keys)]
+        if len(looks) < 2 or looks[-1] is not every[-1]:  # noqa: PLR2004 - a pair
+            return None
+        (start, before), (end, now) = looks[0], looks[-1]
+        both = (key for key in keys if key in before and key in now)
+        rises = [rise for key in both if (rise := _risen_counts(before[key], now[key])) is not None]
+        if not rises:
+            return None
+        total = {key: math.fsum(r.get(key, 0.0) for r in rises) for rise in rises for key in rise}
+        return Rise(seconds=end - start, counts=total)
+
+
+def _risen_counts(before: Counts, now: Counts) -> dict[tuple[str, str], float] | None:
+    """None where one went backwards: somebody began to count anew, and nobody knows when."""
+    if any(now.get(key, 0.0) < count for key, count in before.items()):
+        return None
+    return {key: count - before.get(key, 0.0) for key, count in now.items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineRates:
+    """How fast a model's engines were between two looks; None is what nobody can tell."""
+
+    prompt_tokens: float | None = None  # these three a second
+    generated_tokens: float | None = None
+    requests: float | None = None  # that ended, in whatever way
+    prefix_hit_part: float | None = None  # of the prompt tokens looked for in the prefix cache
+    first_token_p95: float | None = None  # seconds, out of the histogram
+
+
+def engine_rates(rise: Rise | None) -> EngineRates:
+    """The rates out of what engines counted."""
+    if rise is None:
+        return EngineRates()
+    asked, hits = rise.total("prefix_cache_queries_total"), rise.total("prefix_cache_hits_total")
+    waits = [
+        (float(bound), count)
+        for (name, bound), count in rise.counts.items()
+        if name == "time_to_first_token_seconds_bucket"
+    ]
+    return EngineRates(
+        prompt_tokens=rise.per_second("prompt_tokens_total"),
+        generated_tokens=rise.per_second("generation_tokens_total"),
+        requests=rise.per_second("request_success_total"),
+        prefix_hit_part=hits / asked if asked and hits is not None else None,
+        first_token_p95=histogram_quantile(0.95, waits),
+    )
+
+
+def histogram_quantile(part: float, buckets: Iterable[tuple[float, float]]) -> float | None:
+    """The quantile of cumulative (upper bound, count) pairs, as Prometheus's function of that name.
+
+    Linear within a bucket, whose first one begins at 0; in the last one, without a bound, the
+    bound before it. None where nothing was counted, or the last bucket is missing.
+    """
+    ordered = sorted(buckets)
+    if len(ordered) < 2 or ordered[-1][0] != math.inf or not ordered[-1][1] > 0:  # noqa: PLR2004
+        return None
+    bounds = [bound for bound, _ in ordered]
+    counts = [*itertools.accumulate((count for _, count in ordered), max)]
+    rank = part * counts[-1]
+    at = min(bisect.bisect_left(counts, rank), len(counts) - 1)
+    if at == len(counts) - 1:
+        return bounds[-2]
+    if at == 0 and bounds[0] <= 0:
+        return bounds[0]
+    start, below = (bounds[at - 1], counts[at - 1]) if at else (0.0, 0.0)
+    inside = counts[at] - below
+    return start + (bounds[at] - start) * ((rank - below) / inside if inside else 0.0)
 
 
 def measurement_key(model: Model, image: str, hardware: Hardware | None) -> str:
@@ -9915,6 +10066,10 @@ class Snapshot:
     database: DatabaseSize | None = None  # None: not looked at yet, or it does not answer
     dumps: tuple[Dump, ...] = ()
     energy: LiveEnergy = field(default_factory=LiveEnergy)
+    rates: Mapping[ModelName, EngineRates] = field(default_factory=dict)
+    traffic: Rise | None = None  # at the gateway: "successes", and "failures" by reason
+    providers: tuple[ProviderHealth, ...] = ()
+    failed: tuple[AuditEntry, ...] = ()  # changes, the newest first
 
     @property
     def seconds_old(self) -> float:
@@ -10574,16 +10729,6 @@ def hand_out(state: State, settings: KeySettings, secret: str) -> str:
         f'asked = [{{"role": "user", "content": "Hello"}}]\n'
         f'print(client.chat.completions.create(model="{model}", messages=asked))'
     )
-
-
-def status_facts(snapshot: Snapshot) -> Json:
-    """What `status --json` prints: rows keyed by their headers, and what needs attention."""
-    return {
-        "summary": summary_line(snapshot),
-        "models": keyed(MODEL_HEADERS, model_rows(snapshot)),
-        "containers": keyed(COMPONENT_HEADERS, component_rows(snapshot)),
-        "attention": [matter.text for matter in attention(snapshot)],
-    }
 
 
 def keyed(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Json]:
@@ -12983,6 +13128,318 @@ def session_rows(sessions: Sequence[EnergySession]) -> list[list[str]]:
     ]  # fmt: skip
 
 
+# --- the whole server: for programs, and in a terminal ------------------------------
+
+STATUS_SCHEMA: Final = 1
+ServerHealth = Literal["ok", "attention", "broken"]
+
+
+def server_health(snapshot: Snapshot) -> ServerHealth:
+    """Broken is what cannot be looked at, or has an endpoint that should answer and does not."""
+    if snapshot.faults or endpoint_answers(snapshot) is False:
+        return "broken"
+    return "attention" if attention(snapshot) else "ok"
+
+
+def endpoint_answers(snapshot: Snapshot) -> bool | None:
+    """None where nobody wishes that it does, or nobody can tell."""
+    state, observed = snapshot.state, snapshot.observed
+    if state is None or observed is None or state.endpoint == "stopped":
+        return None
+    edge = observed.containers.get(edge_name(state))
+    return edge is not None and bool(edge.ready)
+
+
+def status_facts(snapshot: Snapshot) -> Json:
+    """What `status --json` prints; null is what nobody can tell.
+
+    Keys are only added while `schema_version` stays.
+    """
+    state, traffic = snapshot.state, snapshot.traffic
+    going = next((job for job in snapshot.jobs if job.finished_at is None), None)
+    rows = keyed(MODEL_HEADERS, model_rows(snapshot))
+    return {
+        "schema_version": STATUS_SCHEMA,
+        "taken_at": snapshot.taken_at.isoformat(timespec="seconds"),
+        "health": server_health(snapshot),
+        "summary": summary_line(snapshot),
+        "endpoint": {
+            "url": base_url(state.edge) if state else None,
+            "wish": state.endpoint if state else None,
+            "answers": endpoint_answers(snapshot),
+            "successes_per_second": traffic.per_second("successes") if traffic else None,
+            "failures_per_second": traffic.per_second("failures") if traffic else None,
+        },
+        "models": [
+            row | _work_facts(snapshot, model)
+            for row, model in zip(rows, state.models if state else (), strict=True)
+        ],
+        "containers": keyed(COMPONENT_HEADERS, component_rows(snapshot)),
+        "gpus": [_gpu_facts(snapshot, gpu) for gpu in snapshot.hardware.gpus],
+        "providers": _provider_facts(snapshot),
+        "job": going and {
+            "id": going.id, "title": going.title, "kind": going.kind,
+            "started_at": going.started_at.isoformat(timespec="seconds"),
+            "progress": going.progress, "done_part": going.done_part,
+        },
+        "attention": [matter.text for matter in attention(snapshot)],
+    }  # fmt: skip
+
+
+def _work_facts(snapshot: Snapshot, model: Model) -> Json:
+    load, rates = model_load(snapshot, model), snapshot.rates.get(model.name, EngineRates())
+    return {
+        "requests_running": load and load.running,
+        "requests_waiting": load and load.waiting,
+        "kv_cache_part": load and load.kv_cache_part,
+        "prompt_tokens_per_second": rates.prompt_tokens,
+        "generated_tokens_per_second": rates.generated_tokens,
+        "requests_per_second": rates.requests,
+        "prefix_cache_hit_part": rates.prefix_hit_part,
+        "time_to_first_token_p95_seconds": rates.first_token_p95,
+    }
+
+
+def _gpu_facts(snapshot: Snapshot, gpu: Gpu) -> Json:
+    models = snapshot.state.models if snapshot.state else ()
+    told = ("index", "uuid", "name", "memory_mib", "memory_used_mib", "utilisation_percent",
+            "temperature_c", "power_w", "power_limit_w")  # fmt: skip
+    on_it = [model.name for model in models if gpu.uuid in gpus_of(model)]
+    return {name: getattr(gpu, name) for name in told} | {"models": on_it}
+
+
+def _provider_facts(snapshot: Snapshot) -> list[Json]:
+    found = {health.provider: health for health in snapshot.providers}
+    return [
+        {"name": p.name, "kind": p.kind, "health": found[p.name].verdict if p.name in found
+         else "unknown", "latency_ms": found[p.name].latency_ms if p.name in found else None}
+        for p in (snapshot.state.providers if snapshot.state else ())
+    ]  # fmt: skip
+
+
+def model_load(snapshot: Snapshot, model: Model) -> EngineLoad | None:
+    """What its replicas are at together; None where none of them tells."""
+    names = replica_names(snapshot.state, model) if snapshot.state else ()
+    loads = [load for name in names if (load := snapshot.health.loads.get(name))]
+    if not loads:
+        return None
+    return EngineLoad(
+        running=sum(load.running for load in loads),
+        waiting=sum(load.waiting for load in loads),
+        tokens=sum(load.tokens for load in loads),
+        cached=math.fsum(load.cached for load in loads),
+        ranks=sum(load.ranks for load in loads),
+    )
+
+
+def engine_counts(
+    observed: Observed, loads: Mapping[ContainerName, EngineLoad | None]
+) -> dict[str, Counts]:
+    """What each engine has counted, by a key for a `RateWindow`."""
+    return {run_key(observed.containers[name]): load.counts for name, load in loads.items() if load}
+
+
+def run_key(seen: ObservedContainer) -> str:
+    """Of this run of a container: another one counts anew."""
+    return f"{seen.name} {seen.started_at}"
+
+
+def gateway_counts(figures: GatewayFigures) -> dict[tuple[str, str], float]:
+    """What LiteLLM has counted, over all deployments."""
+    every = figures.deployments.values()
+    counts = {("successes", ""): float(sum(one.successes for one in every)), ("failures", ""): 0.0}
+    for reason, count in sum((Counter(one.failures) for one in every), Counter[str]()).items():
+        counts["failures", reason] = float(count)
+    return counts
+
+
+def model_rates(
+    state: State, observed: Observed, window: RateWindow
+) -> dict[ModelName, EngineRates]:
+    """Of every model that runs."""
+    found: dict[ModelName, EngineRates] = {}
+    for model in state.models:
+        seen = map(observed.containers.get, replica_names(state, model))
+        if keys := [run_key(one) for one in seen if one is not None and one.running]:
+            found[model.name] = engine_rates(window.rise(keys))
+    return found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BoardTable:
+    """One table of the live view, cut to the lines that it was given."""
+
+    headers: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Board:
+    """The live view at one moment: lines, then tables; no more lines than it may have."""
+
+    lines: tuple[str, ...]
+    tables: tuple[BoardTable, ...]
+
+
+BOARD_WIDE: Final = 120  # columns, from which on there is room for everything
+SHOWN_FAILURES: Final = 5
+
+
+def board(snapshot: Snapshot, width: int, height: int) -> Board:
+    """The whole server in so many lines; tables share them, and say how much they leave out."""
+    lines = [summary_line(snapshot), traffic_line(snapshot), *job_lines(snapshot)]
+    lines = [text for line in lines if (text := one_line(line))][:height]
+    wide = width >= BOARD_WIDE
+    tables = [
+        (("When", "What needs attention, or failed"), trouble_rows(snapshot)),
+        load_table(snapshot, wide=wide),
+        gpu_table(snapshot, wide=wide),
+        (("Provider", "Health"), [[h.provider, health_text(h)] for h in snapshot.providers]),
+    ]
+    shown = [(headers, rows) for headers, rows in tables if rows]
+    given = share_lines([len(rows) + 1 for _, rows in shown], height - len(lines))
+    return Board(
+        lines=tuple(lines),
+        tables=tuple(
+            BoardTable(headers=headers, rows=_shortened(rows, most - 1))
+            for (headers, rows), most in zip(shown, given, strict=True)
+            if most > 1
+        ),
+    )
+
+
+def one_line(text: str) -> str:
+    """Text that cannot steer a terminal: what is not printed is a space."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def share_lines(wanted: Sequence[int], height: int) -> list[int]:
+    """Lines for each of several tables, one after the other in turn until none is left."""
+    given = [0] * len(wanted)
+    for _ in range(max(wanted, default=0)):
+        for at, most in enumerate(wanted):
+            if given[at] < most and sum(given) < height:
+                given[at] += 1
+    return given
+
+
+def _shortened(rows: Sequence[Sequence[str]], most: int) -> list[list[str]]:
+    clean = [[one_line(cell) for cell in row] for row in rows]
+    if len(clean) <= most:
+        return clean
+    empty = [""] * (len(clean[0]) - 1)
+    return [*clean[: most - 1], [f"… {len(clean) - most + 1} more", *empty]]
+
+
+def traffic_line(snapshot: Snapshot) -> str:
+    """What passes through the endpoint, and what engines make of it; empty while it is down."""
+    state, rise = snapshot.state, snapshot.traffic
+    if state is None or state.endpoint == "stopped":
+        return ""
+    passed, failed = (
+        (rise.per_second("successes"), rise.total("failures")) if rise else (None, None)
+    )
+    loads = [load for model in state.models if (load := model_load(snapshot, model))]
+    rates = snapshot.rates.values()
+    read = [r.prompt_tokens for r in rates if r.prompt_tokens is not None]
+    made = [r.generated_tokens for r in rates if r.generated_tokens is not None]
+    return (
+        f"{_shown(passed)} requests/s, {_shown(failed)} failed · "
+        f"tokens/s: {_shown(math.fsum(read) if read else None)} in, "
+        f"{_shown(math.fsum(made) if made else None)} out · "
+        f"{sum(load.running for load in loads)} running, "
+        f"{sum(load.waiting for load in loads)} waiting"
+    )
+
+
+def job_lines(snapshot: Snapshot) -> list[str]:
+    """What is under way, and how far it has come where that is told."""
+    return [
+        f"Under way for {format_age(snapshot.taken_at - job.started_at)}: "
+        + ": ".join(filter(None, (job.title, job.progress)))
+        for job in snapshot.jobs
+        if job.finished_at is None
+    ]
+
+
+def trouble_rows(snapshot: Snapshot) -> list[list[str]]:
+    """What needs the operator now, then changes that failed, then failed requests by member."""
+    refused = sorted(
+        (count, f"{target}: {count} requests, because {reason}")
+        for target, figures in snapshot.health.figures.deployments.items()
+        for reason, count in figures.failures.items()
+    )
+    return [
+        *(["now", matter.text] for matter in attention(snapshot)),
+        *(
+            [f"{entry.started_at:%H:%M}", f"{entry.what}: {entry.fault}"]
+            for entry in snapshot.failed[:SHOWN_FAILURES]
+        ),
+        *(["so far", text] for _, text in refused[: -SHOWN_FAILURES - 1 : -1]),
+    ]
+
+
+def load_table(snapshot: Snapshot, *, wide: bool) -> tuple[Sequence[str], list[list[str]]]:
+    """A row per model: how it stands, what it is at, and how fast."""
+    headers = ["Model", "State", "Run", "Wait", "Tok/s in", "Tok/s out", "TTFT p95", "KV", "Hits"]
+    models = snapshot.state.models if snapshot.state else ()
+    rows = [
+        [row["name"], row["phase"], *_work_cells(snapshot, model)]
+        + [row["since"], row["type"], row["placement"]] * wide
+        for row, model in zip(keyed(MODEL_HEADERS, model_rows(snapshot)), models, strict=True)
+    ]
+    return headers + ["Since", "Type", "Placement"] * wide, rows
+
+
+def _work_cells(snapshot: Snapshot, model: Model) -> list[str]:
+    load, rates = model_load(snapshot, model), snapshot.rates.get(model.name, EngineRates())
+    wait = rates.first_token_p95
+    return [
+        str(load.running) if load else NOTHING,
+        str(load.waiting) if load else NOTHING,
+        _shown(rates.prompt_tokens),
+        _shown(rates.generated_tokens),
+        NOTHING if wait is None else f"{wait * 1000:.0f} ms" if wait < 1 else f"{wait:.1f} s",
+        _percent(load.kv_cache_part if load else None),
+        _percent(rates.prefix_hit_part),
+    ]
+
+
+NOTHING: Final = "-"  # in narrow columns, for what nobody can tell
+
+
+def _shown(figure: float | None) -> str:
+    return NOTHING if figure is None else format_count(figure)
+
+
+def _percent(part: float | None) -> str:
+    return NOTHING if part is None else f"{part:.0%}"
+
+
+def gpu_table(snapshot: Snapshot, *, wide: bool) -> tuple[Sequence[str], list[list[str]]]:
+    """A row per GPU: what it does, and who sits on it, strangers by their processes."""
+    rows = keyed(GPU_HEADERS, gpu_rows(snapshot.state, snapshot.hardware))
+    ours = (
+        {c.container_id for c in snapshot.observed.containers.values()} if snapshot.observed else {}
+    )
+    shown = [
+        [row["gpu"], row["memory"], row["load"], row["heat"], row["power"]]
+        + [row["name"], row["mig"]] * wide
+        + [", ".join(filter(None, (row["on_it"], *_foreigners(gpu, ours))))]
+        for row, gpu in zip(rows, snapshot.hardware.gpus, strict=True)
+    ]
+    headers = ["GPU", "Memory", "Load", "Heat", "Power"] + ["Name", "MIG"] * wide
+    return [*headers, "On it"], shown
+
+
+def _foreigners(gpu: Gpu, ours: Collection[str | None]) -> list[str]:
+    return [
+        describe_client(client)
+        for client in gpu.clients or ()
+        if client.computes and (client.container_id is None or client.container_id not in ours)
+    ]
+
+
 # =============================================================================
 # §26 Home — effects: time, and the state and files on the disk
 # =============================================================================
@@ -13131,6 +13588,25 @@ class StateStore:
 
         return release
 
+    def under_way(self) -> tuple[JobView, ...]:
+        """The changes and tasks of every process, by the locks that the kernel knows of.
+
+        What a change fetches beforehand, without the lock, is not among them.
+        """
+        with contextlib.suppress(OSError):
+            held = set(re.findall(LOCK_LINE, LOCKS.read_text(), re.MULTILINE))
+            return tuple(
+                JobView(
+                    id="", title=hide_keys(told[1]), finished_at=None, lines=(), fault=None,
+                    started_at=datetime.fromtimestamp(path.stat().st_mtime, UTC),
+                    kind="change" if path.name == "lock" else "task",
+                )
+                for path in sorted(self.home.glob("lock*"))
+                if (told := re.fullmatch(r"(.*), since \S+ UTC, process (\d+)", path.read_text()))
+                and (told[2], str(path.stat().st_ino)) in held
+            )  # fmt: skip
+        return ()
+
     def read_generated(self) -> dict[str, str]:
         """Every generated file by its path under generated/."""
         with file_errors("read the generated files"):
@@ -13210,6 +13686,10 @@ class StateStore:
             newest = dict([*others, (key, measured)][-MOST_MEASURED:])
             text = _MEASURED.dump_json(newest, indent=2, exclude_none=True).decode()
             write_atomic(self.home / "measured.json", text)
+
+
+LOCKS: Final = Path("/proc/locks")
+LOCK_LINE: Final = r"FLOCK +ADVISORY +WRITE (\d+) \S+:(\d+) "  # process, inode
 
 
 class ProofFiles:
@@ -19619,6 +20099,10 @@ class JobKeeper:
         """Newest first."""
         return [job.view() for job in reversed(list(self._jobs))]
 
+    def under_way(self) -> tuple[JobView, ...]:
+        """What this and other processes work on; see `StateStore.under_way`."""
+        return self._store.under_way()
+
     def job(self, job_id: str) -> JobView:
         return self._job(job_id).view()
 
@@ -20098,6 +20582,7 @@ class Pulse:
         self._felt: Snapshot | None = None
         self.hung: Mapping[ModelName, str] = {}
         self.loads: Mapping[ContainerName, EngineLoad | None] = {}
+        self.window = RateWindow()
         threading.Thread(target=self._run, name="pulse", daemon=True).start()
 
     def _run(self) -> None:
@@ -20115,6 +20600,8 @@ class Pulse:
         seen = observed.containers.values() if observed else ()
         engines = {c.name: c for c in seen if c.role == "engine" and c.running and c.model_name}
         self.loads = loads = self._manager.loads([*engines.values()])
+        if observed is not None:
+            self.window.feed(time.monotonic(), engine_counts(observed, loads))
         suspects = [engines[name] for name in self._stalls.suspects(loads, utc_now())]
         with concurrent.futures.ThreadPoolExecutor(max_workers=len(suspects) or 1) as pool:
             tries = [pool.submit(self._manager.answers, e, self._stalls.patience) for e in suspects]
@@ -20293,8 +20780,8 @@ class EngineSessions:
             if engine.ready and container_id not in self._open:
                 self._begin(engine, snapshot.hardware, now, is_new=container_id in new)
             if container_id in self._open and load is not None:
-                self._base.setdefault(container_id, load.counts)
-                self._counts[container_id] = load.counts
+                self._base.setdefault(container_id, load.used)
+                self._counts[container_id] = load.used
         self._new = {c for c, engine in engines.items() if not engine.ready} | (new & {*engines})
 
     def _begin(
@@ -20487,9 +20974,9 @@ class Watch:
 
     def latest(self) -> Snapshot:
         """The last look at the world, with the jobs as they are now."""
-        jobs = tuple(self._manager.jobs())
+        latest, jobs = self._latest, tuple(self._manager.jobs())
         return replace(
-            self._latest,
+            latest,
             jobs=jobs,
             shown_at=utc_now(),
             fates={**self._fates},
@@ -20501,6 +20988,9 @@ class Watch:
                 circuits=self._meter.breakers.circuits,
                 loads=self._pulse.loads,
             ),
+            rates=model_rates(latest.state, latest.observed, self._pulse.window)
+            if latest.state and latest.observed
+            else {},
         )
 
     def _run(self) -> None:
@@ -21388,6 +21878,230 @@ def add_database(app: fastapi.FastAPI, manager: Manager) -> None:
 # =============================================================================
 # §37 Terminal — effects: a live view for an SSH session
 # =============================================================================
+
+
+@dataclass
+class Lookout:
+    """Looks at the whole server, and changes nothing; two looks make a rate."""
+
+    manager: Manager
+    window: RateWindow = field(default_factory=RateWindow)
+    providers: tuple[ProviderHealth, ...] = ()
+    asked_at: float = -math.inf
+    asking: threading.Thread = field(default_factory=threading.Thread)
+
+    def look(self) -> Snapshot:
+        """What a page would show, with what is under way in other processes as well."""
+        self._ask_providers()
+        return self._measured(replace(self.manager.snapshot(), jobs=self.manager.under_way()))
+
+    def once(self) -> Snapshot:
+        """A look, and a second one at what is counted, if anything is."""
+        first = self.look()
+        if any(self.window.looks[-1][1]) if self.window.looks else False:
+            time.sleep(RATE_PAUSE)
+            first = self._measured(first)
+        self.asking.join(PROVIDER_PATIENCE)
+        return replace(first, providers=self.providers)
+
+    def _measured(self, snapshot: Snapshot) -> Snapshot:
+        state, observed = snapshot.state, snapshot.observed
+        if state is None or observed is None:
+            return snapshot
+        seen = observed.containers.values()
+        loads = self.manager.loads([c for c in seen if c.role == "engine" and c.running])
+        gateway = Breakers()
+        self.manager.traffic.feed(gateway, observed)
+        figures = gateway.figures or GatewayFigures()
+        counts = engine_counts(observed, loads)
+        if gateway.figures is not None:
+            counts[gateway.gateway] = gateway_counts(figures)
+        self.window.feed(time.monotonic(), counts)
+        return replace(
+            snapshot,
+            health=RouteHealth(figures=figures, loads=loads),
+            rates=model_rates(state, observed, self.window),
+            traffic=self.window.rise([gateway.gateway]),
+            providers=self.providers,
+            failed=self._failed(snapshot.taken_at),
+        )
+
+    def _failed(self, now: datetime) -> tuple[AuditEntry, ...]:
+        newest = reversed(self.manager.audit.newest(FAILURES_AMONG))
+        day = timedelta(days=1)
+        return tuple(e for e in newest if e.result == "failed" and now - e.started_at < day)
+
+    def _ask_providers(self) -> None:
+        """In a thread of its own: one may take ten seconds to say nothing."""
+        if self.asking.is_alive() or time.monotonic() - self.asked_at < PROVIDER_SECONDS:
+            return
+        self.asked_at = time.monotonic()
+        self.asking = threading.Thread(target=self._asked, name="providers", daemon=True)
+        self.asking.start()
+
+    def _asked(self) -> None:
+        with contextlib.suppress(ManagerError):
+            self.providers = tuple(self.manager.providers.all())
+
+
+RATE_PAUSE: Final = 1.0
+PROVIDER_PATIENCE: Final = 3.0
+PROVIDER_SECONDS: Final = 60.0
+FAILURES_AMONG: Final = 100  # changes, the newest
+STATUS_SECONDS: Final = 15.0
+
+
+def look_once(manager: Manager) -> Snapshot:
+    """A snapshot with rates in bounded time; what hangs is a fault in it, and left behind."""
+    done: concurrent.futures.Future[Snapshot] = concurrent.futures.Future()
+
+    def work() -> None:
+        try:
+            done.set_result(Lookout(manager).once())
+        except BaseException as error:  # noqa: BLE001 - it is raised in the other thread
+            done.set_exception(error)
+
+    threading.Thread(target=work, name="look", daemon=True).start()
+    try:
+        return done.result(STATUS_SECONDS)
+    except TimeoutError:
+        fault = ManagerError(
+            f"The server could not be looked at within {STATUS_SECONDS:.0f} s: something hangs.",
+            advice="Try `docker ps` and `nvidia-smi`.",
+        )
+        state = None
+        with contextlib.suppress(ManagerError):
+            state = manager.state()
+        return Snapshot(
+            taken_at=utc_now(), state=state, observed=None, plan=None, faults=(fault,),
+            jobs=manager.under_way(),
+        )  # fmt: skip
+
+
+class LiveLook:
+    """A thread that looks again and again, so that what hangs cannot hold the keyboard up."""
+
+    def __init__(self, manager: Manager, seconds: float) -> None:
+        self._lookout = Lookout(manager)
+        self._seconds = seconds
+        self.latest: Snapshot | None = None
+        self.fault = ""
+        threading.Thread(target=self._run, name="look", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self.latest, self.fault = self._lookout.look(), ""
+            except Exception as error:  # noqa: BLE001 - boundary: shown, and the next look may do
+                self.fault = f"The last look failed: {error}"
+            time.sleep(self._seconds)
+
+    def shown(self) -> Snapshot | None:
+        """The last look, as old as it is now."""
+        latest = self.latest
+        return replace(latest, shown_at=utc_now()) if latest else None
+
+
+STATE_STYLES: Final = {"ready": "green", "failed": "bold red", "stopped": "dim", "now": "yellow"}
+RIGHT_OF: Final = frozenset({
+    "Run", "Wait", "Tok/s in", "Tok/s out", "TTFT p95", "KV", "Hits", "Load", "Heat",
+})  # fmt: skip
+FREE_COLUMNS: Final = frozenset({
+    "Model", "Health", "On it", "Name", "Placement", "What needs attention, or failed",
+})  # fmt: skip
+
+
+def draw(shown: Board, *notes: str) -> rich_console.Group:
+    """Lines and tables; no line ever wraps, and no text is markup."""
+    lines = [unwrapped(line, "bold" if at == 0 else "") for at, line in enumerate(shown.lines)]
+    tables = [_table(table) for table in shown.tables]
+    return rich_console.Group(*lines, *tables, *(unwrapped(note, "dim") for note in notes))
+
+
+def _table(shown: BoardTable) -> rich_table.Table:
+    table = rich_table.Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    for header in shown.headers:
+        table.add_column(
+            unwrapped(header), no_wrap=header not in FREE_COLUMNS,
+            justify="right" if header in RIGHT_OF else "left",
+        )  # fmt: skip
+    for row in shown.rows:
+        table.add_row(*(unwrapped(cell, STATE_STYLES.get(cell, "")) for cell in row))
+    return table
+
+
+def unwrapped(text: str, style: str = "") -> rich_text.Text:
+    return rich_text.Text(text, style, no_wrap=True, overflow="ellipsis")
+
+
+def print_board(manager: Manager) -> None:
+    """The whole server once, as long as it takes."""
+    console = rich_console.Console()
+    console.print(draw(board(look_once(manager), console.width, sys.maxsize)))
+
+
+def show_board(manager: Manager, seconds: float) -> None:
+    """The live view until q or Ctrl-C; the terminal is as before when it returns or raises."""
+    console = rich_console.Console(highlight=False)
+    look = LiveLook(manager, seconds)
+
+    def drawn() -> rich_console.Group:
+        snapshot = look.shown()
+        keys = f"q quits · every {seconds:g} s · {utc_now():%H:%M:%S} UTC"
+        notes = [look.fault] * bool(look.fault) + [keys]
+        if snapshot is None:
+            return rich_console.Group(
+                unwrapped("Looking at the server ..."), unwrapped(keys, "dim")
+            )
+        return draw(board(snapshot, console.width, console.height - len(notes)), *notes)
+
+    with terminal_restored():
+        if console.is_dumb_terminal:
+            while not key_pressed("q", seconds):
+                console.print(drawn())
+            return
+        with rich_live.Live(drawn(), console=console, screen=True, auto_refresh=False) as live:
+            shown: tuple[object, ...] = ()
+            while not key_pressed("q", KEY_SECONDS):
+                taken_at = look.latest.taken_at if look.latest else None
+                age = time.monotonic() // REDRAW_SECONDS  # what hangs gets older on the screen
+                before, shown = shown, (taken_at, look.fault, console.size, age)
+                if shown != before:
+                    live.update(drawn(), refresh=True)
+
+
+KEY_SECONDS: Final = 0.5
+REDRAW_SECONDS: Final = 10.0
+
+
+def key_pressed(key: str, seconds: float) -> bool:
+    """Whether it comes within that time, or nobody is at the keyboard any more."""
+    if not sys.stdin.isatty():
+        time.sleep(seconds)
+        return False
+    ready, _, _ = select.select([sys.stdin], [], [], seconds)
+    typed = os.read(sys.stdin.fileno(), 64).decode(errors="replace") if ready else " "
+    return not typed or key in typed.lower()
+
+
+@contextlib.contextmanager
+def terminal_restored() -> Iterator[None]:
+    """Keys come one by one and unseen; whatever ends this, the terminal is as before.
+
+    What ends the program from outside raises KeyboardInterrupt here.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+    signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # stopped, it would leave its screen behind
+    before = termios.tcgetattr(sys.stdin) if sys.stdin.isatty() else None
+    try:
+        if before is not None:
+            tty.setcbreak(sys.stdin)
+        yield
+    finally:
+        if before is not None:
+            with contextlib.suppress(termios.error):  # it is gone
+                termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 # =============================================================================
@@ -23200,7 +23914,7 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=int, default=CONSOLE_PORT)
     url = add("url", command_url, "the console's address with its access token")
     url.add_argument("--port", type=int, default=CONSOLE_PORT)
-    add("status", command_status, "models and containers as they are")
+    _add_watching(add)
     add("plan", command_plan, "what would be done; exit status 3 if anything")
     apply = add("apply", _changes(_applying), "do what is planned")
     restore = add("restore", command_restore, "bring everything back after a reboot")
@@ -23232,6 +23946,12 @@ def build_parser() -> argparse.ArgumentParser:
     add_route_commands(commands, add)
     add_system_commands(commands, add)
     return parser
+
+
+def _add_watching(add: Callable[..., Any]) -> None:
+    add("status", command_status, "models and containers as they are; exit status 3 if not well")
+    top = add("top", command_top, "the whole server, live in this terminal; q quits")
+    top.add_argument("--interval", type=interval, default=2.0, metavar="SECONDS")
 
 
 def _applying(_: Manager, arguments: argparse.Namespace) -> Change:
@@ -23305,6 +24025,17 @@ YES_OR_NO: Final = ("yes", "no")
 
 def yes(choice: str | None) -> bool | None:
     return None if choice is None else choice == "yes"
+
+
+def interval(text: str) -> float:
+    """Seconds between two looks, for argparse; a look costs the server something as well."""
+    seconds = float(text)
+    if not SHORTEST_INTERVAL <= seconds <= LONGEST_INTERVAL:
+        raise ValueError(text)
+    return seconds
+
+
+SHORTEST_INTERVAL, LONGEST_INTERVAL = 0.5, 3600.0
 
 
 def positive(text: str) -> int:
@@ -23905,7 +24636,7 @@ def command_url(arguments: argparse.Namespace) -> int:
 
 
 def command_status(arguments: argparse.Namespace) -> int:
-    snapshot = open_manager().snapshot()
+    snapshot = look_once(open_manager())
     if arguments.json:
         out_json(status_facts(snapshot))
     else:
@@ -23914,7 +24645,21 @@ def command_status(arguments: argparse.Namespace) -> int:
         out_table(COMPONENT_HEADERS, component_rows(snapshot))
         for matter in attention(snapshot):
             out(f"! {matter.text}")
-    return FAILED if snapshot.faults else DONE
+    if snapshot.faults:
+        return FAILED
+    return DONE if server_health(snapshot) == "ok" else TO_DO
+
+
+def command_top(arguments: argparse.Namespace) -> int:
+    """The live view; where nobody can watch it, the server as it is now."""
+    if arguments.json:
+        return command_status(arguments)
+    if not sys.stdout.isatty():
+        print_board(open_manager())
+        return DONE
+    with contextlib.suppress(KeyboardInterrupt):
+        show_board(open_manager(), arguments.interval)
+    return DONE
 
 
 def out_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

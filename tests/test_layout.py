@@ -24,6 +24,8 @@ HOMES = {
     "psycopg": "Database", "pynvml": "Drivers", "gr": "Console", "pd": "Console",
     "fastapi": "Programs Console", "uvicorn": "Main", "argparse": "Main",
     "sqlite3": "Energy records",
+    "rich_console": "Terminal", "rich_live": "Terminal", "rich_table": "Terminal",
+    "rich_text": "Terminal",
 }  # fmt: skip
 
 BANNERS = [(n, m) for n, line in enumerate(TEXT.splitlines(), 1) if (m := BANNER.match(line))]
