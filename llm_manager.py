@@ -7848,6 +7848,11 @@ def model_stage_title(model: Model) -> str:
     return f"model {model.name}"
 
 
+def stage_model(stage: Stage) -> str:
+    """The model that a stage is about, if any."""
+    return stage.title.removeprefix("model ") if stage.title.startswith("model ") else ""
+
+
 def fetches(stage: Stage) -> tuple[Step, ...]:
     """What of a model's stage may take hours and touches nothing that runs."""
     if any(isinstance(step, Refuse) for step in stage.steps):
@@ -18325,12 +18330,17 @@ def _raise_all(faults: Sequence[ManagerError]) -> None:
             raise ManagerError(facts, advice=advice)
 
 
+# What this thread is at, for the journal.
+DOING: Final = contextvars.ContextVar[dict[str, str]]("doing", default={})  # noqa: B039 - never changed
+
+
 def apply_stage(stage: Stage, tools: Tools, control: Control) -> None:
     """Do each step in order; if one fails, undo newest first and let it raise."""
     attempted: list[Step] = []
     try:
         for step in stage.steps:
             control.check()
+            DOING.set({"model": stage_model(stage), "step": type(step).__name__})
             control.report(describe(step))
             attempted.append(step)  # before the effect: a half-done step is undone too
             apply_step(step, tools, control)
@@ -18345,6 +18355,8 @@ def apply_stage(stage: Stage, tools: Tools, control: Control) -> None:
                 if not (stuck and isinstance(step, WriteFile)):
                     stuck |= not undo_step(step, tools, control.report)
         raise
+    finally:
+        DOING.set({})
 
 
 def apply_step(  # noqa: C901, PLR0912, PLR0915 - one line per kind of step
@@ -18786,7 +18798,7 @@ class Job:
         self.control = Control(self.report, self.kind)
 
     def report(self, line: str) -> None:
-        log.info("%s: %s", self.title, line)
+        log.info("%s: %s", self.title, line, extra=DOING.get() | {"job": self.id})
         with self._changed:
             self.lines.append(line)
             self._changed.notify_all()
@@ -18807,7 +18819,7 @@ class Job:
         except ManagerError as error:
             self.fault = error
         except Exception:  # boundary: a bug must not leave the job "running" for ever
-            log.exception("job %s failed", self.title)
+            log.exception("job %s failed", self.title, extra={"job": self.id})
             self.fault = ManagerError(f"{self.title} failed.", advice="See the journal.")
         at_end()
         with self._changed:
@@ -23856,14 +23868,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None and sys.argv[1:] == [FETCH_WEIGHTS]:
         return command_fetch_weights()
     arguments = build_parser().parse_args(join_values(sys.argv[1:] if argv is None else argv))
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    arguments.log_json = arguments.log_json or is_json_wished()
+    set_up_logging(as_json=arguments.log_json)
+    say = log.error if arguments.log_json else _say
     try:
         return int(arguments.command(arguments))
     except ManagerError as error:
-        _say(str(error))
+        say(str(error))
         return FAILED
     except KeyboardInterrupt:
-        _say("Interrupted. What was under way is healed by the next `apply`.")
+        say("Interrupted. What was under way is healed by the next `apply`.")
         return FAILED
     except BrokenPipeError:
         # `status | head`: nobody reads on. The interpreter would complain when it flushes.
@@ -23872,8 +23886,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception:  # boundary: one sentence for the operator, the traceback for the journal
         incident = uuid.uuid4().hex[:8]
         log.exception("incident %s", incident)
-        _say(f"Unexpected error {incident}. Please report the traceback above.")
+        say(f"Unexpected error {incident}. Please report the traceback above.")
         return FAILED
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line, exceptions included; what looks like a key is hidden."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        told = {
+            "ts": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            **{name: getattr(record, name, "") for name in ("job", "model", "step")},
+            "exception": self.formatException(record.exc_info) if record.exc_info else "",
+        }
+        return json.dumps({name: hide_keys(mask_secrets(v)) for name, v in told.items() if v})
+
+
+def is_json_wished() -> bool:
+    """By `LLM_MANAGER_LOG`, else wherever systemd reads standard error into the journal."""
+    wish = os.environ.get("LLM_MANAGER_LOG")
+    with contextlib.suppress(OSError):  # closed
+        errors = os.fstat(2)
+        # A terminal that systemd started has this variable as well, of another stream.
+        in_journal = os.environ.get("JOURNAL_STREAM") == f"{errors.st_dev}:{errors.st_ino}"
+        return wish == "json" if wish else in_journal
+    return wish == "json"
+
+
+def set_up_logging(*, as_json: bool) -> None:
+    """To standard error, in lines for people or for programs."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines() if as_json else logging.Formatter("%(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    if as_json:
+        logging.captureWarnings(capture=True)
+        threading.excepthook = lambda ended: log.error(
+            "the thread %s ended", ended.thread and ended.thread.name,
+            exc_info=(ended.exc_type, ended.exc_value or ended.exc_type(), ended.exc_traceback),
+        )  # fmt: skip
 
 
 def command_fetch_weights() -> int:
@@ -23902,6 +23955,9 @@ def build_parser() -> argparse.ArgumentParser:
         prog="llm_manager.py", description="The operator console of a shared GPU server."
     )
     parser.set_defaults(command=command_serve, port=CONSOLE_PORT)
+    parser.add_argument(
+        "--log-json", action="store_true", help="log JSON objects, as in systemd's journal"
+    )
     commands = parser.add_subparsers(metavar="COMMAND")
 
     def add(name: str, command: Callable[[argparse.Namespace], int], text: str) -> Any:
@@ -24588,13 +24644,14 @@ def command_serve(arguments: argparse.Namespace) -> int:
             with manager.audit.acting_as(ITSELF):
                 manager.start(restoring())
         except BusyError as error:
-            _say(str(error))
+            log.warning("%s", error)
     app = build_app(manager, Watch(manager))
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3)
+    config = uvicorn.Config(app, log_level="warning", log_config=None, timeout_graceful_shutdown=3)
     if sys.stdout.isatty():  # the journal must not hold the token
         out(f"LLM Manager: {console_url(state, arguments.port)}")
     else:
-        out(f"LLM Manager listens on {CONSOLE_HOST}:{arguments.port}; `url` prints its address.")
+        say = log.info if arguments.log_json else out
+        say(f"LLM Manager listens on {CONSOLE_HOST}:{arguments.port}; `url` prints its address.")
     # uvicorn ends by raising again what ended it; there is something to do after that.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):

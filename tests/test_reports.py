@@ -262,7 +262,8 @@ def test_the_load_is_summed_over_an_engines_ranks() -> None:
     assert (load.ranks, load.cached, load.kv_cache_part) == (2, 0.75, 0.375)
     wait, ended = "time_to_first_token_seconds_bucket", "request_success_total"
     assert load.counts == {
-        ("prompt_tokens_cached_total", ""): 12, ("prompt_tokens_total", ""): 1.5e6, ("generation_tokens_total", ""): 34,
+        ("prompt_tokens_cached_total", ""): 12, ("prompt_tokens_total", ""): 1.5e6,
+        ("generation_tokens_total", ""): 34,
         (wait, "0.5"): 5, (wait, "+Inf"): 7, (ended, "stop"): 6, (ended, "abort"): 1,
     }  # fmt: skip
     assert load.used == lm.EngineCounts(prompt=1500000, completion=34, cached=12, requests=7)

@@ -5,21 +5,23 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import math
 import os
 import pty
 import re
 import select
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import termios
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from fcntl import ioctl
 from pathlib import Path
 from typing import Any
@@ -30,8 +32,10 @@ from builders import (
     GPU_0,
     GPU_1,
     NOW,
+    SECRET_MARK,
     Golden,
     a_model,
+    a_secret,
     a_state,
     as_wished,
     but,
@@ -614,3 +618,150 @@ def test_an_interval_that_makes_no_sense_is_refused(wrong: str) -> None:
     with pytest.raises(SystemExit) as ended_with:
         lm.build_parser().parse_args(["top", "--interval", wrong])
     assert ended_with.value.code == lm.WRONG_USAGE
+
+
+# --- the log, for programs -----------------------------------------------------------------------
+
+
+def logged(text: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+class Recorded(logging.Handler):
+    """What the journal would get of each record."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(lm.JsonLines())
+        self.lines: list[dict[str, str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(json.loads(self.format(record)))
+
+
+@pytest.fixture
+def journal() -> Iterator[list[dict[str, str]]]:
+    handler, level = Recorded(), lm.log.level
+    lm.log.addHandler(handler)
+    lm.log.setLevel(logging.INFO)
+    yield handler.lines
+    lm.log.removeHandler(handler)
+    lm.log.setLevel(level)
+
+
+def test_a_line_tells_when_who_and_what(journal: list[dict[str, str]]) -> None:
+    lm.log.warning("%d of\n%s", 3, "“x”")
+    (line,) = journal
+    assert datetime.fromisoformat(line.pop("ts")).tzinfo is UTC
+    assert line == {"level": "WARNING", "logger": "llm_manager", "message": "3 of\n“x”"}
+
+
+def test_a_line_of_a_job_tells_its_id_model_and_step(
+    server: Server, journal: list[dict[str, str]]
+) -> None:
+    job = server.manager.start(lm.restarting("chat"))
+    assert job.wait(10)
+    assert {line["job"] for line in journal} == {job.id}
+    (created,) = [line for line in journal if "create llm-model-chat-0" in line["message"]]
+    assert (created["model"], created["step"]) == ("chat", "CreateContainer")
+    assert lm.DOING.get() == {}
+
+
+def test_an_exception_is_one_field_of_its_line(server: Server) -> None:
+    def work(_: lm.Control) -> None:
+        raise ZeroDivisionError("no\nhalves")
+
+    handler = Recorded()
+    lm.log.addHandler(handler)
+    job = server.manager.start_task("Break", work)
+    assert job.wait(10)
+    lm.log.removeHandler(handler)
+    (line,) = handler.lines
+    assert (line["level"], line["job"], line["message"]) == ("ERROR", job.id, "job Break failed")
+    assert line["exception"].startswith("Traceback")
+    assert line["exception"].endswith("ZeroDivisionError: no\nhalves")
+
+
+def test_no_secret_is_in_a_line(journal: list[dict[str, str]]) -> None:
+    secret = f"sk-{SECRET_MARK}-0123456789abcdef"
+    fault = ValueError(f"Authorization: Bearer {SECRET_MARK}", secret, a_secret("master"))
+    lm.log.error("%s %s", secret, a_secret("master"), exc_info=fault)
+    assert "Bearer" in journal[0]["exception"]
+    assert SECRET_MARK not in json.dumps(journal)
+    assert journal[0]["message"] == "sk-… **********"
+
+
+def program(home: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    kept = {k: v for k, v in os.environ.items() if k not in {"JOURNAL_STREAM", "LLM_MANAGER_LOG"}}
+    own = {"LLM_MANAGER_HOME": str(home), "DOCKER_HOST": "unix:///nonexistent"}
+    return subprocess.run(
+        [sys.executable, str(lm.PROGRAM), *arguments],
+        env=kept | own | variables, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables"),
+    [(["--log-json", "plan"], {}), (["plan"], {"LLM_MANAGER_LOG": "json"})],
+    ids=["by argument", "by environment"],
+)
+def test_a_failure_is_a_line_of_json_where_that_is_wished(
+    home: Path, arguments: list[str], variables: dict[str, str]
+) -> None:
+    ended = program(home, *arguments, **variables)
+    assert ended.returncode == lm.FAILED
+    (line,) = logged(ended.stderr)
+    assert (line["level"], line["logger"]) == ("ERROR", "llm_manager")
+    assert line["message"].startswith("Docker does not answer")
+
+
+def test_the_journal_gets_json_and_whoever_stands_beside_it_gets_sentences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LLM_MANAGER_LOG", raising=False)
+    errors = os.fstat(2)
+    monkeypatch.setenv("JOURNAL_STREAM", f"{errors.st_dev}:{errors.st_ino}")
+    assert lm.is_json_wished()
+    monkeypatch.setenv("LLM_MANAGER_LOG", "text")
+    assert not lm.is_json_wished()
+    monkeypatch.delenv("LLM_MANAGER_LOG")
+    monkeypatch.setenv("JOURNAL_STREAM", f"{errors.st_dev}:{errors.st_ino + 1}")
+    assert not lm.is_json_wished()
+    assert program(tmp_path, "plan").stderr.startswith("Docker does not answer")
+
+
+def test_the_console_writes_nothing_but_json(home: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with subprocess.Popen(
+        [sys.executable, str(lm.PROGRAM), "--log-json", "serve", "--port", str(port)],
+        env=os.environ | {"LLM_MANAGER_HOME": str(home), "DOCKER_HOST": "unix:///nonexistent"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as serving:  # fmt: skip
+        assert serving.stderr is not None
+        first = serving.stderr.readline()
+        serving.send_signal(signal.SIGTERM)
+        out, errors = serving.communicate(timeout=60)
+    lines = logged(first + errors)
+    assert lines[0]["message"].startswith(f"LLM Manager listens on 127.0.0.1:{port};")
+    assert out == ""
+
+
+def test_warnings_and_ends_of_threads_are_lines_of_json_as_well() -> None:
+    script = (
+        "import sys, threading, warnings, llm_manager as lm\n"
+        "lm.set_up_logging(as_json=True)\n"
+        "warnings.warn('old')\n"
+        "thread = threading.Thread(target=lambda: 1 / 0, name='pulse')\n"
+        "thread.start(); thread.join()\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script], cwd=lm.PROGRAM.parent, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    warned, broken = logged(ended.stderr)
+    assert (warned["logger"], "UserWarning: old" in warned["message"]) == ("py.warnings", True)
+    assert broken["message"] == "the thread pulse ended"
+    assert broken["exception"].endswith("ZeroDivisionError: division by zero")
