@@ -208,6 +208,7 @@ from urllib.parse import parse_qs, quote, urlencode, urlsplit
 import docker
 import docker.errors
 import docker.types
+import docker.utils.socket
 import httpx
 import pydantic
 import requests.exceptions
@@ -5343,6 +5344,266 @@ def given_up(shares: Iterable[EnergyShare]) -> list[EnergyShare]:
 # =============================================================================
 # §12 Benchmark — pure: loads to offer, and what engines made of them
 # =============================================================================
+
+# Completions, not chat: lengths are exact without a template, and a chat's stream begins with a
+# chunk that holds no token, which vLLM's load generator (0.30) counts as one.
+BACKENDS: Final[Mapping[ModelType, tuple[str, str]]] = {
+    "chat": ("openai", "/v1/completions"),
+    "vision": ("openai", "/v1/completions"),
+    "embedding": ("openai-embeddings", "/v1/embeddings"),
+}
+LONGEST_LADDER: Final = 12
+MOST_CONCURRENT: Final = 1024
+LoadProfile = Literal["chat", "document", "answer", "embedding"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Load:
+    """What each client sends, one request after the other; no two prompts share a beginning."""
+
+    prompt_tokens: int
+    output_tokens: int  # exactly so many are made, whatever the model would rather; of embeddings 0
+    spread: float = 0.0  # lengths lie evenly within this part of them, to both sides
+
+
+LOADS: Final[Mapping[LoadProfile, Load]] = {
+    "chat": Load(prompt_tokens=600, output_tokens=250, spread=0.5),
+    "document": Load(prompt_tokens=8000, output_tokens=400, spread=0.25),
+    "answer": Load(prompt_tokens=200, output_tokens=1500, spread=0.25),
+    "embedding": Load(prompt_tokens=400, output_tokens=0, spread=0.5),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchmarkWish:
+    """Which models to measure, one after the other, and under what loads."""
+
+    models: tuple[ModelName, ...]
+    ladder: tuple[int, ...] = (1, 2, 4, 8, 16)  # requests at once
+    profile: LoadProfile | None = None  # none: by the model's type
+    prompt_tokens: int | None = None  # instead of the profile's, and then all of that length
+    output_tokens: int | None = None
+    requests: int | None = None  # per rung; none: enough for its concurrency
+
+    def requests_at(self, concurrency: int) -> int:
+        """How many requests a rung sends: several for each client, as its first are not typical."""
+        return max(self.requests or max(32, 8 * concurrency), concurrency)
+
+
+def load_of(wish: BenchmarkWish, model: Model) -> Load:
+    """The load for this model; refused where its type cannot be measured."""
+    if model.type not in BACKENDS:
+        raise RefusedError(
+            f"{model.name} is a {model.type} model, which cannot be measured.",
+            advice=f"Benchmarks are for {', '.join(BACKENDS)} models.",
+        )
+    embeds = model.type == "embedding"
+    load = LOADS[wish.profile or ("embedding" if embeds else "chat")]
+    typed = wish.prompt_tokens or wish.output_tokens
+    load = Load(
+        prompt_tokens=wish.prompt_tokens or load.prompt_tokens,
+        output_tokens=0 if embeds else wish.output_tokens or load.output_tokens,
+        spread=0.0 if typed else load.spread,
+    )
+    if not embeds and not load.output_tokens:
+        raise RefusedError(
+            f"The profile {wish.profile} makes no token.", advice="Choose another for this model."
+        )
+    return load
+
+
+def parse_ladder(text: str) -> tuple[int, ...]:
+    """Concurrencies as typed, such as 1,2,4: in ascending order, each once."""
+    words = re.split(r"[,\s]+", text.strip())
+    rungs = sorted({int(word) for word in words if word.isascii() and word.isdecimal()})
+    fine = all(word.isascii() and word.isdecimal() for word in words)
+    if not fine or len(rungs) > LONGEST_LADDER or not 1 <= rungs[0] <= rungs[-1] <= MOST_CONCURRENT:
+        raise InvalidError(
+            f"{text!r} is no ladder of concurrencies.",
+            advice=f"Type up to {LONGEST_LADDER} numbers from 1 to {MOST_CONCURRENT}, as 1,2,4,8.",
+        )
+    return tuple(rungs)
+
+
+# --- vLLM's own load generator, in the engine's container -------------------------
+
+# It ends with its standard input: whoever holds that open need not live to end it. The shell gives
+# a background process /dev/null for input, hence descriptor 3. The key stays in the container.
+LOAD_SCRIPT: Final = """exec 3<&0
+folder=$(mktemp -d) && cd "$folder" || exit 1
+OPENAI_API_KEY=$VLLM_API_KEY PYTHONUNBUFFERED=1 "$@" &
+load=$!
+(read -r _ <&3; kill -9 "$load") &
+watch=$!
+wait "$load"; status=$?
+kill "$watch" 2>/dev/null
+[ "$status" = 0 ] && cat result.json
+cd / && rm -rf "$folder"
+exit "$status"
+"""
+LOAD_BEGINS: Final = "Starting main benchmark run"  # what it prints when all is warm
+PERCENTILES: Final = (50, 95, 99)
+_KEPT_OPTIONS: Final = ("--tokenizer", "--tokenizer-mode", "--trust-remote-code")
+
+
+def load_command(
+    model: Model, load: Load, concurrency: int, *, prompts: int, weights: str, seed: int
+) -> list[str]:
+    """What is run in an engine's container, to print its result as JSON in its last line.
+
+    `weights` is where that container has the tokenizer. With a `seed` of an earlier run the engine
+    would still have the prompts in its prefix cache.
+    """
+    backend, path = BACKENDS[model.type]
+    embeds = model.type == "embedding"
+    lengths = {"input": load.spread, "output": 0.0 if embeds else load.spread}
+    return [
+        "sh", "-c", LOAD_SCRIPT, "benchmark",
+        "vllm", "bench", "serve", "--backend", backend, "--endpoint", path,
+        "--base-url", f"http://127.0.0.1:{ENGINE_PORT}", "--model", model.served_model_name,
+        "--tokenizer", weights, *_tokenizer_options(model.engine_arguments),
+        "--dataset-name", "random", "--random-input-len", str(load.prompt_tokens),
+        "--random-output-len", str(load.output_tokens or 1),
+        "--random-range-ratio", json.dumps(lengths), "--seed", str(seed),
+        *(() if embeds else ("--ignore-eos",)),
+        "--num-prompts", str(prompts), "--num-warmups", str(concurrency),
+        "--max-concurrency", str(concurrency), "--percentile-metrics", "ttft,itl,e2el",
+        "--metric-percentiles", ",".join(map(str, PERCENTILES)), "--disable-tqdm",
+        "--save-result", "--save-detailed", "--result-dir", ".", "--result-filename", "result.json",
+    ]  # fmt: skip
+
+
+def _tokenizer_options(arguments: Sequence[str]) -> list[str]:
+    """What the engine was told of its tokenizer; the last of a kind counts, as there."""
+    told: list[str] = []
+    for argument, after in itertools.pairwise([*arguments, "--"]):
+        if _option_name(argument) in _KEPT_OPTIONS:
+            valued = "=" not in argument and not after.startswith("-")
+            told += [argument, after] if valued else [argument]
+    return told
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Milliseconds:
+    """Of all requests, or of all gaps between two tokens: how long the slowest of a part took."""
+
+    p50: float
+    p95: float
+    p99: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rung:
+    """What an engine made of so many requests at once, all answered after warming up."""
+
+    concurrency: int
+    started_at: datetime
+    seconds: float
+    requests: int  # answered
+    failed: int
+    prompt_tokens: int
+    output_tokens: int
+    ttft: Milliseconds | None  # none: nothing is streamed
+    inter_token: Milliseconds | None
+    end_to_end: Milliseconds
+    others: int | None = None  # requests of others that the engine had when it began
+    energy_mj: int | None = None  # None: not measured
+
+    @property
+    def requests_per_second(self) -> float:
+        return self.requests / self.seconds
+
+    @property
+    def output_tokens_per_second(self) -> float:
+        return self.output_tokens / self.seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        return (self.prompt_tokens + self.output_tokens) / self.seconds
+
+    @property
+    def joules_per_token(self) -> float | None:
+        """Of tokens made; of embeddings, which make none, of those read."""
+        tokens = self.output_tokens or self.prompt_tokens
+        return None if self.energy_mj is None or not tokens else self.energy_mj / 1000 / tokens
+
+    @property
+    def first_answer(self) -> Milliseconds:
+        """Until a client sees something: the first token, or the whole where none streams."""
+        return self.ttft or self.end_to_end
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Benchmark:
+    """One model's results, rung by rung, and what they are of."""
+
+    model: ModelName
+    type: ModelType
+    container: str
+    image: str
+    started_at: datetime
+    load: Load
+    ladder: tuple[int, ...]
+    rungs: tuple[Rung, ...] = ()
+    fault: str = ""  # why it ended early
+
+    @property
+    def name(self) -> str:
+        """Its file's, without the ending: also what it is called on the command line."""
+        return f"{self.started_at:%Y%m%dT%H%M%S}-{self.model}"
+
+    @property
+    def complete(self) -> bool:
+        return len(self.rungs) == len(self.ladder)
+
+
+def parse_rung(said: str, concurrency: int, started_at: datetime) -> Rung:
+    """From what the load generator printed, whose last line is its result (vLLM 0.30)."""
+    try:
+        found = json.loads(said.rstrip().rpartition("\n")[2])
+        if not found["completed"]:
+            errors = "\n".join(found.get("errors", ())).strip().splitlines() or ["it says not why"]
+            raise ContainerFailedError(
+                f"The engine answered none of {found['failed']} requests: {errors[-1]}.",
+                advice="Look at its log; shorter prompts may fit its context.",
+            )
+        ttft, inter_token = (_milliseconds(found, what) for what in ("ttft", "itl"))
+        return Rung(
+            concurrency=concurrency, started_at=started_at, seconds=float(found["duration"]),
+            requests=int(found["completed"]), failed=int(found["failed"]),
+            prompt_tokens=int(found["total_input_tokens"]),
+            output_tokens=int(found.get("total_output_tokens", 0)),
+            ttft=ttft, inter_token=inter_token,
+            end_to_end=_milliseconds(found, "e2el") or Milliseconds(p50=0, p95=0, p99=0),
+        )  # fmt: skip
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise ContainerFailedError(
+            "The load generator in the engine's image wrote no figures that this program knows.",
+            advice="Choose an image with a newer `vllm bench serve`.",
+        ) from error
+
+
+def _milliseconds(found: Json, what: str) -> Milliseconds | None:
+    keys = [f"p{percentile}_{what}_ms" for percentile in PERCENTILES]
+    if keys[0] not in found:
+        return None
+    p50, p95, p99 = (float(found[key]) for key in keys)
+    return Milliseconds(p50=p50, p95=p95, p99=p99)
+
+
+def largest_within(rungs: Sequence[Rung], p95_ms: float) -> int | None:
+    """The largest concurrency whose P95 until the first token is within this, as all below it.
+
+    One that is within it above one that is not was lucky; one with failed requests is not within.
+    """
+    within = itertools.takewhile(
+        lambda rung: not rung.failed and rung.first_answer.p95 <= p95_ms,
+        sorted(rungs, key=lambda rung: rung.concurrency),
+    )
+    return max((rung.concurrency for rung in within), default=None)
+
+
+EnergyBetween = Callable[[ModelName, datetime, datetime], int | None]
 
 
 # =============================================================================
@@ -12891,7 +13152,8 @@ def usage_html(report: UsageReport) -> str:
 def download_link(name: str, text: str) -> str:
     """An HTML link that is the file itself: nothing of it lies on the disk of this server."""
     content = base64.b64encode(text.encode()).decode()
-    kind = "text/html" if name.endswith(".html") else "text/csv"
+    kinds = {".html": "text/html", ".json": "application/json"}
+    kind = kinds.get(PurePosixPath(name).suffix, "text/csv")
     return f'<a download="{name}" href="data:{kind};base64,{content}">Download {name}</a>'
 
 
@@ -13445,6 +13707,199 @@ def _foreigners(gpu: Gpu, ours: Collection[str | None]) -> list[str]:
     ]
 
 
+BENCHMARK_HEADERS: Final = (
+    "Benchmark", "At once", "Requests", "Failed", "TTFT P50 (ms)", "TTFT P95 (ms)", "TTFT P99 (ms)",
+    "Inter-token P50 (ms)", "Inter-token P95 (ms)", "Inter-token P99 (ms)", "End to end P50 (ms)",
+    "End to end P95 (ms)", "End to end P99 (ms)", "Requests/s", "Output tokens/s", "All tokens/s",
+    "J/token", "Others' requests",
+)  # fmt: skip
+BENCHMARK_LIST_HEADERS: Final = ("Benchmark", "Load", "Requests at once", "State")
+CURVE_COLUMNS: Final = ("at once", "benchmark", "P95 TTFT in ms", "output tokens per second")
+BENCHMARK_WARNING: Final = (
+    "Colleagues' requests make these figures worse, and the load makes their answers slow. The "
+    "load generator shares the container's processors with its engine. No other change of these "
+    "models is possible until it ends."
+)
+
+
+def benchmark_list_rows(results: Sequence[Benchmark]) -> list[list[str]]:
+    """One row per benchmark, as they come."""
+    return [
+        [result.name, load_text(result), ", ".join(map(str, result.ladder)),
+         "complete" if result.complete
+         else f"{len(result.rungs)} of {len(result.ladder)}: {result.fault or 'broken off'}"]
+        for result in results
+    ]  # fmt: skip
+
+
+def load_text(result: Benchmark) -> str:
+    """What each of its requests asked."""
+    load = result.load
+    about = f", ± {load.spread:.0%}" if load.spread else ""
+    asked = f" in, {load.output_tokens} out" if load.output_tokens else " in"
+    return f"{load.prompt_tokens} tokens{asked}{about}"
+
+
+def benchmark_rows(results: Sequence[Benchmark]) -> list[list[str]]:
+    """One row per rung, with figures for eyes."""
+    return [
+        [name, *(format_measure(cell) for cell in cells)]
+        for name, *cells in _benchmark_cells(results)
+    ]
+
+
+def format_measure(cell: object) -> str:
+    """Three digits, or all before the point; empty for what was not measured."""
+    if not isinstance(cell, float):
+        return "" if cell is None else str(cell)
+    return f"{cell:,.0f}" if abs(cell) >= 100 else f"{cell:.3g}"  # noqa: PLR2004
+
+
+def _benchmark_cells(results: Sequence[Benchmark]) -> Iterator[list[Any]]:
+    for result in results:
+        for rung in result.rungs:
+            yield [
+                result.name, rung.concurrency, rung.requests, rung.failed,
+                *(figure for part in (rung.ttft, rung.inter_token, rung.end_to_end)
+                  for figure in ((part.p50, part.p95, part.p99) if part else (None,) * 3)),
+                rung.requests_per_second, rung.output_tokens_per_second, rung.tokens_per_second,
+                rung.joules_per_token, rung.others,
+            ]  # fmt: skip
+
+
+def benchmark_csv(results: Sequence[Benchmark]) -> str:
+    """Every rung with plain figures, for other programs; times are in ms, energy in joules."""
+    return render_csv(BENCHMARK_HEADERS, _benchmark_cells(results))
+
+
+def benchmark_facts(results: Sequence[Benchmark]) -> list[Json]:
+    """All that is kept of them, and what follows from it."""
+    derived = (
+        "requests_per_second", "output_tokens_per_second", "tokens_per_second", "joules_per_token",
+    )  # fmt: skip
+    return [
+        asdict(result) | {
+            "name": result.name, "complete": result.complete,
+            "rungs": [
+                asdict(rung) | {name: getattr(rung, name) for name in derived}
+                for rung in result.rungs
+            ],
+        }
+        for result in results
+    ]  # fmt: skip
+
+
+def comparison(results: Sequence[Benchmark]) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows of benchmarks side by side: a column for each, a row per figure and rung."""
+    figures: dict[str, Callable[[Rung], float | None]] = {
+        "P95 TTFT (ms)": lambda rung: rung.first_answer.p95,
+        "P95 end to end (ms)": lambda rung: rung.end_to_end.p95,
+        "Output tokens/s": lambda rung: rung.output_tokens_per_second,
+        "Requests/s": lambda rung: rung.requests_per_second,
+        "J/token": lambda rung: rung.joules_per_token,
+    }
+    by_concurrency = [{rung.concurrency: rung for rung in result.rungs} for result in results]
+    ladder = sorted(set().union(*by_concurrency))
+    rows = [
+        [figure, str(at),
+         *(format_measure(read(rungs[at]) if at in rungs else None) for rungs in by_concurrency)]
+        for figure, read in figures.items()
+        for at in ladder
+    ]  # fmt: skip
+    return ["Figure", "At once", *(result.name for result in results)], rows
+
+
+def carrying_text(results: Sequence[Benchmark], p95_ms: float) -> str:
+    """How many at once each carries within this P95 until the first token."""
+    lines = []
+    for result in results:
+        most = largest_within(result.rungs, p95_ms)
+        within = f"P95 until the first token within {p95_ms:g} ms"
+        found = f"{most} requests at once, {within}" if most else f"no rung had its {within}"
+        top = " or more" if most and most == max(rung.concurrency for rung in result.rungs) else ""
+        lines.append(f"{result.name}: {found.replace(' requests', f'{top} requests', 1)}.")
+    return "\n".join(lines)
+
+
+def benchmark_curves(results: Sequence[Benchmark]) -> list[tuple[int, str, float, float]]:
+    """For plots: requests at once, whose, and two figures; see `CURVE_COLUMNS`."""
+    return [
+        (rung.concurrency, result.name, rung.first_answer.p95, rung.output_tokens_per_second)
+        for result in results
+        for rung in result.rungs
+    ]
+
+
+def benchmark_preview(
+    wish: BenchmarkWish, loads: Mapping[ModelName, tuple[Load, EngineLoad | None]]
+) -> str:
+    """What would be sent to which engine, and whom that disturbs; `loads`: with what goes on now.
+
+    In lines, of which each model has one.
+    """
+    prompts = sum(wish.requests_at(at) for at in wish.ladder)
+    ladder = ", ".join(map(str, wish.ladder))
+    lines = []
+    for name, (load, now) in loads.items():
+        made = f" and makes {load.output_tokens}" if load.output_tokens else ""
+        busy = f"now {_load_text(now)}" if now else "its load now is unknown"
+        lines.append(
+            f"- {name}: {prompts} requests, {ladder} at once; each has "
+            f"{load.prompt_tokens} tokens{made} ({busy})."
+        )
+    return "\n".join([*lines, BENCHMARK_WARNING])
+
+
+def benchmark_wish(
+    models: Sequence[str], profile: str, ladder: str, prompt_tokens: float | None,
+    output_tokens: float | None, per_rung: float | None,
+) -> BenchmarkWish:  # fmt: skip
+    """What was typed; an empty field is 0 or nothing."""
+    if not models:
+        raise InvalidError("No model is chosen yet.", advice="Choose those to be measured.")
+    return BenchmarkWish(
+        models=tuple(dict.fromkeys(map(ModelName, models))), ladder=parse_ladder(ladder),
+        profile=cast("LoadProfile", profile) if profile else None,
+        prompt_tokens=int(prompt_tokens or 0) or None,
+        output_tokens=int(output_tokens or 0) or None, requests=int(per_rung or 0) or None,
+    )  # fmt: skip
+
+
+def benchmark_links(results: Sequence[Benchmark]) -> str:
+    """The chosen ones as files."""
+    facts = json.dumps(benchmark_facts(results), indent=2, default=str)
+    files = {"benchmarks.csv": benchmark_csv(results), "benchmarks.json": facts}
+    return " · ".join(download_link(name, text) for name, text in files.items() if results)
+
+
+def benchmarks_done(snapshot: Snapshot) -> str:
+    """Changes whenever a benchmark ends."""
+    return " ".join(
+        job.id for job in snapshot.jobs if job.title.startswith(MEASURING) and job.finished_at
+    )
+
+
+MEASURING: Final = "Benchmark of "
+
+
+def measurable(snapshot: Snapshot) -> Json:
+    """The models that can be measured, as choices."""
+    models = snapshot.state.wished_models if snapshot.state else []
+    return {"choices": [model.name for model in models if model.type in BACKENDS]}
+
+
+def rung_line(rung: Rung) -> str:
+    """One rung's result as a job tells it."""
+    failed = f", {rung.failed} FAILED" if rung.failed else ""
+    joules = rung.joules_per_token
+    energy = "" if joules is None else f", {format_measure(joules)} J/token"
+    return (
+        f"  {rung.concurrency} at once: {format_measure(rung.requests_per_second)} requests/s, "
+        f"{format_measure(rung.output_tokens_per_second)} tokens/s, P95 until the first token "
+        f"{format_measure(rung.first_answer.p95)} ms{energy}{failed}"
+    )
+
+
 # =============================================================================
 # §26 Home — effects: time, and the state and files on the disk
 # =============================================================================
@@ -13612,6 +14067,30 @@ class StateStore:
             )  # fmt: skip
         return ()
 
+    def measure(self, names: Sequence[ModelName]) -> Callable[[], None]:
+        """Note that these models are measured, and return what ends that; one benchmark at once."""
+        with file_errors("lock its home"):
+            handle = take_lock(self.home / "lock-benchmark")
+            if handle is None:
+                raise BusyError(
+                    f"A benchmark is under way, of {', '.join(self.measured())}.",
+                    advice="Wait until it is done, or cancel it.",
+                )
+            handle.truncate(0)
+            handle.write(" ".join(names))
+            handle.flush()
+        return handle.close
+
+    def measured(self) -> frozenset[ModelName]:
+        """The models that any process of this installation is measuring."""
+        with file_errors("lock its home"):
+            path = self.home / "lock-benchmark"
+            handle = take_lock(path) if path.exists() else None
+            if handle is not None:
+                handle.close()
+                return frozenset()
+            return frozenset(map(ModelName, path.read_text().split() if path.exists() else ()))
+
     def read_generated(self) -> dict[str, str]:
         """Every generated file by its path under generated/."""
         with file_errors("read the generated files"):
@@ -13716,6 +14195,33 @@ class ProofFiles:
 
     def _of(self, kind: str) -> list[Path]:
         return sorted(self._folder.glob(f"{kind}-*.json"))
+
+
+class BenchmarkFiles:
+    """Results as JSON, a file for each, in a directory of their own; none makes way."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def keep(self, result: Benchmark) -> None:
+        with file_errors("keep a benchmark"):
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            text = _BENCHMARK.dump_json(result, indent=2).decode()
+            write_atomic(self._folder / f"{result.name}.json", text)
+
+    def read(self) -> list[Benchmark]:
+        """Newest first; a file that is not one is logged and passed over."""
+        found = []
+        with file_errors("read the benchmarks"):
+            for path in sorted(self._folder.glob("*.json"), reverse=True):
+                try:
+                    found.append(_BENCHMARK.validate_json(path.read_bytes()))
+                except pydantic.ValidationError:
+                    log.warning("%s is no benchmark of this version", path)
+        return found
+
+
+_BENCHMARK: Final = pydantic.TypeAdapter(Benchmark)
 
 
 FULL_AUDIT_BYTES: Final = 64 * 1024**2
@@ -14059,6 +14565,9 @@ class Contents(Protocol):
     def changed(self, name: ContainerName) -> list[str]: ...
     def archive(self, name: ContainerName, path: str) -> Iterator[bytes]: ...
     def output(self, name: ContainerName, command: Sequence[str]) -> Iterator[bytes]: ...
+    def attended(
+        self, name: ContainerName, command: Sequence[str], check: Callable[[], None]
+    ) -> Iterator[bytes]: ...
     def put(self, name: ContainerName, source: Path, target: str) -> None: ...
 
 
@@ -14368,10 +14877,39 @@ class DockerContents:
                 said = (said + (complaint or b""))[-4000:]
                 if printed:
                     yield printed
+        self._check_status(run, name, command[0], said)
+
+    def attended(
+        self, name: ContainerName, command: Sequence[str], check: Callable[[], None]
+    ) -> Iterator[bytes]:
+        """What a command prints whose standard input stays open until `check` raises.
+
+        It ends when this process dies, too: so a command that ends with its input outlives nobody.
+        """
+        with docker_errors(f"run {command[0]} in {name}"):
+            api, said = self._client().api, b""
+            run = api.exec_create(self._ours(name).id, [*command], stdin=True)["Id"]
+            stream: Any = api.exec_start(run, socket=True)
+            with (
+                contextlib.closing(stream),
+                socket.socket(fileno=os.dup(stream.fileno())) as line,
+                closed_by(check, partial(line.shutdown, socket.SHUT_WR)),
+            ):
+                frames = docker.utils.socket.frames_iter(stream, tty=False)  # type: ignore[no-untyped-call]
+                for kind, chunk in frames:
+                    if kind == docker.utils.socket.STDOUT:
+                        yield chunk
+                    else:
+                        said = (said + chunk)[-4000:]
+        self._check_status(run, name, command[0], said)
+
+    def _check_status(self, run: str, name: ContainerName, program: str, said: bytes) -> None:
+        """Raise where it failed; its last complaints say why."""
+        with docker_errors(f"run {program} in {name}"):
             # A moment after its last word it may count as running still, and has no status yet.
             status, tries = None, 50
             while status is None and tries:
-                status, tries = api.exec_inspect(run)["ExitCode"], tries - 1
+                status, tries = self._client().api.exec_inspect(run)["ExitCode"], tries - 1
                 time.sleep(0.1 if status is None else 0)
         if status != 0:
             text = said.decode(errors="replace")
@@ -14379,7 +14917,7 @@ class DockerContents:
             error = re.search(r"\berror: *(.+)", text, re.IGNORECASE)
             reason = error[1] if error else _last_line(text)
             raise ContainerFailedError(
-                f"{command[0]} ended with status {status} in {name}: {reason}.",
+                f"{program} ended with status {status} in {name}: {reason}.",
                 advice="Look at its log, then try again.",
             )
 
@@ -14575,6 +15113,36 @@ DOCKER_CAUSES: Final = (
 )
 
 
+CANCEL_SECONDS: Final = 0.3
+
+
+@contextlib.contextmanager
+def closed_by(check: Callable[[], None], close: Callable[[], object]) -> Iterator[None]:
+    """Close a stream that this thread waits for as soon as `check` raises; raise that then."""
+    over = threading.Event()
+    cancelled: list[CancelledError] = []
+
+    def watch() -> None:
+        while not over.wait(CANCEL_SECONDS):
+            try:
+                check()
+            except CancelledError as error:
+                cancelled.append(error)
+                with contextlib.suppress(OSError):  # it has ended by itself
+                    close()
+                return
+
+    watching = threading.Thread(target=watch, name="cancel", daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watching.join()
+        if cancelled:
+            raise cancelled[0]
+
+
 @contextlib.contextmanager
 def docker_errors(action: str) -> Iterator[None]:
     """Turn every failure of the SDK into one sentence; the original stays as the cause."""
@@ -14687,7 +15255,7 @@ class DockerImages:
             )  # fmt: skip
             stream = docker.types.CancellableStream(events, answers[-1])
             built = False
-            with closed_by(check, stream):
+            with closed_by(check, stream.close):
                 for event in stream:
                     if "error" in event:
                         report(f"{event['error']}\n")
@@ -14730,36 +15298,7 @@ class DockerImages:
                 client.images.remove(name)
 
 
-CANCEL_SECONDS: Final = 0.3
 SILENT_SECONDS: Final = 24 * 3600  # compiling a package may say nothing for hours
-
-
-@contextlib.contextmanager
-def closed_by(
-    check: Callable[[], None], stream: docker.types.CancellableStream[Json]
-) -> Iterator[None]:
-    """Close a stream that another thread waits for as soon as `check` raises; raise that then."""
-    over = threading.Event()
-    cancelled: list[CancelledError] = []
-
-    def watch() -> None:
-        while not over.wait(CANCEL_SECONDS):
-            try:
-                check()
-            except CancelledError as error:
-                cancelled.append(error)
-                stream.close()
-                return
-
-    watching = threading.Thread(target=watch, name="cancel a build", daemon=True)
-    watching.start()
-    try:
-        yield
-    finally:
-        over.set()
-        watching.join()
-        if cancelled:
-            raise cancelled[0]
 
 
 def _observed_image(attributes: Json, users: Sequence[str]) -> ObservedImage:
@@ -19915,6 +20454,167 @@ class DatabaseCare:
         return restoring_database(str(self._tools.database.find(name)))
 
 
+@dataclass(frozen=True, slots=True)
+class BenchmarkTarget:
+    """One model under measurement, and the container that answers for it."""
+
+    model: Model
+    engine: ObservedContainer
+    load: Load
+    weights: str  # where its container has the tokenizer
+
+
+class Benchmarks:
+    """Loads offered directly to engines, one after another, and what is kept of them."""
+
+    def __init__(
+        self, store: StateStore, tools: Tools, start_task: StartTask,
+        energy_between: EnergyBetween = lambda *_: None,
+    ) -> None:  # fmt: skip
+        self._store = store
+        self._tools = tools
+        self._start_task = start_task
+        self._energy_between = energy_between
+        self._files = BenchmarkFiles(store.home / "benchmarks")
+
+    def results(self) -> list[Benchmark]:
+        """Newest first, those that were broken off included."""
+        return self._files.read()
+
+    def named(self, names: Sequence[str]) -> list[Benchmark]:
+        """These, in this order."""
+        known = {result.name: result for result in self.results()}
+        for name in names:
+            if name not in known:
+                raise UnknownError(
+                    f"There is no benchmark {name!r}.", advice="`bench` lists those that are kept."
+                )
+        return [known[name] for name in names]
+
+    def preview(self, wish: BenchmarkWish) -> str:
+        """What would be measured, and whom that disturbs; refused as `start` would refuse it."""
+        targets = self._targets(wish)
+        return benchmark_preview(
+            wish, {t.model.name: (t.load, self._tools.probes.load(t.engine)) for t in targets}
+        )
+
+    def start(self, wish: BenchmarkWish) -> Job:
+        """Measure one model after the other; refused where one is not ready, or a change runs.
+
+        Until it ends no change may interrupt one of these models.
+        """
+        title = MEASURING + ", ".join(wish.models)
+        with self._store.lock(title):  # no change is under way, and none begins before it holds
+            targets = self._targets(wish)
+            release = self._store.measure(wish.models)
+        try:
+            work = partial(self._measure, wish, targets, release)
+            return self._start_task(title, work, "`bench` shows what was measured.")
+        except BaseException:
+            release()
+            raise
+
+    def _targets(self, wish: BenchmarkWish) -> list[BenchmarkTarget]:
+        state = self._store.load()
+        models = [state.model(name) for name in wish.models]
+        loads = [load_of(wish, model) for model in models]  # before anything is asked of Docker
+        seen = self._tools.probes.fill(self._tools.containers.observe()).containers
+        return [
+            BenchmarkTarget(model, self._engine(state, model, seen), load, self._weights(model))
+            for model, load in zip(models, loads, strict=True)
+        ]
+
+    @staticmethod
+    def _engine(
+        state: State, model: Model, seen: Mapping[ContainerName, ObservedContainer]
+    ) -> ObservedContainer:
+        """The first replica that is ready: each is measured alone, without the gateway."""
+        for name in replica_names(state, model):
+            if name in seen and seen[name].running and seen[name].ready:
+                return seen[name]
+        raise RefusedError(
+            f"{model.name} is not ready, so there is nothing to measure.",
+            advice="Deploy it, and wait until it answers.",
+        )
+
+    def _weights(self, model: Model) -> str:
+        source = model.source
+        if isinstance(source, LocalSource):
+            return MODEL_MOUNT
+        commit = self._tools.weights.cache.commit(source.repository, source.revision)
+        folder = f"{CACHE_MOUNT}/{folder_name(source.repository)}"
+        return f"{folder}/snapshots/{commit}" if commit else source.repository
+
+    def _measure(
+        self, wish: BenchmarkWish, targets: Sequence[BenchmarkTarget],
+        release: Callable[[], None], control: Control,
+    ) -> None:  # fmt: skip
+        try:
+            for line in BENCHMARK_WARNING.split(". "):
+                control.report(line.removesuffix(".") + ".")
+            for target in targets:
+                self._climb(wish, target, control)
+        finally:
+            release()
+
+    def _climb(self, wish: BenchmarkWish, target: BenchmarkTarget, control: Control) -> None:
+        """One model's whole ladder; what was measured before a fault is kept with it."""
+        result = Benchmark(
+            model=target.model.name, type=target.model.type, container=target.engine.name,
+            image=target.engine.image, started_at=self._tools.clock.utc_now(),
+            load=target.load, ladder=wish.ladder,
+        )  # fmt: skip
+        control.report(f"{result.model} in {result.container}: {load_text(result)}.")
+        try:
+            for concurrency in wish.ladder:
+                control.check()
+                rung = self._rung(target, concurrency, wish.requests_at(concurrency), control)
+                result = replace(result, rungs=(*result.rungs, rung))
+                self._files.keep(result)
+                control.report(rung_line(rung))
+        except ManagerError as error:
+            if result.rungs:
+                self._files.keep(replace(result, fault=str(error)))
+            raise
+        finally:
+            control.progress = ""
+
+    def _rung(
+        self, target: BenchmarkTarget, concurrency: int, prompts: int, control: Control
+    ) -> Rung:
+        clock, name = self._tools.clock, target.model.name
+        control.progress = f"{name}: {prompts} requests, {concurrency} at once"
+        before, began, said = self._tools.probes.load(target.engine), clock.utc_now(), b""
+        command = load_command(
+            target.model, target.load, concurrency, prompts=prompts, weights=target.weights,
+            seed=int(began.timestamp()) + concurrency,
+        )  # fmt: skip
+        try:
+            contents = self._tools.containers.contents
+            for chunk in contents.attended(target.engine.name, command, control.check):
+                said += chunk
+                if LOAD_BEGINS.encode() in chunk:
+                    began = clock.utc_now()
+            rung = parse_rung(said.decode(errors="replace"), concurrency, began)
+        except ContainerFailedError as error:
+            raise self._fault(target, concurrency, error) from error
+        ended = began + timedelta(seconds=rung.seconds)
+        others = before.running + before.waiting if before else None
+        return replace(rung, others=others, energy_mj=self._energy_between(name, began, ended))
+
+    def _fault(
+        self, target: BenchmarkTarget, concurrency: int, error: ContainerFailedError
+    ) -> ManagerError:
+        """An engine that ended is the reason for whatever else went wrong."""
+        seen = self._tools.containers.look(target.engine.name)
+        if seen and seen.running and seen.started_at == target.engine.started_at:
+            return error
+        return ContainerFailedError(
+            f"{target.model.name} stopped while it was measured with {concurrency} at once.",
+            advice=f"What was measured before is kept; see `logs {target.model.name}`.",
+        )
+
+
 class Traffic:
     """How requests fare: as LiteLLM counts them, and one of the operator's own."""
 
@@ -20249,6 +20949,7 @@ class ChangeRunner(JobKeeper):
         end = self.audit.begin(change.title, job.id)
         try:
             before = self._store.load()
+            self._spare_measured(change, before)
             after = self._saved(change)
             absent = self._absent(change, before, after)
         except BaseException as error:
@@ -20268,6 +20969,16 @@ class ChangeRunner(JobKeeper):
             held.close()
 
         return job.run(work, at_end=at_end)
+
+    def _spare_measured(self, change: Change, before: State) -> None:
+        """Refuse what would interrupt a model while its speed is measured."""
+        if measured := self._store.measured():
+            plan = self._planned(change, self._edited(change, before))
+            for name in measured.intersection(plan.interrupted):
+                raise BusyError(
+                    f"{name} is being measured, and this would interrupt it.",
+                    advice="Wait until the benchmark is done, or cancel it.",
+                )
 
     def _absent(self, change: Change, before: State, after: State) -> dict[str, tuple[Step, ...]]:
         """What is to be fetched, by stage; a change that is one transaction fetches on its way."""
@@ -20375,6 +21086,7 @@ class Manager(ChangeRunner):
         self.proofs = Proofs(store, tools, self.keys, self.start_task)
         self.traffic = Traffic(store, tools, self.proofs)
         self.database = DatabaseCare(store, tools, self.start_task)
+        self.benchmarks = Benchmarks(store, tools, self.start_task)
         self.usage = Usage(store, tools)
         self.energy = self.usage.energy
 
@@ -23569,6 +24281,87 @@ def build_energy_settings(desk: Desk) -> None:
     save.click(on_save, fields, said, **PRIVATE)
 
 
+def build_benchmark_tab(desk: Desk) -> None:
+    """What engines carry: measured, kept, compared."""
+
+    def on_ask(*values: Any) -> tuple[Any, str, BenchmarkWish]:
+        with shown_to_operator():
+            wish = benchmark_wish(*values)
+            text = plain_lines(desk.manager.benchmarks.preview(wish))
+            return gr.update(visible=True), f"**This would be measured:**\n\n{text}", wish
+
+    def measure(wish: BenchmarkWish) -> str:
+        desk.manager.benchmarks.start(wish)
+        return done_at("It is under way, as a job.")
+
+    with gr.Tab("Benchmark") as tab:
+        gr.Markdown("Requests straight to a model's engine, so many at once, rung by rung.")
+        with gr.Row(elem_classes="actions"):
+            models = gr.Dropdown(label="Measure", multiselect=True, info="one after the other")
+            live(desk, models, measurable)
+            kinds = [("by the model's type", ""), *((kind, kind) for kind in LOADS)]
+            profile = gr.Dropdown(kinds, value="", label="Load")
+            ladder = gr.Textbox("1, 2, 4, 8, 16", label="Requests at once")
+            sizes = [
+                gr.Number(label=label, info="empty: the load's", precision=0, minimum=1)
+                for label in ("Prompt tokens", "Output tokens")
+            ]
+            each = gr.Number(
+                label="Requests per rung", info="empty: eight for each at once, at least 32",
+                precision=0, minimum=1,
+            )  # fmt: skip
+            ask = gr.Button("Measure", variant="primary", scale=0, min_width=110)
+        question, _ = build_question("Measure it", measure)
+        build_benchmark_results(desk, tab)
+    ask.click(on_ask, [models, profile, ladder, *sizes, each], question, **PRIVATE)
+
+
+def build_benchmark_results(desk: Desk, tab: gr.Tab) -> None:
+    """Kept benchmarks side by side: as curves, as tables, as files."""
+    benchmarks = desk.manager.benchmarks
+
+    def on_list(chosen: list[str]) -> Any:
+        with shown_to_operator():
+            names = [result.name for result in benchmarks.results()]
+            kept = [name for name in chosen if name in names] or names[:1]
+            return gr.update(choices=names, value=kept)
+
+    def on_show(chosen: list[str], limit: float | None) -> tuple[Any, ...]:
+        with shown_to_operator():
+            results = benchmarks.named(chosen)
+            curves = pd.DataFrame(benchmark_curves(results), columns=list(CURVE_COLUMNS))
+            headers, rows = comparison(results)
+            said = plain_lines(carrying_text(results, limit)) if limit else ""
+            # With another title or order beside it Gradio (6.31) goes on drawing the old lines.
+            plot = gr.update(value=curves, visible=not curves.empty)
+            return (
+                said, plot, plot, gr.update(headers=headers, value=rows),
+                benchmark_rows(results), benchmark_links(results),
+            )  # fmt: skip
+
+    gr.Markdown("### Results")
+    with gr.Row(elem_classes="actions"):
+        chosen = gr.Dropdown(label="Benchmarks", value=[], multiselect=True, scale=3)
+        limit = gr.Number(500, label="P95 until the first token within (ms)", minimum=1)
+    said = gr.Markdown()
+    at_once, whose, *figures = CURVE_COLUMNS
+    with gr.Row():
+        plots = [
+            gr.LinePlot(x=at_once, y=figure, color=whose, height=280, visible=False)
+            for figure in figures
+        ]
+    beside = table(["Figure", "At once"])
+    with gr.Accordion("Every rung", open=False):
+        rungs = table(BENCHMARK_HEADERS)
+    links = gr.HTML()
+    done = live(desk, gr.Textbox(visible="hidden"), benchmarks_done)
+    for changed in (tab.select, done.change):
+        changed(on_list, chosen, chosen, **QUIET)
+    shown = [said, *plots, beside, rungs, links]
+    for changed in (chosen.change, limit.change):
+        changed(on_show, [chosen, limit], shown, **QUIET)
+
+
 def build_system_tab(desk: Desk) -> None:
     """The plan, the server's health, the endpoint's settings, the way back."""
     with gr.Tab("System") as tab:
@@ -23800,6 +24593,7 @@ def build_console(manager: Manager, watch: Watch) -> gr.Blocks:
             build_routes_tab(desk)
             build_keys_tab(desk)
             build_energy_tab(desk)
+            build_benchmark_tab(desk)
             build_system_tab(desk)
         wire_live(desk, app)
     return app
@@ -23993,14 +24787,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     rollback.add_argument("number", type=int, nargs="?", help="from history/; default: the last")
     rollback.add_argument("--plan", action="store_true", help="show the plan only")
-    add_model_commands(commands, add)
-    add_weights_commands(commands, add)
-    for add_group in (add_gpu_commands, add_key_commands, add_direct_commands):
+    for add_group in (add_gpu_commands, add_key_commands, add_direct_commands, add_energy_commands):
         add_group(commands)
-    add_usage_commands(commands, add)
-    add_energy_commands(commands)
-    add_route_commands(commands, add)
-    add_system_commands(commands, add)
+    for add_several in (add_model_commands, add_weights_commands, add_usage_commands,
+                        add_route_commands, add_system_commands):  # fmt: skip
+        add_several(commands, add)
+    add_benchmark_command(add)
     return parser
 
 
@@ -24431,6 +25223,26 @@ def number_or_off(text: str) -> int:
 
 def amount_or_off(text: str) -> float | str:
     return text if text == "off" else float(text)
+
+
+def add_benchmark_command(add: Callable[..., Any]) -> None:
+    """`bench`."""
+    bench = add("bench", command_bench, "measure what models carry; without one, what is kept")
+    bench.add_argument("models", nargs="*", metavar="NAME", help="one after the other")
+    bench.add_argument("--load", choices=LOADS, default="", help="default: by the model's type")
+    bench.add_argument("--concurrency", default="1,2,4,8,16", metavar="LADDER", help="as 1,2,4")
+    for name, text in (
+        ("prompt-tokens", "of each prompt"), ("output-tokens", "of each answer"),
+        ("requests", "per rung; default: 8 for each at once, at least 32"),
+    ):  # fmt: skip
+        bench.add_argument(f"--{name}", type=positive, metavar="N", help=text)
+    bench.add_argument("--plan", action="store_true", help="show what would be measured only")
+    bench.add_argument("--show", nargs="+", metavar="BENCHMARK", help="kept ones, side by side")
+    bench.add_argument(
+        "--within", type=positive, metavar="MS",
+        help="the largest concurrency with this P95 until the first token",
+    )  # fmt: skip
+    bench.add_argument("--csv", action="store_true", help="every rung, for other programs")
 
 
 def add_database_commands(commands: Any) -> None:
@@ -25420,6 +26232,39 @@ def command_route_list(arguments: argparse.Namespace) -> int:
         out_json(pool_facts(state, served))
     else:
         out_table(POOL_HEADERS, pool_rows(state, served))
+    return DONE
+
+
+def command_bench(arguments: argparse.Namespace) -> int:
+    benchmarks = open_manager().benchmarks
+    asked = (arguments.prompt_tokens, arguments.output_tokens, arguments.requests)
+    if not arguments.models:
+        return _show_benchmarks(benchmarks, arguments)
+    wish = benchmark_wish(arguments.models, arguments.load, arguments.concurrency, *asked)
+    if arguments.plan:
+        out(benchmarks.preview(wish))
+        return TO_DO
+    known = {result.name for result in benchmarks.results()}
+    follow(benchmarks.start(wish), quiet=arguments.json or arguments.csv)
+    fresh = [result.name for result in benchmarks.results() if result.name not in known]
+    arguments.show = fresh[::-1]
+    return _show_benchmarks(benchmarks, arguments)
+
+
+def _show_benchmarks(benchmarks: Benchmarks, arguments: argparse.Namespace) -> int:
+    """Those that are named side by side, else a list of all."""
+    named = arguments.show
+    results = benchmarks.named(named) if named else benchmarks.results()
+    if arguments.csv:
+        out(benchmark_csv(results).removesuffix("\n"))
+    elif arguments.json:
+        out_json(benchmark_facts(results))
+    elif named:
+        out_table(*comparison(results))
+    else:
+        out_table(BENCHMARK_LIST_HEADERS, benchmark_list_rows(results))
+    if arguments.within and not (arguments.csv or arguments.json):
+        out(carrying_text(results, arguments.within))
     return DONE
 
 

@@ -411,7 +411,10 @@ CHAT = lm.ContainerName("llm-model-chat-0")
 
 
 def counted(prompt: int, completion: int, requests: int) -> Mapping[lm.ContainerName, Any]:
-    counts = lm.EngineCounts(prompt=prompt, completion=completion, cached=1, requests=requests)
+    counts = {
+        ("prompt_tokens_total", ""): prompt, ("generation_tokens_total", ""): completion,
+        ("prompt_tokens_cached_total", ""): 1, ("request_success_total", "stop"): requests,
+    }  # fmt: skip
     load = lm.EngineLoad(running=0, waiting=0, tokens=prompt + completion, counts=counts)
     return {CHAT: load}
 
