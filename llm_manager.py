@@ -68,8 +68,8 @@ STAMP: Final = ENVIRONMENT / ".requirements.sha256"
 # An upgraded distribution changes the Python under an environment, whose packages stay behind.
 LIBRARY: Final = ENVIRONMENT / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}"
 PACKAGES: Final = (
-    "docker", "fastapi", "gradio", "httpx", "huggingface_hub", "psycopg", "pydantic", "pynvml",
-    "yaml",
+    "docker", "fastapi", "gradio", "grafana_foundation_sdk", "httpx", "huggingface_hub", "psycopg",
+    "pydantic", "pynvml", "yaml",
 )  # fmt: skip
 
 
@@ -230,6 +230,11 @@ if TYPE_CHECKING:
     import rich.table as rich_table
     import rich.text as rich_text
     import uvicorn
+    from grafana_foundation_sdk.builders import dashboard as grafana
+    from grafana_foundation_sdk.builders import prometheus as grafana_queries
+    from grafana_foundation_sdk.builders import timeseries as grafana_timeseries
+    from grafana_foundation_sdk.cog import encoder as grafana_encoder
+    from grafana_foundation_sdk.models import dashboard as grafana_models
 else:
     fastapi, gr, httpx2, huggingface_hub, pd, psycopg, pynvml, uvicorn = map(
         LazyModule,
@@ -239,6 +244,11 @@ else:
     rich_console, rich_live, rich_table, rich_text = map(
         LazyModule, ("rich.console", "rich.live", "rich.table", "rich.text")
     )
+    grafana, grafana_queries, grafana_timeseries, grafana_encoder, grafana_models = (
+        LazyModule(f"grafana_foundation_sdk.{module}")
+        for module in ("builders.dashboard", "builders.prometheus", "builders.timeseries",
+                       "cog.encoder", "models.dashboard")
+    )  # fmt: skip
 
 # =============================================================================
 # §2 Foundations — pure: names, constants, errors
@@ -362,7 +372,7 @@ def mask_secrets(text: str) -> str:
     def mask(found: re.Match[str]) -> str:
         return f"{found[1]}({sha256(found[2].encode()).hexdigest()[:8]})"
 
-    text = re.sub(r"(Bearer )([^\s\"]+)", mask, text)
+    text = re.sub(r"(Bearer |credentials: |smtp_auth_password: |- url: )([^\s\"]+)", mask, text)
     pem = r"(?s)(-----BEGIN [A-Z ]*PRIVATE KEY-----)(.*?)(?=-----END|\Z)"
     return re.sub(pem, mask, text)
 
@@ -479,6 +489,7 @@ PATH_RULE: Final = _checked(
 URL_RULE: Final = _checked(
     r"https?://[^\s\x00-\x1f\x7f\"\\{}]+", "an http:// or https:// address", longest=512
 )
+EMAIL_RULE: Final = _checked(r"[\w.+-]+@[\w.-]+", "an e-mail address", longest=254)
 
 Name = Annotated[str, NAME_RULE]
 ImageRef = Annotated[str, IMAGE_RULE]
@@ -592,13 +603,14 @@ class Images:
     postgres: ImageRef = "postgres:16-alpine"
     redis: ImageRef = "redis:7-alpine"
     prometheus: ImageRef = "prom/prometheus:v3.5.0"
+    alertmanager: ImageRef = "prom/alertmanager:v0.28.1"
     grafana: ImageRef = "grafana/grafana:12.1.0"
     dcgm_exporter: ImageRef = "nvcr.io/nvidia/k8s/dcgm-exporter:4.5.3-4.8.2-ubuntu22.04"
 
 
 ImageRole = Literal[
     "vllm", "vllm_cpu", "vllm_omni", "litellm", "caddy", "postgres",
-    "redis", "prometheus", "grafana", "dcgm_exporter",
+    "redis", "prometheus", "alertmanager", "grafana", "dcgm_exporter",
 ]  # fmt: skip
 
 
@@ -727,7 +739,7 @@ class AcmeTls:
     """Let's Encrypt, or a company's ACME server; needs a public name and port 80 or 443."""
 
     kind: Literal["acme"] = "acme"
-    email: Annotated[str, _checked(r"[\w.+-]+@[\w.-]+", "an e-mail address", longest=254)]
+    email: Annotated[str, EMAIL_RULE]
     directory_url: Annotated[str, URL_RULE] | None = None
 
 
@@ -820,6 +832,46 @@ class EnergySettings:
     overhead: Annotated[float, pydantic.Field(ge=1, le=5)] = 1.0
 
 
+def _web_address(secret: pydantic.SecretStr) -> pydantic.SecretStr:
+    """A webhook's address is its password; YAML must read it as one word."""
+    if not re.fullmatch(r"https?://[!-~]{1,1000}", secret.get_secret_value()):
+        raise ValueError("it must be an http:// or https:// address")
+    return secret
+
+
+@_strict
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MailAlerts:
+    """Where alerts go by mail, and the server that takes them; STARTTLS unless it is off."""
+
+    to: Annotated[str, EMAIL_RULE]
+    sender: Annotated[str, EMAIL_RULE]
+    server: Annotated[str, _checked(r"[A-Za-z0-9.-]+:\d{1,5}", "like mail.lan:587", longest=260)]
+    username: Annotated[str, _checked(r"[!-~]*", "one word", longest=254)] = ""
+    password: Annotated[pydantic.SecretStr, pydantic.AfterValidator(_sendable)] | None = None
+    starttls: bool = True
+
+
+@_strict
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MonitoringSettings:
+    """How much Prometheus keeps, where this program's own figures are, and who is told.
+
+    The first bound that is reached counts. Without webhook and mail nobody is told.
+    """
+
+    retention_days: Annotated[int, pydantic.Field(ge=1, le=3650)] = 30
+    retention_gb: Annotated[int, pydantic.Field(ge=1, le=10_000)] = 10
+    metrics_port: Port = 7869
+    webhook: Annotated[pydantic.SecretStr, pydantic.AfterValidator(_web_address)] | None = None
+    mail: MailAlerts | None = None
+
+    @property
+    def alerts(self) -> bool:
+        """Whether anybody is told."""
+        return self.webhook is not None or self.mail is not None
+
+
 @_strict
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Secrets:
@@ -853,6 +905,7 @@ class State:
     mig_layouts: tuple[MigLayout, ...] = ()
     prices: Prices = field(default_factory=Prices)
     monitoring: bool = False
+    monitoring_settings: MonitoringSettings = field(default_factory=MonitoringSettings)
     housekeeping: Housekeeping = field(default_factory=Housekeeping)
     energy: EnergySettings = field(default_factory=EnergySettings)
     hugging_face_home: AbsolutePath | None = None
@@ -900,7 +953,8 @@ class State:
     @property
     def wishes_anything(self) -> bool:
         """Whether there is anything to bring back after a reboot."""
-        return self.endpoint == "running" or bool(self.mig_layouts) or bool(self.wished_models)
+        running = self.endpoint == "running" or self.monitoring
+        return running or bool(self.mig_layouts) or bool(self.wished_models)
 
     def layout_of(self, gpu_uuid: str) -> MigLayout | None:
         return next((wish for wish in self.mig_layouts if wish.gpu_uuid == gpu_uuid), None)
@@ -5654,7 +5708,19 @@ class DockerHealthy:
     """Ready when Docker's own health check says so."""
 
 
-Readiness = EngineAnswers | GatewayServes | EdgeAnswers | DockerHealthy
+@dataclass(frozen=True, slots=True)
+class HttpAnswers:
+    """Ready when this path answers with 200."""
+
+    port: int
+    path: str
+
+
+Readiness = EngineAnswers | GatewayServes | EdgeAnswers | DockerHealthy | HttpAnswers
+MonitorRole = Literal["prometheus", "alertmanager", "grafana", "dcgm-exporter"]
+
+
+ALL_GPUS: Final = ("all",)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -5662,7 +5728,7 @@ class ContainerSpec:
     """Everything Docker must know to run one container; equal hashes need no replacement."""
 
     name: ContainerName
-    role: Literal["engine", "gateway", "edge", "database", "cache"]
+    role: Literal["engine", "gateway", "edge", "database", "cache"] | MonitorRole
     image: str
     network: str
     entrypoint: tuple[str, ...] = ()
@@ -5672,16 +5738,25 @@ class ContainerSpec:
     ports: tuple[PublishedPort, ...] = ()
     extra_hosts: Mapping[str, str] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
-    devices: tuple[str, ...] = ()  # UUIDs of GPUs or of one MIG device
+    devices: tuple[str, ...] = ()  # UUIDs of GPUs or of one MIG device, or ALL_GPUS
     shm_mib: int = 64
     healthcheck: str | None = None
     restart: Literal["no", "unless-stopped"] = "unless-stopped"
     drop_capabilities: bool = False
+    add_capabilities: tuple[str, ...] = ()  # where all others are dropped
+    user: str = ""  # the image's own
+    read_only: bool = False  # all but mounts and `scratch`
+    scratch: tuple[str, ...] = ()  # directories in memory
+    memory_mib: int = 0  # 0: no limit
     stop_seconds: int = 30
     content_hash: str = ""  # of files it reads only at start
     start_seconds: float = 60.0
     measurement_key: str = ""  # of an engine: where its memory and time are noted
     readiness: Readiness
+
+    def is_its_sight(self, visible: frozenset[str]) -> bool:
+        """Whether these are the devices that it should see."""
+        return bool(visible) if self.devices == ALL_GPUS else visible == {*self.devices}
 
     @property
     def hash(self) -> SpecHash:
@@ -5724,7 +5799,10 @@ def network_name(state: State) -> str:
 
 
 def volume_names(state: State) -> tuple[str, ...]:
-    return tuple(f"{state.name_prefix}llm-{role}-data" for role in ("postgres", "caddy"))
+    """What must outlive containers, of those that are wished."""
+    roles = ("postgres", "caddy") if state.endpoint == "running" else ()
+    monitors = ("prometheus", "grafana") if state.monitoring else ()
+    return tuple(f"{state.name_prefix}llm-{role}-data" for role in (*roles, *monitors))
 
 
 def database_name(state: State) -> ContainerName:
@@ -6014,6 +6092,10 @@ def parse_housekeeping(raw: Json) -> Housekeeping:
 
 def parse_energy(raw: Json) -> EnergySettings:
     return _parsed(EnergySettings, raw, "Energy cannot be recorded so")
+
+
+def parse_monitoring(raw: Json) -> MonitoringSettings:
+    return _parsed(MonitoringSettings, raw, "Monitoring cannot be done so")
 
 
 def parse_direct_key(raw: Json) -> DirectKey:
@@ -7132,6 +7214,659 @@ def render_unit(template: str, *, python: str, program: str, home: str) -> str:
 # =============================================================================
 
 
+# --- what is scraped, and by whom ---------------------------------------------
+
+PROMETHEUS_PORT: Final = 9090
+ALERTMANAGER_PORT: Final = 9093
+# By role: where each says that it works.
+MONITOR_HEALTH: Final[Mapping[str, HttpAnswers]] = {
+    "prometheus": HttpAnswers(PROMETHEUS_PORT, "/-/ready"),
+    "alertmanager": HttpAnswers(ALERTMANAGER_PORT, "/-/ready"),
+    "grafana": HttpAnswers(3000, "/api/health"),
+    "dcgm-exporter": HttpAnswers(9400, "/health"),
+}
+MONITOR_START_SECONDS: Final = 300.0  # Prometheus reads its journal first
+SCRAPE_SECONDS: Final = 15
+METRICS_PATH: Final = "/metrics"
+
+
+def monitor_name(state: State, role: MonitorRole) -> ContainerName:
+    return ContainerName(f"{state.name_prefix}llm-{role}")
+
+
+def monitor_roles(state: State, hardware: Hardware | None) -> tuple[MonitorRole, ...]:
+    """What is wished to run; where nobody can tell whether there is a GPU, its exporter stays."""
+    if not state.monitoring:
+        return ()
+    gpus = hardware is None or hardware.fault is not None or bool(hardware.gpus)
+    alerts: tuple[MonitorRole, ...] = ("alertmanager",) if state.monitoring_settings.alerts else ()
+    exporter: tuple[MonitorRole, ...] = ("dcgm-exporter",) if gpus else ()
+    return (*exporter, *alerts, "prometheus", "grafana")
+
+
+def derived_secret(state: State, purpose: str) -> pydantic.SecretStr:
+    """Made from the salt key, so that no state needs another secret."""
+    salt = state.secrets.salt_key.get_secret_value()
+    return pydantic.SecretStr(sha256(f"{purpose} {salt}".encode()).hexdigest())
+
+
+def metrics_token(state: State) -> pydantic.SecretStr:
+    """What Prometheus shows to this program's own figures."""
+    return derived_secret(state, "metrics")
+
+
+def grafana_password(state: State) -> pydantic.SecretStr:
+    """Of Grafana's `admin`, as it was made at its first start."""
+    return derived_secret(state, "grafana")
+
+
+def render_monitor(state: State, role: MonitorRole, site: Site) -> ContainerSpec:
+    """One of the monitoring containers; a configuration that it reads at start only is in its hash.
+
+    As root without root's rights, to read our 0600 files; the images' own users could not.
+    """
+    shared = ContainerSpec(
+        name=monitor_name(state, role),
+        role=role,
+        image=str(getattr(state.images, role.replace("-", "_"))),
+        network=network_name(state),
+        drop_capabilities=True,
+        user="0",
+        read_only=True,
+        start_seconds=MONITOR_START_SECONDS,
+        readiness=MONITOR_HEALTH[role],
+    )
+    folder = f"{site.generated}/{role}"
+    match role:
+        case "prometheus":
+            return _prometheus(shared, state, folder)
+        case "alertmanager":
+            return _alertmanager(shared, state, folder)
+        case "grafana":
+            return _grafana(shared, state, folder)
+        case "dcgm-exporter":
+            return _exporter(shared)
+        case _:
+            assert_never(role)
+
+
+def _prometheus(shared: ContainerSpec, state: State, folder: str) -> ContainerSpec:
+    settings, data = state.monitoring_settings, f"{state.name_prefix}llm-prometheus-data"
+    return replace(
+        shared,
+        entrypoint=("/bin/prometheus",),
+        command=(
+            "--config.file=/etc/prometheus/prometheus.yml",
+            "--storage.tsdb.path=/prometheus",
+            f"--storage.tsdb.retention.time={settings.retention_days}d",
+            f"--storage.tsdb.retention.size={settings.retention_gb}GB",
+        ),
+        mounts=(
+            Mount(source=folder, target="/etc/prometheus"),
+            Mount(source=data, target="/prometheus", read_only=False),
+        ),
+        extra_hosts={HOST_NAME: "host-gateway"},
+        memory_mib=4096,
+        stop_seconds=60,
+        content_hash=_hash_of(render_prometheus(state), render_rules()),
+    )
+
+
+def _alertmanager(shared: ContainerSpec, state: State, folder: str) -> ContainerSpec:
+    return replace(
+        shared,
+        entrypoint=("/bin/alertmanager",),
+        command=(
+            "--config.file=/etc/alertmanager/alertmanager.yml",
+            "--storage.path=/alertmanager",
+            "--cluster.listen-address=",
+        ),
+        mounts=(Mount(source=folder, target="/etc/alertmanager"),),
+        scratch=("/alertmanager",),
+        memory_mib=256,
+        content_hash=_hash_of(render_alertmanager(state)),
+    )
+
+
+def _grafana(shared: ContainerSpec, state: State, folder: str) -> ContainerSpec:
+    data, edge = f"{state.name_prefix}llm-grafana-data", state.edge
+    https = "" if edge.https_port == 443 else f":{edge.https_port}"  # noqa: PLR2004 - HTTPS
+    return replace(
+        shared,
+        environment={
+            **GRAFANA_SETTINGS,
+            "GF_SERVER_ROOT_URL": f"https://{edge.hostnames[0]}{https}/grafana/",
+            "GF_SECURITY_ADMIN_PASSWORD": grafana_password(state),
+            # Without one of its own it encrypts with a key that everybody knows.
+            "GF_SECURITY_SECRET_KEY": derived_secret(state, "grafana data"),
+        },
+        mounts=(
+            Mount(source=folder, target="/etc/grafana/provisioning"),
+            Mount(source=data, target="/var/lib/grafana", read_only=False),
+        ),
+        scratch=("/tmp",),  # noqa: S108 - inside its container
+        memory_mib=1024,
+        content_hash=_hash_of(*_grafana_sources(state).values()),
+    )
+
+
+# Nobody but its admin, nothing from elsewhere, and no word to anybody.
+GRAFANA_SETTINGS: Final[Mapping[str, str]] = {
+    "GF_SERVER_SERVE_FROM_SUB_PATH": "true",
+    "GF_AUTH_ANONYMOUS_ENABLED": "false",
+    "GF_USERS_ALLOW_SIGN_UP": "false",
+    "GF_SECURITY_COOKIE_SECURE": "true",
+    "GF_SECURITY_COOKIE_SAMESITE": "strict",
+    "GF_SECURITY_DISABLE_GRAVATAR": "true",
+    "GF_ANALYTICS_ENABLED": "false",
+    "GF_ANALYTICS_REPORTING_ENABLED": "false",
+    "GF_ANALYTICS_CHECK_FOR_UPDATES": "false",
+    "GF_ANALYTICS_CHECK_FOR_PLUGIN_UPDATES": "false",
+    "GF_ANALYTICS_FEEDBACK_LINKS_ENABLED": "false",
+    "GF_NEWS_NEWS_FEED_ENABLED": "false",
+    "GF_PLUGINS_PREINSTALL_DISABLED": "true",
+    "GF_PLUGINS_PLUGIN_ADMIN_ENABLED": "false",
+    "GF_PUBLIC_DASHBOARDS_ENABLED": "false",
+    "GF_SNAPSHOTS_EXTERNAL_ENABLED": "false",
+    "GF_UNIFIED_ALERTING_ENABLED": "false",  # Prometheus has the rules
+    "GF_LOG_MODE": "console",
+}
+
+ALL_HOLDERS: Final = frozenset({"dcgm-exporter"})  # roles that hold every GPU while they run
+
+
+def _exporter(shared: ContainerSpec) -> ContainerSpec:
+    return replace(
+        shared,
+        environment={
+            "DCGM_EXPORTER_INTERVAL": str(1000 * SCRAPE_SECONDS),
+            "DCGM_EXPORTER_NO_HOSTNAME": "1",
+        },
+        devices=ALL_GPUS,
+        # Profiling counters, the only ones that tell of a slice's activity, are for root alone.
+        add_capabilities=("SYS_ADMIN",),
+        read_only=False,  # its engine keeps sockets and logs in several places
+        # Docker would start it before the slices exist.
+        restart="no",
+        memory_mib=1024,
+    )
+
+
+def _hash_of(*texts: str) -> str:
+    return sha256("\0".join(texts).encode()).hexdigest()[:16]
+
+
+def _yaml(content: Json) -> str:
+    return GENERATED_BANNER + yaml.dump(content, Dumper=YAML_DUMPER, sort_keys=False, width=1000)
+
+
+def monitoring_files(state: State, role: MonitorRole) -> dict[str, str]:
+    """What one of the containers reads, by its path under `generated/`; none of the exporter.
+
+    Those of Prometheus and Alertmanager hold secrets: show them through `mask_secrets` only.
+    """
+    match role:
+        case "prometheus":
+            files = {
+                "prometheus.yml": render_prometheus(state),
+                "rules.yml": render_rules(),
+                "engines.json": render_engine_targets(state),
+            }
+        case "alertmanager":
+            files = {"alertmanager.yml": render_alertmanager(state)}
+        case "grafana":
+            boards = {f"boards/{board.uid}.json": render_board(board) for board in BOARDS}
+            files = _grafana_sources(state) | boards
+        case "dcgm-exporter":
+            files = {}
+        case _:
+            assert_never(role)
+    return {f"{role}/{name}": text for name, text in files.items()}
+
+
+# What judges which of them, in the container's own image.
+CONFIG_CHECKS: Final[Mapping[MonitorRole, tuple[str, ...]]] = {
+    "prometheus": ("/bin/promtool", "check", "config", "prometheus.yml"),
+    "alertmanager": ("/bin/amtool", "check-config", "alertmanager.yml"),
+}
+
+
+def render_engine_targets(state: State) -> str:
+    """Every replica that is wished; Prometheus reads it again whenever it changes."""
+    targets = [
+        {
+            "targets": [f"{replica}:{ENGINE_PORT}"],
+            "labels": {"model": model.name, "type": model.type, "replica": str(number)},
+        }
+        for model in state.wished_models
+        for number, replica in enumerate(replica_names(state, model))
+    ]
+    return json.dumps(targets, indent=2) + "\n"
+
+
+def render_prometheus(state: State) -> str:
+    """`prometheus.yml`; names in it are relative to where it lies."""
+    settings = state.monitoring_settings
+    gateways: list[Json] = [
+        {"targets": [f"{gateway_name(state, slot)}:{GATEWAY_PORT}"], "labels": {"slot": slot}}
+        for slot in SLOTS
+    ]
+    alertmanager = f"{monitor_name(state, 'alertmanager')}:{ALERTMANAGER_PORT}"
+    sent: Json = {"alertmanagers": [{"static_configs": [{"targets": [alertmanager]}]}]}
+    exporter = f"{monitor_name(state, 'dcgm-exporter')}:{MONITOR_HEALTH['dcgm-exporter'].port}"
+    return _yaml({
+        "global": {
+            "scrape_interval": f"{SCRAPE_SECONDS}s",
+            "evaluation_interval": f"{SCRAPE_SECONDS}s",
+        },
+        "rule_files": ["rules.yml"],
+        **({"alerting": sent} if settings.alerts else {}),
+        "scrape_configs": [
+            {"job_name": "engine", "file_sd_configs": [{"files": ["engines.json"]}]},
+            # Only one of the slots is there, but while they change.
+            _job("gateway", gateways, state.secrets.master_key),
+            _job("gpu", [{"targets": [exporter]}]),
+            _job(
+                "manager",
+                [{"targets": [f"{HOST_NAME}:{settings.metrics_port}"]}],
+                metrics_token(state),
+            ),
+            _job("prometheus", [{"targets": [f"localhost:{PROMETHEUS_PORT}"]}]),
+        ],
+    })  # fmt: skip
+
+
+def _job(name: str, targets: list[Json], token: pydantic.SecretStr | None = None) -> Json:
+    shown = {"authorization": {"credentials": token.get_secret_value()}} if token else {}
+    return {"job_name": name, **shown, "static_configs": targets}
+
+
+def render_alertmanager(state: State) -> str:
+    """`alertmanager.yml`: one receiver, the operator; said again twice a day while it lasts."""
+    settings, receiver, smtp = state.monitoring_settings, Json(name="operator"), Json()
+    if settings.webhook is not None:
+        url = settings.webhook.get_secret_value()
+        receiver["webhook_configs"] = [{"url": url, "send_resolved": True}]
+    if (mail := settings.mail) is not None:
+        receiver["email_configs"] = [{"to": mail.to, "send_resolved": True}]
+        smtp = {
+            "smtp_smarthost": mail.server,
+            "smtp_from": mail.sender,
+            "smtp_require_tls": mail.starttls,
+            **({"smtp_auth_username": mail.username} if mail.username else {}),
+            **({"smtp_auth_password": reveal(mail.password)} if mail.password else {}),
+        }
+    route = {
+        "receiver": "operator", "group_by": ["alertname"],
+        "group_wait": "10s", "group_interval": "5m", "repeat_interval": "12h",
+    }  # fmt: skip
+    return _yaml({"global": smtp, "route": route, "receivers": [receiver]})
+
+
+# --- alerts -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AlertRule:
+    """One that Prometheus judges all the time; `text` may name the labels of what it finds."""
+
+    name: str
+    query: str
+    minutes: int  # that it must hold
+    severity: Literal["warning", "critical"]
+    text: str
+
+
+ALERT_RULES: Final = (
+    AlertRule(
+        name="ModelDown",
+        # A large model may take an hour to start: that it starts is what the manager knows.
+        query='max by (model) (up{job="engine"}) == 0'
+        ' unless on (model) llm_manager_model{phase=~"starting|pending|stopping"}',
+        minutes=2,
+        severity="critical",
+        text="The model {{ $labels.model }} does not answer.",
+    ),
+    AlertRule(
+        name="EngineHung",
+        # A step of vLLM's loop is an observation of how many tokens it made.
+        query="(sum by (model, replica) (vllm:num_requests_running) > 0 and"
+        " sum by (model, replica) (rate(vllm:iteration_tokens_total_count[5m])) == 0)"
+        " or max by (model) (llm_manager_model_hung) > 0",
+        minutes=5,
+        severity="critical",
+        text="The engine of {{ $labels.model }} has requests and works on nothing.",
+    ),
+    AlertRule(
+        name="GatewayDown",
+        query='max(up{job="gateway"}) == 0',
+        minutes=2,
+        severity="critical",
+        text="LiteLLM does not answer in any slot.",
+    ),
+    AlertRule(
+        name="ManagerDown",
+        query='up{job="manager"} == 0',
+        minutes=10,
+        severity="warning",
+        text="LLM Manager does not answer; models go on, and nobody looks after them.",
+    ),
+    AlertRule(
+        name="GpuHot",
+        query="llm_manager_gpu_temperature_celsius > 85"
+        " or max by (UUID) (DCGM_FI_DEV_GPU_TEMP < 200) > 85",
+        minutes=5,
+        severity="warning",
+        text="{{ $labels.gpu }}{{ $labels.UUID }} is at {{ $value }} °C.",
+    ),
+    AlertRule(
+        name="DiskLow",
+        query="llm_manager_disk_free_bytes / llm_manager_disk_size_bytes < 0.1",
+        minutes=10,
+        severity="warning",
+        text="{{ $value | humanizePercentage }} of the disk of {{ $labels.path }} are free.",
+    ),
+    AlertRule(
+        name="DatabaseGrowing",
+        query="predict_linear(llm_manager_database_bytes[6h], 7 * 86400)"
+        " > llm_manager_database_bytes + llm_manager_database_free_bytes",
+        minutes=60,
+        severity="warning",
+        text="LiteLLM's database fills its disk within a week: `database set --retention`.",
+    ),
+    AlertRule(
+        name="CertificateExpiring",
+        query="llm_manager_certificate_expiry_timestamp_seconds - time() < 14 * 86400",
+        minutes=60,
+        severity="warning",
+        text="The endpoint's certificate expires in {{ $value | humanizeDuration }}.",
+    ),
+)
+
+
+def render_rules() -> str:
+    """`rules.yml`."""
+    rules = [
+        {
+            "alert": rule.name,
+            "expr": rule.query,
+            "for": f"{rule.minutes}m",
+            "labels": {"severity": rule.severity},
+            "annotations": {"summary": rule.text},
+        }
+        for rule in ALERT_RULES
+    ]
+    return _yaml({"groups": [{"name": "llm-manager", "rules": rules}]})
+
+
+# --- dashboards ---------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """A plot over time: queries, each with the legend of its lines; `unit` by Grafana's name."""
+
+    title: str
+    unit: str
+    queries: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dashboard:
+    """A dashboard; half a page for each of its panels."""
+
+    uid: str
+    title: str
+    panels: tuple[Panel, ...]
+
+
+RATE: Final = "$__rate_interval"
+DATA_SOURCE: Final = "llm-prometheus"
+
+
+def _percentiles(metric: str, by: str = "model") -> tuple[tuple[str, str], ...]:
+    """P50, P95 and P99 of a histogram."""
+    return tuple(
+        (f"histogram_quantile({part}, sum by (le, {by}) (rate({metric}_bucket[{RATE}])))",
+         f"{{{{{by}}}}} P{round(100 * part)}")
+        for part in (0.5, 0.95, 0.99)
+    )  # fmt: skip
+
+
+def _rate(metric: str, by: str = "model") -> str:
+    return f"sum by ({by}) (rate({metric}[{RATE}]))"
+
+
+# A GPU's row repeats for each of its slices: never summed over them. A blank value of DCGM is 2^63.
+def _gpu(metric: str, below: str = "1e15") -> str:
+    return f"max by (UUID, gpu) ({metric} < {below})"
+
+
+_CACHE_HITS: Final = " / ".join(
+    _rate(f"vllm:prefix_cache_{counted}_total") for counted in ("hits", "queries")
+)
+# Watts of each model: a GPU that several of them share counts for each in equal parts.
+_WATTS_OF_MODELS: Final = (
+    "sum by (model) (llm_manager_replica_gpu * on (UUID) group_left ()"
+    " (llm_manager_gpu_power_watts / on (UUID) count by (UUID) (llm_manager_replica_gpu)))"
+)
+
+BOARDS: Final = (
+    Dashboard(
+        uid="llm-gpu",
+        title="GPUs",
+        panels=(
+            Panel("Temperature", "celsius", (
+                ("llm_manager_gpu_temperature_celsius", "{{gpu}}"),
+                (_gpu("DCGM_FI_DEV_MEMORY_TEMP"), "GPU {{gpu}} memory"),
+            )),
+            Panel("Power", "watt", (
+                ("llm_manager_gpu_power_watts", "{{gpu}}"),
+                ("llm_manager_gpu_power_limit_watts", "{{gpu}} limit"),
+            )),
+            Panel("Memory used", "bytes", (
+                ("llm_manager_gpu_memory_used_bytes", "{{gpu}}"),
+                ("llm_manager_gpu_memory_bytes", "{{gpu}} has"),
+            )),
+            Panel("Utilisation", "percentunit", (
+                ("llm_manager_gpu_utilisation_ratio", "{{gpu}}"),
+            )),
+            Panel("Activity of GPUs and slices", "percentunit", (
+                ('max by (gpu, GPU_I_PROFILE, GPU_I_ID) (DCGM_FI_PROF_GR_ENGINE_ACTIVE <= 1)',
+                 "GPU {{gpu}} {{GPU_I_PROFILE}} {{GPU_I_ID}}"),
+            )),
+            Panel("Tensor cores and memory bus", "percentunit", (
+                (_gpu("DCGM_FI_PROF_PIPE_TENSOR_ACTIVE", "2"), "GPU {{gpu}} tensor cores"),
+                (_gpu("DCGM_FI_PROF_DRAM_ACTIVE", "2"), "GPU {{gpu}} memory bus"),
+            )),
+            Panel("Clocks", "rotmhz", (
+                (_gpu("DCGM_FI_DEV_SM_CLOCK"), "GPU {{gpu}} cores"),
+                (_gpu("DCGM_FI_DEV_MEM_CLOCK"), "GPU {{gpu}} memory"),
+            )),
+            Panel("Faults", "short", (
+                (_gpu("DCGM_FI_DEV_XID_ERRORS"), "GPU {{gpu}} last Xid"),
+                (_gpu("DCGM_FI_DEV_UNCORRECTABLE_REMAPPED_ROWS"), "GPU {{gpu}} rows remapped"),
+            )),
+        ),
+    ),
+    Dashboard(
+        uid="llm-engines",
+        title="Engines",
+        panels=(
+            Panel("Replicas that answer", "short", (
+                ('sum by (model) (up{job="engine"})', "{{model}}"),
+            )),
+            Panel("Requests", "short", (
+                ("sum by (model) (vllm:num_requests_running)", "{{model}} running"),
+                ("sum by (model) (vllm:num_requests_waiting)", "{{model}} waiting"),
+            )),
+            Panel("Tokens per second", "short", (
+                (_rate("vllm:generation_tokens_total"), "{{model}} out"),
+                (_rate("vllm:prompt_tokens_total"), "{{model}} in"),
+            )),
+            Panel("KV cache used", "percentunit", (
+                ("max by (model, replica) (vllm:kv_cache_usage_perc)", "{{model}} {{replica}}"),
+            )),
+            Panel("Time to first token", "s", _percentiles("vllm:time_to_first_token_seconds")),
+            Panel("Between tokens", "s", _percentiles("vllm:inter_token_latency_seconds")),
+            Panel("End to end", "s", _percentiles("vllm:e2e_request_latency_seconds")),
+            Panel("Waiting before it begins", "s", _percentiles("vllm:request_queue_time_seconds")),
+            Panel("Prefix cache hits", "percentunit", (
+                (_CACHE_HITS, "{{model}}"),
+            )),
+            Panel("Ends of requests per second", "short", (
+                (_rate("vllm:request_success_total", "model, finished_reason"),
+                 "{{model}} {{finished_reason}}"),
+            )),
+            Panel("Preemptions per second", "short", (
+                (_rate("vllm:num_preemptions_total"), "{{model}}"),
+            )),
+            Panel("Phases", "short", (
+                ("sum by (phase) (llm_manager_model)", "{{phase}}"),
+            )),
+        ),
+    ),
+    Dashboard(
+        uid="llm-gateway",
+        title="Gateway",
+        panels=(
+            Panel("Slots that answer", "short", (('up{job="gateway"}', "{{slot}}"),)),
+            Panel("Answers per second", "short", (
+                (_rate("litellm_deployment_success_responses_total", "model_id"), "{{model_id}}"),
+            )),
+            Panel("Failures per second", "short", (
+                (_rate("litellm_deployment_failure_responses_total", "model_id, exception_status"),
+                 "{{model_id}} {{exception_status}}"),
+            )),
+            Panel("State (0 well, 1 partly, 2 down)", "short", (
+                ("max by (model_id) (litellm_deployment_state)", "{{model_id}}"),
+            )),
+            Panel("Left out for a while, per second", "short", (
+                (_rate("litellm_deployment_cooled_down_total", "model_id"), "{{model_id}}"),
+            )),
+            Panel("Fallbacks per second", "short", (
+                (_rate("litellm_deployment_successful_fallbacks_total",
+                       "requested_model, fallback_model"),
+                 "{{requested_model}} to {{fallback_model}}"),
+                (_rate("litellm_deployment_failed_fallbacks_total",
+                       "requested_model, fallback_model"),
+                 "{{requested_model}} to {{fallback_model}} failed"),
+            )),
+            Panel("Answers from the cache per second", "short", (
+                (_rate("litellm_cache_hits_metric_total", "model_id"), "{{model_id}}"),
+            )),
+            Panel("Database", "bytes", (
+                ("llm_manager_database_bytes", "taken"),
+                ("llm_manager_database_free_bytes", "free"),
+            )),
+            Panel("Disk", "bytes", (
+                ("llm_manager_disk_free_bytes", "free"),
+                ("llm_manager_disk_size_bytes", "all"),
+            )),
+            Panel("What the manager has to do", "short", (
+                ("llm_manager_plan_steps", "steps of the plan"),
+                ("sum by (kind) (llm_manager_jobs)", "running: {{kind}}"),
+            )),
+        ),
+    ),
+    Dashboard(
+        uid="llm-energy",
+        title="Energy",
+        panels=(
+            Panel("Power of all GPUs", "watt", (("sum(llm_manager_gpu_power_watts)", "all"),)),
+            Panel("Power by model", "watt", ((_WATTS_OF_MODELS, "{{model}}"),)),
+            Panel("Energy of 24 hours", "kwatth", (
+                ("increase(llm_manager_gpu_energy_joules_total[24h]) / 3.6e6", "{{gpu}}"),
+            )),
+            Panel("Power by NVML's energy counter", "watt", (
+                (f"rate(llm_manager_gpu_energy_joules_total[{RATE}])", "{{gpu}}"),
+                (f"max by (UUID) (rate(DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION[{RATE}])) / 1000",
+                 "{{UUID}} by DCGM"),
+            )),
+            Panel("Joules per output token", "joule", (
+                (f"{_WATTS_OF_MODELS} / ({_rate('vllm:generation_tokens_total')} > 0)",
+                 "{{model}}"),
+            )),
+            Panel("Power of GPUs that no model has", "watt", (
+                ("llm_manager_gpu_power_watts unless on (UUID) llm_manager_replica_gpu",
+                 "{{gpu}}"),
+            )),
+        ),
+    ),
+)  # fmt: skip
+
+
+@cache
+def render_board(board: Dashboard) -> str:
+    """A dashboard as Grafana stores it."""
+    built = grafana.Dashboard(board.title).uid(board.uid).tags([OWNER]).readonly()
+    built = built.refresh("30s").time("now-3h", "now").timezone("browser")
+    for number, panel in enumerate(board.panels):
+        built = built.with_panel(_panel(panel, number))
+    return str(grafana_encoder.JSONEncoder(indent=2, sort_keys=True).encode(built.build())) + "\n"
+
+
+def _panel(panel: Panel, number: int) -> grafana_timeseries.Panel:
+    half, height = 12, 8
+    x, y = half * (number % 2), height * (number // 2)
+    drawn = grafana_timeseries.Panel().id(number + 1).title(panel.title).unit(panel.unit).min(0)
+    drawn = drawn.grid_pos(grafana_models.GridPos(x=x, y=y, w=half, h=height))
+    drawn = drawn.datasource(grafana_models.DataSourceRef(type_val="prometheus", uid=DATA_SOURCE))
+    for letter, (query, legend) in zip("ABCDEF", panel.queries, strict=False):
+        asked = grafana_queries.Dataquery().ref_id(letter).expr(query).legend_format(legend).range()
+        drawn = drawn.with_target(asked)
+    return drawn
+
+
+def _grafana_sources(state: State) -> dict[str, str]:
+    """What Grafana reads when it starts: where the series are, and where the dashboards."""
+    prometheus = f"http://{monitor_name(state, 'prometheus')}:{PROMETHEUS_PORT}"
+    source = {
+        "name": "Prometheus", "uid": DATA_SOURCE, "type": "prometheus", "access": "proxy",
+        "url": prometheus, "isDefault": True, "editable": False,
+        "jsonData": {"timeInterval": f"{SCRAPE_SECONDS}s", "httpMethod": "POST"},
+    }  # fmt: skip
+    boards = {
+        "name": "LLM Manager", "type": "file", "disableDeletion": True,
+        "updateIntervalSeconds": 30, "allowUiUpdates": False,
+        "options": {"path": "/etc/grafana/provisioning/boards"},
+    }  # fmt: skip
+    return {
+        "datasources/prometheus.yaml": _yaml({"apiVersion": 1, "datasources": [source]}),
+        "dashboards/llm-manager.yaml": _yaml({"apiVersion": 1, "providers": [boards]}),
+    }
+
+
+# --- this program's own figures -----------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One metric with its samples by labels, as Prometheus reads it; None is left out."""
+
+    name: str
+    kind: Literal["gauge", "counter"]
+    help: str
+    samples: tuple[tuple[Mapping[str, str], float | None], ...]
+
+
+def render_metrics(metrics: Iterable[Metric]) -> str:
+    """Prometheus' text format 0.0.4; a metric without samples is left out."""
+    lines: list[str] = []
+    for metric in metrics:
+        known = [(labels, value) for labels, value in metric.samples if value is not None]
+        if known:
+            lines += [f"# HELP {metric.name} {metric.help}", f"# TYPE {metric.name} {metric.kind}"]
+            lines += [f"{metric.name}{_label_pairs(labels)} {value!r}" for labels, value in known]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _label_pairs(labels: Mapping[str, str]) -> str:
+    escaped = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+    pairs = ",".join(f'{name}="{value.translate(escaped)}"' for name, value in labels.items())
+    return f"{{{pairs}}}" if pairs else ""
+
+
 # =============================================================================
 # §15 Steps — pure: what is observed, and all that can be done about it
 # =============================================================================
@@ -7387,6 +8122,19 @@ class LoadCaddyfile:
 
 
 @dataclass(frozen=True, slots=True)
+class CheckFiles:
+    """Have a container's own tool judge files before they replace those that it reads.
+
+    `command` runs where the files are, in a container of its own.
+    """
+
+    spec: ContainerSpec
+    command: tuple[str, ...]
+    texts: Mapping[str, str] = field(repr=False)
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
 class SetAside:
     """Stop a container and keep it under another name, so it can come back."""
 
@@ -7523,6 +8271,7 @@ Step = (
     | CreateVolume
     | WriteFile
     | LoadCaddyfile
+    | CheckFiles
     | SetAside
     | BringBack
     | CreateContainer
@@ -7572,6 +8321,8 @@ def describe(step: Step) -> str:  # noqa: C901, PLR0911, PLR0912, PLR0915 - one 
             return f"write {path}: {cause}"
         case LoadCaddyfile(_, _, _, reload, cause):
             return f"check and {'load' if reload else 'write'} caddy/Caddyfile: {cause}"
+        case CheckFiles(_, command, texts, cause):
+            return f"check {', '.join(texts)} with {command[0]}: {cause}"
         case SetAside(name, _, cause):
             return f"set aside {name}: {cause}"
         case BringBack(name, cause):
@@ -7627,6 +8378,7 @@ class Plan:
     models: tuple[Stage, ...]
     endpoint: Stage
     retirement: Stage
+    monitoring: tuple[Stage, ...] = ()
     interrupted: tuple[ModelName, ...] = ()
     start_seconds: Mapping[str, float] = field(default_factory=dict)  # of models, last time
 
@@ -7634,7 +8386,7 @@ class Plan:
     def stages(self) -> tuple[Stage, ...]:
         """Those that have something to do."""
         before = (*self.layouts, self.devices, self.foundation, self.database, self.cache)
-        every = (*before, *self.models, self.endpoint, self.retirement)
+        every = (*before, *self.models, self.endpoint, self.retirement, *self.monitoring)
         return tuple(stage for stage in every if stage.steps)
 
     def raise_refusal(self) -> None:
@@ -7771,6 +8523,7 @@ def plan_state(  # noqa: PLR0913 - what is, what is wished, and how far to go
         models=tuple(stages),
         endpoint=endpoint,
         retirement=retirement,
+        monitoring=plan_monitoring(state, observed, site, recut=bool(layouts_first)),
         interrupted=_interrupted((*layouts_first, *stages, endpoint, retirement), observed),
         start_seconds=last_starts(state, observed),
     )
@@ -7958,7 +8711,8 @@ def _users(
     return [
         seen
         for _, seen in sorted(observed.containers.items())
-        if seen.running and uuids & {*seen.devices}
+        # DCGM watches every GPU, and holds on to each slice of those that it knew at its start.
+        if seen.running and (uuids & {*seen.devices} or seen.role in ALL_HOLDERS)
     ]
 
 
@@ -7978,14 +8732,14 @@ def _uuids_of(gpu: Gpu, going: Collection[Slice], *, whole_gpu: bool) -> set[str
 def _plan_foundation(state: State, observed: Observed) -> Stage:
     steps: list[Step] = []
     network = network_name(state)
-    if network not in observed.networks and (state.endpoint == "running" or state.wished_models):
+    wished = state.endpoint == "running" or state.wished_models or state.monitoring
+    if network not in observed.networks and wished:
         steps.append(CreateNetwork(network, "the containers' own bridge"))
-    if state.endpoint == "running":
-        steps += [
-            CreateVolume(volume, "what must outlive containers")
-            for volume in volume_names(state)
-            if volume not in observed.volumes
-        ]
+    steps += [
+        CreateVolume(volume, "what must outlive containers")
+        for volume in volume_names(state)
+        if volume not in observed.volumes
+    ]
     return Stage(title="foundation", steps=tuple(steps))
 
 
@@ -8240,7 +8994,7 @@ def _sees_other_devices(wanted: ContainerSpec, seen: ObservedContainer) -> str:
     """A `systemctl daemon-reload` takes the GPU from containers that the toolkit's hook gave it."""
     if not seen.running or not wanted.devices or seen.devices_seen is None:
         return ""
-    if seen.devices_seen == {*wanted.devices}:
+    if wanted.is_its_sight(seen.devices_seen):
         return ""
     return "it sees other GPUs than its own" if seen.devices_seen else "it lost its GPU"
 
@@ -8481,6 +9235,7 @@ def plan_retirement(
         wanted.add(database_name(state))
         wanted |= {cache_name(state)} if uses_cache(state) else set()
     wanted |= {name for m in state.wished_models for name in replica_names(state, m)}
+    wanted |= {monitor_name(state, role) for role in monitor_roles(state, observed.hardware)}
     steps: list[Step] = []
     # Engines after the gateway that routed to them: its last requests are theirs.
     order = sorted(
@@ -8505,6 +9260,51 @@ def plan_retirement(
                 steps.append(Drain(name, "nothing routes to it any more"))
             steps.append(Discard(name, 30, "no longer wanted"))
     return Stage(title="retirement", steps=tuple(steps))
+
+
+def plan_monitoring(
+    state: State, observed: Observed, site: Site, *, recut: bool = False
+) -> tuple[Stage, ...]:
+    """A stage for each part, so that none fails with another; `recut`: a GPU is cut before."""
+    roles = monitor_roles(state, observed.hardware)
+    if not roles:
+        return _forget_monitoring(observed)
+    stages = (_plan_monitor(state, role, observed, site, recut=recut) for role in roles)
+    return tuple(_held_back(stage, observed) for stage in stages)
+
+
+def _plan_monitor(
+    state: State, role: MonitorRole, observed: Observed, site: Site, *, recut: bool
+) -> Stage:
+    wanted, files = render_monitor(state, role, site), monitoring_files(state, role)
+    steps = plan_container(wanted, observed).whole
+    seen = observed.containers.get(wanted.name)
+    if recut and role in ALL_HOLDERS and seen is not None and seen.running and not steps:
+        cause = "it does not notice new slices"
+        steps = (StartContainer(wanted.name, cause), WaitReady(wanted, cause))
+    pulls = [step for step in steps if isinstance(step, PullImage)]
+    others = [step for step in steps if not isinstance(step, PullImage)]
+    writes = [
+        step
+        for path, text in files.items()
+        for step in _write(path, text, observed, "what is watched changed")
+    ]
+    check: list[Step] = []
+    if role in CONFIG_CHECKS and any(isinstance(step, CreateContainer) for step in others):
+        texts = {PurePosixPath(path).name: text for path, text in files.items()}
+        check = [CheckFiles(wanted, CONFIG_CHECKS[role], texts, "before anything runs on them")]
+    return Stage(title=role, steps=(*pulls, *check, *writes, *others))
+
+
+def _forget_monitoring(observed: Observed) -> tuple[Stage, ...]:
+    """What monitoring read holds keys, and nobody reads it now."""
+    steps = [
+        step
+        for path in ("prometheus/prometheus.yml", "alertmanager/alertmanager.yml")
+        if path in observed.files
+        for step in _write(path, "", observed, "monitoring is off")
+    ]
+    return (Stage(title="monitoring", steps=tuple(steps)),)
 
 
 def _interrupted(stages: Sequence[Stage], observed: Observed) -> tuple[ModelName, ...]:
@@ -8780,6 +9580,17 @@ def setting_energy(changes: Json) -> Change:
         return replace(state, energy=parse_energy(asdict(state.energy) | changes))
 
     return Change(title="Change how energy is recorded", edit=edit, scope=NO_MODELS)
+
+
+def switching_monitoring(on: bool | None = None, changes: Json | None = None) -> Change:
+    """Monitoring on or off, and how it is done; None leaves what is."""
+
+    def edit(state: State) -> State:
+        settings = parse_monitoring(asdict(state.monitoring_settings) | (changes or {}))
+        wished = state.monitoring if on is None else on
+        return replace(state, monitoring=wished, monitoring_settings=settings)
+
+    return Change(title="Change the monitoring", edit=edit, scope=NO_MODELS)
 
 
 def granting_token(token: AdminToken) -> Change:
@@ -14548,6 +15359,9 @@ class Containers(Protocol):
     def remove(self, name: ContainerName, seconds: int) -> None: ...
     def check_caddyfile(self, spec: ContainerSpec, text: str) -> None: ...
     def reload_caddyfile(self, name: ContainerName) -> None: ...
+    def check_files(
+        self, spec: ContainerSpec, command: Sequence[str], texts: Mapping[str, str]
+    ) -> None: ...
     def logs(self, name: ContainerName, tail: int, *, last_run: bool = False) -> str: ...
     def follow(self, name: ContainerName) -> Iterator[str]: ...
     def visible_devices(self, seen: ObservedContainer) -> frozenset[str] | None: ...
@@ -14692,30 +15506,50 @@ class DockerContainers:
             container.remove(force=True, v=False)
 
     def check_caddyfile(self, spec: ContainerSpec, text: str) -> None:
-        """Let Caddy itself judge the text, in a container of its own that then goes away."""
-        name = f"{spec.name}-check-{secrets.token_hex(3)}"
-        with docker_errors("check the Caddyfile"):
-            container = self._connected().containers.create(
-                spec.image,
-                ["caddy", "validate", "--config", "/tmp/Caddyfile", "--adapter", "caddyfile"],  # noqa: S108
-                name=name,
-                labels={**self._labels, LABEL_ROLE: "check", LABEL_SPEC_HASH: "check"},
-                # The certificate, where there is one: it is written before it is checked.
-                mounts=[_docker_mount(m) for m in spec.mounts if f"{m.target}/cert" in text],
-                network_mode="none",
+        """Let Caddy itself judge the text; nothing is changed by that."""
+        command = ["caddy", "validate", "--config", "/Caddyfile", "--adapter", "caddyfile"]
+        # The certificate, where there is one: it is written before it is checked.
+        mounts = [mount for mount in spec.mounts if f"{mount.target}/cert" in text]
+        rejected = self._rejected(spec, command, {"Caddyfile": text}, mounts)
+        if rejected:
+            raise ContainerFailedError(
+                f"Caddy rejects the generated Caddyfile: {rejected}.",
+                advice="What ran before still runs. Correct the HTTPS settings.",
             )
+
+    def check_files(
+        self, spec: ContainerSpec, command: Sequence[str], texts: Mapping[str, str]
+    ) -> None:
+        """Let a tool of the spec's image judge files, which are in its working directory `/`."""
+        rejected = self._rejected(spec, command, texts, ())
+        if rejected:
+            raise ContainerFailedError(
+                f"{PurePosixPath(command[0]).name} rejects what was generated: {rejected}.",
+                advice="What ran before still runs. Pin the former image, or report this.",
+            )
+
+    def _rejected(
+        self, spec: ContainerSpec, command: Sequence[str], texts: Mapping[str, str],
+        mounts: Sequence[Mount],
+    ) -> str:  # fmt: skip
+        """What the command says against the files, in a container of its own that then goes."""
+        with docker_errors(f"check {' and '.join(texts)}"):
+            container = self._connected().containers.create(
+                spec.image, [*command[1:]], entrypoint=[command[0]], user="0", working_dir="/",
+                name=f"{spec.name}-check-{secrets.token_hex(3)}",
+                labels={**self._labels, LABEL_ROLE: "check", LABEL_SPEC_HASH: "check"},
+                mounts=[_docker_mount(mount) for mount in mounts],
+                network_mode="none",
+            )  # fmt: skip
             try:
-                container.put_archive("/tmp", _tar("Caddyfile", text))  # noqa: S108
+                for name, text in texts.items():
+                    container.put_archive("/", _tar(name, text))
                 container.start()
                 status = container.wait(timeout=60)["StatusCode"]
                 said = container.logs().decode(errors="replace")
             finally:
                 container.remove(force=True, v=True)
-        if status:
-            raise ContainerFailedError(
-                f"Caddy rejects the generated Caddyfile: {_last_line(mask_secrets(said))}.",
-                advice="What ran before still runs. Correct the HTTPS settings.",
-            )
+        return _last_line(mask_secrets(said)) if status else ""
 
     def reload_caddyfile(self, name: ContainerName) -> None:
         command = ["caddy", "reload", "--config", "/etc/caddy/Caddyfile", "--adapter", "caddyfile"]
@@ -14969,7 +15803,7 @@ def _requested_devices(attributes: Json) -> tuple[str, ...]:
     return tuple(
         device
         for request in attributes["HostConfig"].get("DeviceRequests") or ()
-        for device in request.get("DeviceIDs") or ()
+        for device in request.get("DeviceIDs") or (ALL_GPUS if request.get("Count") == -1 else ())
     )
 
 
@@ -15003,7 +15837,10 @@ def docker_arguments(spec: ContainerSpec, owner: Mapping[str, str]) -> Json:
     }  # fmt: skip
     if spec.entrypoint:
         arguments["entrypoint"] = list(spec.entrypoint)
-    if spec.devices:
+    if spec.devices == ALL_GPUS:
+        every = docker.types.DeviceRequest(count=-1, capabilities=[["gpu"]])
+        arguments["device_requests"] = [every]
+    elif spec.devices:
         # Never CUDA_VISIBLE_DEVICES=MIG-…: the container is to see its own device and no other.
         arguments["device_requests"] = [
             docker.types.DeviceRequest(device_ids=list(spec.devices), capabilities=[["gpu"]])
@@ -15017,7 +15854,12 @@ def docker_arguments(spec: ContainerSpec, owner: Mapping[str, str]) -> Json:
         }  # fmt: skip
     if spec.drop_capabilities:
         # Root without DAC_OVERRIDE could not read our 0600 files of another owner.
-        arguments |= {"cap_drop": ["ALL"], "cap_add": ["NET_BIND_SERVICE", "DAC_OVERRIDE"]}
+        added = ["NET_BIND_SERVICE", "DAC_OVERRIDE", *spec.add_capabilities]
+        arguments |= {"cap_drop": ["ALL"], "cap_add": added}
+    if spec.memory_mib:
+        arguments["mem_limit"] = f"{spec.memory_mib}m"
+    arguments |= {"user": spec.user, "read_only": spec.read_only,
+                  "tmpfs": dict.fromkeys(spec.scratch, "size=64m")}  # fmt: skip
     return arguments
 
 
@@ -15339,6 +16181,12 @@ class Probes(Protocol):
     def answers(self, seen: ObservedContainer, wanted: EngineAnswers, seconds: float) -> bool: ...
 
 
+HEALTH: Final[Mapping[str, HttpAnswers]] = {
+    "engine": HttpAnswers(ENGINE_PORT, "/health"),
+    **MONITOR_HEALTH,
+}
+
+
 class HttpProbes:
     """Readiness over HTTP; no answer is an answer."""
 
@@ -15363,12 +16211,13 @@ class HttpProbes:
         match seen.role:
             case "database" | "cache":
                 return replace(seen, ready=seen.docker_health == "healthy")
-            case "engine":
-                return replace(seen, ready=self._ok(seen, ENGINE_PORT, "/health") is not None)
             case "gateway":
                 return replace(seen, ready=self._gateway_connected(seen))
             case "edge":
                 return replace(seen, ready=self._loaded(seen) is not None)
+            case role if role in HEALTH:
+                health = HEALTH[role]
+                return replace(seen, ready=self._ok(seen, health.port, health.path) is not None)
             case _:
                 return seen
 
@@ -15379,6 +16228,8 @@ class HttpProbes:
                 return seen.docker_health == "healthy"
             case EdgeAnswers():
                 return self._loaded(seen) is not None
+            case HttpAnswers(port, path):
+                return self._ok(seen, port, path) is not None
             case GatewayServes(model_names=names, master_key=key):
                 return self._gateway_connected(seen) and self._gateway_lists(seen, names, key)
             case EngineAnswers() as wanted:
@@ -18776,7 +19627,10 @@ def converge(
         faults += _attempt(
             [plan_retirement(state, observe(tools, state.edge), None, names)], tools, control
         )
-    _raise_all(_counting(faults, state, first, control) if reach.whole else faults)
+    # Whoever changes a layout gets all of it or nothing; that it is watched is not part of it.
+    watched = plan_monitoring(state, observe(tools, state.edge), site)
+    unwatched = _attempt(watched, tools, control)
+    _raise_all(_counting(faults, state, first, control) if reach.whole else faults + unwatched)
 
 
 def _without_consequences(plan: Plan, layouts_first: Sequence[Stage], control: Control) -> Plan:
@@ -18939,6 +19793,8 @@ def apply_step(  # noqa: C901, PLR0912, PLR0915 - one line per kind of step
             tools.files.write_generated(CADDYFILE, text)
             if reload:
                 containers.reload_caddyfile(spec.name)
+        case CheckFiles(spec, command, texts, _):
+            containers.check_files(spec, command, texts)
         case SetAside(name, seconds, _):
             containers.set_aside(name, seconds)
         case BringBack(name, _):
@@ -19271,7 +20127,7 @@ def _peak_mib(seen: ObservedContainer, tools: Tools) -> float | None:
 def _check_sight(spec: ContainerSpec, seen: ObservedContainer, tools: Tools) -> None:
     """An engine that sees another device than its own would disturb whoever has that one."""
     visible = tools.containers.visible_devices(seen) if spec.devices else None
-    if visible is not None and visible != {*spec.devices}:
+    if visible is not None and not spec.is_its_sight(visible):
         raise ContainerFailedError(
             f"{spec.name} sees {', '.join(sorted(visible)) or 'no GPU'} "
             f"instead of {', '.join(spec.devices)}.",

@@ -22,6 +22,8 @@ HOMES = {
     "fcntl": "Home", "docker": "Containers Images", "requests": "Containers",
     "tarfile": "Containers", "httpx": "Requests", "huggingface_hub": "Hub", "httpx2": "Hub",
     "psycopg": "Database", "pynvml": "Drivers", "gr": "Console", "pd": "Console",
+    "grafana": "Monitoring", "grafana_queries": "Monitoring", "grafana_timeseries": "Monitoring",
+    "grafana_encoder": "Monitoring", "grafana_models": "Monitoring",
     "fastapi": "Programs Console", "uvicorn": "Main", "argparse": "Main",
     "sqlite3": "Energy records",
     "rich_console": "Terminal", "rich_live": "Terminal", "rich_table": "Terminal",

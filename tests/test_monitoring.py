@@ -1,0 +1,251 @@
+"""Monitoring as text and as plans: what is scraped, who is told, and what a change touches."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from builders import (
+    GPU_0,
+    SECRET_MARK,
+    Golden,
+    a_model,
+    a_secret,
+    a_site,
+    a_state,
+    as_wished,
+    but,
+    ended,
+    the,
+)
+from fake_gpus import SimulatedGpus, a_card
+from fakes import Server, Trouble
+
+import llm_manager as lm
+
+MAIL = lm.MailAlerts(
+    to="team@example.org", sender="llm@example.org", server="mail.example.org:587",
+    username="llm", password=a_secret("mail"),
+)  # fmt: skip
+TOLD = lm.MonitoringSettings(webhook=lm.pydantic.SecretStr("http://hook:1/x"), mail=MAIL)
+ROLES: tuple[lm.MonitorRole, ...] = ("prometheus", "alertmanager", "grafana", "dcgm-exporter")
+NO_GPU = lm.Hardware()
+A_GPU = lm.Hardware(gpus=(lm.Gpu(uuid=GPU_0),))
+
+
+@pytest.fixture
+def server_of_one(tmp_path: Path) -> Server:
+    """A server with one card, all of it watched."""
+    server = Server(tmp_path, SimulatedGpus([a_card("A100 40 GB")]))
+    server.do(lm.switching_monitoring(on=True))
+    return server
+
+
+def watched(*models: lm.Model, **changes: Any) -> lm.State:
+    return a_state(*models, monitoring=True, **changes)
+
+
+def plan(state: lm.State, observed: lm.Observed, **how: Any) -> lm.Plan:
+    return lm.plan_state(state, observed, a_site(), **how)
+
+
+def test_the_files_of_prometheus_and_alertmanager(golden: Golden) -> None:
+    state = watched(a_model("chat", replicas=2, wish="running"), monitoring_settings=TOLD)
+    golden("prometheus.yml", lm.mask_secrets(lm.render_prometheus(state)))
+    golden("alertmanager.yml", lm.mask_secrets(lm.render_alertmanager(state)))
+    golden("rules.yml", lm.render_rules())
+    golden("engines.json", lm.render_engine_targets(state))
+
+
+def test_the_dashboards(golden: Golden) -> None:
+    files = ("llm-gpu.json", "llm-engines.json", "llm-gateway.json", "llm-energy.json")
+    for name, board in zip(files, lm.BOARDS, strict=True):
+        golden(name, lm.render_board(board))
+
+
+def test_the_containers(golden: Golden) -> None:
+    files = ("prometheus.json", "alertmanager.json", "grafana.json", "dcgm-exporter.json")
+    for name, role in zip(files, ROLES, strict=True):
+        spec = lm.render_monitor(watched(monitoring_settings=TOLD), role, a_site())
+        golden(name, json.dumps(asdict(spec), indent=2, default=str) + "\n")
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_no_part_publishes_a_port_or_runs_with_roots_rights(role: lm.MonitorRole) -> None:
+    spec = lm.render_monitor(watched(), role, a_site())
+    assert not spec.ports
+    arguments = lm.docker_arguments(spec, {})
+    assert arguments["cap_drop"] == ["ALL"]
+    assert arguments["mem_limit"]
+    assert spec.read_only or role == "dcgm-exporter"
+
+
+def test_every_panel_has_a_title_of_its_own_and_queries_with_letters() -> None:
+    for board in lm.BOARDS:
+        drawn = json.loads(lm.render_board(board))
+        assert len({panel["title"] for panel in drawn["panels"]}) == len(board.panels)
+        for panel, known in zip(drawn["panels"], board.panels, strict=True):
+            assert [target["expr"] for target in panel["targets"]] == [q for q, _ in known.queries]
+            assert [target["refId"] for target in panel["targets"]] == [*"ABCDEF"][
+                : len(known.queries)
+            ]
+
+
+def test_every_replica_that_is_wished_is_scraped_and_no_other() -> None:
+    state = watched(a_model("chat", replicas=2, wish="running"), a_model("off", wish="stopped"))
+    targets = json.loads(lm.render_engine_targets(state))
+    assert [(t["targets"], t["labels"]["replica"]) for t in targets] == [
+        (["llm-model-chat-0:8000"], "0"),
+        (["llm-model-chat-1:8000"], "1"),
+    ]
+
+
+def test_the_secrets_of_monitoring_are_never_shown() -> None:
+    state = watched(monitoring_settings=TOLD, secrets=replace(
+        a_state().secrets, master_key=lm.pydantic.SecretStr("sk-" + SECRET_MARK)
+    ))  # fmt: skip
+    observed = as_wished(state, hardware=NO_GPU)
+    empty = replace(observed, files={})
+    shown = str(plan(state, empty)) + plan(state, empty).diff()
+    assert "prometheus.yml" in shown
+    for text in (shown, repr(state), json.dumps(asdict(state), default=str)):
+        for secret in (SECRET_MARK, "http://hook:1/x", lm.metrics_token(state).get_secret_value()):
+            assert secret not in text
+
+
+def test_what_a_plan_writes_is_judged_before_anything_runs_on_it() -> None:
+    state = watched(monitoring_settings=TOLD)
+    stages = {stage.title: stage for stage in plan(state, lm.Observed(hardware=NO_GPU)).monitoring}
+    for role in ("prometheus", "alertmanager"):
+        kinds = [type(step) for step in stages[role].steps]
+        check = kinds.index(lm.CheckFiles)
+        assert kinds[:check] == [lm.PullImage]
+        assert {*kinds[check + 1 :]} == {lm.WriteFile, lm.CreateContainer, lm.WaitReady}
+
+
+def test_a_watched_server_needs_nothing() -> None:
+    for hardware in (NO_GPU, A_GPU):
+        state = watched(a_model("chat", wish="running"), monitoring_settings=TOLD)
+        assert not plan(state, as_wished(state, hardware=hardware))
+
+
+def test_nobody_is_told_and_no_gpu_is_watched_unless_it_is_so() -> None:
+    assert lm.monitor_roles(watched(), NO_GPU) == ("prometheus", "grafana")
+    assert "alertmanager" in lm.monitor_roles(watched(monitoring_settings=TOLD), NO_GPU)
+    assert "dcgm-exporter" in lm.monitor_roles(watched(), A_GPU)
+    assert "dcgm-exporter" in lm.monitor_roles(watched(), None)  # nobody looked: it stays
+    assert lm.monitor_roles(a_state(), A_GPU) == ()
+
+
+def test_a_new_model_is_scraped_without_a_restart_of_prometheus() -> None:
+    before = watched(a_model("chat", wish="running"))
+    after = before.with_model(a_model("more", wish="running"))
+    (stage,) = [s for s in plan(after, as_wished(before, hardware=NO_GPU)).monitoring if s.steps]
+    (write,) = stage.steps
+    assert isinstance(write, lm.WriteFile)
+    assert write.path == "prometheus/engines.json"
+
+
+def test_another_retention_replaces_prometheus_alone_and_keeps_its_volume() -> None:
+    before = watched()
+    after = replace(before, monitoring_settings=lm.MonitoringSettings(retention_days=7))
+    made = plan(after, as_wished(before, hardware=NO_GPU))
+    assert {stage.title for stage in made.stages} == {"prometheus"}
+    kinds = [type(step) for step in made.stages[0].steps]
+    assert kinds[-4:] == [lm.SetAside, lm.CreateContainer, lm.WaitReady, lm.Discard]
+
+
+def test_monitoring_off_removes_its_containers_and_what_they_read_but_no_volume() -> None:
+    before = watched(monitoring_settings=TOLD)
+    made = plan(replace(before, monitoring=False), as_wished(before, hardware=A_GPU))
+    gone = {step.name for stage in made.stages for step in stage.steps
+            if isinstance(step, lm.Discard)}  # fmt: skip
+    assert gone == {lm.monitor_name(before, role) for role in ROLES}
+    emptied = {step.path: step.text for stage in made.stages for step in stage.steps
+               if isinstance(step, lm.WriteFile) and step.path.split("/")[0] in ROLES}  # fmt: skip
+    assert emptied == {"prometheus/prometheus.yml": "", "alertmanager/alertmanager.yml": ""}
+
+
+def test_the_exporter_steps_aside_for_a_cut_and_comes_back_after_it(server_of_one: Server) -> None:
+    server = server_of_one
+    exporter = lm.ContainerName(f"{server.manager.state().name_prefix}llm-dcgm-exporter")
+    assert server.world.containers[exporter].running
+    change = server.manager.cutting("0", "3g.20gb,3g.20gb")
+    shown = str(server.manager.plan(change))
+    assert re.search(rf"stop {exporter}: .*\n.*create the slice", shown, re.DOTALL)
+    assert f"start {exporter}: it does not notice new slices" in shown
+    server.do(change)
+    container = server.world.containers[exporter]
+    assert container.running
+    assert container.log == [f"{exporter} starts"] * 2  # the same one, started again
+    assert not server.manager.plan(lm.applying())
+
+
+def test_the_exporter_comes_back_where_a_cut_fails(server_of_one: Server) -> None:
+    server = server_of_one
+    exporter = lm.ContainerName(f"{server.manager.state().name_prefix}llm-dcgm-exporter")
+    change = server.manager.cutting("0", "3g.20gb,3g.20gb")
+
+    def refusal() -> lm.ManagerError:
+        return lm.HardwareError("The driver refused.", advice="Try again.")
+
+    server.restart(Trouble(at=(3,), error=refusal))  # after the stop, and the change of the mode
+    with pytest.raises(lm.HardwareError):
+        server.do(change)
+    assert server.world.containers[exporter].running
+
+
+def test_a_part_that_fails_keeps_no_other_from_running(server_of_one: Server) -> None:
+    server = server_of_one
+    state = server.manager.state()
+    server.world.broken.add(state.images.grafana)
+    server.world.end(f"{state.name_prefix}llm-grafana", 1)
+    server.world.end(f"{state.name_prefix}llm-prometheus", 1)
+    with pytest.raises(lm.ManagerError, match="llm-grafana"):
+        server.do(lm.applying())
+    assert server.world.containers[lm.ContainerName(f"{state.name_prefix}llm-prometheus")].running
+
+
+def test_prometheus_is_started_again_after_it_ended() -> None:
+    state = watched()
+    seen = as_wished(state, hardware=NO_GPU)
+    stopped = ended(the(seen, "llm-prometheus"))
+    steps = plan(state, but(seen, stopped)).stages[0].steps
+    assert [type(step) for step in steps] == [lm.StartContainer, lm.WaitReady]
+
+
+def test_a_cut_is_not_taken_back_because_it_is_not_watched(server_of_one: Server) -> None:
+    server = server_of_one
+    state = server.manager.state()
+    server.world.broken.add(state.images.grafana)
+    server.world.end(f"{state.name_prefix}llm-grafana", 1)
+    server.do(server.manager.cutting("0", "3g.20gb,3g.20gb"))
+    assert len(server.manager.hardware(fresh=True).gpus[0].layout) == 2
+
+
+def test_the_text_format_escapes_what_must_be_escaped() -> None:
+    text = lm.render_metrics([
+        lm.Metric("a_total", "counter", "What.", (({"name": 'x"y\\z\n'}, 3), ({}, 0.5))),
+        lm.Metric("absent", "gauge", "Nobody knows.", (({}, None),)),
+    ])  # fmt: skip
+    assert text == (
+        "# HELP a_total What.\n# TYPE a_total counter\n"
+        'a_total{name="x\\"y\\\\z\\n"} 3\na_total 0.5\n'
+    )
+
+
+def test_rules_and_targets_are_yaml_and_json_that_others_read() -> None:
+    rules = yaml.safe_load(lm.render_rules())["groups"][0]["rules"]
+    assert [rule["alert"] for rule in rules] == [rule.name for rule in lm.ALERT_RULES]
+
+
+@pytest.mark.parametrize("address", ["ftp://x", "http://a b", "javascript:1"])
+def test_a_webhook_is_a_web_address(address: str) -> None:
+    with pytest.raises(lm.InvalidError) as caught:
+        lm.parse_monitoring({"webhook": address})
+    assert address not in str(caught.value)
