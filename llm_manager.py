@@ -7397,7 +7397,9 @@ def _hash_of(*texts: str) -> str:
 
 
 def _yaml(content: Json) -> str:
-    return GENERATED_BANNER + yaml.dump(content, Dumper=YAML_DUMPER, sort_keys=False, width=1000)
+    return GENERATED_BANNER + yaml.dump(
+        content, Dumper=YAML_DUMPER, sort_keys=False, width=1000, allow_unicode=True
+    )
 
 
 def monitoring_files(state: State, role: MonitorRole) -> dict[str, str]:
@@ -7553,11 +7555,11 @@ ALERT_RULES: Final = (
     ),
     AlertRule(
         name="GpuHot",
-        query="llm_manager_gpu_temperature_celsius > 85"
-        " or max by (UUID) (DCGM_FI_DEV_GPU_TEMP < 200) > 85",
+        query="max by (UUID, gpu) (llm_manager_gpu_temperature_celsius) > 85"
+        " or on (UUID) max by (UUID, gpu) (DCGM_FI_DEV_GPU_TEMP < 200) > 85",
         minutes=5,
         severity="warning",
-        text="{{ $labels.gpu }}{{ $labels.UUID }} is at {{ $value }} °C.",
+        text="GPU {{ $labels.gpu }} ({{ $labels.UUID }}) is at {{ $value }} °C.",
     ),
     AlertRule(
         name="DiskLow",
@@ -7657,19 +7659,19 @@ BOARDS: Final = (
         title="GPUs",
         panels=(
             Panel("Temperature", "celsius", (
-                ("llm_manager_gpu_temperature_celsius", "{{gpu}}"),
+                ("llm_manager_gpu_temperature_celsius", "GPU {{gpu}}"),
                 (_gpu("DCGM_FI_DEV_MEMORY_TEMP"), "GPU {{gpu}} memory"),
             )),
             Panel("Power", "watt", (
-                ("llm_manager_gpu_power_watts", "{{gpu}}"),
-                ("llm_manager_gpu_power_limit_watts", "{{gpu}} limit"),
+                ("llm_manager_gpu_power_watts", "GPU {{gpu}}"),
+                ("llm_manager_gpu_power_limit_watts", "GPU {{gpu}} limit"),
             )),
             Panel("Memory used", "bytes", (
-                ("llm_manager_gpu_memory_used_bytes", "{{gpu}}"),
-                ("llm_manager_gpu_memory_bytes", "{{gpu}} has"),
+                ("llm_manager_gpu_memory_used_bytes", "GPU {{gpu}}"),
+                ("llm_manager_gpu_memory_bytes", "GPU {{gpu}} has"),
             )),
             Panel("Utilisation", "percentunit", (
-                ("llm_manager_gpu_utilisation_ratio", "{{gpu}}"),
+                ("llm_manager_gpu_utilisation_ratio", "GPU {{gpu}}"),
             )),
             Panel("Activity of GPUs and slices", "percentunit", (
                 ('max by (gpu, GPU_I_PROFILE, GPU_I_ID) (DCGM_FI_PROF_GR_ENGINE_ACTIVE <= 1)',
@@ -7776,10 +7778,10 @@ BOARDS: Final = (
             Panel("Power of all GPUs", "watt", (("sum(llm_manager_gpu_power_watts)", "all"),)),
             Panel("Power by model", "watt", ((_WATTS_OF_MODELS, "{{model}}"),)),
             Panel("Energy of 24 hours", "kwatth", (
-                ("increase(llm_manager_gpu_energy_joules_total[24h]) / 3.6e6", "{{gpu}}"),
+                ("increase(llm_manager_gpu_energy_joules_total[24h]) / 3.6e6", "GPU {{gpu}}"),
             )),
             Panel("Power by NVML's energy counter", "watt", (
-                (f"rate(llm_manager_gpu_energy_joules_total[{RATE}])", "{{gpu}}"),
+                (f"rate(llm_manager_gpu_energy_joules_total[{RATE}])", "GPU {{gpu}}"),
                 (f"max by (UUID) (rate(DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION[{RATE}])) / 1000",
                  "{{UUID}} by DCGM"),
             )),
@@ -7789,7 +7791,7 @@ BOARDS: Final = (
             )),
             Panel("Power of GPUs that no model has", "watt", (
                 ("llm_manager_gpu_power_watts unless on (UUID) llm_manager_replica_gpu",
-                 "{{gpu}}"),
+                 "GPU {{gpu}}"),
             )),
         ),
     ),
@@ -7835,6 +7837,61 @@ def _grafana_sources(state: State) -> dict[str, str]:
         "datasources/prometheus.yaml": _yaml({"apiVersion": 1, "datasources": [source]}),
         "dashboards/llm-manager.yaml": _yaml({"apiVersion": 1, "providers": [boards]}),
     }
+
+
+# --- what Prometheus says ------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScrapeTarget:
+    """What Prometheus reads figures from; `up` is None before its first try."""
+
+    job: str
+    address: str
+    up: bool | None
+    fault: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Alert:
+    """A rule that holds: `pending` until it held long enough, then `firing`."""
+
+    name: str
+    state: str
+    text: str
+    since: datetime
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Watched:
+    """What Prometheus sees at one moment."""
+
+    targets: tuple[ScrapeTarget, ...]
+    alerts: tuple[Alert, ...]
+
+
+def parse_watched(targets: Json, alerts: Json) -> Watched:
+    """The answers of its `/api/v1/targets` and `/api/v1/alerts`, as 2.42 and 3.5 give them."""
+    return Watched(
+        targets=tuple(
+            ScrapeTarget(
+                job=each["labels"]["job"],
+                address=each["labels"]["instance"],
+                up={"up": True, "down": False}.get(each["health"]),
+                fault=each["lastError"],
+            )
+            for each in targets["data"]["activeTargets"]
+        ),
+        alerts=tuple(
+            Alert(
+                name=each["labels"]["alertname"],
+                state=each["state"],
+                text=each["annotations"].get("summary", ""),
+                since=datetime.fromisoformat(each["activeAt"]),
+            )
+            for each in alerts["data"]["alerts"]
+        ),
+    )
 
 
 # --- this program's own figures -----------------------------------------------
@@ -12173,6 +12230,120 @@ def edge_settings(  # noqa: PLR0913, PLR0917 - one argument per field of the for
     }
 
 
+# --- what Prometheus reads of this program --------------------------------------
+
+
+def manager_metrics(snapshot: Snapshot, disk_free: int, disk_size: int) -> list[Metric]:
+    """The figures of a snapshot; what is not known has no sample, and is never zero."""
+    state, observed = snapshot.state, snapshot.observed
+    metrics = [
+        *_disk_metrics(disk_free, disk_size, snapshot.database),
+        *_gpu_metrics(snapshot.hardware),
+        *_backup_metrics(snapshot.dumps),
+        _jobs_metric(snapshot.jobs),
+        _gauge("seconds_since_look", "Age of what these figures tell.", snapshot.seconds_old),
+    ]
+    if state is not None and observed is not None:
+        metrics += _model_metrics(snapshot, state, observed)
+        expires = observed.certificate and observed.certificate.expires_at
+        metrics.append(_gauge(
+            "certificate_expiry_timestamp_seconds", "When the operator's own certificate expires.",
+            expires.timestamp() if expires else None,
+        ))  # fmt: skip
+    if snapshot.plan is not None:
+        steps = sum(len(stage.steps) for stage in snapshot.plan.stages)
+        metrics.append(_gauge("plan_steps", "What is to be done until all is as wished.", steps))
+    return metrics
+
+
+def _gauge(name: str, text: str, value: float | None) -> Metric:
+    return Metric(f"llm_manager_{name}", "gauge", text, (({}, value),))
+
+
+def _disk_metrics(free: int, size: int, database: DatabaseSize | None) -> Iterator[Metric]:
+    yield _gauge("disk_free_bytes", "Free where the state lies.", free)
+    yield _gauge("disk_size_bytes", "Size of that disk.", size)
+    taken = database.database_bytes if database else None
+    yield _gauge("database_bytes", "What LiteLLM's database takes.", taken)
+    left = database.free_bytes if database else None
+    yield _gauge("database_free_bytes", "Free where the database lies.", left)
+
+
+def _backup_metrics(dumps: Sequence[Dump]) -> Iterator[Metric]:
+    yield _gauge("backups", "Dumps of the database on this server.", len(dumps))
+    newest = max((dump.taken_at.timestamp() for dump in dumps), default=None)
+    yield _gauge("newest_backup_timestamp_seconds", "When the last dump was taken.", newest)
+
+
+def _jobs_metric(jobs: Sequence[JobView]) -> Metric:
+    going = Counter(job.kind for job in jobs if job.finished_at is None)
+    samples = tuple(({"kind": kind}, going[kind]) for kind in get_args(JobKind))
+    return Metric("llm_manager_jobs", "gauge", "Jobs that run.", samples)
+
+
+def _model_metrics(snapshot: Snapshot, state: State, observed: Observed) -> Iterator[Metric]:
+    phases = tuple(
+        ({"model": model.name, "type": model.type,
+          "phase": phase_of(state, model, observed, is_busy(snapshot, model))}, 1)
+        for model in state.models
+    )  # fmt: skip
+    yield Metric("llm_manager_model", "gauge", "Registered models by phase.", phases)
+    hung = tuple(
+        ({"model": model.name}, int(model.name in snapshot.hung)) for model in state.wished_models
+    )
+    yield Metric("llm_manager_model_hung", "gauge", "Whether its engine works on nothing.", hung)
+    sits = tuple(
+        ({"model": model.name, "replica": str(number), "UUID": gpu}, 1)
+        for model in state.wished_models
+        for number, name in enumerate(replica_names(state, model))
+        if (seen := observed.containers.get(name)) is not None and seen.running
+        for gpu in sorted(gpus_of(model))
+    )
+    yield Metric("llm_manager_replica_gpu", "gauge", "Which GPU a running replica sits on.", sits)
+
+
+def _gpu_metrics(hardware: Hardware) -> Iterator[Metric]:
+    """Labelled as by DCGM; units as Prometheus has them."""
+    figures: tuple[tuple[str, str, Callable[[Gpu], float | None], float], ...] = (
+        ("memory_bytes", "Memory of a GPU.", lambda gpu: gpu.memory_mib, MIB),
+        ("memory_used_bytes", "Memory in use.", lambda gpu: gpu.memory_used_mib, MIB),
+        ("power_watts", "Power it draws.", lambda gpu: gpu.power_w, 1),
+        ("power_limit_watts", "Power it may draw.", lambda gpu: gpu.power_limit_w, 1),
+        ("temperature_celsius", "Temperature.", lambda gpu: gpu.temperature_c, 1),
+        ("utilisation_ratio", "Part of the time it works.", lambda g: g.utilisation_percent, 0.01),
+        ("energy_joules_total", "Energy since its driver began.", lambda gpu: gpu.energy_j, 1),
+    )
+    for name, text, figure, factor in figures:
+        samples = tuple(
+            ({"gpu": str(gpu.index), "UUID": gpu.uuid, "name": gpu.name or ""},
+             None if (value := figure(gpu)) is None else value * factor)
+            for gpu in hardware.gpus
+        )  # fmt: skip
+        kind: Literal["gauge", "counter"] = "counter" if name.endswith("_total") else "gauge"
+        yield Metric(f"llm_manager_gpu_{name}", kind, text, samples)
+
+
+WATCHED_HEADERS: Final = ("Job", "Address", "State")
+ALERT_HEADERS: Final = ("Alert", "State", "Since", "What")
+
+
+def watched_rows(seen: Watched) -> list[list[str]]:
+    """A row for each target of Prometheus, those that do not answer first."""
+    return [
+        [each.job, each.address,
+         "up" if each.up else "not asked yet" if each.up is None else f"down: {each.fault}"]
+        for each in sorted(seen.targets, key=lambda t: (t.up is True, t.job, t.address))
+    ]  # fmt: skip
+
+
+def alert_rows(seen: Watched) -> list[list[str]]:
+    """A row for each alert, the firing ones first."""
+    return [
+        [each.name, each.state, f"{each.since:%Y-%m-%d %H:%M} UTC", each.text]
+        for each in sorted(seen.alerts, key=lambda a: (a.state != "firing", a.name, a.text))
+    ]
+
+
 # =============================================================================
 # §21 Hardware views — pure: GPUs, slices and restores as the operator sees them
 # =============================================================================
@@ -15335,6 +15506,11 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
+def disk_bytes(path: Path) -> int:
+    """All that the disk there can hold."""
+    return shutil.disk_usage(path).total
+
+
 # =============================================================================
 # §27 Containers — effects: Docker
 # =============================================================================
@@ -16179,6 +16355,7 @@ class Probes(Protocol):
         self, seen: ObservedContainer, key: pydantic.SecretStr
     ) -> GatewayFigures | None: ...
     def answers(self, seen: ObservedContainer, wanted: EngineAnswers, seconds: float) -> bool: ...
+    def watched(self, seen: ObservedContainer) -> Watched | None: ...
 
 
 HEALTH: Final[Mapping[str, HttpAnswers]] = {
@@ -16289,6 +16466,12 @@ class HttpProbes:
             return parse_figures(answer.raise_for_status().text)
         except httpx.HTTPError:
             return None
+
+    def watched(self, seen: ObservedContainer) -> Watched | None:
+        """What Prometheus sees; None where it does not say."""
+        targets = self._ok(seen, PROMETHEUS_PORT, "/api/v1/targets?state=active")
+        alerts = self._ok(seen, PROMETHEUS_PORT, "/api/v1/alerts")
+        return parse_watched(targets.json(), alerts.json()) if targets and alerts else None
 
     def answers(self, seen: ObservedContainer, wanted: EngineAnswers, seconds: float) -> bool:
         """Whether an engine answers the smallest request of its kind within that time."""
@@ -21511,6 +21694,44 @@ class Traffic:
         return Trial(target=target, reply=client.send(request, key), edge_seconds=edge_seconds)
 
 
+class Monitoring:
+    """What Prometheus sees, and what it reads of this program."""
+
+    def __init__(self, store: StateStore, tools: Tools) -> None:
+        self._store = store
+        self._tools = tools
+
+    def look(self) -> Watched:
+        """What is scraped, and which alerts hold."""
+        seen = self._tools.containers.look(monitor_name(self._store.load(), "prometheus"))
+        watched = self._tools.probes.watched(seen) if seen and seen.running else None
+        if watched is None:
+            raise ManagerError(
+                "Prometheus does not answer.", advice="Is it on? `config set --monitoring on`."
+            )
+        return watched
+
+    def metrics(self, snapshot: Snapshot) -> str:
+        """Figures of this program in Prometheus' text format."""
+        home = self._store.home
+        return render_metrics(manager_metrics(snapshot, free_bytes(home), disk_bytes(home)))
+
+    def admits(self, shown: str) -> bool:
+        """Whether this bearer may read them: Prometheus' own token, or an admin's."""
+        state, digest = self._store.load(), sha256(shown.encode()).hexdigest()
+        known = [hash_of(metrics_token(state)), *(token.sha256 for token in state.admin_tokens)]
+        return any(hmac.compare_digest(digest, each) for each in known)
+
+    def wished_address(self) -> tuple[str, int] | None:
+        """Where containers read them; None where monitoring is off or Docker is not there."""
+        state = self._store.load()
+        if not state.monitoring:
+            return None
+        with contextlib.suppress(ManagerError):
+            return self._tools.containers.host_address(), state.monitoring_settings.metrics_port
+        return None
+
+
 class Usage:
     """What was used, as LiteLLM's tables in PostgreSQL tell it."""
 
@@ -21945,6 +22166,7 @@ class Manager(ChangeRunner):
         self.benchmarks = Benchmarks(store, tools, self.start_task)
         self.usage = Usage(store, tools)
         self.energy = self.usage.energy
+        self.monitoring = Monitoring(store, tools)
 
     def cutting(self, gpu: str, wish: str) -> Change:
         """The change of one GPU to what was typed; see `cutting_as_typed`."""
@@ -23008,6 +23230,21 @@ def wants_csv(
 ) -> bool:
     """As the parameter says, else as the Accept header does."""
     return form == "csv" or (form is None and "text/csv" in request.headers.get("accept", ""))
+
+
+def build_metrics(manager: Manager, watch: Watch) -> fastapi.FastAPI:
+    """This program's own figures, for who shows a token; nothing else is there."""
+    app = fastapi.FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+
+    @app.get(METRICS_PATH)
+    def read_metrics(request: fastapi.Request) -> fastapi.Response:
+        scheme, _, shown = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not manager.monitoring.admits(shown):
+            return fastapi.Response(status_code=401, headers={"www-authenticate": "Bearer"})
+        text = manager.monitoring.metrics(watch.latest())
+        return fastapi.Response(text, media_type="text/plain; version=0.0.4")
+
+    return app
 
 
 class TokenGate:
@@ -25725,6 +25962,7 @@ def _add_model_options(sub: argparse.ArgumentParser, *, required: bool) -> None:
 
 
 YES_OR_NO: Final = ("yes", "no")
+ON_OR_OFF: Final = ("on", "off")
 
 
 def yes(choice: str | None) -> bool | None:
@@ -26127,6 +26365,30 @@ def add_database_commands(commands: Any) -> None:
     keep.add_argument("--dumps", type=positive, metavar="N", help="automatic ones that are kept")
 
 
+def add_monitoring_commands(commands: Any) -> None:
+    """`monitoring …`; the switch is `config set --monitoring`."""
+    group = commands.add_parser("monitoring", help="Prometheus and Grafana").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    show = group.add_parser("show", help="what is scraped, and which alerts hold")
+    show.set_defaults(command=command_monitoring_show)
+    show.add_argument("--json", action="store_true")
+    password = group.add_parser("password", help="of Grafana's admin")
+    password.set_defaults(command=command_monitoring_password)
+    change = group.add_parser("set", help="how much is kept, and who is told of alerts")
+    change.set_defaults(command=command_monitoring_set)
+    change.add_argument("--retention-days", type=positive, metavar="DAYS")
+    change.add_argument("--retention-gb", type=positive, metavar="GB", help="the lower one counts")
+    change.add_argument("--metrics-port", type=positive, metavar="PORT", help="for our own figures")
+    change.add_argument("--webhook", choices=ON_OR_OFF, help="on asks for its address")
+    change.add_argument("--mail", choices=ON_OR_OFF, help="on asks for the password, if any")
+    change.add_argument("--mail-to", default="", metavar="ADDRESS")
+    change.add_argument("--mail-from", default="", metavar="ADDRESS")
+    change.add_argument("--mail-server", default="", metavar="HOST:PORT")
+    change.add_argument("--mail-user", default="", metavar="NAME")
+    change.add_argument("--mail-starttls", choices=YES_OR_NO, default="yes")
+
+
 def add_config_commands(commands: Any) -> None:
     """`config …`."""
     config = commands.add_parser("config", help="the stored state").add_subparsers(
@@ -26134,7 +26396,7 @@ def add_config_commands(commands: Any) -> None:
     )
     config.add_parser("show").set_defaults(command=command_config_show)
     config.add_parser("check").set_defaults(command=command_config_check)
-    edge = config.add_parser("set", help="the HTTPS endpoint, and how energy is recorded")
+    edge = config.add_parser("set", help="the HTTPS endpoint, energy, and monitoring")
     edge.set_defaults(command=command_config_set)
     edge.add_argument("--hostname", action="append")
     edge.add_argument("--address", help="to listen on")
@@ -26153,6 +26415,7 @@ def add_config_commands(commands: Any) -> None:
     edge.add_argument(
         "--overhead", type=float, metavar="N", help="what the room takes beside (PUE)"
     )
+    edge.add_argument("--monitoring", choices=ON_OR_OFF, help="Prometheus and Grafana")
     token = config.add_parser("token", help="the Hugging Face token, from standard input")
     token.set_defaults(command=command_config_token)
 
@@ -26161,6 +26424,7 @@ def add_system_commands(commands: Any, add: Callable[..., Any]) -> None:
     """`config …`, `database …`, `image …`, `install`."""
     add_config_commands(commands)
     add_database_commands(commands)
+    add_monitoring_commands(commands)
     add_image_commands(commands)
     add_token_commands(commands)
     audit = add("audit", command_audit, "who changed what when, by console, command line or API")
@@ -26313,7 +26577,9 @@ def command_serve(arguments: argparse.Namespace) -> int:
                 manager.start(restoring())
         except BusyError as error:
             log.warning("%s", error)
-    app = build_app(manager, Watch(manager))
+    watch = Watch(manager)
+    app = build_app(manager, watch)
+    MetricsServer(manager, watch)
     config = uvicorn.Config(app, log_level="warning", log_config=None, timeout_graceful_shutdown=3)
     if sys.stdout.isatty():  # the journal must not hold the token
         out(f"LLM Manager: {console_url(state, arguments.port)}")
@@ -26331,6 +26597,47 @@ def command_serve(arguments: argparse.Namespace) -> int:
     os._exit(DONE)
 
 
+class MetricsServer:
+    """A thread that serves this program's figures to containers, while monitoring is on.
+
+    The console listens on loopback, which no container reaches: this has a port of its own, on the
+    address by which containers know this server.
+    """
+
+    def __init__(self, manager: Manager, watch: Watch) -> None:
+        self._manager = manager
+        self._app = build_metrics(manager, watch)
+        self._at: tuple[str, int] | None = None
+        self._server: uvicorn.Server | None = None
+        threading.Thread(target=self._run, name="metrics", daemon=True).start()
+
+    def _run(self) -> None:
+        said = ""
+        while True:
+            try:
+                self._follow(self._manager.monitoring.wished_address())
+                said = ""
+            except (ManagerError, OSError) as error:
+                if str(error) != said:
+                    log.warning("Prometheus cannot read this program's figures: %s", error)
+                said = str(error)
+            time.sleep(METRICS_SECONDS)
+
+    def _follow(self, wished: tuple[str, int] | None) -> None:
+        if wished == self._at:
+            return
+        if self._server is not None:
+            self._server.should_exit = True
+        self._at = self._server = None
+        if wished is not None:
+            listener = socket.create_server(wished)
+            server = uvicorn.Server(uvicorn.Config(self._app, log_level="warning"))
+            sockets = {"sockets": [listener]}
+            threading.Thread(target=server.run, kwargs=sockets, name="figures", daemon=True).start()
+            self._at, self._server = wished, server
+
+
+METRICS_SECONDS: Final = 2.0
 BREAK_OFF_SECONDS: Final = 20.0  # less than systemd waits
 
 
@@ -27155,6 +27462,53 @@ def command_database_set(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def command_monitoring_show(arguments: argparse.Namespace) -> int:
+    manager = open_manager()
+    seen = manager.monitoring.look()
+    if arguments.json:
+        out_json(asdict(seen))
+        return DONE
+    out_table(WATCHED_HEADERS, watched_rows(seen))
+    out_table(ALERT_HEADERS, alert_rows(seen))
+    return DONE
+
+
+def command_monitoring_password(_: argparse.Namespace) -> int:
+    out(grafana_password(open_manager().state()).get_secret_value())
+    return DONE
+
+
+def command_monitoring_set(arguments: argparse.Namespace) -> int:
+    given = {
+        "retention_days": arguments.retention_days,
+        "retention_gb": arguments.retention_gb,
+        "metrics_port": arguments.metrics_port,
+    }
+    changes: Json = {key: value for key, value in given.items() if value is not None}
+    if arguments.webhook is not None:
+        on = arguments.webhook == "on"
+        changes["webhook"] = secret_line("Webhook's address: ") if on else None
+    if arguments.mail is not None:
+        changes["mail"] = _mail_settings(arguments) if arguments.mail == "on" else None
+    open_manager().save(switching_monitoring(changes=changes))
+    out("Saved. Next: llm_manager.py plan")
+    return DONE
+
+
+def _mail_settings(arguments: argparse.Namespace) -> Json:
+    """Never an argument: the password would be visible to every user of the server."""
+    return {
+        "to": arguments.mail_to,
+        "sender": arguments.mail_from,
+        "server": arguments.mail_server,
+        "username": arguments.mail_user,
+        "password": (secret_line("Password of the mail server: ") or None)
+        if arguments.mail_user
+        else None,
+        "starttls": arguments.mail_starttls == "yes",
+    }
+
+
 def command_config_show(_: argparse.Namespace) -> int:
     shown = asdict(open_manager().state())
     out_json(shown)  # a SecretStr prints as stars
@@ -27184,6 +27538,7 @@ def command_config_set(arguments: argparse.Namespace) -> int:
             arguments.email,
             arguments.acme_directory,
         )
+    manager = open_manager()
     changes = {key: value for key, value in given.items() if value is not None}
     energy = {
         "period_seconds": arguments.energy_period,
@@ -27195,7 +27550,9 @@ def command_config_set(arguments: argparse.Namespace) -> int:
     manager = open_manager()
     if energy:
         manager.save(setting_energy(energy))
-    if changes or not energy:
+    if arguments.monitoring is not None:
+        manager.save(switching_monitoring(on=arguments.monitoring == "on"))
+    if changes or not (energy or arguments.monitoring):
         manager.save(configuring_edge(changes))
     out("Saved. Next: llm_manager.py plan")
     return DONE

@@ -181,6 +181,7 @@ class World:
     loads: dict[str, lm.EngineLoad] = field(default_factory=dict)  # of engines, by container
     hung: set[str] = field(default_factory=set)  # engines that answer no request
     figures: dict[str, lm.GatewayFigures] = field(default_factory=dict)  # of gateways
+    watched: lm.Watched | None = None  # what Prometheus sees
     tables: str = "tables, keys"  # LiteLLM's database: its tables, then what is in them
     loaded_dump: str | None = None  # the database beside it that a dump was loaded into
     former: str | None = None  # the one that was LiteLLM's before
@@ -631,6 +632,10 @@ class FakeProbes:
 
     def figures(self, seen: lm.ObservedContainer, key: SecretStr) -> lm.GatewayFigures | None:  # noqa: ARG002
         return self.world.figures.get(seen.name)
+
+    def watched(self, seen: lm.ObservedContainer) -> lm.Watched | None:
+        empty = lm.Watched(targets=(), alerts=())
+        return (self.world.watched or empty) if self._answers(seen.name) else None
 
     def answers(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from builders import (
     as_wished,
     but,
     ended,
+    on_gpus,
     the,
 )
 from fake_gpus import SimulatedGpus, a_card
 from fakes import Server, Trouble
+from starlette.testclient import TestClient
 
 import llm_manager as lm
 
@@ -249,3 +252,104 @@ def test_a_webhook_is_a_web_address(address: str) -> None:
     with pytest.raises(lm.InvalidError) as caught:
         lm.parse_monitoring({"webhook": address})
     assert address not in str(caught.value)
+
+
+NOW = datetime(2026, 11, 22, 3, tzinfo=UTC)
+A_DUMP = lm.Dump(file="litellm-20261122T020000Z.dump", size_bytes=1, taken_at=NOW)
+BUSY_GPU = lm.Gpu(
+    uuid=GPU_0, index=0, name="A100", memory_mib=40960, memory_used_mib=20480, temperature_c=61,
+    utilisation_percent=50, power_w=250.0, power_limit_w=400.0, energy_j=1e9,
+)  # fmt: skip
+
+
+def a_snapshot() -> lm.Snapshot:
+    """All that can be known: a model on a GPU, one that hangs, a database, a dump."""
+    state = a_state(
+        a_model("chat", wish="running", placement=on_gpus(GPU_0)), a_model("off"), monitoring=True
+    )
+    hardware = lm.Hardware(gpus=(BUSY_GPU,))
+    observed = as_wished(
+        state, hardware=hardware, certificate=lm.Certificate(pem="x", expires_at=NOW)
+    )
+    size = lm.DatabaseSize(
+        database_bytes=5, spend_log_bytes=1, spend_log_rows=1, oldest_row_at=NOW, free_bytes=7
+    )
+    return lm.Snapshot(
+        taken_at=NOW, shown_at=NOW, state=state, observed=observed,
+        plan=plan(state, observed), hardware=hardware, database=size, dumps=(A_DUMP,),
+        hung={lm.ModelName("chat"): "it hangs"},
+    )  # fmt: skip
+
+
+def test_the_managers_own_figures(golden: Golden) -> None:
+    metrics = lm.manager_metrics(a_snapshot(), disk_free=100, disk_size=1000)
+    golden("metrics.txt", lm.render_metrics(metrics))
+
+
+def test_what_is_not_known_has_no_sample() -> None:
+    nothing = lm.Snapshot(taken_at=NOW, state=None, observed=None, plan=None)
+    shown = lm.render_metrics(lm.manager_metrics(nothing, 1, 2))
+    assert {line.split("{")[0].split()[0] for line in shown.splitlines() if line[0] != "#"} == {
+        "llm_manager_disk_free_bytes", "llm_manager_disk_size_bytes", "llm_manager_backups",
+        "llm_manager_jobs", "llm_manager_seconds_since_look",
+    }  # fmt: skip
+
+
+def test_every_figure_that_a_query_names_is_one_that_the_manager_has() -> None:
+    metrics = lm.manager_metrics(a_snapshot(), disk_free=100, disk_size=1000)
+    known = {metric.name for metric in metrics if any(v is not None for _, v in metric.samples)}
+    queries = [rule.query for rule in lm.ALERT_RULES]
+    queries += [q for board in lm.BOARDS for panel in board.panels for q, _ in panel.queries]
+    assert {name for query in queries for name in re.findall(r"llm_manager_\w+", query)} <= known
+
+
+def test_what_prometheus_sees_is_read_as_it_says_it() -> None:
+    targets = {"data": {"activeTargets": [
+        {"labels": {"job": "engine", "instance": "a:8000"}, "health": "up", "lastError": ""},
+        {"labels": {"job": "gpu", "instance": "g:9400"}, "health": "down", "lastError": "refused"},
+        {"labels": {"job": "gpu", "instance": "h:9400"}, "health": "unknown", "lastError": ""},
+    ]}}  # fmt: skip
+    alerts = {"data": {"alerts": [
+        {"labels": {"alertname": "GpuHot"}, "state": "pending", "annotations": {"summary": "90"},
+         "activeAt": "2026-11-22T03:00:00.123456789Z", "value": "9e+01"},
+        {"labels": {"alertname": "ModelDown"}, "state": "firing", "annotations": {},
+         "activeAt": "2026-11-22T03:00:00Z", "value": "0"},
+    ]}}  # fmt: skip
+    seen = lm.parse_watched(targets, alerts)
+    assert lm.watched_rows(seen) == [
+        ["gpu", "g:9400", "down: refused"],
+        ["gpu", "h:9400", "not asked yet"],
+        ["engine", "a:8000", "up"],
+    ]
+    assert [row[:3] for row in lm.alert_rows(seen)] == [
+        ["ModelDown", "firing", "2026-11-22 03:00 UTC"],
+        ["GpuHot", "pending", "2026-11-22 03:00 UTC"],
+    ]
+
+
+def test_the_figures_are_for_who_shows_a_token(server_of_one: Server) -> None:
+    manager = server_of_one.manager
+    token, secret = lm.new_admin_token("grafana")
+    manager.save(lm.granting_token(token))
+    client = TestClient(lm.build_metrics(manager, lm.Watch(manager, seconds=3600)))
+    own = lm.metrics_token(manager.state()).get_secret_value()
+    for shown in (own, secret.get_secret_value()):
+        answer = client.get("/metrics", headers={"Authorization": f"Bearer {shown}"})
+        assert answer.status_code == 200
+        assert "llm_manager_disk_free_bytes" in answer.text
+    master = manager.state().secrets.master_key.get_secret_value()
+    for wrong in ("", "Bearer ", f"Bearer {master}", f"Basic {own}", "Bearer \xe9"):
+        answer = client.get("/metrics", headers=[(b"authorization", wrong.encode("latin-1"))])
+        assert answer.status_code == 401
+        assert not answer.text
+    assert client.get("/", headers={"Authorization": f"Bearer {own}"}).status_code == 404
+
+
+def test_the_figures_have_an_address_only_while_monitoring_is_on(server_of_one: Server) -> None:
+    manager = server_of_one.manager
+    assert manager.monitoring.wished_address() == ("127.0.0.1", 7869)
+    server_of_one.world.docker_answers = False
+    assert manager.monitoring.wished_address() is None
+    server_of_one.world.docker_answers = True
+    manager.save(lm.switching_monitoring(on=False))
+    assert manager.monitoring.wished_address() is None

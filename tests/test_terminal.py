@@ -239,9 +239,11 @@ def drawn(snapshot: lm.Snapshot, width: int, height: int, **console: Any) -> str
     return re.sub(r" +$", "", screen.file.getvalue(), flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize(("width", "height"), [(80, 24), (160, 50)])
-def test_the_board_fits_its_terminal(golden: Golden, width: int, height: int) -> None:
-    golden(f"top-{width}x{height}.txt", drawn(a_busy_server(), width, height))
+@pytest.mark.parametrize(
+    ("width", "height", "name"), [(80, 24, "top-80x24.txt"), (160, 50, "top-160x50.txt")]
+)
+def test_the_board_fits_its_terminal(golden: Golden, width: int, height: int, name: str) -> None:
+    golden(name, drawn(a_busy_server(), width, height))
 
 
 @given(width=st.integers(1, 200), height=st.integers(1, 60), models=st.integers(0, 40))
