@@ -5369,6 +5369,28 @@ def styled(lines: bytes, style: CsvStyle) -> bytes:
     return lines.translate(bytes.maketrans(SEPARATOR + DECIMAL, marks))
 
 
+def energy_within(lines: bytes, model: str, start: float, end: float) -> int | None:
+    """The millijoules of a model between two moments, out of lines as `sample_line` makes them.
+
+    A sample that reaches over an end counts by its part. None where the samples do not cover the
+    time, on each GPU of each replica: nobody looked, or what was seen is not written yet.
+    """
+    taken, covered = 0.0, Counter[tuple[str, str]]()
+    for line in styled(lines, CsvStyle(separator="\t")).decode().splitlines():
+        moment, seconds, gpu, who, replica, joules, *_ = line.split("\t")
+        begin = datetime.fromisoformat(f"{moment}+00:00").timestamp()
+        length = float(seconds)
+        inside = min(end, begin + length) - max(start, begin)
+        if who == model and inside > 0:
+            covered[gpu, replica] += inside  # type: ignore[assignment]  # of seconds
+            taken += float(joules) * inside / length
+    whole = covered and min(covered.values()) >= COVERED_PART * (end - start)
+    return round(1000 * taken) if whole else None
+
+
+COVERED_PART: Final = 0.98
+
+
 def by_the_hour(share: EnergyShare) -> list[EnergyShare]:
     """A gap in each hour that it lies in; what was measured is whole in the hour it began in."""
     pieces, start, end = [], share.start, share.start + share.seconds
@@ -7225,6 +7247,7 @@ MONITOR_HEALTH: Final[Mapping[str, HttpAnswers]] = {
     "grafana": HttpAnswers(3000, "/api/health"),
     "dcgm-exporter": HttpAnswers(9400, "/health"),
 }
+ON_OR_OFF: Final = ("on", "off")
 MONITOR_START_SECONDS: Final = 300.0  # Prometheus reads its journal first
 SCRAPE_SECONDS: Final = 15
 METRICS_PATH: Final = "/metrics"
@@ -7329,13 +7352,12 @@ def _alertmanager(shared: ContainerSpec, state: State, folder: str) -> Container
 
 
 def _grafana(shared: ContainerSpec, state: State, folder: str) -> ContainerSpec:
-    data, edge = f"{state.name_prefix}llm-grafana-data", state.edge
-    https = "" if edge.https_port == 443 else f":{edge.https_port}"  # noqa: PLR2004 - HTTPS
+    data = f"{state.name_prefix}llm-grafana-data"
     return replace(
         shared,
         environment={
             **GRAFANA_SETTINGS,
-            "GF_SERVER_ROOT_URL": f"https://{edge.hostnames[0]}{https}/grafana/",
+            "GF_SERVER_ROOT_URL": grafana_url(state.edge),
             "GF_SECURITY_ADMIN_PASSWORD": grafana_password(state),
             # Without one of its own it encrypts with a key that everybody knows.
             "GF_SECURITY_SECRET_KEY": derived_secret(state, "grafana data"),
@@ -7348,6 +7370,12 @@ def _grafana(shared: ContainerSpec, state: State, folder: str) -> ContainerSpec:
         memory_mib=1024,
         content_hash=_hash_of(*_grafana_sources(state).values()),
     )
+
+
+def grafana_url(edge: Edge) -> str:
+    """Where its pages are."""
+    https = "" if edge.https_port == 443 else f":{edge.https_port}"  # noqa: PLR2004 - HTTPS
+    return f"https://{edge.hostnames[0]}{https}/grafana/"
 
 
 # Nobody but its admin, nothing from elsewhere, and no word to anybody.
@@ -12323,6 +12351,39 @@ def _gpu_metrics(hardware: Hardware) -> Iterator[Metric]:
         yield Metric(f"llm_manager_gpu_{name}", kind, text, samples)
 
 
+PART_HEADERS: Final = ("Part", "Image", "State")
+
+
+def monitoring_text(snapshot: Snapshot) -> str:
+    """Whether it is on, where its dashboards are, and who is told, for the console."""
+    state = snapshot.state
+    if state is None or not state.monitoring:
+        return "Monitoring is off."
+    settings, address = state.monitoring_settings, grafana_url(state.edge)
+    told = [where for where, known in (("a webhook", settings.webhook), ("mail", settings.mail))
+            if known is not None]  # fmt: skip
+    return (
+        f"Monitoring is on. Dashboards: [{address}]({address}), as `admin` with what"
+        " `llm_manager.py monitoring password` prints. Series are kept for"
+        f" {settings.retention_days} days or {settings.retention_gb} GB. Alerts go to"
+        f" {' and '.join(told) or 'nobody'}."
+    )
+
+
+def part_rows(snapshot: Snapshot) -> list[list[str]]:
+    """A row for each part that is wished."""
+    state, observed = snapshot.state, snapshot.observed
+    if state is None or observed is None:
+        return []
+    return [
+        [role, str(getattr(state.images, role.replace("-", "_"))),
+         "not there" if seen is None else "ready" if seen.ready
+         else "does not answer" if seen.running else "stopped"]
+        for role in monitor_roles(state, observed.hardware)
+        for seen in [observed.containers.get(monitor_name(state, role))]
+    ]  # fmt: skip
+
+
 WATCHED_HEADERS: Final = ("Job", "Address", "State")
 ALERT_HEADERS: Final = ("Alert", "State", "Since", "What")
 
@@ -14171,7 +14232,7 @@ def _energy_cells(row: EnergySum) -> list[str]:
 
 
 def format_kwh(energy_mj: int) -> str:
-    return f"{energy_mj / KWH_MJ:,.4f}"
+    return f"{energy_mj / KWH_MJ:,.4f}" if energy_mj else "0"
 
 
 def format_costs(costs: Mapping[str, float]) -> str:
@@ -14179,7 +14240,9 @@ def format_costs(costs: Mapping[str, float]) -> str:
 
 
 def format_per_token(joules: float | None) -> str:
-    return "" if joules is None else f"{joules:,.3g}"
+    if joules is None:
+        return ""
+    return f"{joules:,.0f}" if joules >= 100 else f"{joules:.3g}"  # noqa: PLR2004 - three digits
 
 
 def energy_facts(row: EnergySum | EnergySession) -> Json:
@@ -14265,12 +14328,12 @@ def energy_stack(parts: Iterable[EnergyPart]) -> list[tuple[str, str, float]]:
     return [(*key, energy_mj / KWH_MJ) for key, energy_mj in sums.items()]
 
 
-PER_TOKEN_COLUMNS: Final = (" ", "model", "J per output token")  # of `tokens_by_model`
+PER_TOKEN_COLUMNS: Final = (" ", "model", "J per token")  # of `tokens_by_model`
 
 
 def tokens_by_model(report: EnergyReport) -> list[tuple[str, str, float]]:
-    """For a plot of a report by model: those that made tokens, the thirstiest first."""
-    told = [(row.name, row.joules_per_output_token) for row in report.rows]
+    """For a plot of a report by model: those that read or made tokens, the thirstiest first."""
+    told = [(row.name, row.joules_per_token) for row in report.rows]
     known = [(name, joules) for name, joules in told if joules is not None]
     known.sort(key=lambda each: -each[1])
     return [(name, name, joules) for name, joules in known[:MOST_BARS]]
@@ -14283,15 +14346,15 @@ def live_energy_html(seen: Snapshot) -> str:
         return f'<p class="watts-trouble">{html.escape(live.trouble)}</p>'
     gpus = {str(gpu.uuid): f"GPU {gpu.index} {gpu.name}" for gpu in seen.hardware.gpus}
     lines = [
-        f"<tr><th>{html.escape(gpus.get(gpu, gpu))}</th><td>{_watts_text(watts)}</td>"
-        f"<td>{watts_svg(live.past.get(gpu, ()))}</td></tr>"
+        f"<div><b>{html.escape(gpus.get(gpu, gpu))}</b><span>{_watts_text(watts)}</span>"
+        f"{watts_svg(live.past.get(gpu, ()))}</div>"
         for gpu, watts in live.gpu_watts.items()
     ]
     if not lines:
         return "<p>No GPU is looked at: there is none, or the manager's service has just begun.</p>"
     takers = sorted(live.model_watts.items(), key=lambda each: (each[0] == NOBODY, -each[1]))
     shares = ", ".join(f"{html.escape(who or IDLE)} {watts:,.0f} W" for who, watts in takers)
-    return f'<table class="watts">{"".join(lines)}</table><p>Now: {shares or "nothing known"}.</p>'
+    return f'<div class="watts">{"".join(lines)}</div><p>Now: {shares or "nothing known"}.</p>'
 
 
 def _watts_text(watts: float | None) -> str:
@@ -14318,11 +14381,11 @@ def watts_svg(past: Sequence[float | None]) -> str:
 
 
 WATTS_STYLE: Final = """
-.watts { border-collapse: collapse; width: 100%; color: var(--body-text-color); }
-.watts th { text-align: left; font-weight: 600; white-space: nowrap; padding: 4px 24px 4px 0; }
-.watts td { white-space: nowrap; padding: 4px 24px 4px 0; text-align: right; }
-.watts td:last-child { width: 100%; padding-right: 0; }
-.watts svg { display: block; width: 100%; height: 32px;
+.watts { color: var(--body-text-color); }
+.watts > div { display: grid; grid-template-columns: minmax(180px, max-content) 90px minmax(0, 1fr);
+  gap: 4px 20px; align-items: center; padding: 4px 0; }
+.watts span { text-align: right; }
+.watts svg { display: block; width: 100%; height: 32px; border-radius: 4px;
   background: var(--background-fill-secondary); }
 .watts path { fill: none; stroke: var(--color-accent); stroke-width: 1.5;
   vector-effect: non-scaling-stroke; }
@@ -14356,8 +14419,8 @@ def energy_files_html(first: date, last: date, style: str) -> str:
 
 
 SESSION_HEADERS: Final = (
-    "Model", "Replica", "From (UTC)", "To (UTC)", "kWh", "Mean (W)", "Peak (W)", "Tokens in",
-    "Tokens out", "Requests", "J per output token", "J per token", "Cost", "CO₂ (kg)", "Method",
+    "Replica", "From, to (UTC)", "kWh", "Mean, peak (W)", "Tokens in, out", "Requests",
+    "J per output token, per any", "Cost", "CO₂ (kg)", "Method",
 )  # fmt: skip
 
 
@@ -14365,16 +14428,22 @@ def session_rows(sessions: Sequence[EnergySession]) -> list[list[str]]:
     """One row per session."""
     return [
         [
-            s.model, str(s.replica), f"{s.start:%Y-%m-%d %H:%M}",
-            f"{s.end:%Y-%m-%d %H:%M}" if s.end else "still on", format_kwh(s.energy_mj),
-            "" if s.mean_w is None else f"{s.mean_w:,.0f}", f"{s.peak_w:,.0f}",
-            f"{s.prompt_tokens:,}", f"{s.completion_tokens:,}", f"{s.requests:,}",
-            format_per_token(s.joules_per_output_token), format_per_token(s.joules_per_token),
-            format_costs(s.costs), "" if s.co2_grams is None else f"{s.co2_grams / 1000:,.3f}",
-            s.method,
+            f"{s.model} {s.replica}",
+            f"{s.start:%Y-%m-%d %H:%M}, {f'{s.end:%Y-%m-%d %H:%M}' if s.end else 'still on'}",
+            format_kwh(s.energy_mj), f"{_some(s.mean_w, '.0f')}, {s.peak_w:,.0f}",
+            f"{s.prompt_tokens:,}, {s.completion_tokens:,}", f"{s.requests:,}",
+            ", ".join(
+                format_per_token(each) or "-"
+                for each in (s.joules_per_output_token, s.joules_per_token)
+            ),
+            format_costs(s.costs), _some(s.co2_grams and s.co2_grams / 1000, ".3f"), s.method,
         ]
         for s in sessions
     ]  # fmt: skip
+
+
+def _some(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:,{form}}"
 
 
 # --- the whole server: for programs, and in a terminal ------------------------------
@@ -17614,6 +17683,14 @@ class EnergyReader:
             )
             while batch := rows.fetchmany(BLOCKS):
                 yield styled(b"".join(lines for (lines,) in batch), style)
+
+    def taken(self, model: str, start: float, end: float) -> int | None:
+        """The millijoules of a model between two moments; None where samples do not tell."""
+        first = int(start // 60 - 1) * 60_000  # a block goes on after its minute
+        with self._reading() as db:
+            rows = db.execute("SELECT lines FROM samples WHERE id BETWEEN ? AND ?",
+                              (first, int(end) * 1000 + 59_999))  # fmt: skip
+            return energy_within(b"".join(lines for (lines,) in rows), model, start, end)
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
@@ -21508,7 +21585,7 @@ class Benchmarks:
 
     def __init__(
         self, store: StateStore, tools: Tools, start_task: StartTask,
-        energy_between: EnergyBetween = lambda *_: None,
+        energy_between: EnergyBetween,
     ) -> None:  # fmt: skip
         self._store = store
         self._tools = tools
@@ -21639,7 +21716,9 @@ class Benchmarks:
             raise self._fault(target, concurrency, error) from error
         ended = began + timedelta(seconds=rung.seconds)
         others = before.running + before.waiting if before else None
-        return replace(rung, others=others, energy_mj=self._energy_between(name, began, ended))
+        on_gpu = bool(target.engine.devices)
+        taken = self._energy_between(name, began, ended) if on_gpu else None
+        return replace(rung, others=others, energy_mj=taken)
 
     def _fault(
         self, target: BenchmarkTarget, concurrency: int, error: ContainerFailedError
@@ -21794,12 +21873,24 @@ class Usage:
         return usage_tables(self._store.load(), self._tools.containers.observe().containers)
 
 
+WRITTEN_SECONDS: Final = round(COMMIT_SECONDS) + 3
+
+
 class Energy:
     """What GPUs took, and whose it was, out of energy.sqlite and LiteLLM's tables of use."""
 
     def __init__(self, records: EnergyReader, tables: Callable[[], UsageTables]) -> None:
         self._records = records
         self._tables = tables
+
+    def between(self, model: ModelName, start: datetime, end: datetime) -> int | None:
+        """The millijoules of a model until just now; waits for the sampler to have written them."""
+        for _ in range(WRITTEN_SECONDS):
+            taken = self._records.taken(model, start.timestamp(), end.timestamp())
+            if taken is not None:
+                return taken
+            time.sleep(1)
+        return None
 
     def report(self, query: EnergyQuery) -> EnergyReport:
         """The energy of a range by its grouping. Raises EnergyRecordsError, DatabaseError."""
@@ -22163,9 +22254,9 @@ class Manager(ChangeRunner):
         self.proofs = Proofs(store, tools, self.keys, self.start_task)
         self.traffic = Traffic(store, tools, self.proofs)
         self.database = DatabaseCare(store, tools, self.start_task)
-        self.benchmarks = Benchmarks(store, tools, self.start_task)
         self.usage = Usage(store, tools)
         self.energy = self.usage.energy
+        self.benchmarks = Benchmarks(store, tools, self.start_task, self.energy.between)
         self.monitoring = Monitoring(store, tools)
 
     def cutting(self, gpu: str, wish: str) -> Change:
@@ -22239,6 +22330,10 @@ class Manager(ChangeRunner):
             return self._tools.probes.answers(engine, wanted, seconds)
         except RefusedError:
             return True
+
+    def energy_records(self) -> EnergyRecords:
+        """What the sampler writes to; there may be one at a time."""
+        return EnergyRecords(self._store.home / ENERGY_FILE)
 
     def energy_meter(self, records: EnergySink) -> EnergyMeter:
         """What looks at this server's GPUs for those records."""
@@ -22773,6 +22868,11 @@ class Watch:
         )
         watching = manager.audit.acting_as(ITSELF)(self._run)
         threading.Thread(target=watching, name="watch", daemon=True).start()
+
+    def close(self) -> None:
+        """Let what is recorded reach the disk."""
+        if self.sampler is not None:
+            self.sampler.close()
 
     def latest(self) -> Snapshot:
         """The last look at the world, with the jobs as they are now."""
@@ -25351,22 +25451,22 @@ def build_energy_settings(desk: Desk) -> None:
     def on_save(period: float, price: float | None, co2: float | None, overhead: float) -> str:
         with shown_to_operator():
             given = {
-                "period_seconds": period, "price_per_kwh": price, "co2_grams_per_kwh": co2,
-                "overhead": overhead,
+                "period_seconds": period, "price_per_kwh": price or None,
+                "co2_grams_per_kwh": co2 or None, "overhead": overhead,
             }  # fmt: skip
             desk.manager.save(setting_energy(given))
             return done_at("Saved, for what is recorded from now on.")
 
     def stored(label: str, info: str, view: Callable[[EnergySettings], Any]) -> Any:
-        field = gr.Number(label=label, info=info)
-        return live(desk, field, lambda seen: seen.state and view(seen.state.energy))
+        number = gr.Number(label=label, info=info)
+        return live(desk, number, lambda seen: seen.state and (view(seen.state.energy) or 0))
 
     with gr.Accordion("Price, CO₂ and how often GPUs are looked at", open=False):
         with gr.Row():
             fields = [
                 stored("A look every (s)", "0.1 to 60", lambda kept: kept.period_seconds),
-                stored("Price of a kWh", "empty: unknown", lambda kept: kept.price_per_kwh),
-                stored("CO₂ of a kWh (g)", "empty: unknown", lambda kept: kept.co2_grams_per_kwh),
+                stored("Price of a kWh", "0: unknown", lambda kept: kept.price_per_kwh),
+                stored("CO₂ of a kWh (g)", "0: unknown", lambda kept: kept.co2_grams_per_kwh),
                 stored("Overhead (PUE)", "of the room, 1 is none", lambda kept: kept.overhead),
             ]
         save = gr.Button("Save")
@@ -25453,6 +25553,97 @@ def build_benchmark_results(desk: Desk, tab: gr.Tab) -> None:
     shown = [said, *plots, beside, rungs, links]
     for changed in (chosen.change, limit.change):
         changed(on_show, [chosen, limit], shown, **QUIET)
+
+
+def build_monitoring_tab(desk: Desk) -> None:
+    """The switch, what runs of it, what Prometheus sees, and who is told."""
+
+    def on_look() -> tuple[Any, ...]:
+        if not desk.manager.state().monitoring:
+            return [], []
+        with shown_to_operator():
+            seen = desk.manager.monitoring.look()
+            return alert_rows(seen), watched_rows(seen)
+
+    def switch(wished: str) -> Change:
+        return switching_monitoring(on=wished == "on")
+
+    with gr.Tab("Monitoring") as tab:
+        live(desk, gr.Markdown(), monitoring_text)
+        with gr.Row(elem_classes="actions"):
+            buttons = [gr.Button(f"Switch {wished}", scale=0, min_width=140)
+                       for wished in ON_OR_OFF]  # fmt: skip
+            look = gr.Button("Look again", scale=0, min_width=140)
+        card = build_plan_card(
+            desk, {"switch": switch, "set": lambda changes: switching_monitoring(changes=changes)}
+        )
+        live(desk, table(PART_HEADERS), part_rows)
+        shown = [table(ALERT_HEADERS), table(WATCHED_HEADERS)]
+        build_monitoring_form(desk, card)
+    for button, wished in zip(buttons, ON_OR_OFF, strict=True):
+        wire_plan(desk, button, gr.State(wished), card, "switch", switch)
+    look.click(on_look, None, shown, **PRIVATE)
+    tab.select(on_look, None, shown, **QUIET)
+
+
+def build_monitoring_form(desk: Desk, card: PlanCard) -> None:
+    """How much is kept and who is told; secrets that are left empty stay as they are."""
+
+    def known(read: Callable[[MonitoringSettings], Any]) -> View:
+        return lambda seen: read(seen.state.monitoring_settings) if seen.state else None
+
+    def mail(read: Callable[[MailAlerts], Any], default: Any = "") -> View:
+        return known(lambda settings: read(settings.mail) if settings.mail else default)
+
+    with gr.Accordion("What is kept, and who is told", open=False):
+        with gr.Row():
+            days = gr.Number(label="Days that series are kept", precision=0, minimum=1)
+            size = gr.Number(label="But no more than (GB)", precision=0, minimum=1)
+            port = gr.Number(label="Port of the manager's own figures", precision=0, minimum=1)
+        with gr.Row():
+            hook = gr.Checkbox(label="Alerts to a webhook")
+            url = gr.Textbox(label="Its address", type="password", placeholder="as it is")
+        with gr.Row():
+            mailed = gr.Checkbox(label="Alerts by mail")
+            to, sender = gr.Textbox(label="To"), gr.Textbox(label="From")
+            server = gr.Textbox(label="Mail server", placeholder="mail.lan:587")
+            user = gr.Textbox(label="User there")
+            password = gr.Textbox(label="Password", type="password", placeholder="as it is")
+            starttls = gr.Checkbox(label="STARTTLS", value=True)
+        plan = gr.Button("Plan these settings", variant="primary", scale=0, min_width=200)
+    for field_, view in (
+        (days, known(lambda settings: settings.retention_days)),
+        (size, known(lambda settings: settings.retention_gb)),
+        (port, known(lambda settings: settings.metrics_port)),
+        (hook, known(lambda settings: settings.webhook is not None)),
+        (mailed, known(lambda settings: settings.mail is not None)),
+        (to, mail(lambda known: known.to)),
+        (sender, mail(lambda known: known.sender)),
+        (server, mail(lambda known: known.server)),
+        (user, mail(lambda known: known.username)),
+        (starttls, mail(lambda known: known.starttls, default=True)),
+    ):
+        live(desk, field_, view)
+    typed = [days, size, port, hook, url, mailed, to, sender, server, user, password, starttls]
+    described = partial(monitoring_changes, desk.manager)
+    on_plan = plan_of(desk, "set", lambda changes: switching_monitoring(changes=changes), described)
+    plan.click(on_plan, typed, card.outputs, **PRIVATE)
+
+
+def monitoring_changes(manager: Manager, *typed: Any) -> Json:
+    """What of the form is to be changed; a secret is wrapped before it is kept for the plan."""
+    days, size, port, hook, url, mailed, to, sender, server, user, password, starttls = typed
+    known = manager.state().monitoring_settings
+    secret = pydantic.SecretStr(password) if password else known.mail and known.mail.password
+    mail = {
+        "to": to, "sender": sender, "server": server, "username": user, "password": secret,
+        "starttls": starttls,
+    }  # fmt: skip
+    return {
+        "retention_days": days, "retention_gb": size, "metrics_port": port,
+        "webhook": (pydantic.SecretStr(url) if url else known.webhook) if hook else None,
+        "mail": mail if mailed else None,
+    }  # fmt: skip
 
 
 def build_system_tab(desk: Desk) -> None:
@@ -25687,6 +25878,7 @@ def build_console(manager: Manager, watch: Watch) -> gr.Blocks:
             build_keys_tab(desk)
             build_energy_tab(desk)
             build_benchmark_tab(desk)
+            build_monitoring_tab(desk)
             build_system_tab(desk)
         wire_live(desk, app)
     return app
@@ -25962,7 +26154,6 @@ def _add_model_options(sub: argparse.ArgumentParser, *, required: bool) -> None:
 
 
 YES_OR_NO: Final = ("yes", "no")
-ON_OR_OFF: Final = ("on", "off")
 
 
 def yes(choice: str | None) -> bool | None:
@@ -26577,7 +26768,7 @@ def command_serve(arguments: argparse.Namespace) -> int:
                 manager.start(restoring())
         except BusyError as error:
             log.warning("%s", error)
-    watch = Watch(manager)
+    watch = Watch(manager, records=manager.energy_records)
     app = build_app(manager, watch)
     MetricsServer(manager, watch)
     config = uvicorn.Config(app, log_level="warning", log_config=None, timeout_graceful_shutdown=3)
@@ -26593,6 +26784,7 @@ def command_serve(arguments: argparse.Namespace) -> int:
     # A job may wait an hour for an engine; systemd must not. The next plan heals it, but no plan
     # knows of keys whose secrets nobody was told.
     manager.break_off(MAKING_KEYS, BREAK_OFF_SECONDS)
+    watch.close()
     logging.shutdown()
     os._exit(DONE)
 
