@@ -8058,21 +8058,25 @@ def gpu_devices(gpu: Gpu) -> dict[str, tuple[Slice | None, float]]:
     """What of a GPU a container can be given: its slices, or all of it, and how large that is."""
     if not gpu.mig_enabled or gpu.geometry is None:
         return {gpu.uuid: (None, 1.0)}
-    whole, sizes = gpu.geometry.compute_slices, {p.name: p for p in gpu.geometry.profiles}
+    whole = gpu.geometry.compute_slices
+    sizes = {profile.name: profile.compute_slices / whole for profile in gpu.geometry.profiles}
     return {
-        device.uuid: (device.slice, sizes[device.profile].compute_slices / whole)
+        device.uuid: (device.slice, sizes[device.profile])
         for device in gpu.slices or ()
         if device.uuid and device.profile in sizes
     }
 
 
 def gpu_tenants(gpu: Gpu, engines: Sequence[ObservedContainer]) -> list[GpuTenant]:
-    """Who is on a GPU: these engines by what Docker gave them, and whoever else computes there."""
+    """Who is on a GPU: these engines by what Docker gave them, and whoever else computes there.
+
+    A display server or a service does not count; a desktop takes next to nothing.
+    """
     found: list[GpuTenant] = []
     for device, (place, part) in gpu_devices(gpu).items():
         pids: dict[str, set[int]] = {}
         for client in gpu.clients or ():
-            if client.computes and client.slice == place:
+            if client.computes and client.slice == place and client.name not in SERVICES:
                 pids.setdefault(client.container_id or "", set()).add(client.pid)
         slice_uuid = "" if place is None else device
         found += [
@@ -15194,10 +15198,14 @@ class StateStore:
         return self.home / "logs" / f"{name}{'.previous' * previous}.log"
 
     def read_starts(self) -> dict[str, float]:
-        """Seconds until ready at each container's last start; what cannot be read is unknown."""
+        """Seconds until ready at each container's last start."""
+        return self._figures("starts.json")
+
+    def _figures(self, file: str) -> dict[str, float]:
+        """What cannot be read is unknown."""
         try:
-            found = json.loads((self.home / "starts.json").read_text())
-            return {str(name): float(seconds) for name, seconds in found.items()}
+            found = json.loads((self.home / file).read_text())
+            return {str(name): float(figure) for name, figure in found.items()}
         except (OSError, ValueError, TypeError, AttributeError):
             return {}
 
@@ -15206,6 +15214,14 @@ class StateStore:
         with self._noting, file_errors("note a start"):
             starts = self.read_starts() | {name: round(seconds, 1)}
             write_atomic(self.home / "starts.json", json.dumps(starts, indent=2, sort_keys=True))
+
+    def read_idle_watts(self) -> dict[str, float]:
+        """The least that each GPU was seen to take without a tenant, by UUID."""
+        return self._figures("idle.json")
+
+    def note_idle_watts(self, idle: Mapping[str, float]) -> None:
+        with contextlib.suppress(OSError):  # it is seen again
+            write_atomic(self.home / "idle.json", json.dumps(idle, indent=2, sort_keys=True))
 
     def read_measured(self) -> dict[str, Measured]:
         """What engines showed, by measurement key; what cannot be read is unknown."""
@@ -18767,9 +18783,8 @@ class GpuDriver(Protocol):
     def create_slice(self, gpu: GpuUuid, wanted: Slice) -> None: ...
     def destroy_slice(self, gpu: GpuUuid, wanted: Slice) -> None: ...
     def refresh_cdi(self) -> None: ...
-    def look(
-        self, shared: Mapping[GpuUuid, Collection[str]], *, keep_open: bool = True
-    ) -> Mapping[GpuUuid, GpuLook]: ...
+    def look(self, shared: Mapping[GpuUuid, Collection[str]]) -> Mapping[GpuUuid, GpuLook]: ...
+    def give_way(self) -> bool: ...
 
 
 HARDWARE_SECONDS: Final = 5.0
@@ -18821,23 +18836,17 @@ class NvmlGpus:
                 self._latest, self._taken = self._look(), now
             return self._latest
 
-    def look(
-        self, shared: Mapping[GpuUuid, Collection[str]], *, keep_open: bool = True
-    ) -> Mapping[GpuUuid, GpuLook]:
+    def look(self, shared: Mapping[GpuUuid, Collection[str]]) -> Mapping[GpuUuid, GpuLook]:
         """What each GPU has taken until now, and how busy these shared ones are; never raises.
 
         A shared GPU comes with its MIG devices, or with none where processes share it. Nothing is
         seen of a GPU that does not answer, nor of any while somebody changes a MIG mode.
         """
         with self._lock:
-            try:
-                return {} if self._is_taken() else self._meter.look(shared)
-            finally:
-                if not keep_open or self._is_taken():
-                    self._meter.close()
+            return {} if self.give_way() else self._meter.look(shared)
 
-    def _is_taken(self) -> bool:
-        """Whether a process, this one included, changes a MIG mode."""
+    def give_way(self) -> bool:
+        """Whether a process, this one included, changes a MIG mode: then no GPU is held open."""
         if self._turn is None:
             return False
         try:
@@ -18846,7 +18855,10 @@ class NvmlGpus:
             return False
         if handle is not None:
             handle.close()
-        return handle is None
+            return False
+        with self._lock:
+            self._meter.close()
+        return True
 
     @contextlib.contextmanager
     def _taking_turn(self) -> Iterator[None]:
@@ -22337,7 +22349,11 @@ class Manager(ChangeRunner):
 
     def energy_meter(self, records: EnergySink) -> EnergyMeter:
         """What looks at this server's GPUs for those records."""
-        return EnergyMeter(self._tools.gpus, records)
+        return EnergyMeter(self._tools.gpus, records, self._store)
+
+    def give_way(self) -> None:
+        """Let go of the GPUs where somebody changes a MIG mode."""
+        self._tools.gpus.give_way()
 
     def only_here(self, title: str) -> Callable[[], None]:
         """The right to do this alone, of all processes; BusyError where another one has it."""
@@ -22604,50 +22620,66 @@ CLOCK_WRONG_SECONDS: Final = 86400.0
 class EnergyMeter:
     """Joules by replica from looks at GPUs; of one thread, without clocks or threads of its own."""
 
-    def __init__(self, gpus: GpuDriver, records: EnergySink) -> None:
+    def __init__(self, gpus: GpuDriver, records: EnergySink, store: StateStore) -> None:
         self._gpus = gpus
         self._records = records
+        self._store = store
+        self._idle_w = store.read_idle_watts()  # the least that was seen without a tenant
         self._before: dict[GpuUuid, EnergyReading] = {}
         self._times: dict[GpuUuid, Timeline] = {}
-        self._idle_w: dict[GpuUuid, float] = {}  # the least that was seen without a tenant
+        self._seen: Snapshot | None = None
+        self._tenants: dict[GpuUuid, list[GpuTenant]] = {}
+        self._period = 0.0
         self.live = LiveEnergy()
 
     def sample(self, snapshot: Snapshot, settings: EnergySettings, now: float) -> None:
         """Look once, and record what was taken since the look before, with its rates."""
-        tenants = tenants_of(snapshot)
+        self._follow(snapshot)
         shared = {
-            gpu: {tenant.device for tenant in on_it if tenant.device}
-            for gpu, on_it in tenants.items()
-            if len(on_it) > 1 or any(tenant.device for tenant in on_it)
+            gpu: {tenant.device for tenant in tenants if tenant.device}
+            for gpu, tenants in self._tenants.items()
+            if len(tenants) > 1 or any(tenant.device for tenant in tenants)
         }
-        looks = self._gpus.look(shared, keep_open=settings.period_seconds <= KEPT_OPEN_SECONDS)
+        looks = self._gpus.look(shared)
+        # The look before may be of a longer period than today's.
+        period, self._period = max(settings.period_seconds, self._period), settings.period_seconds
         shares = [
-            share
-            for gpu, look in looks.items()
-            for share in self._shares(gpu, look, tenants.get(gpu, ()), settings, now)
+            share for gpu, look in looks.items() for share in self._shares(gpu, look, period, now)
         ]
         self.live = live_energy(shares, self._before, self.live.past)
         if shares:
             self._records.add(shares, energy_rates(snapshot.state, settings))
 
-    def _shares(
-        self, gpu: GpuUuid, look: GpuLook, tenants: Sequence[GpuTenant],
-        settings: EnergySettings, now: float,
-    ) -> list[EnergyShare]:  # fmt: skip
-        reading = look.reading
-        if not tenants and reading.power_w:
-            self._idle_w[gpu] = min(reading.power_w, self._idle_w.get(gpu, math.inf))
-        before = self._before.get(gpu)
+    def _follow(self, snapshot: Snapshot) -> None:
+        """Who is on which GPU; a world that could not be seen is taken to be as it was."""
+        if snapshot is self._seen or snapshot.observed is None or snapshot.hardware.fault:
+            return
+        self._seen, engines = snapshot, engines_on_gpus(snapshot.observed)
+        self._tenants = {
+            gpu.uuid: gpu_tenants(gpu, engines)
+            for gpu in snapshot.hardware.gpus
+            if gpu.slices is not None  # who may not see them knows nothing of tenants
+        }
+
+    def _shares(self, gpu: GpuUuid, look: GpuLook, period: float, now: float) -> list[EnergyShare]:
+        before, reading = self._before.get(gpu), look.reading
         self._before[gpu] = reading
+        tenants = self._tenants.get(gpu)
+        if tenants == []:
+            self._note_idle(gpu, reading.power_w)
         if before is None or reading.at <= before.at:
             return []
-        interval = measure(before, reading, settings.period_seconds)
+        interval = measure(before, reading, period)
         start = self._times.setdefault(gpu, Timeline()).place(interval.seconds, now)
         idle_w = self._idle_w.get(gpu)
-        return attribute(interval, start, gpu, tenants, look.activities, idle_w)
+        return attribute(interval, start, gpu, tenants or (), look.activities, idle_w)
 
-
-KEPT_OPEN_SECONDS: Final = 1.0  # a change of MIG mode waits so long for the next look
+    def _note_idle(self, gpu: GpuUuid, watts: float | None) -> None:
+        """Kept over restarts: a server whose GPUs are never empty would not learn it again."""
+        known = self._idle_w.get(gpu, math.inf)
+        if watts and round(watts) < known:
+            self._idle_w[gpu] = round(watts)
+            self._store.note_idle_watts(self._idle_w)
 
 
 class EngineSessions:
@@ -22711,12 +22743,6 @@ class EngineSessions:
         """End all of them: nobody looks any more."""
         for container_id in [*self._open]:
             self._end(container_id, now)
-
-
-def tenants_of(snapshot: Snapshot) -> dict[GpuUuid, list[GpuTenant]]:
-    """Who is on which GPU, as the last look at the world has it."""
-    engines = engines_on_gpus(snapshot.observed) if snapshot.observed else []
-    return {gpu.uuid: gpu_tenants(gpu, engines) for gpu in snapshot.hardware.gpus}
 
 
 def energy_rates(state: State | None, settings: EnergySettings) -> EnergyRates:
@@ -22790,9 +22816,12 @@ class EnergySampler:
         meter, sessions = self._manager.energy_meter(records), EngineSessions(records)
         self._at_work = records, meter, sessions
         due = boot_seconds()
-        while not self._ending.wait(max(0.0, due - boot_seconds())):
-            self._attempt(lambda: self._sample(meter, sessions))
-            due = max(due, boot_seconds() - 1) + self._settings.period_seconds
+        while not self._ending.wait(max(0.0, min(due - boot_seconds(), WAY_SECONDS))):
+            if boot_seconds() >= due:
+                self._attempt(lambda: self._sample(meter, sessions))
+                due = max(due, boot_seconds() - 1) + self._settings.period_seconds
+            else:
+                self._manager.give_way()
         self._attempt(lambda: sessions.close(time.time()))
         records.close()
         release()
@@ -22834,6 +22863,7 @@ class EnergySampler:
 
 
 SAMPLING: Final = "Record energy"
+WAY_SECONDS: Final = 1.0  # within which a change of MIG mode finds the GPUs free
 TURN_SECONDS: Final = 10.0
 COUNT_SECONDS: Final = 30.0
 ENDING_SECONDS: Final = 3.0

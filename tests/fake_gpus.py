@@ -281,11 +281,12 @@ class SimulatedGpus:
     def look(
         self,
         shared: Mapping[lm.GpuUuid, Collection[str]],  # noqa: ARG002 - all is told
-        *,
-        keep_open: bool = True,  # noqa: ARG002 - it costs nothing here
     ) -> Mapping[lm.GpuUuid, lm.GpuLook]:
         lost = {gpu.uuid for gpu in self.gpus if gpu.lost}
         return {uuid: look for uuid, look in self.looks.items() if uuid not in lost}
+
+    def give_way(self) -> bool:
+        return False
 
     def refresh_cdi(self) -> None:
         if self.uses_cdi:

@@ -77,6 +77,7 @@ class Hands:
 
     server: nvml_standin.Server
     driver: lm.NvmlGpus
+    store: lm.StateStore
     at: float = 1000.0
     set_by: float = 1.7e9  # the wall clock's lead
     settings: lm.EnergySettings = field(default_factory=lm.EnergySettings)
@@ -84,7 +85,11 @@ class Hands:
 
     def __post_init__(self) -> None:
         self.kept = Kept()
-        self.meter = lm.EnergyMeter(self.driver, self.kept)
+        self.restart()
+
+    def restart(self) -> None:
+        """Another life of the program."""
+        self.meter = lm.EnergyMeter(self.driver, self.kept, self.store)
 
     def run(self, model: str, *devices: str) -> None:
         self.engines[model] = devices
@@ -99,12 +104,14 @@ class Hands:
 
     def look(self, seconds: float = 1.0, **clients: tuple[int, ...]) -> None:
         """Time passes, and the sampler looks."""
-        self.server.advance(seconds)
-        self.at += seconds
         seen = self.snapshot()
         gpus = tuple(replace(gpu, clients=the_clients(clients) or gpu.clients)
                      for gpu in seen.hardware.gpus)  # fmt: skip
-        seen = replace(seen, hardware=replace(seen.hardware, gpus=gpus))
+        self.look_at(replace(seen, hardware=replace(seen.hardware, gpus=gpus)), seconds)
+
+    def look_at(self, seen: lm.Snapshot, seconds: float = 1.0) -> None:
+        self.server.advance(seconds)
+        self.at += seconds
         self.meter.sample(seen, self.settings, self.at + self.set_by)
 
 
@@ -139,7 +146,9 @@ def stand(
         server = nvml_standin.Server(library, tmp_path / "server", cards)
         server.activate()
         driver = lm.NvmlGpus(TABLES, lm.GpuSystem(), pause=0.3, turn=tmp_path / "turn")
-        made.append(Hands(server, driver))
+        store = lm.StateStore(tmp_path / "home")
+        store.ensure(fixed_names=True)
+        made.append(Hands(server, driver, store))
         monkeypatch.setattr(lm, "boot_seconds", lambda: made[-1].at)
         return made[-1]
 
@@ -310,6 +319,59 @@ def test_processes_that_share_a_gpu_are_weighed_by_what_they_used(
     assert not any(share.measured for share in hands.kept.shares)
 
 
+def test_what_a_gpu_takes_without_tenants_is_known_after_a_restart(
+    stand: Callable[..., Hands],
+) -> None:
+    hands = stand(H100)
+    hands.look()
+    hands.server.set(0, power_mw=500_000)
+    hands.run("chat", hands.server.uuid(0))
+    hands.run("embed", hands.server.uuid(0))
+    hands.look()
+    hands.restart()
+    hands.look()
+    hands.kept.shares.clear()
+    hands.look(10)
+    taken = hands.kept.taken()
+    assert taken[lm.NOBODY, "equal split"] == pytest.approx(700_000, rel=0.01)
+    assert taken["chat", "equal split"] == pytest.approx(2_150_000, rel=0.01)
+
+
+def test_a_world_that_cannot_be_seen_is_taken_to_be_as_it_was(stand: Callable[..., Hands]) -> None:
+    hands = stand(H100)
+    hands.run("chat", hands.server.uuid(0))
+    hands.look()
+    unseen = replace(hands.snapshot(), observed=None)
+    for blind in (unseen, replace(hands.snapshot(), hardware=lm.Hardware(fault=lm.ManagerError(
+        "NVML is away.", advice="Wait.")))):  # fmt: skip
+        hands.look_at(blind)
+    assert hands.kept.taken().keys() == {("chat", "whole GPU")}
+    assert hands.store.read_idle_watts() == {}
+
+
+def test_who_may_not_see_the_slices_takes_no_load_for_the_idle_power(
+    stand: Callable[..., Hands],
+) -> None:
+    hands = stand(A100)
+    cut(hands, ("3g.20gb", 4))
+    hands.server.unprivileged()
+    hands.look()
+    hands.look()
+    assert hands.kept.shares
+    assert hands.store.read_idle_watts() == {}
+
+
+def test_a_display_server_is_no_stranger(stand: Callable[..., Hands]) -> None:
+    hands = stand(RTX)
+    hands.run("chat", hands.server.uuid(0))
+    xorg = lm.GpuClient(pid=5, name="Xorg")
+    seen = hands.snapshot()
+    gpus = tuple(replace(gpu, clients=(xorg,)) for gpu in seen.hardware.gpus)
+    for _ in range(2):
+        hands.look_at(replace(seen, hardware=replace(seen.hardware, gpus=gpus)))
+    assert hands.kept.taken().keys() == {("chat", "whole GPU")}
+
+
 def test_a_stranger_on_the_gpu_makes_its_tenants_share_an_estimate(
     stand: Callable[..., Hands],
 ) -> None:
@@ -367,17 +429,19 @@ def test_an_ampere_cards_slices_share_by_size_and_the_rest_is_nobodys(
 SAMPLING = """
 import sys, time, llm_manager as lm
 driver = lm.NvmlGpus({}, lm.GpuSystem(), turn=lm.Path(sys.argv[1]))
+print(len(driver.look({})), flush=True)
 while True:
-    print(len(driver.look({})), flush=True)
+    print(len(driver.look({})) if sys.argv[2] == "often" else int(not driver.give_way()), flush=True)
     time.sleep(0.05)
 """
 
 
+@pytest.mark.parametrize("looks", ["often", "rarely"])
 def test_a_sampler_lets_go_of_the_gpus_while_another_process_changes_their_mode(
-    stand: Callable[..., Hands], tmp_path: Path
+    stand: Callable[..., Hands], tmp_path: Path, looks: str
 ) -> None:
     hands = stand(A100)  # whose mode needs a reset, and that needs every client gone
-    command = [sys.executable, "-c", SAMPLING, str(tmp_path / "turn")]
+    command = [sys.executable, "-c", SAMPLING, str(tmp_path / "turn"), looks]
     environment = {**os.environ, "PYTHONPATH": str(lm.PROGRAM.parent)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as sampler:
         try:
