@@ -577,13 +577,12 @@ def served(tmp_path: Path) -> Iterator[tuple[Server, Kept]]:
 def test_the_console_samples_with_the_rates_of_its_state(served: tuple[Server, Kept]) -> None:
     server, kept = served
     watch = lm.Watch(server.manager, seconds=0.05, records=lambda: kept)
-    assert watch.sampler is not None
     assert until(lambda: len(kept.shares) > 2)
     assert kept.rates[-1] == lm.EnergyRates(price_per_kwh=0.3, overhead=1.2)
     assert watch.latest().energy.gpu_watts.keys() == {server.world.gpus.gpus[0].uuid}
     server.manager.save(lm.setting_energy({"price_per_kwh": 0.5}))
     assert until(lambda: kept.rates[-1].price_per_kwh == 0.5)
-    watch.sampler.close()
+    watch.close()
 
 
 def test_of_two_consoles_one_samples_and_the_other_takes_over(
@@ -595,15 +594,13 @@ def test_of_two_consoles_one_samples_and_the_other_takes_over(
     assert until(lambda: bool(kept.shares))
     other = Kept()
     two = lm.Watch(server.manager, seconds=0.05, records=lambda: other)
-    assert one.sampler is not None
-    assert two.sampler is not None
     assert until(lambda: "another LLM Manager" in two.latest().energy.trouble)
     assert other.shares == []
-    one.sampler.close()
+    one.close()
     assert kept.closed
     assert until(lambda: bool(other.shares))
     assert two.latest().energy.trouble == ""
-    two.sampler.close()
+    two.close()
 
 
 def test_records_that_fail_are_said_on_the_page_once_in_the_log_and_are_taken_up_again(
@@ -612,7 +609,6 @@ def test_records_that_fail_are_said_on_the_page_once_in_the_log_and_are_taken_up
     server, kept = served
     kept.fault = lm.ManagerError("The disk is full.", advice="Make room.")
     watch = lm.Watch(server.manager, seconds=0.05, records=lambda: kept)
-    assert watch.sampler is not None
     assert until(lambda: bool(watch.latest().energy.trouble))
     said = "Energy is not recorded: The disk is full. Make room."
     assert said in [matter.text for matter in lm.attention(watch.latest())]
@@ -623,4 +619,4 @@ def test_records_that_fail_are_said_on_the_page_once_in_the_log_and_are_taken_up
     assert [r.message for r in caplog.records] == ["energy is not recorded"]
     kept.trouble = lm.ManagerError("What was recorded is damaged.", advice="It was set aside.")
     assert watch.latest().energy.trouble == str(kept.trouble)
-    watch.sampler.close()
+    watch.close()

@@ -91,7 +91,13 @@ def test_every_token_of_the_engine_is_accounted_for_or_explained(  # noqa: PLR09
     def ask(client: openai.OpenAI = ada, **more: Any) -> Any:
         return client.chat.completions.create(**HELLO | more)
 
-    before = tally()
+    def counts() -> lm.EngineCounts:
+        seen = served.manager().observe().containers.values()
+        (load,) = served.manager().loads([c for c in seen if c.role == "engine"]).values()
+        assert load is not None
+        return load.counts
+
+    before, at_first = tally(), counts()
     assert (before.accounted, before.broken_off) == (0, 0)
     assert before.difference > 0, "it was seen to be ready"
     with served.step("whole answers are accounted for to the token"):
@@ -110,6 +116,9 @@ def test_every_token_of_the_engine_is_accounted_for_or_explained(  # noqa: PLR09
         assert 0 < cached < again.prompt_tokens
         whole = 4 * said.total_tokens + said.prompt_tokens + 1000 + 2 * again.total_tokens
         until(lambda: counted_since(before) == (whole, whole, 0, 0), 120)
+        since = counts().since(at_first)
+        assert since.prompt + since.completion == whole
+        assert (since.cached, since.requests) == (cached, 7)
     with served.step("streams that are broken off"):
         before = tally()
         for _ in range(2):
