@@ -8050,8 +8050,8 @@ def engines_on_gpus(observed: Observed) -> list[ObservedContainer]:
 
 
 def replica_number(name: ContainerName) -> int:
-    """Which replica of its model an engine is, by its container's name."""
-    return int(name.rpartition("-")[2])
+    """Which replica of its model an engine is, by its container's name, set aside or not."""
+    return int(name.removesuffix(ASIDE).rpartition("-")[2])
 
 
 def gpu_devices(gpu: Gpu) -> dict[str, tuple[Slice | None, float]]:
@@ -18819,7 +18819,7 @@ class NvmlGpus:
     ) -> None:
         self._tables = geometries
         self._system = system
-        self._pause = pause  # seconds before a mode is tried once more: longer than a look's period
+        self._pause = pause  # seconds before a mode is tried once more; samplers let go within one
         self._turn = turn
         self._meter = NvmlMeter()
         self._geometries: dict[tuple[str, bool], MigGeometry] = {}
@@ -22690,7 +22690,7 @@ class EngineSessions:
         self._open: dict[str, datetime | None] = {}  # container -> the start of its engine
         self._base: dict[str, EngineCounts] = {}  # what it had counted before its session
         self._counts: dict[str, EngineCounts] = {}
-        self._new: set[str] | None = None  # engines that were seen before they were ready
+        self._new: set[str] = set()  # engines that were seen before they were ready
 
     def follow(
         self, snapshot: Snapshot, loads: Mapping[ContainerName, EngineLoad | None], now: float
@@ -22703,15 +22703,15 @@ class EngineSessions:
             seen = engines.get(container_id)
             if seen is None or seen.started_at != started_at:
                 self._end(container_id, now)
-        new = self._new or set()
         for container_id, engine in engines.items():
             load = loads.get(engine.name)
             if engine.ready and container_id not in self._open:
-                self._begin(engine, snapshot.hardware, now, is_new=container_id in new)
+                self._begin(engine, snapshot.hardware, now, is_new=container_id in self._new)
             if container_id in self._open and load is not None:
                 self._base.setdefault(container_id, load.used)
                 self._counts[container_id] = load.used
-        self._new = {c for c, engine in engines.items() if not engine.ready} | (new & {*engines})
+        fresh = {container_id for container_id, engine in engines.items() if not engine.ready}
+        self._new = fresh | (self._new & {*engines})
 
     def _begin(
         self, engine: ObservedContainer, hardware: Hardware, now: float, *, is_new: bool
@@ -27776,7 +27776,7 @@ def command_config_set(arguments: argparse.Namespace) -> int:
         manager.save(switching_monitoring(on=arguments.monitoring == "on"))
     if changes or not (energy or arguments.monitoring):
         manager.save(configuring_edge(changes))
-    out("Saved. Next: llm_manager.py plan")
+    out("Saved. Next: llm_manager.py plan" if changes else "Saved.")
     return DONE
 
 

@@ -537,6 +537,19 @@ def test_an_engine_that_started_again_begins_another_session() -> None:
     ]  # fmt: skip
 
 
+def test_an_engine_that_is_set_aside_and_back_is_the_replica_it_was() -> None:
+    names = "llm-model-chat-0", "a1b2-llm-model-my-chat-12.aside"
+    assert [lm.replica_number(lm.ContainerName(name)) for name in names] == [0, 12]
+
+
+def test_counters_that_began_anew_count_from_nothing() -> None:
+    before = lm.EngineCounts(prompt=100, completion=50, cached=20, requests=9)
+    after = replace(before, prompt=130, completion=51, requests=10)
+    assert after.since(before) == lm.EngineCounts(prompt=30, completion=1, requests=1)
+    anew = lm.EngineCounts(prompt=3, completion=2, requests=1)
+    assert anew.since(before) == anew
+
+
 def test_a_look_that_saw_no_containers_ends_nothing_and_a_model_without_gpu_has_no_session() -> (
     None
 ):
