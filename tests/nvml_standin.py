@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import subprocess
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -358,6 +359,10 @@ class Server:
         now = ctypes.c_longlong()
         self._do("get", -1, "skipped_ms", ctypes.byref(now))
         self._set_server("skipped_ms", now.value + round(seconds * 1000))
+
+    def freeze(self) -> None:
+        """No time passes any more but by `advance`."""
+        self._set_server("frozen_at_ms", time.monotonic_ns() // 10**6)
 
     def carve(self, gpu: int, *slices: Slice) -> None:
         """Somebody else makes these slices, each with a compute instance; MIG mode goes on."""

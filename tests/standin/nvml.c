@@ -88,7 +88,7 @@ typedef struct {
 typedef struct { char symbol[64]; int code, after, times; } Fault;
 typedef struct {
     u32 size, count, last_serial;
-    long long stable_uuids, unprivileged, mismatch, skipped_ms, gpm_samples; /* how many are not freed */
+    long long stable_uuids, unprivileged, mismatch, skipped_ms, frozen_at_ms, gpm_samples; /* how many are not freed */
     int ancestor[GPUS][GPUS], p2p[GPUS][GPUS], links[GPUS][GPUS];
     Gpu gpus[GPUS];
     Process processes[PROCESSES];
@@ -186,7 +186,8 @@ static int admit(const char *symbol, bool privileged) {
 static long long now_ms(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * 1000LL + now.tv_nsec / 1000000 + server->skipped_ms;
+    long long ms = now.tv_sec * 1000LL + now.tv_nsec / 1000000;
+    return (server->frozen_at_ms ? server->frozen_at_ms : ms) + server->skipped_ms;
 }
 
 static Gpu *settled(Gpu *gpu) { /* with its energy counter brought up to now */
@@ -1124,7 +1125,7 @@ static long long *setting(u32 gpu, const char *name) { /* of the whole server wh
 #define SETTING(of, field) if (!strcmp(name, #field)) return &(of)->field
     if (gpu >= server->count) {
         SETTING(server, stable_uuids); SETTING(server, unprivileged); SETTING(server, mismatch);
-        SETTING(server, skipped_ms); SETTING(server, gpm_samples);
+        SETTING(server, skipped_ms); SETTING(server, frozen_at_ms); SETTING(server, gpm_samples);
         return NULL;
     }
     Gpu *of = settled(&server->gpus[gpu]);
