@@ -4896,7 +4896,8 @@ def stream_csv(
 
 def _harmless(cell: object, style: CsvStyle) -> object:
     if isinstance(cell, float):
-        return str(cell).replace(".", style.decimal)
+        text = f"{cell:.12f}" if "e-" in str(cell) else str(cell)
+        return text.replace(".", style.decimal)
     is_formula = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r"))
     return f"'{cell}" if is_formula else cell
 
@@ -5325,7 +5326,7 @@ def _total(rows: Sequence[EnergySum]) -> EnergySum:
     return EnergySum(
         subject="total",
         name="total",
-        costs=costs,
+        costs=dict(costs),
         co2_grams=math.fsum(emitted) if emitted else None,
         **{name: sum(getattr(row, name) for row in rows) for name in names},
     )
@@ -5360,7 +5361,8 @@ def sample_line(moment: str, who: tuple[str, str, int, str], taken: tuple[int, i
 
 
 def _thousandths(number: int) -> str:
-    return f"{number // 1000}\x1e{number % 1000:03d}"
+    whole, rest = divmod(number, 1000)
+    return f"{whole}\x1e{rest:03d}" if rest else str(whole)
 
 
 def styled(lines: bytes, style: CsvStyle) -> bytes:
