@@ -6539,16 +6539,19 @@ def uses_cache(state: State) -> bool:
     return any(route.cache_seconds for route in state.routes)
 
 
-def cache_password(state: State) -> pydantic.SecretStr:
+def derived_secret(state: State, purpose: str) -> pydantic.SecretStr:
     """Made from the salt key, so that no state needs another secret."""
     salt = state.secrets.salt_key.get_secret_value()
-    return pydantic.SecretStr(sha256(f"cache {salt}".encode()).hexdigest())
+    return pydantic.SecretStr(sha256(f"{purpose} {salt}".encode()).hexdigest())
+
+
+def cache_password(state: State) -> pydantic.SecretStr:
+    return derived_secret(state, "cache")
 
 
 def reader_password(state: State) -> pydantic.SecretStr:
-    """Of the role that reads usage; made from the salt key as well."""
-    salt = state.secrets.salt_key.get_secret_value()
-    return pydantic.SecretStr(sha256(f"usage {salt}".encode()).hexdigest())
+    """Of the role that reads usage."""
+    return derived_secret(state, "usage")
 
 
 def cache_url(state: State) -> pydantic.SecretStr:
@@ -7269,10 +7272,8 @@ def monitor_roles(state: State, hardware: Hardware | None) -> tuple[MonitorRole,
     return (*exporter, *alerts, "prometheus", "grafana")
 
 
-def derived_secret(state: State, purpose: str) -> pydantic.SecretStr:
-    """Made from the salt key, so that no state needs another secret."""
-    salt = state.secrets.salt_key.get_secret_value()
-    return pydantic.SecretStr(sha256(f"{purpose} {salt}".encode()).hexdigest())
+def monitor_image(state: State, role: MonitorRole) -> str:
+    return str(getattr(state.images, role.replace("-", "_")))
 
 
 def metrics_token(state: State) -> pydantic.SecretStr:
@@ -7293,11 +7294,11 @@ def render_monitor(state: State, role: MonitorRole, site: Site) -> ContainerSpec
     shared = ContainerSpec(
         name=monitor_name(state, role),
         role=role,
-        image=str(getattr(state.images, role.replace("-", "_"))),
+        image=monitor_image(state, role),
         network=network_name(state),
         drop_capabilities=True,
         user="0",
-        read_only=True,
+        read_only=role in READ_ONLY_ROLES,
         start_seconds=MONITOR_START_SECONDS,
         readiness=MONITOR_HEALTH[role],
     )
@@ -7403,6 +7404,8 @@ GRAFANA_SETTINGS: Final[Mapping[str, str]] = {
 }
 
 ALL_HOLDERS: Final = frozenset({"dcgm-exporter"})  # roles that hold every GPU while they run
+# DCGM's engine keeps sockets and logs in several places.
+READ_ONLY_ROLES: Final = frozenset({"prometheus", "alertmanager", "grafana"})
 
 
 def _exporter(shared: ContainerSpec) -> ContainerSpec:
@@ -7415,7 +7418,6 @@ def _exporter(shared: ContainerSpec) -> ContainerSpec:
         devices=ALL_GPUS,
         # Profiling counters, the only ones that tell of a slice's activity, are for root alone.
         add_capabilities=("SYS_ADMIN",),
-        read_only=False,  # its engine keeps sockets and logs in several places
         # Docker would start it before the slices exist.
         restart="no",
         memory_mib=1024,
@@ -9750,7 +9752,8 @@ def needed_images(state: State) -> list[str]:
     engines = [engine_image(m, state) for m in state.models]
     built = {pin.image for pin in state.recipe_images}
     kept = (state.images.redis,) if uses_cache(state) else ()
-    parts = (state.images.postgres, state.images.litellm, state.images.caddy, *kept)
+    monitors = [monitor_image(state, role) for role in monitor_roles(state, None)]
+    parts = (state.images.postgres, state.images.litellm, state.images.caddy, *kept, *monitors)
     return [image for image in dict.fromkeys((*engines, *parts)) if image not in built]
 
 
@@ -12382,7 +12385,7 @@ def part_rows(snapshot: Snapshot) -> list[list[str]]:
     if state is None or observed is None:
         return []
     return [
-        [role, str(getattr(state.images, role.replace("-", "_"))),
+        [role, monitor_image(state, role),
          "not there" if seen is None else "ready" if seen.ready
          else "does not answer" if seen.running else "stopped"]
         for role in monitor_roles(state, observed.hardware)
@@ -12439,7 +12442,10 @@ def restore_rows(
     if state.endpoint == "running":
         rows.append(["4 LiteLLM", _reached(gateway, observed, turning)])
         rows.append(["5 Caddy", _reached(edge, observed, turning)])
-    return [*rows, ["6 monitoring", "on" if state.monitoring else "off"]]
+    roles = monitor_roles(state, hardware)
+    watching = next((faults[role] for role in roles if role in faults), None)
+    parts = [monitor_name(state, role) for role in roles]
+    return [*rows, ["6 monitoring", _reached(parts, observed, watching) if roles else "off"]]
 
 
 def _layout_row(
@@ -21310,13 +21316,15 @@ class PrivacySearch:
         """Its log, its volumes, what it wrote elsewhere, and what its database has."""
         name, contents = seen.name, self._contents
         look = partial(self._look, role=seen.role, mark=self._mark if seen.running else None)
-        volumes = contents.volumes(name)
-        with self._planted(name, ("/", *volumes)) if seen.running else contextlib.nullcontext():
+        volumes, writes = contents.volumes(name), seen.role not in READ_ONLY_ROLES
+        folders = ("/", *volumes) if writes else volumes
+        with self._planted(name, folders) if seen.running else contextlib.nullcontext():
             look(f"{name}: log", contents.log(name))
             for volume in volumes:
                 look(f"{name}: volume {volume}", contents.archive(name, volume))
-            written = (contents.archive(name, path) for path in contents.changed(name))
-            look(f"{name}: written files", itertools.chain.from_iterable(written))
+            if writes:
+                written = (contents.archive(name, path) for path in contents.changed(name))
+                look(f"{name}: written files", itertools.chain.from_iterable(written))
         if seen.role == "database" and seen.running:
             dump = contents.output(name, ["pg_dump", *PSQL[1:]])
             look(f"{name}: every row", dump, mark=call_id)

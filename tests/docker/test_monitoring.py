@@ -114,7 +114,7 @@ def stack(
             manager.save(lm.pinning_image(role, image))
         manager.save(lm.switching_monitoring(changes={"metrics_port": figures, "webhook": url}))
         installation.cli("config", "set", "--monitoring", "on")
-        installation.add("chat", tiny_models / "chat")
+        installation.add("chat", tiny_models / "tiny-chat")
         with installation.step("deploy a watched model"):
             installation.cli("deploy", "chat")
         serving = installation.popen("serve", "--port", str(console))
