@@ -278,6 +278,9 @@ def test_a_model_is_added_listed_shown_changed_and_removed(run: Run) -> None:
         (("database", "dump", "../x"), "cannot be the name of a dump"),
         (("database", "restore", "winter"), "There is no dump 'winter'"),
         (("database", "set", "--retention", "4000"), "retention_days"),
+        (("monitoring", "set", "--retention-days", "4000"), "retention_days"),
+        (("monitoring", "set", "--mail", "on", "--mail-to", "nobody"), "mail.to"),
+        (("monitoring", "show"), "Docker does not answer"),
         (("usage",), "Docker does not answer"),
         (("usage", "--from", "yesterday"), "'yesterday' is no day"),
         (("usage", "--attention"), "Docker does not answer"),
@@ -518,6 +521,40 @@ def test_a_certificate_that_cannot_be_served_is_refused_before_it_is_wished(
     line = run("config", "set", "--tls", "own", *given).refusal()
     assert ("expired" if files == "expired" else "No such file") in line
     assert json.loads(run("config", "show").out)["edge"]["tls"] == {"kind": "internal"}
+
+
+def test_monitoring_is_switched_and_set_without_a_secret_among_the_arguments(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("config", "set", "--monitoring", "on").status == lm.DONE
+    monkeypatch.setattr(sys, "stdin", io.StringIO("http://chat.lan/s3cr3t-hook\ns3cr3t-mail\n"))
+    told = (
+        "--webhook",
+        "on",
+        "--mail",
+        "on",
+        "--mail-to",
+        "team@x.org",
+        "--mail-from",
+        "llm@x.org",
+    )
+    server = ("--mail-server", "mail.x.org:587", "--mail-user", "llm")
+    assert run("monitoring", "set", "--retention-days", "7", *told, *server).status == lm.DONE
+    shown = run("config", "show").out
+    stored = json.loads(shown)
+    assert "s3cr3t" not in shown
+    assert stored["monitoring"] is True
+    assert stored["monitoring_settings"]["retention_days"] == 7
+    assert stored["monitoring_settings"]["mail"]["server"] == "mail.x.org:587"
+    state = lm.open_manager().state()
+    assert lm.reveal(state.monitoring_settings.webhook) == "http://chat.lan/s3cr3t-hook"
+    assert state.monitoring_settings.mail is not None
+    assert lm.reveal(state.monitoring_settings.mail.password) == "s3cr3t-mail"
+    run("monitoring", "set", "--webhook", "off", "--mail", "off")
+    run("config", "set", "--monitoring", "off")
+    assert not lm.open_manager().state().monitoring_settings.alerts
+    assert not lm.open_manager().state().monitoring
+    assert len(run("monitoring", "password").out.strip()) == 64
 
 
 def test_what_the_database_keeps_is_saved_setting_by_setting(run: Run) -> None:

@@ -353,3 +353,32 @@ def test_the_figures_have_an_address_only_while_monitoring_is_on(server_of_one: 
     server_of_one.world.docker_answers = True
     manager.save(lm.switching_monitoring(on=False))
     assert manager.monitoring.wished_address() is None
+
+
+def test_the_tab_says_who_is_told_and_what_runs() -> None:
+    snapshot = a_snapshot()
+    assert snapshot.state is not None
+    assert "Alerts go to nobody" in lm.monitoring_text(snapshot)
+    told = replace(snapshot, state=replace(snapshot.state, monitoring_settings=TOLD))
+    assert "Alerts go to a webhook and mail" in lm.monitoring_text(told)
+    assert [(row[0], row[2]) for row in lm.part_rows(told)] == [
+        ("dcgm-exporter", "ready"), ("alertmanager", "not there"),
+        ("prometheus", "ready"), ("grafana", "ready"),
+    ]  # fmt: skip
+    off = replace(snapshot, state=replace(snapshot.state, monitoring=False))
+    assert lm.monitoring_text(off) == "Monitoring is off."
+    assert lm.part_rows(off) == []
+
+
+def test_a_secret_that_is_left_empty_in_the_form_stays(server_of_one: Server) -> None:
+    manager = server_of_one.manager
+    manager.save(
+        lm.switching_monitoring(changes={"webhook": "http://hook:1/x", "mail": asdict(MAIL)})
+    )
+    typed = [30, 10, 7869, True, "", True, MAIL.to, MAIL.sender, MAIL.server, MAIL.username, ""]
+    changes = lm.monitoring_changes(manager, *typed, True)
+    assert lm.monitor_roles(manager.save(lm.switching_monitoring(changes=changes)), NO_GPU)
+    kept = manager.state().monitoring_settings
+    assert kept == TOLD
+    gone = lm.monitoring_changes(manager, 30, 10, 7869, False, "", False, *[""] * 5, True)
+    assert not manager.save(lm.switching_monitoring(changes=gone)).monitoring_settings.alerts
