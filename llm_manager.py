@@ -7449,8 +7449,8 @@ def monitoring_files(state: State, role: MonitorRole) -> dict[str, str]:
         case "alertmanager":
             files = {"alertmanager.yml": render_alertmanager(state)}
         case "grafana":
-            boards = {f"boards/{board.uid}.json": render_board(board) for board in BOARDS}
-            files = _grafana_sources(state) | boards
+            files = _grafana_sources(state)
+            files |= {f"boards/{board.uid}.json": render_board(board) for board in BOARDS}
         case "dcgm-exporter":
             files = {}
         case _:
@@ -7458,6 +7458,7 @@ def monitoring_files(state: State, role: MonitorRole) -> dict[str, str]:
     return {f"{role}/{name}": text for name, text in files.items()}
 
 
+BOARDS_FOLDER: Final = "grafana/boards/"
 # What judges which of them, in the container's own image.
 CONFIG_CHECKS: Final[Mapping[MonitorRole, tuple[str, ...]]] = {
     "prometheus": ("/bin/promtool", "check", "config", "prometheus.yml"),
@@ -8508,7 +8509,10 @@ class Plan:
         return name if seconds is None else f"{name} (its last start took {seconds:.0f} s)"
 
     def diff(self) -> str:
-        """What changes in the generated files, with hashes in the place of keys."""
+        """What changes in the generated files, with hashes in the place of keys.
+
+        Dashboards are no setting of anybody's, and a thousand lines.
+        """
         steps = [step for stage in self.stages for step in stage.steps]
         return "".join(
             _unified(path, before, text)
@@ -8519,6 +8523,7 @@ class Plan:
                 for step in steps
                 if isinstance(step, WriteFile | LoadCaddyfile)
             )
+            if not path.startswith(BOARDS_FOLDER)
         )
 
 
@@ -8713,7 +8718,9 @@ def _plan_layout(wish: MigLayout, observed: Observed, hardware: Hardware) -> Sta
     title = f"MIG layout of {gpu.title if gpu else wish.gpu_uuid}"
     impossible = _layout_obstacle(wish, gpu, hardware)
     steps = (impossible,) if impossible else _cut(wish, gpu, observed) if gpu else ()
-    return Stage(title=title, steps=steps, resources=frozenset({wish.gpu_uuid}))
+    # Who holds every GPU steps aside for one cut at a time: taken back, it would block the next.
+    holders = {c.name for c in observed.containers.values() if c.role in ALL_HOLDERS and c.running}
+    return Stage(title=title, steps=steps, resources=frozenset({wish.gpu_uuid, *holders}))
 
 
 def _layout_obstacle(wish: MigLayout, gpu: Gpu | None, hardware: Hardware) -> Refuse | None:
@@ -9362,8 +9369,7 @@ def plan_monitoring(
     roles = monitor_roles(state, observed.hardware)
     if not roles:
         return _forget_monitoring(observed)
-    stages = (_plan_monitor(state, role, observed, site, recut=recut) for role in roles)
-    return tuple(_held_back(stage, observed) for stage in stages)
+    return tuple(_plan_monitor(state, role, observed, site, recut=recut) for role in roles)
 
 
 def _plan_monitor(
@@ -9386,7 +9392,8 @@ def _plan_monitor(
     if role in CONFIG_CHECKS and any(isinstance(step, CreateContainer) for step in others):
         texts = {PurePosixPath(path).name: text for path, text in files.items()}
         check = [CheckFiles(wanted, CONFIG_CHECKS[role], texts, "before anything runs on them")]
-    return Stage(title=role, steps=(*pulls, *check, *writes, *others))
+    stage = Stage(title=role, steps=(*pulls, *check, *writes, *others))
+    return _held_back(stage, observed) if role in ALL_HOLDERS else stage
 
 
 def _forget_monitoring(observed: Observed) -> tuple[Stage, ...]:

@@ -13,8 +13,10 @@ import pytest
 import yaml
 from builders import (
     GPU_0,
+    GPU_1,
     SECRET_MARK,
     Golden,
+    a_layout,
     a_model,
     a_secret,
     a_site,
@@ -116,6 +118,7 @@ def test_the_secrets_of_monitoring_are_never_shown() -> None:
     empty = replace(observed, files={})
     shown = str(plan(state, empty)) + plan(state, empty).diff()
     assert "prometheus.yml" in shown
+    assert "fieldConfig" not in shown  # dashboards are written, and not shown
     for text in (shown, repr(state), json.dumps(asdict(state), default=str)):
         for secret in (SECRET_MARK, "http://hook:1/x", lm.metrics_token(state).get_secret_value()):
             assert secret not in text
@@ -187,6 +190,29 @@ def test_the_exporter_steps_aside_for_a_cut_and_comes_back_after_it(server_of_on
     assert container.running
     assert container.log == [f"{exporter} starts"] * 2  # the same one, started again
     assert not server.manager.plan(lm.applying())
+
+
+def test_two_cuts_take_turns_while_the_exporter_holds_both_cards() -> None:
+    hardware = lm.Hardware(gpus=tuple(
+        lm.Gpu(uuid=gpu, index=n, mig_enabled=False) for n, gpu in enumerate((GPU_0, GPU_1))
+    ))  # fmt: skip
+    layouts = tuple(a_layout(("3g.20gb", 0), gpu=gpu) for gpu in (GPU_0, GPU_1))
+    for on, count in ((True, 1), (False, 2)):
+        state = a_state(monitoring=on, mig_layouts=layouts)
+        made = plan(state, as_wished(state, hardware=hardware))
+        assert len(made.layouts) == 2
+        assert len(lm.lanes(made.layouts)) == count
+
+
+def test_between_a_drivers_upgrade_and_its_reboot_all_but_the_exporter_is_mended() -> None:
+    hardware = replace(A_GPU, kernel_version="570.1", library_version="580.2")
+    assert hardware.reboot_pending
+    state = watched()
+    seen = as_wished(state, hardware=hardware)
+    down = but(seen, *(ended(c) for c in seen.containers.values() if c.role in ROLES))
+    steps = {stage.title: stage.steps[0] for stage in plan(state, down).monitoring}
+    assert isinstance(steps["dcgm-exporter"], lm.Refuse)
+    assert isinstance(steps["prometheus"], lm.StartContainer)
 
 
 def test_the_exporter_comes_back_where_a_cut_fails(server_of_one: Server) -> None:

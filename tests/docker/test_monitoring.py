@@ -192,7 +192,7 @@ def test_the_figures_are_refused_without_a_token(stack: Stack) -> None:
 
 
 def test_grafanas_path_is_open_at_the_edge(stack: Stack) -> None:
-    with stack.installation.http("") as client:
+    with stack.installation.http("nobody") as client:
         assert client.get("/grafana/").text == "stand-in for /grafana/"
 
 
