@@ -7599,7 +7599,7 @@ ALERT_RULES: Final = (
         query="llm_manager_disk_free_bytes / llm_manager_disk_size_bytes < 0.1",
         minutes=10,
         severity="warning",
-        text="{{ $value | humanizePercentage }} of the disk of {{ $labels.path }} are free.",
+        text="Of the disk with LLM Manager's state {{ $value | humanizePercentage }} are free.",
     ),
     AlertRule(
         name="DatabaseGrowing",

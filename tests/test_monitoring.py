@@ -273,6 +273,13 @@ def test_rules_and_targets_are_yaml_and_json_that_others_read() -> None:
     assert [rule["alert"] for rule in rules] == [rule.name for rule in lm.ALERT_RULES]
 
 
+def test_an_alert_names_only_labels_that_its_query_leaves() -> None:
+    for rule in lm.ALERT_RULES:
+        left = {label for group in re.findall(r"by \(([^)]*)\)", rule.query)
+                for label in group.split(", ")}  # fmt: skip
+        assert {*re.findall(r"\$labels\.(\w+)", rule.text)} <= left, rule.name
+
+
 @pytest.mark.parametrize("address", ["ftp://x", "http://a b", "javascript:1"])
 def test_a_webhook_is_a_web_address(address: str) -> None:
     with pytest.raises(lm.InvalidError) as caught:
