@@ -23855,13 +23855,20 @@ class Lookout:
     manager: Manager
     window: RateWindow = field(default_factory=RateWindow)
     providers: tuple[ProviderHealth, ...] = ()
+    changes: Sequence[AuditEntry] = ()  # the newest, oldest first
+    changes_at: float = -math.inf
     asked_at: float = -math.inf
     asking: threading.Thread = field(default_factory=threading.Thread)
 
     def look(self) -> Snapshot:
         """What a page would show, with what is under way in other processes as well."""
         self._ask_providers()
-        return self._measured(replace(self.manager.snapshot(), jobs=self.manager.under_way()))
+        if time.monotonic() - self.changes_at >= CHANGES_SECONDS:
+            self.changes_at = time.monotonic()
+            with contextlib.suppress(ManagerError):  # the rest is worth looking at as well
+                self.changes = self.manager.audit.newest(CHANGES)
+        snapshot = self.manager.snapshot()
+        return self._measured(replace(snapshot, jobs=tuple(self._jobs(snapshot))))
 
     def once(self) -> Snapshot:
         """A look, and a second one at what is counted, if anything is."""
@@ -23891,13 +23898,31 @@ class Lookout:
             rates=model_rates(state, observed, self.window),
             traffic=self.window.rise([gateway.gateway]),
             providers=self.providers,
-            failed=self._failed(snapshot.taken_at),
+            failed=tuple(
+                entry
+                for entry in reversed(self.changes)
+                if entry.result == "failed"
+                and snapshot.taken_at - entry.started_at < timedelta(days=1)
+            ),
         )
 
-    def _failed(self, now: datetime) -> tuple[AuditEntry, ...]:
-        newest = reversed(self.manager.audit.newest(FAILURES_AMONG))
-        day = timedelta(days=1)
-        return tuple(e for e in newest if e.result == "failed" and now - e.started_at < day)
+    def _jobs(self, snapshot: Snapshot) -> Iterator[JobView]:
+        """What is under way anywhere; how far, by what the engines say that start now."""
+        ids = {entry.what: entry.job for entry in self.changes if entry.result == "begun"}
+        far = [f"{name}: {phase}" for name, phase in self._starts(snapshot)]
+        for job in self.manager.under_way():
+            progress = ", ".join(far) if job.kind == "change" else ""
+            yield replace(job, id=ids.get(job.title, ""), progress=progress)
+
+    def _starts(self, snapshot: Snapshot) -> Iterator[tuple[ModelName, str]]:
+        state, observed = snapshot.state, snapshot.observed
+        if state is None or observed is None:
+            return
+        for model in state.models:
+            if phase_of(state, model, observed, busy=True) == "starting":
+                with contextlib.suppress(ManagerError):  # it may go meanwhile
+                    said = self.manager.logs.of(model.name, tail=LOG_LINES)
+                    yield model.name, start_phase(said) or "it starts"
 
     def _ask_providers(self) -> None:
         """In a thread of its own: one may take ten seconds to say nothing."""
@@ -23915,7 +23940,8 @@ class Lookout:
 RATE_PAUSE: Final = 1.0
 PROVIDER_PATIENCE: Final = 3.0
 PROVIDER_SECONDS: Final = 60.0
-FAILURES_AMONG: Final = 100  # changes, the newest
+CHANGES, CHANGES_SECONDS = 100, 10.0
+LOG_LINES: Final = 200
 STATUS_SECONDS: Final = 15.0
 
 

@@ -404,6 +404,14 @@ def test_status_without_docker_still_lists_the_models(with_chat: Run) -> None:
     assert "! Docker does not answer" in ended.out
 
 
+def test_the_live_view_is_printed_once_where_nobody_watches(with_chat: Run) -> None:
+    ended = with_chat("top")
+    assert ended.status == lm.DONE
+    assert ended.out.startswith("Docker does not answer.\n")
+    assert re.search(r"^chat +unknown", ended.out, re.MULTILINE)
+    assert with_chat("top", "--json").status == lm.FAILED, "as status does"
+
+
 def test_routes_without_docker_are_listed_and_nothing_is_said_of_them(with_chat: Run) -> None:
     ended = with_chat("routes")
     assert ended.status == lm.FAILED

@@ -470,9 +470,13 @@ def test_what_another_process_works_on_is_shown(server: Server) -> None:
     ) as other:  # fmt: skip
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
+        server.store.audit.begin("Deploy big", "ab12")
+        server.world.deaf.add(CHAT)
+        server.world.containers[CHAT].log.append("INFO Starting to load model a/b")
         seen = lm.Lookout(server.manager).look()
-        assert [(job.title, job.kind) for job in seen.jobs] == [
-            ("Deploy big", "change"), ("Download it", "task"),
+        assert [(job.id, job.title, job.kind, job.progress) for job in seen.jobs] == [
+            ("ab12", "Deploy big", "change", "chat: loading weights"),
+            ("", "Download it", "task", ""),
         ]  # fmt: skip
         assert lm.status_facts(seen)["job"]["title"] == "Deploy big"
         other.communicate("")
@@ -601,18 +605,6 @@ def test_no_color_is_no_colour(home: Path) -> None:
         os.write(terminal.master, b"Q")
         assert terminal.end() == lm.DONE
         assert not re.search(r"\x1b\[[\d;]*3\d", terminal.said)
-
-
-def test_where_nobody_watches_it_is_printed_once(home: Path) -> None:
-    ended = subprocess.run(
-        [sys.executable, str(lm.PROGRAM), "top"],
-        env=os.environ | {"LLM_MANAGER_HOME": str(home), "DOCKER_HOST": "unix:///nonexistent"},
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert ended.stderr == ""
-    assert ended.stdout.startswith("Docker does not answer.\n")
-    assert "\x1b" not in ended.stdout
-    assert re.search(r"^chat +unknown", ended.stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize("wrong", ["0", "0.1", "nan", "inf", "soon"])
