@@ -22557,14 +22557,24 @@ class Meter:
         self._latest = latest
         self._pause = pause
         self.breakers = Breakers()
+        self._window = RateWindow()
         threading.Thread(target=self._run, name="meter", daemon=True).start()
+
+    @property
+    def traffic(self) -> Rise | None:
+        """What the gateway that serves counted lately; None while it does not tell."""
+        return self._window.rise([self.breakers.gateway])
 
     def _run(self) -> None:
         while True:
             time.sleep(self._pause)
             try:
                 if (observed := self._latest().observed) is not None:
+                    known = self.breakers.figures
                     self._manager.traffic.feed(self.breakers, observed)
+                    told = self.breakers.figures
+                    counts = {self.breakers.gateway: gateway_counts(told)} if told else {}
+                    self._window.feed(time.monotonic(), {} if told is known else counts)
             except Exception:  # boundary: one look must not end all of them
                 log.exception("LiteLLM's counters could not be read")
 
@@ -22944,6 +22954,7 @@ class Watch:
             rates=model_rates(latest.state, latest.observed, self._pulse.window)
             if latest.state and latest.observed
             else {},
+            traffic=self._meter.traffic,
         )
 
     def _run(self) -> None:
@@ -23873,7 +23884,7 @@ class Lookout:
     def once(self) -> Snapshot:
         """A look, and a second one at what is counted, if anything is."""
         first = self.look()
-        if any(self.window.looks[-1][1]) if self.window.looks else False:
+        if self.window.looks and self.window.looks[-1][1]:
             time.sleep(RATE_PAUSE)
             first = self._measured(first)
         self.asking.join(PROVIDER_PATIENCE)

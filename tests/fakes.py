@@ -631,7 +631,8 @@ class FakeProbes:
         return self.world.loads.get(seen.name)
 
     def figures(self, seen: lm.ObservedContainer, key: SecretStr) -> lm.GatewayFigures | None:  # noqa: ARG002
-        return self.world.figures.get(seen.name)
+        told = self.world.figures.get(seen.name)
+        return replace(told) if told else None
 
     def watched(self, seen: lm.ObservedContainer) -> lm.Watched | None:
         empty = lm.Watched(targets=(), alerts=())

@@ -43,13 +43,14 @@ from builders import (
     on_gpus,
     the,
 )
-from fakes import Server
+from fakes import Server, until
 from hypothesis import given
 from hypothesis import strategies as st
 
 import llm_manager as lm
 
 CHAT, EMBED = lm.ContainerName("llm-model-chat-0"), lm.ContainerName("llm-model-embed-0")
+GATEWAY = lm.ContainerName("llm-litellm-a")
 
 
 # --- rates ---------------------------------------------------------------------------------------
@@ -408,25 +409,24 @@ def server(tmp_path: Path) -> Server:
     return made
 
 
+def count(server: Server, tokens: int, failures: int) -> None:
+    """The engine has made so many tokens, and the gateway has seen so many failures."""
+    server.world.loads[CHAT] = lm.EngineLoad(
+        running=1, waiting=0, tokens=tokens,
+        counts={("generation_tokens_total", ""): float(tokens)},
+    )  # fmt: skip
+    figures = lm.DeploymentFigures(successes=tokens, failures={"it refuses": failures})
+    server.world.figures[GATEWAY] = lm.GatewayFigures(deployments={"chat@x": figures})
+
+
 def test_two_looks_make_a_rate(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lm, "RATE_PAUSE", 0.0)
     lookout = lm.Lookout(server.manager)
-    gateway = lm.ContainerName("llm-litellm-a")
-
-    def count(tokens: int, failures: int) -> None:
-        told = lm.EngineLoad(
-            running=1, waiting=0, tokens=tokens,
-            counts={("generation_tokens_total", ""): float(tokens)},
-        )  # fmt: skip
-        figures = lm.DeploymentFigures(successes=tokens, failures={"it refuses": failures})
-        server.world.loads[CHAT] = told
-        server.world.figures[gateway] = lm.GatewayFigures(deployments={"chat@x": figures})
-
-    count(100, 1)
+    count(server, 100, 1)
     first = lookout.look()
     assert first.rates == {"chat": lm.EngineRates()}
     assert first.traffic is None
-    count(150, 3)
+    count(server, 150, 3)
     second = lookout.look()
     made = second.rates[lm.ModelName("chat")].generated_tokens
     assert made is not None
@@ -435,6 +435,25 @@ def test_two_looks_make_a_rate(server: Server, monkeypatch: pytest.MonkeyPatch) 
     assert second.traffic.total("failures") == 2
     assert second.traffic.total("successes") == 50
     assert lm.Lookout(server.manager).once().rates[lm.ModelName("chat")].generated_tokens == 0
+
+
+def test_the_console_knows_the_same_rates_until_nobody_tells_any_more(server: Server) -> None:
+    count(server, 100, 1)
+    watch = lm.Watch(server.manager, seconds=0.001, stalls=lm.Stalls(pause=0.001))
+
+    def told(successes: float) -> bool:
+        seen = watch.latest()
+        made = seen.rates.get(lm.ModelName("chat"), lm.EngineRates()).generated_tokens
+        total = seen.traffic and seen.traffic.total("successes")
+        return total == successes and made is not None and (made > 0) == (successes > 0)
+
+    assert until(lambda: told(0))
+    count(server, 150, 1)
+    assert until(lambda: told(50))
+    server.world.loads.clear()
+    server.world.figures.clear()
+    assert until(lambda: watch.latest().traffic is None)
+    assert until(lambda: watch.latest().rates[lm.ModelName("chat")] == lm.EngineRates())
 
 
 def test_a_restarted_engine_counts_anew(server: Server) -> None:
@@ -494,6 +513,25 @@ def test_what_hangs_is_left_behind_and_said(
     assert lm.server_health(seen) == "broken"
     assert "something hangs" in lm.status_facts(seen)["attention"][0]
     assert lm.status_facts(seen)["models"][0]["phase"] == "unknown"
+
+
+def test_a_look_that_fails_is_said_and_the_next_one_may_do(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults = iter([ZeroDivisionError("by zero")])
+    whole = server.manager.snapshot
+
+    def snapshot() -> lm.Snapshot:
+        for fault in faults:
+            raise fault
+        return whole()
+
+    monkeypatch.setattr(server.manager, "snapshot", snapshot)
+    look = lm.LiveLook(server.manager, 0.2)
+    assert until(lambda: look.fault == "The last look failed: by zero")
+    assert look.shown() is None
+    assert until(lambda: look.latest is not None)
+    assert look.fault == ""
 
 
 # --- the real program in a real terminal ---------------------------------------------------------
