@@ -5468,8 +5468,8 @@ class BenchmarkWish:
         return max(self.requests or max(32, 8 * concurrency), concurrency)
 
 
-def load_of(wish: BenchmarkWish, model: Model) -> Load:
-    """The load for this model; refused where its type cannot be measured."""
+def load_of(wish: BenchmarkWish, model: Model, context: int | None) -> Load:
+    """The load for this model; refused where its type, or its context, cannot take it."""
     if model.type not in BACKENDS:
         raise RefusedError(
             f"{model.name} is a {model.type} model, which cannot be measured.",
@@ -5485,7 +5485,14 @@ def load_of(wish: BenchmarkWish, model: Model) -> Load:
     )
     if not embeds and not load.output_tokens:
         raise RefusedError(
-            f"The profile {wish.profile} makes no token.", advice="Choose another for this model."
+            f"The load {wish.profile} makes no token.", advice=f"Choose another for {model.name}."
+        )
+    longest = int((load.prompt_tokens + load.output_tokens) * (1 + load.spread))
+    if context is not None and longest > context:
+        raise RefusedError(
+            f"A request of this load has up to {longest} tokens; the context of {model.name} is "
+            f"{context}.",
+            advice="Choose shorter prompts and answers.",
         )
     return load
 
@@ -5639,16 +5646,17 @@ def parse_rung(said: str, concurrency: int, started_at: datetime) -> Rung:
     """From what the load generator printed, whose last line is its result (vLLM 0.30)."""
     try:
         found = json.loads(said.rstrip().rpartition("\n")[2])
+        failed = int(found["num_prompts"]) - int(found["completed"])
         if not found["completed"]:
-            errors = "\n".join(found.get("errors", ())).strip().splitlines() or ["it says not why"]
+            errors = "\n".join(found["errors"]).split("\n")
             raise ContainerFailedError(
-                f"The engine answered none of {found['failed']} requests: {errors[-1]}.",
-                advice="Look at its log; shorter prompts may fit its context.",
+                f"The engine answered none of {failed} requests: {errors[-1] or 'unknown'}.",
+                advice="Look at its log.",
             )
         ttft, inter_token = (_milliseconds(found, what) for what in ("ttft", "itl"))
         return Rung(
             concurrency=concurrency, started_at=started_at, seconds=float(found["duration"]),
-            requests=int(found["completed"]), failed=int(found["failed"]),
+            requests=int(found["completed"]), failed=failed,
             prompt_tokens=int(found["total_input_tokens"]),
             output_tokens=int(found.get("total_output_tokens", 0)),
             ttft=ttft, inter_token=inter_token,
@@ -21618,10 +21626,11 @@ class Benchmarks:
 
     def __init__(
         self, store: StateStore, tools: Tools, start_task: StartTask,
-        energy_between: EnergyBetween,
+        measured: Callable[[Model], Measured | None], energy_between: EnergyBetween,
     ) -> None:  # fmt: skip
         self._store = store
         self._tools = tools
+        self._measured = measured
         self._start_task = start_task
         self._energy_between = energy_between
         self._files = BenchmarkFiles(store.home / "benchmarks")
@@ -21666,7 +21675,7 @@ class Benchmarks:
     def _targets(self, wish: BenchmarkWish) -> list[BenchmarkTarget]:
         state = self._store.load()
         models = [state.model(name) for name in wish.models]
-        loads = [load_of(wish, model) for model in models]  # before anything is asked of Docker
+        loads = [load_of(wish, model, self._context(model)) for model in models]
         seen = self._tools.probes.fill(self._tools.containers.observe()).containers
         return [
             BenchmarkTarget(model, self._engine(state, model, seen), load, self._weights(model))
@@ -21685,6 +21694,10 @@ class Benchmarks:
             f"{model.name} is not ready, so there is nothing to measure.",
             advice="Deploy it, and wait until it answers.",
         )
+
+    def _context(self, model: Model) -> int | None:
+        measured = self._measured(model)
+        return measured.context if measured else None
 
     def _weights(self, model: Model) -> str:
         source = model.source
@@ -21757,8 +21770,12 @@ class Benchmarks:
         self, target: BenchmarkTarget, concurrency: int, error: ContainerFailedError
     ) -> ManagerError:
         """An engine that ended is the reason for whatever else went wrong."""
-        seen = self._tools.containers.look(target.engine.name)
-        if seen and seen.running and seen.started_at == target.engine.started_at:
+        for _ in range(20):  # Docker learns of an end a moment after what ran inside
+            seen = self._tools.containers.look(target.engine.name)
+            if not (seen and seen.running and seen.started_at == target.engine.started_at):
+                break
+            self._tools.clock.sleep(0.1)
+        else:
             return error
         return ContainerFailedError(
             f"{target.model.name} stopped while it was measured with {concurrency} at once.",
@@ -22289,7 +22306,9 @@ class Manager(ChangeRunner):
         self.database = DatabaseCare(store, tools, self.start_task)
         self.usage = Usage(store, tools)
         self.energy = self.usage.energy
-        self.benchmarks = Benchmarks(store, tools, self.start_task, self.energy.between)
+        self.benchmarks = Benchmarks(
+            store, tools, self.start_task, self.weights.measured, self.energy.between
+        )
         self.monitoring = Monitoring(store, tools)
 
     def cutting(self, gpu: str, wish: str) -> Change:

@@ -1,0 +1,65 @@
+#!/opt/venv/bin/python
+"""`vllm` itself, but for `vllm serve`: that streams one token after another at a known pace."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator
+
+FIRST_SECONDS, NEXT_SECONDS = 1.0, 0.4
+
+
+def serve(port: int) -> None:
+    # Here and not above: tests read the pace where these libraries need not be.
+    import uvicorn  # noqa: PLC0415
+    from starlette.applications import Starlette  # noqa: PLC0415
+    from starlette.requests import Request  # noqa: PLC0415
+    from starlette.responses import (  # noqa: PLC0415
+        JSONResponse,
+        PlainTextResponse,
+        Response,
+        StreamingResponse,
+    )
+    from starlette.routing import Route  # noqa: PLC0415
+
+    async def health(_: Request) -> Response:
+        return PlainTextResponse("")
+
+    async def chat(_: Request) -> Response:
+        message = {"role": "assistant", "content": "Ready."}
+        return JSONResponse({"choices": [{"index": 0, "message": message}]})
+
+    async def complete(request: Request) -> Response:
+        asked = await request.json()
+        return StreamingResponse(stream(asked), media_type="text/event-stream")
+
+    routes = [
+        Route("/health", health),
+        Route("/v1/chat/completions", chat, methods=["POST"]),
+        Route("/v1/completions", complete, methods=["POST"]),
+    ]
+    uvicorn.run(Starlette(routes=routes), host="0.0.0.0", port=port)  # noqa: S104
+
+
+async def stream(asked: dict[str, int]) -> AsyncIterator[str]:
+    for number in range(asked["max_tokens"]):
+        await asyncio.sleep(NEXT_SECONDS if number else FIRST_SECONDS)
+        yield event(choices=[{"index": 0, "text": "word "}])
+    counted = {"prompt_tokens": len(asked["prompt"]), "completion_tokens": asked["max_tokens"]}
+    yield event(choices=[], usage=counted)
+    yield "data: [DONE]\n\n"
+
+
+def event(**fields: object) -> str:
+    return f"data: {json.dumps(fields)}\n\n"
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "serve":
+        serve(int(sys.argv[sys.argv.index("--port") + 1]))
+    else:
+        from vllm.entrypoints.cli.main import main
+
+        main()
