@@ -14447,7 +14447,7 @@ def energy_files_html(first: date, last: date, style: str) -> str:
 
 SESSION_HEADERS: Final = (
     "Replica", "From, to (UTC)", "kWh", "Mean, peak (W)", "Tokens in, out", "Requests",
-    "J per output token, per any", "Cost", "CO₂ (kg)", "Method",
+    "J per token: out, any", "Cost", "Method",
 )  # fmt: skip
 
 
@@ -14457,20 +14457,17 @@ def session_rows(sessions: Sequence[EnergySession]) -> list[list[str]]:
         [
             f"{s.model} {s.replica}",
             f"{s.start:%Y-%m-%d %H:%M}, {f'{s.end:%Y-%m-%d %H:%M}' if s.end else 'still on'}",
-            format_kwh(s.energy_mj), f"{_some(s.mean_w, '.0f')}, {s.peak_w:,.0f}",
+            format_kwh(s.energy_mj),
+            f"{'-' if s.mean_w is None else f'{s.mean_w:,.0f}'}, {s.peak_w:,.0f}",
             f"{s.prompt_tokens:,}, {s.completion_tokens:,}", f"{s.requests:,}",
             ", ".join(
                 format_per_token(each) or "-"
                 for each in (s.joules_per_output_token, s.joules_per_token)
             ),
-            format_costs(s.costs), _some(s.co2_grams and s.co2_grams / 1000, ".3f"), s.method,
+            format_costs(s.costs), s.method,
         ]
         for s in sessions
     ]  # fmt: skip
-
-
-def _some(value: float | None, form: str) -> str:
-    return "-" if value is None else f"{value:,{form}}"
 
 
 # --- the whole server: for programs, and in a terminal ------------------------------
@@ -14932,7 +14929,7 @@ def benchmark_wish(
     models: Sequence[str], profile: str, ladder: str, prompt_tokens: float | None,
     output_tokens: float | None, per_rung: float | None,
 ) -> BenchmarkWish:  # fmt: skip
-    """What was typed; an empty field is 0 or nothing."""
+    """What was typed; 0 is as good as nothing."""
     if not models:
         raise InvalidError("No model is chosen yet.", advice="Choose those to be measured.")
     return BenchmarkWish(
@@ -25603,12 +25600,12 @@ def build_benchmark_tab(desk: Desk) -> None:
             profile = gr.Dropdown(kinds, value="", label="Load")
             ladder = gr.Textbox("1, 2, 4, 8, 16", label="Requests at once")
             sizes = [
-                gr.Number(label=label, info="empty: the load's", precision=0, minimum=1)
+                gr.Number(0, label=label, info="0: the load's", precision=0, minimum=0)
                 for label in ("Prompt tokens", "Output tokens")
             ]
             each = gr.Number(
-                label="Requests per rung", info="empty: eight for each at once, at least 32",
-                precision=0, minimum=1,
+                0, label="Requests per rung", info="0: eight for each at once, at least 32",
+                precision=0, minimum=0,
             )  # fmt: skip
             ask = gr.Button("Measure", variant="primary", scale=0, min_width=110)
         question, _ = build_question("Measure it", measure)
@@ -25642,7 +25639,7 @@ def build_benchmark_results(desk: Desk, tab: gr.Tab) -> None:
     gr.Markdown("### Results")
     with gr.Row(elem_classes="actions"):
         chosen = gr.Dropdown(label="Benchmarks", value=[], multiselect=True, scale=3)
-        limit = gr.Number(500, label="P95 until the first token within (ms)", minimum=1)
+        limit = gr.Number(500, label="P95 until the first token within (ms)", minimum=0)
     said = gr.Markdown()
     at_once, whose, *figures = CURVE_COLUMNS
     with gr.Row():

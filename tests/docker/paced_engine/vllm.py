@@ -14,26 +14,21 @@ FIRST_SECONDS, NEXT_SECONDS = 1.0, 0.4
 def serve(port: int) -> None:
     # Here and not above: tests read the pace where these libraries need not be.
     import uvicorn  # noqa: PLC0415
+    from starlette import responses  # noqa: PLC0415
     from starlette.applications import Starlette  # noqa: PLC0415
     from starlette.requests import Request  # noqa: PLC0415
-    from starlette.responses import (  # noqa: PLC0415
-        JSONResponse,
-        PlainTextResponse,
-        Response,
-        StreamingResponse,
-    )
     from starlette.routing import Route  # noqa: PLC0415
 
-    async def health(_: Request) -> Response:
-        return PlainTextResponse("")
+    async def health(_: Request) -> responses.Response:
+        return responses.PlainTextResponse("")
 
-    async def chat(_: Request) -> Response:
+    async def chat(_: Request) -> responses.Response:
         message = {"role": "assistant", "content": "Ready."}
-        return JSONResponse({"choices": [{"index": 0, "message": message}]})
+        return responses.JSONResponse({"choices": [{"index": 0, "message": message}]})
 
-    async def complete(request: Request) -> Response:
+    async def complete(request: Request) -> responses.Response:
         asked = await request.json()
-        return StreamingResponse(stream(asked), media_type="text/event-stream")
+        return responses.StreamingResponse(stream(asked), media_type="text/event-stream")
 
     routes = [
         Route("/health", health),
