@@ -17450,18 +17450,18 @@ class EnergyRecords:
                         raise
                     self._begin_anew(error)
                     self._write()
-        except (EnergyRecordsError, OSError) as error:
+        except EnergyRecordsError as error:
             self._wait(error)
+        except OSError as error:
+            fact = f"{ENERGY_FILE} cannot be opened, or set aside: {error}."
+            self._wait(EnergyRecordsError(fact, advice="Look at the home directory."))
         else:
             if self._fault:
                 log.info("Energy is recorded again.")
             self._waiting, self._tokens, self._unsaved, self._fault = [], {}, {}, None
 
-    def _wait(self, error: Exception) -> None:
+    def _wait(self, fault: EnergyRecordsError) -> None:
         self._ids.clear()  # of rows that are not there
-        fault = error if isinstance(error, EnergyRecordsError) else EnergyRecordsError(
-            f"{ENERGY_FILE} cannot be set aside: {error}.", advice="Look at the home directory."
-        )  # fmt: skip
         if self._fault is None:
             log.warning("%s", fault)
         self._fault = fault
@@ -17474,11 +17474,13 @@ class EnergyRecords:
         db = self._db = self._db or self._connect()
         with db:
             db.execute("BEGIN IMMEDIATE")
+            if time.monotonic() - self._rolled_up >= ROLL_UP_SECONDS:
+                # A clock that is far ahead, as before it is set at boot, must not delete all.
+                (newest,) = db.execute("SELECT max(start) FROM hours").fetchone()
+                roll_up(db, min(self._now(), (newest or 0) + DAY_SECONDS))
+                self._rolled_up = time.monotonic()
             self._write_shares(db)
             self._write_sessions(db)
-            if time.monotonic() - self._rolled_up >= ROLL_UP_SECONDS:
-                roll_up(db, self._now())
-                self._rolled_up = time.monotonic()
 
     def _write_shares(self, db: sqlite3.Connection) -> None:
         lines: dict[int, list[str]] = {}

@@ -367,6 +367,20 @@ def test_a_clock_that_jumps_back_neither_doubles_nor_loses(
     db.close()
 
 
+def test_a_clock_that_is_far_ahead_for_a_while_deletes_nothing(path: Path) -> None:
+    records = begin(path)
+    records.add([a_share(NOON + second) for second in range(60)], RATES)
+    records.close()
+    ahead = NOON + 60 * 366 * 86_400
+    records = lm.EnergyRecords(path, lambda: ahead)
+    records.add([a_share(ahead)], RATES)
+    records.close()
+    records = begin(path)
+    records.add([a_share(NOON + 60)], RATES)
+    records.close()
+    assert len(samples(path)) == 61
+
+
 def test_a_damaged_file_is_set_aside_and_a_new_one_begun(path: Path) -> None:
     path.write_bytes(b"this is no database" * 1000)
     records = begin(path)
