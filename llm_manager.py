@@ -14922,7 +14922,7 @@ def benchmark_preview(
             f"- {name}: {prompts} requests, {ladder} at once; each has "
             f"{load.prompt_tokens} tokens{made} ({busy})."
         )
-    return "\n".join([*lines, BENCHMARK_WARNING])
+    return "\n".join([*lines, "", BENCHMARK_WARNING])
 
 
 def benchmark_wish(
@@ -25598,7 +25598,7 @@ def build_benchmark_tab(desk: Desk) -> None:
         with gr.Row(elem_classes="actions"):
             models = gr.Dropdown(label="Measure", multiselect=True, info="one after the other")
             live(desk, models, measurable)
-            kinds = [("by the model's type", ""), *((kind, kind) for kind in LOADS)]
+            kinds = [("by type", ""), *((kind, kind) for kind in LOADS)]
             profile = gr.Dropdown(kinds, value="", label="Load")
             ladder = gr.Textbox("1, 2, 4, 8, 16", label="Requests at once")
             sizes = [
@@ -25632,9 +25632,9 @@ def build_benchmark_results(desk: Desk, tab: gr.Tab) -> None:
             headers, rows = comparison(results)
             said = plain_lines(carrying_text(results, limit)) if limit else ""
             # With another title or order beside it Gradio (6.31) goes on drawing the old lines.
-            plot = gr.update(value=curves, visible=not curves.empty)
+            drawn = [gr.update(value=curves, visible=not curves.empty) for _ in plots]
             return (
-                said, plot, plot, gr.update(headers=headers, value=rows),
+                said, *drawn, gr.update(headers=headers, value=rows),
                 benchmark_rows(results), benchmark_links(results),
             )  # fmt: skip
 
