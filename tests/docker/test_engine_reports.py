@@ -96,7 +96,7 @@ def test_every_token_of_the_engine_is_accounted_for_or_explained(  # noqa: PLR09
         seen = served.manager().observe().containers.values()
         (load,) = served.manager().loads([c for c in seen if c.role == "engine"]).values()
         assert load is not None
-        return load.counts
+        return load.used
 
     before, at_first = tally(), counts()
     assert (before.accounted, before.broken_off) == (0, 0)
