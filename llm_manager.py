@@ -372,7 +372,9 @@ def mask_secrets(text: str) -> str:
     def mask(found: re.Match[str]) -> str:
         return f"{found[1]}({sha256(found[2].encode()).hexdigest()[:8]})"
 
-    text = re.sub(r"(Bearer |credentials: |smtp_auth_password: |- url: )([^\s\"]+)", mask, text)
+    text = re.sub(r"(Bearer )([^\s\"]+)", mask, text)
+    # A whole line: a secret may have quotes in it.
+    text = re.sub(r"(credentials: |smtp_auth_password: |- url: )(\S.*)", mask, text)
     pem = r"(?s)(-----BEGIN [A-Z ]*PRIVATE KEY-----)(.*?)(?=-----END|\Z)"
     return re.sub(pem, mask, text)
 
@@ -826,7 +828,7 @@ class EnergySettings:
     `overhead` is what the room takes for each kilowatt-hour of a GPU, itself included (PUE).
     """
 
-    period_seconds: Annotated[float, pydantic.Field(ge=0.1, le=60)] = 1.0
+    period_seconds: Annotated[float, pydantic.Field(ge=0.5, le=60)] = 1.0
     price_per_kwh: Annotated[float, pydantic.Field(ge=0, le=1000)] | None = None  # Prices.currency
     co2_grams_per_kwh: Annotated[float, pydantic.Field(ge=0, le=5000)] | None = None
     overhead: Annotated[float, pydantic.Field(ge=1, le=5)] = 1.0
@@ -5104,7 +5106,7 @@ KWH_MJ: Final = 3_600_000_000
 DAY_SECONDS, HOUR_SECONDS, MINUTE_SECONDS = 86_400, 3_600, 60
 SHARED_DAYS: Final = 366  # as many days are told by key or group
 IDLE: Final = "(idle)"  # the subject of what the GPUs took while nobody's work explains it
-NO_REQUESTS: Final = "(no requests) "  # and a model: energy of hours in which no key used it
+NO_TOKENS: Final = "(no tokens) "  # and a model: energy of hours in which no key had tokens of it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -5244,7 +5246,7 @@ def split_by_use(parts: Iterable[EnergyPart], uses: Iterable[TokenUse]) -> Itera
             yield replace(
                 part, subject=who, energy_mj=energy_mj, estimated_mj=energy_mj, unmeasured_ms=0
             )
-        model_own = replace(part, subject=NO_REQUESTS + part.model if part.model else IDLE)
+        model_own = replace(part, subject=NO_TOKENS + part.model if part.model else IDLE)
         if not users:
             yield model_own
         elif part.unmeasured_ms:
@@ -9679,6 +9681,15 @@ def keeping_house(changes: Json) -> Change:
         return replace(state, housekeeping=parse_housekeeping(asdict(state.housekeeping) | changes))
 
     return Change(title="Change what the database keeps", edit=edit, scope=NO_MODELS)
+
+
+def all_at_once(changes: Sequence[Change]) -> Change:
+    """Settings that are saved together, or not at all where one of them is refused."""
+
+    def edit(state: State) -> State:
+        return reduce(lambda edited, change: change.edit(edited), changes, state)
+
+    return replace(changes[0], title=". ".join(change.title for change in changes), edit=edit)
 
 
 def setting_energy(changes: Json) -> Change:
@@ -14369,8 +14380,7 @@ def tokens_by_model(report: EnergyReport) -> list[tuple[str, str, float]]:
 def live_energy_html(seen: Snapshot) -> str:
     """A line for each GPU: its watts now and lately, and the models' part of all of them."""
     live = seen.energy
-    if live.trouble:
-        return f'<p class="watts-trouble">{html.escape(live.trouble)}</p>'
+    trouble = f'<p class="watts-trouble">{html.escape(live.trouble)}</p>' if live.trouble else ""
     gpus = {str(gpu.uuid): f"GPU {gpu.index} {gpu.name}" for gpu in seen.hardware.gpus}
     lines = [
         f"<div><b>{html.escape(gpus.get(gpu, gpu))}</b><span>{_watts_text(watts)}</span>"
@@ -14378,10 +14388,13 @@ def live_energy_html(seen: Snapshot) -> str:
         for gpu, watts in live.gpu_watts.items()
     ]
     if not lines:
-        return "<p>No GPU is looked at: there is none, or the manager's service has just begun.</p>"
+        return trouble or "<p>No GPU is looked at: there is none, or this has just begun.</p>"
     takers = sorted(live.model_watts.items(), key=lambda each: (each[0] == NOBODY, -each[1]))
     shares = ", ".join(f"{html.escape(who or IDLE)} {watts:,.0f} W" for who, watts in takers)
-    return f'<div class="watts">{"".join(lines)}</div><p>Now: {shares or "nothing known"}.</p>'
+    return (
+        f'{trouble}<div class="watts">{"".join(lines)}</div>'
+        f"<p>Now: {shares or 'nothing known'}.</p>"
+    )
 
 
 def _watts_text(watts: float | None) -> str:
@@ -14788,6 +14801,10 @@ BENCHMARK_HEADERS: Final = (
     "End to end P95 (ms)", "End to end P99 (ms)", "Requests/s", "Output tokens/s", "All tokens/s",
     "J/token", "Others' requests",
 )  # fmt: skip
+RUNG_HEADERS: Final = (
+    "Benchmark", "At once", "Requests", "Failed", "TTFT (ms)", "Inter-token (ms)",
+    "End to end (ms)", "Requests/s", "Output tokens/s", "All tokens/s", "J/token", "Others",
+)  # fmt: skip
 BENCHMARK_LIST_HEADERS: Final = ("Benchmark", "Load", "Requests at once", "State")
 CURVE_COLUMNS: Final = ("at once", "benchmark", "P95 TTFT in ms", "output tokens per second")
 BENCHMARK_WARNING: Final = (
@@ -14816,11 +14833,15 @@ def load_text(result: Benchmark) -> str:
 
 
 def benchmark_rows(results: Sequence[Benchmark]) -> list[list[str]]:
-    """One row per rung, with figures for eyes."""
+    """One row of `RUNG_HEADERS` per rung, with figures for eyes."""
     return [
-        [name, *(format_measure(cell) for cell in cells)]
+        [
+            name, *map(format_measure, cells[:3]),
+            *(" / ".join(map(format_measure, cells[at:at + 3])) for at in (3, 6, 9)),
+            *map(format_measure, cells[12:]),
+        ]
         for name, *cells in _benchmark_cells(results)
-    ]
+    ]  # fmt: skip
 
 
 def format_measure(cell: object) -> str:
@@ -17240,6 +17261,7 @@ RAW_DAYS: Final = 2
 MINUTE_DAYS: Final = 366
 COMMIT_SECONDS: Final = 5.0  # what a kill may lose
 ROLL_UP_SECONDS: Final = 3600.0
+PEAK_SECONDS: Final = 0.45  # a counter that moves ten times a second tells no watts of less
 MOST_WAITING: Final = 1800  # looks at all GPUs that wait for a disk
 TIERS: Final = {"minutes": MINUTE_SECONDS, "hours": HOUR_SECONDS}
 ENERGY_FILE: Final = "energy.sqlite"
@@ -17250,6 +17272,7 @@ ENERGY_FILE: Final = "energy.sqlite"
 # A block of samples fits a page, which makes their export half the work; the log stays at 1 MiB.
 PRAGMAS: Final = (
     "page_size = 16384", "journal_mode = WAL", "synchronous = NORMAL", "wal_autocheckpoint = 64",
+    "journal_size_limit = 4194304",
 )  # fmt: skip
 _TIER: Final = """
 CREATE TABLE {tier} (start INTEGER, subject INTEGER, rates INTEGER, energy_mj INTEGER, ms INTEGER,
@@ -17318,6 +17341,12 @@ class _Session:
     peak_w: float = 0.0
     energy: dict[EnergyRates, list[int]] = field(default_factory=dict)
 
+    def is_of(self, share: EnergyShare) -> bool:
+        """Its own share, or one of a GPU of its that nobody measured."""
+        if share.energy_mj is None:
+            return share.gpu_uuid in self.gpus
+        return (share.model, share.replica) == (self.model, self.replica)
+
     def take(self, shares: Sequence[EnergyShare], rates: EnergyRates) -> None:
         """Its shares of one look at all GPUs, which is what its peak is of."""
         watts = 0.0
@@ -17327,7 +17356,8 @@ class _Session:
                 self.unmeasured_ms += round(1000 * share.seconds)
                 continue
             self.ms += round(1000 * share.seconds)
-            watts += share.energy_mj / 1000 / share.seconds if share.seconds else 0
+            if share.seconds >= PEAK_SECONDS:
+                watts += share.energy_mj / 1000 / share.seconds
             sums = self.energy.setdefault(rates, [0, 0])
             sums[0] += share.energy_mj
             sums[1] += 0 if share.measured else share.energy_mj
@@ -17376,8 +17406,7 @@ class EnergyRecords:
         with self._lock:
             self._waiting.append((shares, rates))
             for session in self._sessions.values():
-                who = (session.model, session.replica)
-                if own := [s for s in shares if (s.model, s.replica) == who]:
+                if own := [share for share in shares if session.is_of(share)]:
                     session.take(own, rates)
                     self._unsaved[session.id] = session
             if time.monotonic() - self._committed >= COMMIT_SECONDS:
@@ -17475,9 +17504,7 @@ class EnergyRecords:
         with db:
             db.execute("BEGIN IMMEDIATE")
             if time.monotonic() - self._rolled_up >= ROLL_UP_SECONDS:
-                # A clock that is far ahead, as before it is set at boot, must not delete all.
-                (newest,) = db.execute("SELECT max(start) FROM hours").fetchone()
-                roll_up(db, min(self._now(), (newest or 0) + DAY_SECONDS))
+                roll_up(db, min(self._now(), _latest_believed(db)))
                 self._rolled_up = time.monotonic()
             self._write_shares(db)
             self._write_sessions(db)
@@ -17619,6 +17646,17 @@ def format_moment(seconds: float) -> str:
     return f"{datetime.fromtimestamp(whole, UTC):%Y-%m-%d %H:%M:%S}\x1e{ms:03d}"
 
 
+def _latest_believed(db: sqlite3.Connection) -> float:
+    """How late it can be: a clock that is ahead for some hours must not delete all."""
+    newest = db.execute(
+        "SELECT DISTINCT start FROM hours ORDER BY start DESC LIMIT ?", (BELIEVED_HOURS,)
+    ).fetchall()
+    return newest[-1][0] + RAW_DAYS * DAY_SECONDS if newest else 0.0
+
+
+BELIEVED_HOURS: Final = 24  # so many must be recorded before their clock counts
+
+
 def roll_up(db: sqlite3.Connection, now: float) -> None:
     """Delete what is told by minutes, or by hours, and too old to be told more finely."""
     since = {
@@ -17693,38 +17731,43 @@ class EnergyReader:
     def sessions(self, first: date, last: date) -> Iterator[EnergySession]:
         """Those that were on in these days, newest first; each with all of its energy."""
         start, end = _moments(first, last)
-        with self._reading() as db:
-            rows = db.execute(
-                "SELECT * FROM sessions WHERE start < ? AND last >= ? ORDER BY start DESC, id",
-                (end, start),
-            )
-            for row in rows:
-                energy = db.execute(
-                    "SELECT price, currency, co2, overhead, energy_mj, estimated_mj "
-                    "FROM session_energy JOIN rates ON rates.id = rates WHERE session = ?",
-                    (row[0],),
-                )
-                yield _read_session(row, energy.fetchall())
+        for row in self._rows(
+            "SELECT * FROM sessions WHERE start < ? AND last >= ? ORDER BY start DESC, id",
+            (end, start),
+        ):
+            yield _read_session(row, self._rows(
+                "SELECT price, currency, co2, overhead, energy_mj, estimated_mj "
+                "FROM session_energy JOIN rates ON rates.id = rates WHERE session = ?", (row[0],),
+            ))  # fmt: skip
 
     def samples(self, first: date, last: date, style: CsvStyle) -> Iterator[bytes]:
-        """A CSV of what is kept, each stretch of time as finely as it still is."""
+        """A CSV of what is kept, each stretch of time as finely as it still is.
+
+        It reads a piece at a time, or SQLite's log would grow as long as a slow reader takes.
+        """
         start, end = _moments(first, last)
         yield (style.separator.join(SAMPLE_COLUMNS) + "\n").encode()
+        since: dict[str, int] = dict(self._rows("SELECT tier, since FROM kept"))
+        ((oldest,),) = self._rows("SELECT min(start) FROM hours")
+        start = min(max(start, (oldest or 0) // DAY_SECONDS * DAY_SECONDS), end)
+        by_minute = min(max(start, since["minutes"]), end)
+        raw = min(max(by_minute, since["samples"]), end)
+        for tier, begin, until in (("hours", start, by_minute), ("minutes", by_minute, raw)):
+            for day in range(begin, until, DAY_SECONDS):
+                rows = self._rows(TOLD.format(tier=tier), (day, min(day + DAY_SECONDS, until)))
+                lines = (sample_line(row[0], row[1:5], row[5:]) for row in rows)
+                yield styled("".join(lines).encode(), style)
+        at = raw * 1000
+        while blocks := self._rows(
+            "SELECT id, lines FROM samples WHERE id >= ? AND id < ? ORDER BY id LIMIT ?",
+            (at, end * 1000, BLOCKS),
+        ):
+            at = blocks[-1][0] + 1
+            yield styled(b"".join(lines for _, lines in blocks), style)
+
+    def _rows(self, sql: str, values: Sequence[object] = ()) -> list[Any]:
         with self._reading() as db:
-            since = dict(db.execute("SELECT tier, since FROM kept"))
-            by_minute = min(max(start, since["minutes"]), end)
-            raw = min(max(by_minute, since["samples"]), end)
-            for tier, *stretch in (("hours", start, by_minute), ("minutes", by_minute, raw)):
-                rows = db.execute(TOLD.format(tier=tier), stretch)
-                while batch := rows.fetchmany(CSV_BATCH):
-                    lines = (sample_line(row[0], row[1:5], row[5:]) for row in batch)
-                    yield styled("".join(lines).encode(), style)
-            rows = db.execute(
-                "SELECT lines FROM samples WHERE id >= ? AND id < ? ORDER BY id",
-                (raw * 1000, end * 1000),
-            )
-            while batch := rows.fetchmany(BLOCKS):
-                yield styled(b"".join(lines for (lines,) in batch), style)
+            return db.execute(sql, values).fetchall()
 
     def taken(self, model: str, start: float, end: float) -> int | None:
         """The millijoules of a model between two moments; None where samples do not tell."""
@@ -21887,9 +21930,9 @@ class Usage:
     def _energy_of(
         self, month: date, state: State
     ) -> dict[tuple[str, str], tuple[float, float | None]]:
-        """By group and model as LiteLLM accounts for it; a damaged file stops no statement."""
+        """By group and model as LiteLLM accounts for it; what is missing stops no statement."""
         served = {str(model.name): model.served_model_name for model in state.models}
-        with contextlib.suppress(EnergyRecordsError):
+        with contextlib.suppress(EnergyRecordsError, DatabaseError):
             found = self.energy.of_groups(month, last_of_month(month))
             return {
                 (group, served.get(model, model)): (row.kwh, row.co2_grams)
@@ -22394,9 +22437,14 @@ class Manager(ChangeRunner):
         """Let go of the GPUs where somebody changes a MIG mode."""
         self._tools.gpus.give_way()
 
-    def only_here(self, title: str) -> Callable[[], None]:
-        """The right to do this alone, of all processes; BusyError where another one has it."""
-        return self._store.acquire(title, kind="task")
+    def energy_turn(self) -> Callable[[], None] | None:
+        """The right to record the energy, and what ends it; None while another process has it.
+
+        It is no task: nobody waits for it.
+        """
+        with file_errors("lock its home"):
+            handle = take_lock(self._store.home / "lock-energy")
+        return handle.close if handle is not None else None
 
     def snapshot(self) -> Snapshot:
         """Everything a page shows; what cannot be read is a fault in it, not an exception."""
@@ -22644,10 +22692,10 @@ class EnergySink(Protocol):
 
 @dataclass
 class Timeline:
-    """When the intervals of one GPU began, in seconds since 1970: never twice, never before.
+    """When the intervals of one GPU began, in seconds since 1970: one after the other.
 
-    A clock that is set back does not take records with it: they go on from where they ended. One
-    that was wrong by more than a day is followed at once.
+    Small steps of the clock do not show. One that was set by more is followed at once, forwards
+    and backwards: an hour that the clock has twice has the energy of both.
     """
 
     end: float = -math.inf
@@ -22655,15 +22703,14 @@ class Timeline:
     def place(self, seconds: float, now: float) -> float:
         """The start of an interval that is over now."""
         start = now - seconds
-        ahead = self.end - start
-        if -CLOCK_JITTER_SECONDS < ahead < CLOCK_WRONG_SECONDS:
+        if -CLOCK_JITTER_SECONDS < self.end - start < CLOCK_STEP_SECONDS:
             start = self.end
         self.end = start + seconds
         return start
 
 
 CLOCK_JITTER_SECONDS: Final = 0.5  # between the two clocks' reading; more is a clock set forward
-CLOCK_WRONG_SECONDS: Final = 86400.0
+CLOCK_STEP_SECONDS: Final = 60.0
 
 
 class EnergyMeter:
@@ -22739,7 +22786,8 @@ class EngineSessions:
         self._open: dict[str, datetime | None] = {}  # container -> the start of its engine
         self._base: dict[str, EngineCounts] = {}  # what it had counted before its session
         self._counts: dict[str, EngineCounts] = {}
-        self._new: set[str] = set()  # engines that were seen before they were ready
+        self._new: set[str] = set()  # engines that began, and were not ready yet, since `_began`
+        self._began: float | None = None
 
     def follow(
         self, snapshot: Snapshot, loads: Mapping[ContainerName, EngineLoad | None], now: float
@@ -22759,7 +22807,12 @@ class EngineSessions:
             if container_id in self._open and load is not None:
                 self._base.setdefault(container_id, load.used)
                 self._counts[container_id] = load.used
-        fresh = {container_id for container_id, engine in engines.items() if not engine.ready}
+        self._began = began = now if self._began is None else self._began
+        fresh = {
+            container_id
+            for container_id, engine in engines.items()
+            if not engine.ready and engine.started_at and engine.started_at.timestamp() >= began
+        }
         self._new = fresh | (self._new & {*engines})
 
     def _begin(
@@ -22868,7 +22921,8 @@ class EnergySampler:
         while not self._ending.wait(max(0.0, min(due - boot_seconds(), WAY_SECONDS))):
             if boot_seconds() >= due:
                 self._attempt(lambda: self._sample(meter, sessions))
-                due = max(due, boot_seconds() - 1) + self._settings.period_seconds
+                period = self._settings.period_seconds
+                due = max(due + period, boot_seconds() + period / 2)
             else:
                 self._manager.give_way()
         self._attempt(lambda: sessions.close(time.time()))
@@ -22877,16 +22931,15 @@ class EnergySampler:
 
     def _turn(self) -> Callable[[], None] | None:
         """The right to sample; None while another process has it."""
+        release, self._trouble = None, ""
         try:
-            release = self._manager.only_here(SAMPLING)
-        except BusyError:
-            self._trouble = "The energy is recorded by another LLM Manager: this one shows none."
+            release = self._manager.energy_turn()
         except ManagerError as error:
             self._trouble = f"Energy is not recorded: {error}"
         else:
-            self._trouble = ""
-            return release
-        return None
+            if release is None:
+                self._trouble = "Another LLM Manager records the energy; this one shows none."
+        return release
 
     def _sample(self, meter: EnergyMeter, sessions: EngineSessions) -> None:
         snapshot = self._latest()
@@ -22911,7 +22964,6 @@ class EnergySampler:
             self._trouble = ""
 
 
-SAMPLING: Final = "Record energy"
 WAY_SECONDS: Final = 1.0  # within which a change of MIG mode finds the GPUs free
 TURN_SECONDS: Final = 10.0
 COUNT_SECONDS: Final = 30.0
@@ -25570,7 +25622,7 @@ def build_energy_settings(desk: Desk) -> None:
     with gr.Accordion("Price, CO₂ and how often GPUs are looked at", open=False):
         with gr.Row():
             fields = [
-                stored("A look every (s)", "0.1 to 60", lambda kept: kept.period_seconds),
+                stored("A look every (s)", "0.5 to 60", lambda kept: kept.period_seconds),
                 stored("Price of a kWh", "0: unknown", lambda kept: kept.price_per_kwh),
                 stored("CO₂ of a kWh (g)", "0: unknown", lambda kept: kept.co2_grams_per_kwh),
                 stored("Overhead (PUE)", "of the room, 1 is none", lambda kept: kept.overhead),
@@ -25634,7 +25686,7 @@ def build_benchmark_results(desk: Desk, tab: gr.Tab) -> None:
             # With another title or order beside it Gradio (6.31) goes on drawing the old lines.
             drawn = [gr.update(value=curves, visible=not curves.empty) for _ in plots]
             return (
-                said, *drawn, gr.update(headers=headers, value=rows),
+                said, *drawn, gr.update(headers=headers, value=rows, visible=bool(rows)),
                 benchmark_rows(results), benchmark_links(results),
             )  # fmt: skip
 
@@ -25649,9 +25701,9 @@ def build_benchmark_results(desk: Desk, tab: gr.Tab) -> None:
             gr.LinePlot(x=at_once, y=figure, color=whose, height=280, visible=False)
             for figure in figures
         ]
-    beside = table(["Figure", "At once"])
-    with gr.Accordion("Every rung", open=False):
-        rungs = table(BENCHMARK_HEADERS)
+    beside = table(["Figure", "At once"], visible=False)
+    with gr.Accordion("Every rung; times are P50 / P95 / P99", open=False):
+        rungs = table(RUNG_HEADERS)
     links = gr.HTML()
     done = live(desk, gr.Textbox(visible="hidden"), benchmarks_done)
     for changed in (tab.select, done.change):
@@ -26007,14 +26059,15 @@ def build_app(manager: Manager, watch: Watch) -> Guard:
     def export_energy(
         what: EnergyTable, first: date, last: date, style: str = ""
     ) -> fastapi.Response:
-        pieces = manager.energy.export(what, first, last, CSV_STYLES.get(style, CsvStyle()))
         try:
-            begin = next(pieces, b"")  # here it is refused, if it is
+            check_days(first, last, None)
+            chosen = CSV_STYLES.get(style, CsvStyle())
+            answer = csv_stream(manager.energy.export(what, first, last, chosen))
         except ManagerError as error:
             return _plain(409, str(error))
-        named = {"content-disposition": f'attachment; filename="{what}-{first}-{last}.csv"'}
-        whole = itertools.chain((begin,), pieces)
-        return fastapi.responses.StreamingResponse(whole, media_type="text/csv", headers=named)
+        named = f'attachment; filename="{what}-{first}-{last}.csv"'
+        answer.headers["content-disposition"] = named
+        return answer
 
     @app.get(API_PAGE)
     def show_api() -> fastapi.Response:
@@ -26929,7 +26982,8 @@ class MetricsServer:
         self._at = self._server = None
         if wished is not None:
             listener = socket.create_server(wished)
-            server = uvicorn.Server(uvicorn.Config(self._app, log_level="warning"))
+            config = uvicorn.Config(self._app, log_level="warning", log_config=None)
+            server = uvicorn.Server(config)
             sockets = {"sockets": [listener]}
             threading.Thread(target=server.run, kwargs=sockets, name="figures", daemon=True).start()
             self._at, self._server = wished, server
@@ -27512,11 +27566,12 @@ def command_energy_export(arguments: argparse.Namespace) -> int:
     query = parse_energy_query("day", arguments.first, arguments.last, utc_now().date())
     style = CsvStyle(separator=arguments.separator, decimal=arguments.decimal)
     pieces = open_manager().energy.export(arguments.what, query.first, query.last, style)
+    begun = [*itertools.islice(pieces, 2)]  # what is refused leaves an earlier file alone
     with file_errors("write the export", PLACE_ADVICE), contextlib.ExitStack() as stack:
         file = sys.stdout.buffer
         if arguments.file:
             file = stack.enter_context(open(arguments.file, "wb", opener=private_opener))
-        for piece in pieces:
+        for piece in itertools.chain(begun, pieces):
             file.write(piece)
     return DONE
 
@@ -27836,7 +27891,6 @@ def command_config_set(arguments: argparse.Namespace) -> int:
             arguments.email,
             arguments.acme_directory,
         )
-    manager = open_manager()
     changes = {key: value for key, value in given.items() if value is not None}
     energy = {
         "period_seconds": arguments.energy_period,
@@ -27845,14 +27899,13 @@ def command_config_set(arguments: argparse.Namespace) -> int:
         "overhead": arguments.overhead,
     }
     energy = {k: None if v == "off" else v for k, v in energy.items() if v is not None}
-    manager = open_manager()
-    if energy:
-        manager.save(setting_energy(energy))
+    wished = [setting_energy(energy)] if energy else []
     if arguments.monitoring is not None:
-        manager.save(switching_monitoring(on=arguments.monitoring == "on"))
-    if changes or not (energy or arguments.monitoring):
-        manager.save(configuring_edge(changes))
-    out("Saved. Next: llm_manager.py plan" if changes else "Saved.")
+        wished.append(switching_monitoring(on=arguments.monitoring == "on"))
+    if changes or not wished:
+        wished.append(configuring_edge(changes))
+    open_manager().save(all_at_once(wished))
+    out("Saved. Next: llm_manager.py plan" if changes or arguments.monitoring else "Saved.")
     return DONE
 
 

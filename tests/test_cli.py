@@ -474,6 +474,17 @@ def test_a_sound_state_is_called_sound(with_chat: Run) -> None:
     assert with_chat("config", "check").out.endswith("config.json is sound: 1 models.\n")
 
 
+def test_settings_of_several_kinds_are_saved_together_or_not_at_all(run: Run) -> None:
+    refused = run("config", "set", "--monitoring", "on", "--overhead", "1.3", "--https-port", "0")
+    assert (refused.status, refused.out) == (lm.FAILED, "")
+    kept = lm.open_manager().state()
+    assert (kept.monitoring, kept.energy.overhead) == (False, 1.0)
+    saved = run("config", "set", "--monitoring", "on", "--overhead", "1.3")
+    assert (saved.status, saved.out) == (lm.DONE, "Saved. Next: llm_manager.py plan\n")
+    kept = lm.open_manager().state()
+    assert (kept.monitoring, kept.energy.overhead) == (True, 1.3)
+
+
 def test_https_settings_are_saved_and_kept(run: Run) -> None:
     assert run("config", "set", "--hostname", "a.org", "--hostname", "b.org").status == lm.DONE
     arguments = ("--tls", "acme", "--email", "it@a.org", "--https-port", "8443")

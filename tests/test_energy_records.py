@@ -220,7 +220,7 @@ def test_an_hours_energy_goes_to_those_who_used_it_by_their_tokens() -> None:
     assert {who: row.energy_mj for who, row in found.items()} == {
         "ada": 75,
         "bob": 25,
-        "(no requests) chat": 40,
+        "(no tokens) chat": 40,
         "(idle)": 7,
     }
     assert found["ada"].estimated_mj == 75
@@ -372,13 +372,45 @@ def test_a_clock_that_is_far_ahead_for_a_while_deletes_nothing(path: Path) -> No
     records.add([a_share(NOON + second) for second in range(60)], RATES)
     records.close()
     ahead = NOON + 60 * 366 * 86_400
-    records = lm.EnergyRecords(path, lambda: ahead)
-    records.add([a_share(ahead)], RATES)
-    records.close()
-    records = begin(path)
-    records.add([a_share(NOON + 60)], RATES)
-    records.close()
-    assert len(samples(path)) == 61
+    for hour in range(3):
+        records = lm.EnergyRecords(path, lambda: ahead)  # which rolls up
+        records.add([a_share(ahead + 3600 * hour)], RATES)
+        records.close()
+    for second in (60, 61):
+        records = begin(path)
+        records.add([a_share(NOON + second)], RATES)
+        records.close()
+    assert len(samples(path)) == 62
+
+
+def test_a_session_tells_of_the_time_in_which_nobody_measured_its_gpu(
+    records: lm.EnergyRecords, path: Path
+) -> None:
+    """As the sampler divides it: an interval without a measurement is nobody's."""
+    interval = lm.Interval(seconds=8 * 3600, energy_mj=None, method="unmeasured")
+    chat = lm.GpuTenant(model="chat")
+    records.open_session("chat", 0, "c1", [GPU], NOON)
+    records.add([a_share(NOON)], RATES)
+    records.add(lm.attribute(interval, NOON + 1, GPU, [chat]), RATES)
+    records.close_session("c1", NOON + 1 + 8 * 3600)
+    (found,) = sessions(path)
+    assert (found.unmeasured_seconds, found.measured_seconds) == (8 * 3600, 1)
+
+
+def test_a_reader_that_takes_its_time_does_not_let_the_log_grow(
+    records: lm.EnergyRecords, path: Path
+) -> None:
+    for second in range(2000):
+        records.add([a_share(NOON + second)], RATES)
+    records.flush()
+    pieces = lm.EnergyReader(path).samples(DAY, DAY, lm.CsvStyle())
+    begun = [next(pieces), next(pieces)]
+    for second in range(2000, 2600):
+        records.add([a_share(NOON + second)], RATES)
+        records.flush()
+    log = path.with_name(f"{path.name}-wal")
+    assert log.stat().st_size < 8 * 2**20
+    assert b"".join([*begun, *pieces]).count(b"\n") == 2601
 
 
 def test_a_damaged_file_is_set_aside_and_a_new_one_begun(path: Path) -> None:

@@ -84,9 +84,9 @@ def test_keys_and_groups_pay_by_their_tokens_of_the_hour(energy: lm.Energy) -> N
     assert keys == {
         "=ada": 300_001,
         "Bob": 100_000,
-        "(no requests) chat": 90_000,
+        "(no tokens) chat": 90_000,
         "(idle)": 50_000,
-        "(no requests) vision": 7_000,
+        "(no tokens) vision": 7_000,
     }
     groups = {row.name: row for row in report(energy, "group").rows}
     assert groups["ML"].energy_mj == 300_001
@@ -108,7 +108,7 @@ def test_what_the_operator_reads_is_a_row_for_each_and_the_total(energy: lm.Ener
     assert rows[-1][1:5] == ["0.0002", "0.0000", "0.0000", "0.00"]
     assert "0.0002 kWh" in lm.energy_headline(found)
     (row,) = lm.session_rows(energy.sessions(DAY, DAY))
-    assert row[:4] == ["chat", "0", "2026-11-20 12:00", "2026-11-20 13:00"]
+    assert row[:2] == ["chat 0", "2026-11-20 12:00, 2026-11-20 13:00"]
     assert len(row) == len(lm.SESSION_HEADERS)
     nothing = lm.EnergyQuery(first=date(2020, 1, 1), last=date(2020, 1, 1))
     assert "No energy was recorded" in lm.energy_headline(energy.report(nothing))

@@ -283,7 +283,7 @@ def test_a_server_that_slept_has_a_gap_of_that_length_and_no_joules_in_it(
     assert (share.energy_mj, share.seconds) == (None, 8 * 3600)
 
 
-def test_a_clock_that_is_set_makes_records_neither_negative_nor_twice(
+def test_a_clock_that_is_set_makes_no_record_negative_and_is_followed(
     stand: Callable[..., Hands],
 ) -> None:
     hands = stand(H100)
@@ -291,10 +291,9 @@ def test_a_clock_that_is_set_makes_records_neither_negative_nor_twice(
         hands.set_by += set_by
         hands.look()
     shares = hands.kept.shares
-    assert len(shares) == 7
-    ends = [share.start + share.seconds for share in shares]
     assert all(share.seconds == 1 for share in shares)
-    assert all(end <= later.start for end, later in zip(ends, shares[1:], strict=False))
+    begun = [round(share.start - shares[0].start) for share in shares]
+    assert begun == [0, 3601, 3602, 1803, 1814, 1815, 1816]
 
 
 def test_processes_that_share_a_gpu_are_weighed_by_what_they_used(
@@ -569,7 +568,7 @@ def served(tmp_path: Path) -> Iterator[tuple[Server, Kept]]:
     gpus = SimulatedGpus([a_card(H100)])
     server, kept = Server(tmp_path / "home", gpus), Kept()
     server.manager.save(
-        lm.setting_energy({"period_seconds": 0.1, "price_per_kwh": 0.3, "overhead": 1.2})
+        lm.setting_energy({"period_seconds": 0.5, "price_per_kwh": 0.3, "overhead": 1.2})
     )
     stop = threading.Event()
 
@@ -607,7 +606,7 @@ def test_of_two_consoles_one_samples_and_the_other_takes_over(
     assert until(lambda: bool(kept.shares))
     other = Kept()
     two = lm.Watch(server.manager, seconds=0.05, records=lambda: other)
-    assert until(lambda: "another LLM Manager" in two.latest().energy.trouble)
+    assert until(lambda: "Another LLM Manager" in two.latest().energy.trouble)
     assert other.shares == []
     one.close()
     assert kept.closed
