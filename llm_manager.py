@@ -7565,9 +7565,10 @@ class AlertRule:
 ALERT_RULES: Final = (
     AlertRule(
         name="ModelDown",
-        # A large model may take an hour to start: that it starts is what the manager knows.
+        # A large model may take an hour to start: that it may still do so the manager knows.
         query='max by (model) (up{job="engine"}) == 0'
-        ' unless on (model) llm_manager_model{phase=~"starting|pending|stopping"}',
+        ' unless on (model) llm_manager_model{phase=~"pending|stopping"}'
+        " unless on (model) llm_manager_model_loading > 0",
         minutes=2,
         severity="critical",
         text="The model {{ $labels.model }} does not answer.",
@@ -11303,6 +11304,25 @@ def phase_of(state: State, model: Model, observed: Observed, busy: bool) -> Phas
     return "pending" if busy else "failed"
 
 
+def may_be_loading(state: State, model: Model, observed: Observed) -> bool:
+    """Whether a replica does not answer yet, and is no later than its last start lets expect.
+
+    What a start took varies with what the disk has in memory and with what is compiled.
+    """
+
+    def limit(name: ContainerName) -> float:
+        last = observed.start_seconds.get(name)
+        return ENGINE_START_SECONDS if last is None else max(600, 3 * last)
+
+    now = observed.taken_at
+    seen = [observed.containers.get(name) for name in replica_names(state, model)]
+    return any(
+        (now - c.started_at).total_seconds() < limit(c.name)
+        for c in seen
+        if c is not None and c.running and not c.ready and c.started_at and now
+    )
+
+
 MODEL_HEADERS: Final = ("Name", "Type", "Phase", "Served as", "Source", "Placement", "Since")
 
 
@@ -12351,6 +12371,12 @@ def _model_metrics(snapshot: Snapshot, state: State, observed: Observed) -> Iter
         for model in state.models
     )  # fmt: skip
     yield Metric("llm_manager_model", "gauge", "Registered models by phase.", phases)
+    loading = tuple(
+        ({"model": model.name}, int(may_be_loading(state, model, observed)))
+        for model in state.wished_models
+    )
+    text = "Whether it does not answer yet, and is no later than it may be."
+    yield Metric("llm_manager_model_loading", "gauge", text, loading)
     hung = tuple(
         ({"model": model.name}, int(model.name in snapshot.hung)) for model in state.wished_models
     )

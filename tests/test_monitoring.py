@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -317,6 +317,23 @@ def a_snapshot() -> lm.Snapshot:
 def test_the_managers_own_figures(golden: Golden) -> None:
     metrics = lm.manager_metrics(a_snapshot(), disk_free=100, disk_size=1000)
     golden("metrics.txt", lm.render_metrics(metrics))
+
+
+@pytest.mark.parametrize(
+    ("minutes", "last_start", "loading"),
+    [(9, 20.0, True), (11, 20.0, False), (50, 1200.0, True), (61, 1200.0, False),
+     (50, None, True), (61, None, False)],
+)  # fmt: skip
+def test_an_engine_that_does_not_answer_is_loading_for_a_while_only(
+    minutes: int, last_start: float | None, *, loading: bool
+) -> None:
+    state = watched(a_model("chat", wish="running"))
+    (name,) = lm.replica_names(state, state.model("chat"))
+    seen = as_wished(state, hardware=NO_GPU, taken_at=NOW,
+                     start_seconds={name: last_start} if last_start else {})  # fmt: skip
+    silent = replace(the(seen, name), ready=False, started_at=NOW - timedelta(minutes=minutes))
+    assert lm.may_be_loading(state, state.model("chat"), but(seen, silent)) == loading
+    assert not lm.may_be_loading(state, state.model("chat"), but(seen, replace(silent, ready=True)))
 
 
 def test_what_is_not_known_has_no_sample() -> None:

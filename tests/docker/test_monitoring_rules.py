@@ -41,6 +41,7 @@ QUIET = {
         'up{job="engine", model="chat", replica="1"}': "1x100",  # one replica answers
         'up{job="engine", model="large", replica="0"}': "0x100",
         'llm_manager_model{model="large", phase="starting"}': "1x100",
+        'llm_manager_model_loading{model="large"}': "1x100",
     },
     "EngineHung": {
         'vllm:num_requests_running{model="chat", replica="0"}': "3x100",
@@ -64,8 +65,14 @@ QUIET = {
     },
     "CertificateExpiring": {"llm_manager_certificate_expiry_timestamp_seconds": "8640000x100"},
 }
-# Other ways to the same alert: what is known of a GPU through DCGM alone, and the manager's look.
+# Other ways to the same alert: what is known of a GPU through DCGM alone, the manager's look.
 OTHERWISE = {
+    # Its container runs, and should have answered long ago.
+    "ModelDown": {
+        'up{job="engine", model="chat", replica="0"}': "0x100",
+        'llm_manager_model{model="chat", phase="starting"}': "1x100",
+        'llm_manager_model_loading{model="chat"}': "0x100",
+    },
     "EngineHung": {'llm_manager_model_hung{model="chat"}': "1x100"},
     "GpuHot": {f"DCGM_FI_DEV_GPU_TEMP{{{GPU}}}": "91x100"},
 }
