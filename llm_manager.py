@@ -7468,6 +7468,8 @@ def monitoring_files(state: State, role: MonitorRole) -> dict[str, str]:
     return {f"{role}/{name}": text for name, text in files.items()}
 
 
+# What Prometheus reads again by itself.
+TARGET_FILES: Final = frozenset({"prometheus/engines.json"})
 BOARDS_FOLDER: Final = "grafana/boards/"
 # What judges which of them, in the container's own image.
 CONFIG_CHECKS: Final[Mapping[MonitorRole, tuple[str, ...]]] = {
@@ -8554,13 +8556,25 @@ def aside(name: ContainerName) -> ContainerName:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scope:
-    """How far a change reaches: these models, and all that is on these GPUs; None, None: all."""
+    """How far a change reaches: these models, and all that is on these GPUs; None, None: all.
+
+    Monitoring's containers are apart: a change that is not of them does not wait for them.
+    """
 
     models: frozenset[ModelName] | None = None
     gpus: frozenset[GpuUuid] | None = None
+    monitoring: bool = False
+
+    @property
+    def is_all(self) -> bool:
+        return self.models is None and self.gpus is None
+
+    @property
+    def has_monitoring(self) -> bool:
+        return self.monitoring or self.is_all
 
     def has(self, model: Model) -> bool:
-        if self.models is None and self.gpus is None:
+        if self.is_all:
             return True
         return model.name in (self.models or ()) or bool(
             gpus_of(model) & (self.gpus or frozenset())
@@ -8568,7 +8582,7 @@ class Scope:
 
     def names(self, state: State) -> frozenset[str] | None:
         """Whose containers may be touched, models that are gone included; None is everybody's."""
-        if self.models is None and self.gpus is None:
+        if self.is_all:
             return None
         known = frozenset(model.name for model in state.models if self.has(model))
         return known | (self.models or frozenset())
@@ -8623,6 +8637,10 @@ def plan_state(  # noqa: PLR0913 - what is, what is wished, and how far to go
     ]
     endpoint, kept = plan_endpoint(state, observed, site, assumed=tuple(in_scope))
     retirement = plan_retirement(state, observed, kept, scope.names(state))
+    watched = plan_monitoring(
+        state, observed, site,
+        scope=scope, despite_driver=despite_driver, recut=bool(layouts_first),
+    )  # fmt: skip
     return Plan(
         layouts=layouts_first,
         devices=_plan_devices(state, observed, bool(layouts_first)),
@@ -8632,7 +8650,7 @@ def plan_state(  # noqa: PLR0913 - what is, what is wished, and how far to go
         models=tuple(stages),
         endpoint=endpoint,
         retirement=retirement,
-        monitoring=plan_monitoring(state, observed, site, recut=bool(layouts_first)),
+        monitoring=watched,
         interrupted=_interrupted((*layouts_first, *stages, endpoint, retirement), observed),
         start_seconds=last_starts(state, observed),
     )
@@ -9374,13 +9392,30 @@ def plan_retirement(
 
 
 def plan_monitoring(
-    state: State, observed: Observed, site: Site, *, recut: bool = False
-) -> tuple[Stage, ...]:
-    """A stage for each part, so that none fails with another; `recut`: a GPU is cut before."""
+    state: State, observed: Observed, site: Site, *, scope: Scope = EVERYTHING,
+    despite_driver: bool = False, recut: bool = False,
+) -> tuple[Stage, ...]:  # fmt: skip
+    """A stage for each part, so that none fails with another; `recut`: a GPU is cut before.
+
+    Beyond the scope are only the lists of what is scraped, and who made way for a cut.
+    """
     roles = monitor_roles(state, observed.hardware)
     if not roles:
         return _forget_monitoring(observed)
-    return tuple(_plan_monitor(state, role, observed, site, recut=recut) for role in roles)
+    stages = tuple(_plan_monitor(state, role, observed, site, recut=recut) for role in roles)
+    if not scope.has_monitoring:
+        stages = tuple(
+            stage if recut and stage.title in ALL_HOLDERS else _only_targets(stage)
+            for stage in stages
+        )
+    if despite_driver:
+        return stages
+    return tuple(_held_back(s, observed) if s.title in ALL_HOLDERS else s for s in stages)
+
+
+def _only_targets(stage: Stage) -> Stage:
+    kept = (step for step in stage.steps if isinstance(step, WriteFile))
+    return replace(stage, steps=tuple(step for step in kept if step.path in TARGET_FILES))
 
 
 def _plan_monitor(
@@ -9403,8 +9438,7 @@ def _plan_monitor(
     if role in CONFIG_CHECKS and any(isinstance(step, CreateContainer) for step in others):
         texts = {PurePosixPath(path).name: text for path, text in files.items()}
         check = [CheckFiles(wanted, CONFIG_CHECKS[role], texts, "before anything runs on them")]
-    stage = Stage(title=role, steps=(*pulls, *check, *writes, *others))
-    return _held_back(stage, observed) if role in ALL_HOLDERS else stage
+    return Stage(title=role, steps=(*pulls, *check, *writes, *others))
 
 
 def _forget_monitoring(observed: Observed) -> tuple[Stage, ...]:
@@ -9542,13 +9576,14 @@ def revising(
 
 
 NO_MODELS: Final = Scope(models=frozenset())  # only what stands before the engines
+WATCHING: Final = replace(NO_MODELS, monitoring=True)
 
 
 def configuring_edge(changes: Json) -> Change:
     def edit(state: State) -> State:
         return replace(state, edge=parse_edge(asdict(state.edge) | changes))
 
-    return Change(title="Change HTTPS", edit=edit, scope=NO_MODELS)
+    return Change(title="Change HTTPS", edit=edit, scope=WATCHING)  # Grafana's address is there
 
 
 def renewing_certificate() -> Change:
@@ -9710,7 +9745,7 @@ def switching_monitoring(on: bool | None = None, changes: Json | None = None) ->
         wished = state.monitoring if on is None else on
         return replace(state, monitoring=wished, monitoring_settings=settings)
 
-    return Change(title="Change the monitoring", edit=edit, scope=NO_MODELS)
+    return Change(title="Change the monitoring", edit=edit, scope=WATCHING)
 
 
 def granting_token(token: AdminToken) -> Change:
@@ -19975,9 +20010,10 @@ def converge(
     faults = _side_by_side(plan.layouts, tools, control)
     if faults and reach.whole:
         _raise_all(faults)
-    if plan.layouts:
+    layouts = plan.layouts
+    if layouts:
         plan = _without_consequences(
-            planned(observe(tools, state.edge), recut=False), plan.layouts, control
+            planned(observe(tools, state.edge), recut=False), layouts, control
         )
     faults += _attempt([plan.devices], tools, control)
     apply_stage(plan.foundation, tools, control)
@@ -19994,10 +20030,21 @@ def converge(
         faults += _attempt(
             [plan_retirement(state, observe(tools, state.edge), None, names)], tools, control
         )
+    unwatched = _watch(state, site, tools, control, reach, recut=bool(layouts))
     # Whoever changes a layout gets all of it or nothing; that it is watched is not part of it.
-    watched = plan_monitoring(state, observe(tools, state.edge), site)
-    unwatched = _attempt(watched, tools, control)
     _raise_all(_counting(faults, state, first, control) if reach.whole else faults + unwatched)
+
+
+def _watch(
+    state: State, site: Site, tools: Tools, control: Control, reach: Change, *, recut: bool
+) -> list[ManagerError]:
+    """Faults of monitoring, where they are the change's; they are reported in any case."""
+    stages = plan_monitoring(
+        state, observe(tools, state.edge), site,
+        scope=reach.scope, despite_driver=reach.despite_driver, recut=recut,
+    )  # fmt: skip
+    faults = _attempt(stages, tools, control)
+    return faults if reach.scope.has_monitoring else []
 
 
 def _without_consequences(plan: Plan, layouts_first: Sequence[Stage], control: Control) -> Plan:

@@ -213,6 +213,8 @@ def test_between_a_drivers_upgrade_and_its_reboot_all_but_the_exporter_is_mended
     steps = {stage.title: stage.steps[0] for stage in plan(state, down).monitoring}
     assert isinstance(steps["dcgm-exporter"], lm.Refuse)
     assert isinstance(steps["prometheus"], lm.StartContainer)
+    despite = {s.title: s.steps for s in plan(state, down, despite_driver=True).monitoring}
+    assert isinstance(despite["dcgm-exporter"][0], lm.StartContainer)
 
 
 def test_the_exporter_comes_back_where_a_cut_fails(server_of_one: Server) -> None:
@@ -240,6 +242,22 @@ def test_a_part_that_fails_keeps_no_other_from_running(server_of_one: Server) ->
     assert server.world.containers[lm.ContainerName(f"{state.name_prefix}llm-prometheus")].running
 
 
+def test_a_deployment_neither_waits_for_monitoring_nor_fails_with_it(server_of_one: Server) -> None:
+    server = server_of_one
+    state = server.manager.state()
+    server.world.broken.add(state.images.grafana)
+    server.world.end(f"{state.name_prefix}llm-grafana", 1)
+    server.manager.save(lm.registering(a_model("chat")))
+    before = [*server.world.containers[lm.ContainerName("llm-prometheus")].log]
+    said = server.do(lm.deploying("chat"))
+    assert not [line for line in said if "grafana" in line]
+    assert "llm-model-chat-0" in server.store.read_generated()["prometheus/engines.json"]
+    assert server.world.containers[lm.ContainerName("llm-prometheus")].log == before
+    assert server.manager.plan(lm.applying())  # Grafana is still to be started
+    with pytest.raises(lm.ManagerError, match="llm-grafana"):
+        server.do(lm.switching_monitoring(on=True))
+
+
 def test_prometheus_is_started_again_after_it_ended() -> None:
     state = watched()
     seen = as_wished(state, hardware=NO_GPU)
@@ -250,10 +268,9 @@ def test_prometheus_is_started_again_after_it_ended() -> None:
 
 def test_a_cut_is_not_taken_back_because_it_is_not_watched(server_of_one: Server) -> None:
     server = server_of_one
-    state = server.manager.state()
-    server.world.broken.add(state.images.grafana)
-    server.world.end(f"{state.name_prefix}llm-grafana", 1)
-    server.do(server.manager.cutting("0", "3g.20gb,3g.20gb"))
+    server.world.broken.add(server.manager.state().images.dcgm_exporter)
+    said = server.do(server.manager.cutting("0", "3g.20gb,3g.20gb"))
+    assert [line for line in said if line.startswith("dcgm-exporter failed:")]
     assert len(server.manager.hardware(fresh=True).gpus[0].layout) == 2
 
 
