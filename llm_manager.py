@@ -7455,6 +7455,7 @@ def monitoring_files(state: State, role: MonitorRole) -> dict[str, str]:
                 "prometheus.yml": render_prometheus(state),
                 "rules.yml": render_rules(),
                 "engines.json": render_engine_targets(state),
+                "gateways.json": render_gateway_targets(state),
             }
         case "alertmanager":
             files = {"alertmanager.yml": render_alertmanager(state)}
@@ -7469,7 +7470,7 @@ def monitoring_files(state: State, role: MonitorRole) -> dict[str, str]:
 
 
 # What Prometheus reads again by itself.
-TARGET_FILES: Final = frozenset({"prometheus/engines.json"})
+TARGET_FILES: Final = frozenset({"prometheus/engines.json", "prometheus/gateways.json"})
 BOARDS_FOLDER: Final = "grafana/boards/"
 # What judges which of them, in the container's own image.
 CONFIG_CHECKS: Final[Mapping[MonitorRole, tuple[str, ...]]] = {
@@ -7491,13 +7492,19 @@ def render_engine_targets(state: State) -> str:
     return json.dumps(targets, indent=2) + "\n"
 
 
+def render_gateway_targets(state: State) -> str:
+    """Both slots, of which one is there but while they change; none of a stopped endpoint."""
+    targets = [
+        {"targets": [f"{gateway_name(state, slot)}:{GATEWAY_PORT}"], "labels": {"slot": slot}}
+        for slot in SLOTS
+        if state.endpoint == "running"
+    ]
+    return json.dumps(targets, indent=2) + "\n"
+
+
 def render_prometheus(state: State) -> str:
     """`prometheus.yml`; names in it are relative to where it lies."""
     settings = state.monitoring_settings
-    gateways: list[Json] = [
-        {"targets": [f"{gateway_name(state, slot)}:{GATEWAY_PORT}"], "labels": {"slot": slot}}
-        for slot in SLOTS
-    ]
     alertmanager = f"{monitor_name(state, 'alertmanager')}:{ALERTMANAGER_PORT}"
     sent: Json = {"alertmanagers": [{"static_configs": [{"targets": [alertmanager]}]}]}
     exporter = f"{monitor_name(state, 'dcgm-exporter')}:{MONITOR_HEALTH['dcgm-exporter'].port}"
@@ -7509,9 +7516,8 @@ def render_prometheus(state: State) -> str:
         "rule_files": ["rules.yml"],
         **({"alerting": sent} if settings.alerts else {}),
         "scrape_configs": [
-            {"job_name": "engine", "file_sd_configs": [{"files": ["engines.json"]}]},
-            # Only one of the slots is there, but while they change.
-            _job("gateway", gateways, state.secrets.master_key),
+            _job("engine", "engines.json"),
+            _job("gateway", "gateways.json", state.secrets.master_key),
             _job("gpu", [{"targets": [exporter]}]),
             _job(
                 "manager",
@@ -7523,8 +7529,11 @@ def render_prometheus(state: State) -> str:
     })  # fmt: skip
 
 
-def _job(name: str, targets: list[Json], token: pydantic.SecretStr | None = None) -> Json:
+def _job(name: str, targets: list[Json] | str, token: pydantic.SecretStr | None = None) -> Json:
+    """Targets that stay, or the file that lists them."""
     shown = {"authorization": {"credentials": token.get_secret_value()}} if token else {}
+    if isinstance(targets, str):
+        return {"job_name": name, **shown, "file_sd_configs": [{"files": [targets]}]}
     return {"job_name": name, **shown, "static_configs": targets}
 
 
@@ -12458,8 +12467,9 @@ def monitoring_text(snapshot: Snapshot) -> str:
     settings, address = state.monitoring_settings, grafana_url(state.edge)
     told = [where for where, known in (("a webhook", settings.webhook), ("mail", settings.mail))
             if known is not None]  # fmt: skip
+    reached = "" if state.endpoint == "running" else " once a model is deployed: HTTPS is off now"
     return (
-        f"Monitoring is on. Dashboards: [{address}]({address}), as `admin` with what"
+        f"Monitoring is on. Dashboards: [{address}]({address}){reached}, as `admin` with what"
         " `llm_manager.py monitoring password` prints. Series are kept for"
         f" {settings.retention_days} days or {settings.retention_gb} GB. Alerts go to"
         f" {' and '.join(told) or 'nobody'}."

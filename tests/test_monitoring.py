@@ -65,6 +65,7 @@ def test_the_files_of_prometheus_and_alertmanager(golden: Golden) -> None:
     golden("alertmanager.yml", lm.mask_secrets(lm.render_alertmanager(state)))
     golden("rules.yml", lm.render_rules())
     golden("engines.json", lm.render_engine_targets(state))
+    golden("gateways.json", lm.render_gateway_targets(replace(state, endpoint="running")))
 
 
 def test_the_dashboards(golden: Golden) -> None:
@@ -108,6 +109,15 @@ def test_every_replica_that_is_wished_is_scraped_and_no_other() -> None:
         (["llm-model-chat-0:8000"], "0"),
         (["llm-model-chat-1:8000"], "1"),
     ]
+
+
+def test_no_gateway_is_missed_where_none_is_wished() -> None:
+    stopped, running = watched(endpoint="stopped"), watched(endpoint="running")
+    assert json.loads(lm.render_gateway_targets(stopped)) == []
+    stages = plan(running, as_wished(stopped, hardware=NO_GPU)).monitoring
+    (write,) = [step for stage in stages for step in stage.steps]
+    assert isinstance(write, lm.WriteFile)  # and Prometheus is not started again
+    assert [t["labels"]["slot"] for t in json.loads(write.text)] == ["a", "b"]
 
 
 def test_the_secrets_of_monitoring_are_never_shown() -> None:
@@ -432,6 +442,10 @@ def test_the_tab_says_who_is_told_and_what_runs() -> None:
         ("dcgm-exporter", "ready"), ("alertmanager", "not there"),
         ("prometheus", "ready"), ("grafana", "ready"),
     ]  # fmt: skip
+    deployed = replace(snapshot, state=replace(snapshot.state, endpoint="running"))
+    assert "once a model is deployed" not in lm.monitoring_text(deployed)
+    stopped = replace(snapshot, state=replace(snapshot.state, endpoint="stopped"))
+    assert "once a model is deployed" in lm.monitoring_text(stopped)
     off = replace(snapshot, state=replace(snapshot.state, monitoring=False))
     assert lm.monitoring_text(off) == "Monitoring is off."
     assert lm.part_rows(off) == []

@@ -201,11 +201,12 @@ def test_the_generated_files_pass_promtool(
     docker_client: docker.DockerClient, tmp_path: Path
 ) -> None:
     golden = Path(lm.__file__).parent / "tests" / "golden"
-    for name in ("prometheus.yml", "rules.yml", "engines.json"):
+    for name in ("prometheus.yml", "rules.yml", "engines.json", "gateways.json"):
         (tmp_path / name).write_text((golden / name).read_text())
     said = promtool(docker_client, tmp_path, "check config prometheus.yml")
     assert f"{len(lm.ALERT_RULES)} rules found" in said
-    assert json.loads((tmp_path / "engines.json").read_text())
+    for name in ("engines.json", "gateways.json"):
+        assert json.loads((tmp_path / name).read_text())
 
 
 def test_the_managers_figures_are_what_prometheus_reads(
