@@ -7471,6 +7471,10 @@ def monitoring_files(state: State, role: MonitorRole) -> dict[str, str]:
 
 # What Prometheus reads again by itself.
 TARGET_FILES: Final = frozenset({"prometheus/engines.json", "prometheus/gateways.json"})
+SECRET_FILES: Final[Mapping[MonitorRole, str]] = {
+    "prometheus": "prometheus/prometheus.yml",
+    "alertmanager": "alertmanager/alertmanager.yml",
+}
 BOARDS_FOLDER: Final = "grafana/boards/"
 # What judges which of them, in the container's own image.
 CONFIG_CHECKS: Final[Mapping[MonitorRole, tuple[str, ...]]] = {
@@ -9409,17 +9413,16 @@ def plan_monitoring(
     Beyond the scope are only the lists of what is scraped, and who made way for a cut.
     """
     roles = monitor_roles(state, observed.hardware)
-    if not roles:
-        return _forget_monitoring(observed)
+    forget = _forget_monitoring(roles, observed)
     stages = tuple(_plan_monitor(state, role, observed, site, recut=recut) for role in roles)
     if not scope.has_monitoring:
         stages = tuple(
             stage if recut and stage.title in ALL_HOLDERS else _only_targets(stage)
             for stage in stages
         )
-    if despite_driver:
-        return stages
-    return tuple(_held_back(s, observed) if s.title in ALL_HOLDERS else s for s in stages)
+    if not despite_driver:
+        stages = tuple(_held_back(s, observed) if s.title in ALL_HOLDERS else s for s in stages)
+    return (*stages, *forget)
 
 
 def _only_targets(stage: Stage) -> Stage:
@@ -9450,15 +9453,13 @@ def _plan_monitor(
     return Stage(title=role, steps=(*pulls, *check, *writes, *others))
 
 
-def _forget_monitoring(observed: Observed) -> tuple[Stage, ...]:
-    """What monitoring read holds keys, and nobody reads it now."""
-    steps = [
-        step
-        for path in ("prometheus/prometheus.yml", "alertmanager/alertmanager.yml")
-        if path in observed.files
-        for step in _write(path, "", observed, "monitoring is off")
-    ]
-    return (Stage(title="monitoring", steps=tuple(steps)),)
+def _forget_monitoring(roles: Collection[MonitorRole], observed: Observed) -> tuple[Stage, ...]:
+    """What the parts that are not wished read holds keys and passwords, and nobody reads it now."""
+    return tuple(
+        Stage(title=role, steps=tuple(_write(path, "", observed, "it is not wished any more")))
+        for role, path in SECRET_FILES.items()
+        if role not in roles and path in observed.files
+    )
 
 
 def _interrupted(stages: Sequence[Stage], observed: Observed) -> tuple[ModelName, ...]:

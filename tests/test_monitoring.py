@@ -187,6 +187,18 @@ def test_monitoring_off_removes_its_containers_and_what_they_read_but_no_volume(
     assert emptied == {"prometheus/prometheus.yml": "", "alertmanager/alertmanager.yml": ""}
 
 
+def test_alerts_off_leaves_no_address_or_password_behind() -> None:
+    before = watched(monitoring_settings=TOLD)
+    after = replace(before, monitoring_settings=lm.MonitoringSettings())
+    made = plan(after, as_wished(before, hardware=NO_GPU))
+    (stage,) = [stage for stage in made.monitoring if stage.title == "alertmanager"]
+    assert [(s.path, s.text) for s in stage.steps if isinstance(s, lm.WriteFile)] == [
+        ("alertmanager/alertmanager.yml", "")
+    ]
+    assert made.monitoring.index(stage) > 0  # after Prometheus, which told it until then
+    assert not plan(after, as_wished(after, hardware=NO_GPU))
+
+
 def test_the_exporter_steps_aside_for_a_cut_and_comes_back_after_it(server_of_one: Server) -> None:
     server = server_of_one
     exporter = lm.ContainerName(f"{server.manager.state().name_prefix}llm-dcgm-exporter")
