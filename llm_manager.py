@@ -5373,20 +5373,20 @@ def styled(lines: bytes, style: CsvStyle) -> bytes:
     return lines.translate(bytes.maketrans(SEPARATOR + DECIMAL, marks))
 
 
-def energy_within(lines: bytes, model: str, start: float, end: float) -> int | None:
-    """The millijoules of a model between two moments, out of lines as `sample_line` makes them.
+def energy_within(lines: bytes, model: str, replica: int, start: float, end: float) -> int | None:
+    """The millijoules of a replica between two moments, out of lines as `sample_line` makes them.
 
     A sample that reaches over an end counts by its part. None where the samples do not cover the
-    time, on each GPU of each replica: nobody looked, or what was seen is not written yet.
+    time on each of its GPUs: nobody looked, or what was seen is not written yet.
     """
-    taken, covered = 0.0, Counter[tuple[str, str]]()
+    taken, covered = 0.0, Counter[str]()
     for line in styled(lines, CsvStyle(separator="\t")).decode().splitlines():
-        moment, seconds, gpu, who, replica, joules, *_ = line.split("\t")
+        moment, seconds, gpu, who, which, joules, *_ = line.split("\t")
         begin = datetime.fromisoformat(f"{moment}+00:00").timestamp()
         length = float(seconds)
         inside = min(end, begin + length) - max(start, begin)
-        if who == model and inside > 0:
-            covered[gpu, replica] += inside  # type: ignore[assignment]  # of seconds
+        if (who, which) == (model, str(replica)) and inside > 0:
+            covered[gpu] += inside  # type: ignore[assignment]  # of seconds
             taken += float(joules) * inside / length
     whole = covered and min(covered.values()) >= COVERED_PART * (end - start)
     return round(1000 * taken) if whole else None
@@ -5515,7 +5515,8 @@ def parse_ladder(text: str) -> tuple[int, ...]:
 # --- vLLM's own load generator, in the engine's container -------------------------
 
 # It ends with its standard input: whoever holds that open need not live to end it. The shell gives
-# a background process /dev/null for input, hence descriptor 3. The key stays in the container.
+# a background process /dev/null for input, hence descriptor 3. The key stays in the container, and
+# so do the details, which are megabytes; but only with them it writes why requests failed.
 LOAD_SCRIPT: Final = """exec 3<&0
 folder=$(mktemp -d) && cd "$folder" || exit 1
 OPENAI_API_KEY=$VLLM_API_KEY PYTHONUNBUFFERED=1 "$@" &
@@ -5524,7 +5525,10 @@ load=$!
 watch=$!
 wait "$load"; status=$?
 kill "$watch" 2>/dev/null
-[ "$status" = 0 ] && cat result.json
+[ "$status" = 0 ] && python3 -c 'import json
+found = json.load(open("result.json"))
+kept = {key: value for key, value in found.items() if not isinstance(value, (list, dict))}
+print(json.dumps(kept | {"errors": [error for error in found.get("errors", []) if error][-3:]}))'
 cd / && rm -rf "$folder"
 exit "$status"
 """
@@ -5691,7 +5695,7 @@ def largest_within(rungs: Sequence[Rung], p95_ms: float) -> int | None:
     return max((rung.concurrency for rung in within), default=None)
 
 
-EnergyBetween = Callable[[ModelName, datetime, datetime], int | None]
+EnergyBetween = Callable[[ModelName, int, datetime, datetime], int | None]  # of one replica
 
 
 # =============================================================================
@@ -17841,13 +17845,14 @@ class EnergyReader:
         with self._reading() as db:
             return db.execute(sql, values).fetchall()
 
-    def taken(self, model: str, start: float, end: float) -> int | None:
-        """The millijoules of a model between two moments; None where samples do not tell."""
+    def taken(self, model: str, replica: int, start: float, end: float) -> int | None:
+        """The millijoules of a replica between two moments; None where samples do not tell."""
         first = int(start // 60 - 1) * 60_000  # a block goes on after its minute
         with self._reading() as db:
             rows = db.execute("SELECT lines FROM samples WHERE id BETWEEN ? AND ?",
                               (first, int(end) * 1000 + 59_999))  # fmt: skip
-            return energy_within(b"".join(lines for (lines,) in rows), model, start, end)
+            lines = b"".join(lines for (lines,) in rows)
+        return energy_within(lines, model, replica, start, end)
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
@@ -21872,25 +21877,32 @@ class Benchmarks:
     ) -> Rung:
         clock, name = self._tools.clock, target.model.name
         control.progress = f"{name}: {prompts} requests, {concurrency} at once"
-        before, began, said = self._tools.probes.load(target.engine), clock.utc_now(), b""
+        before, asked = self._tools.probes.load(target.engine), clock.utc_now()
+        said, began = bytearray(), None
         command = load_command(
             target.model, target.load, concurrency, prompts=prompts, weights=target.weights,
-            seed=int(began.timestamp()) + concurrency,
+            seed=int(asked.timestamp()) + concurrency,
         )  # fmt: skip
         try:
             contents = self._tools.containers.contents
             for chunk in contents.attended(target.engine.name, command, control.check):
                 said += chunk
-                if LOAD_BEGINS.encode() in chunk:
+                if began is None and LOAD_BEGINS.encode() in said:
                     began = clock.utc_now()
-            rung = parse_rung(said.decode(errors="replace"), concurrency, began)
+            rung = parse_rung(said.decode(errors="replace"), concurrency, began or asked)
         except ContainerFailedError as error:
             raise self._fault(target, concurrency, error) from error
-        ended = began + timedelta(seconds=rung.seconds)
         others = before.running + before.waiting if before else None
-        on_gpu = bool(target.engine.devices)
-        taken = self._energy_between(name, began, ended) if on_gpu else None
-        return replace(rung, others=others, energy_mj=taken)
+        return replace(rung, others=others, energy_mj=self._energy(target, began, rung.seconds))
+
+    def _energy(
+        self, target: BenchmarkTarget, began: datetime | None, seconds: float
+    ) -> int | None:
+        """The millijoules of the one engine under load; None where nobody saw when that began."""
+        if began is None or not target.engine.devices:
+            return None
+        ended, replica = began + timedelta(seconds=seconds), replica_number(target.engine.name)
+        return self._energy_between(target.model.name, replica, began, ended)
 
     def _fault(
         self, target: BenchmarkTarget, concurrency: int, error: ContainerFailedError
@@ -22059,10 +22071,10 @@ class Energy:
         self._records = records
         self._tables = tables
 
-    def between(self, model: ModelName, start: datetime, end: datetime) -> int | None:
-        """The millijoules of a model until just now; waits for the sampler to have written them."""
+    def between(self, model: ModelName, replica: int, start: datetime, end: datetime) -> int | None:
+        """The millijoules of a replica until just now; waits for them to be written."""
         for _ in range(WRITTEN_SECONDS):
-            taken = self._records.taken(model, start.timestamp(), end.timestamp())
+            taken = self._records.taken(model, replica, start.timestamp(), end.timestamp())
             if taken is not None:
                 return taken
             time.sleep(1)

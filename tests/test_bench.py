@@ -6,6 +6,8 @@ import csv
 import io
 import itertools
 import json
+import os
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -14,7 +16,8 @@ from statistics import quantiles
 from typing import Any
 
 import pytest
-from builders import NOW, a_model
+from builders import GPU_0, NOW, a_model
+from fake_gpus import Card, SimulatedGpus
 from fakes import Server
 from hypothesis import given
 from hypothesis import strategies as st
@@ -162,6 +165,28 @@ def test_failed_requests_are_counted_and_a_load_without_any_answer_says_why() ->
         lm.parse_rung(none, 2, NOW)
 
 
+def test_of_the_details_only_the_last_errors_leave_the_container(tmp_path: Path) -> None:
+    """The script itself, with a load generator that writes what a real one once wrote."""
+    errors = ["", *map(str, range(9)), ""]
+    whole = json.loads(RECORDED) | {"errors": errors}
+    (tmp_path / "whole.json").write_text(json.dumps(whole))
+    generator = ["sh", "-c", 'echo begins; cp "$0" result.json', str(tmp_path / "whole.json")]
+    with subprocess.Popen(
+        ["sh", "-c", lm.LOAD_SCRIPT, "benchmark", *generator],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "TMPDIR": str(tmp_path)},
+    ) as running:  # fmt: skip
+        assert running.stdout
+        said = running.stdout.read().decode()
+    assert running.returncode == 0
+    kept = json.loads(said.splitlines()[-1])
+    assert kept["errors"] == ["6", "7", "8"]
+    assert not [
+        name for name, value in kept.items() if isinstance(value, list) != (name == "errors")
+    ]
+    assert lm.parse_rung(said, 2, NOW) == lm.parse_rung(json.dumps(whole), 2, NOW)
+    assert [path.name for path in tmp_path.iterdir()] == ["whole.json"]
+
+
 @pytest.mark.parametrize("said", ["", "no figures", "[]", "{}", '{"completed": 1}', "null", "3"])
 def test_anything_else_that_it_prints_is_no_result(said: str) -> None:
     with pytest.raises(lm.ContainerFailedError, match="no figures that this program knows"):
@@ -261,7 +286,8 @@ def test_a_broken_off_benchmark_says_how_far_it_came() -> None:
 class Generator:
     """Stands for containers' contents: load generators that end as told, and are remembered."""
 
-    def __init__(self, *answers: str | Exception) -> None:
+    def __init__(self, *answers: str | Exception, begins: str = lm.LOAD_BEGINS) -> None:
+        self.begins = begins
         self.answers = list(answers)
         self.asked: list[Sequence[str]] = []
 
@@ -274,24 +300,25 @@ class Generator:
         answer = self.answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
-        yield f"{lm.LOAD_BEGINS}...\n".encode()
+        yield self.begins[:9].encode()  # a stream breaks anywhere
+        yield f"{self.begins[9:]}...\n".encode()
         yield answer.encode()
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Server:
-    """It serves chat."""
-    made = Server(tmp_path / "home")
+    """It serves chat, on a GPU."""
+    made = Server(tmp_path / "home", SimulatedGpus([Card("H200", "Hopper", 143771)]))
     made.manager.register(
         {"name": "chat", "type": "chat", "source": {"kind": "local", "path": "/srv/chat"},
-         "placement": {"kind": "cpu"}}
+         "placement": {"kind": "gpu", "gpu_uuids": [GPU_0]}}
     )  # fmt: skip
     made.do(lm.deploying("chat"))
     return made
 
 
-def generate(server: Server, *answers: str | Exception) -> Generator:
-    made = Generator(*answers)
+def generate(server: Server, *answers: str | Exception, **said: str) -> Generator:
+    made = Generator(*answers, **said)
     server.manager._tools.containers.contents = made  # type: ignore[misc]
     return made
 
@@ -310,12 +337,21 @@ def test_each_rung_is_kept_with_the_energy_that_its_model_took_meanwhile(server:
     assert result.complete
     assert [rung.concurrency for rung in result.rungs] == [1, 2]
     assert result.rungs[0].joules_per_token == 4 / result.rungs[0].output_tokens
-    name, start, end = asked[0]
-    assert (name, end - start) == (CHAT, timedelta(seconds=json.loads(RECORDED)["duration"]))
+    name, replica, start, end = asked[0]
+    lasted = timedelta(seconds=json.loads(RECORDED)["duration"])
+    assert (name, replica, end - start) == (CHAT, 0, lasted)
     assert any("2 at once" in line and "J/token" in line for line in lines)
     seeds = {words[words.index("--seed") + 1] for words in generator.asked}
     assert len(seeds) == 2, "the prefix cache would have the prompts of the rung before"
     assert not server.store.measured()
+
+
+def test_a_load_that_nobody_saw_begin_has_no_energy(server: Server) -> None:
+    generate(server, RECORDED, begins="Off we go, in other words")
+    server.manager.benchmarks._energy_between = lambda *_: 4_000
+    list(server.manager.benchmarks.start(a_wish(ladder=(1,))).follow())
+    (result,) = server.manager.benchmarks.results()
+    assert [rung.energy_mj for rung in result.rungs] == [None]
 
 
 def test_a_result_that_no_version_wrote_hides_no_other(server: Server) -> None:

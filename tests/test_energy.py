@@ -264,16 +264,19 @@ def test_intervals_follow_each_other_without_a_crack_and_a_clock_set_forward_lea
 def test_what_a_model_took_between_two_moments_has_its_part_of_looks_across_them() -> None:
     """Two seconds each of 10 J, from 12:00:00 on; the range begins and ends within one."""
 
-    def line(second: int, model: str, gpu: str = "GPU-a") -> str:
+    def line(second: int, model: str, gpu: str = "GPU-a", replica: int = 0) -> str:
         moment = f"2026-11-22 12:00:{second:02d}\x1e000"
-        return lm.sample_line(moment, (gpu, model, 0, "whole GPU"), (10_000, 2000, 0))
+        return lm.sample_line(moment, (gpu, model, replica, "whole GPU"), (10_000, 2000, 0))
 
     noon = lm.datetime(2026, 11, 22, 12, tzinfo=lm.UTC).timestamp()
     lines = "".join(line(s, "chat") for s in range(0, 10, 2)) + line(4, "other", "GPU-b")
     told = lines.encode()
-    assert lm.energy_within(told, "chat", noon + 1, noon + 7) == 30_000
-    assert lm.energy_within(told, "chat", noon + 1, noon + 12) is None, "not recorded yet"
-    assert lm.energy_within(told, "other", noon + 3, noon + 7) is None, "not all of it"
-    assert (
-        lm.energy_within(told + line(0, "chat", "GPU-b").encode(), "chat", noon, noon + 8) is None
-    )
+    assert lm.energy_within(told, "chat", 0, noon + 1, noon + 7) == 30_000
+    assert lm.energy_within(told, "chat", 0, noon + 1, noon + 12) is None, "not recorded yet"
+    assert lm.energy_within(told, "other", 0, noon + 3, noon + 7) is None, "not all of it"
+    partly = told + line(0, "chat", "GPU-b").encode()
+    assert lm.energy_within(partly, "chat", 0, noon, noon + 8) is None
+    two = told + b"".join(line(s, "chat", "GPU-b", replica=1).encode() for s in (2, 4))
+    assert lm.energy_within(two, "chat", 0, noon + 2, noon + 6) == 20_000, "of the other, too"
+    assert lm.energy_within(two, "chat", 1, noon + 2, noon + 5) == 15_000
+    assert lm.energy_within(two, "chat", 0, noon, noon + 8) == 40_000, "the other was not there"
