@@ -17845,6 +17845,10 @@ class EnergyReader:
         with self._reading() as db:
             return db.execute(sql, values).fetchall()
 
+    def exists(self) -> bool:
+        """Whether anything was ever recorded."""
+        return self._path.exists()
+
     def taken(self, model: str, replica: int, start: float, end: float) -> int | None:
         """The millijoules of a replica between two moments; None where samples do not tell."""
         first = int(start // 60 - 1) * 60_000  # a block goes on after its minute
@@ -17857,7 +17861,7 @@ class EnergyReader:
     @contextlib.contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
         """One look: what is written or rolled up meanwhile does not show."""
-        known = self._path.exists()
+        known = self.exists()
         with sqlite_errors():
             where = f"{self._path.absolute().as_uri()}?mode=ro" if known else ":memory:"
             db = sqlite3.connect(where, uri=True, isolation_level=None, check_same_thread=False)
@@ -22005,7 +22009,9 @@ class Usage:
     def __init__(self, store: StateStore, tools: Tools) -> None:
         self._store = store
         self._tools = tools
-        self.energy = Energy(EnergyReader(store.home / ENERGY_FILE), self._tables)
+        self.energy = Energy(
+            EnergyReader(store.home / ENERGY_FILE), self._tables, lambda: store.load().energy
+        )
 
     def report(self, query: UsageQuery) -> UsageReport:
         """The use of a range, added up by PostgreSQL. Raises DatabaseError."""
@@ -22061,23 +22067,30 @@ class Usage:
         return usage_tables(self._store.load(), self._tools.containers.observe().containers)
 
 
-WRITTEN_SECONDS: Final = round(COMMIT_SECONDS) + 3
-
-
 class Energy:
     """What GPUs took, and whose it was, out of energy.sqlite and LiteLLM's tables of use."""
 
-    def __init__(self, records: EnergyReader, tables: Callable[[], UsageTables]) -> None:
+    def __init__(
+        self, records: EnergyReader, tables: Callable[[], UsageTables],
+        settings: Callable[[], EnergySettings],
+    ) -> None:  # fmt: skip
         self._records = records
         self._tables = tables
+        self._settings = settings
 
     def between(self, model: ModelName, replica: int, start: datetime, end: datetime) -> int | None:
-        """The millijoules of a replica until just now; waits for them to be written."""
-        for _ in range(WRITTEN_SECONDS):
-            taken = self._records.taken(model, replica, start.timestamp(), end.timestamp())
-            if taken is not None:
-                return taken
-            time.sleep(1)
+        """The millijoules of a replica until just now; waits for them to be written.
+
+        None where they cannot be told, whatever the reason: what asks has more than these to lose.
+        """
+        # The end lies within a look that is to come, and that is written a moment later.
+        seconds = self._settings().period_seconds + COMMIT_SECONDS + 3
+        with contextlib.suppress(EnergyRecordsError):
+            for _ in range(math.ceil(seconds) if self._records.exists() else 0):
+                taken = self._records.taken(model, replica, start.timestamp(), end.timestamp())
+                if taken is not None:
+                    return taken
+                time.sleep(1)
         return None
 
     def report(self, query: EnergyQuery) -> EnergyReport:

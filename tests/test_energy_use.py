@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from dataclasses import replace
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +62,56 @@ def recorded(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def energy(recorded: Path) -> lm.Energy:
-    return lm.Energy(lm.EnergyReader(recorded), FakeUses)  # type: ignore[arg-type]
+    return energy_in(recorded)
+
+
+def energy_in(path: Path, period: float = 1.0) -> lm.Energy:
+    settings = lm.EnergySettings(period_seconds=period)
+    return lm.Energy(lm.EnergyReader(path), FakeUses, lambda: settings)  # type: ignore[arg-type]
 
 
 def report(energy: lm.Energy, by: lm.EnergyGrouping) -> lm.EnergyReport:
     return energy.report(lm.EnergyQuery(first=DAY, last=NEXT, by=by))
+
+
+@pytest.fixture
+def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that somebody slept; they take no time."""
+    taken: list[float] = []
+    monkeypatch.setattr(lm.time, "sleep", taken.append)
+    return taken
+
+
+def noon_of_chat(energy: lm.Energy) -> int | None:
+    start = datetime.fromtimestamp(NOON, UTC)
+    return energy.between(lm.ModelName("chat"), 0, start, start + timedelta(seconds=1))
+
+
+def test_what_a_replica_took_is_waited_for_until_a_look_that_covers_it_can_be_written(
+    recorded: Path, naps: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert noon_of_chat(energy_in(recorded, period=10)) == 400_001
+    assert not naps
+    written = recorded.rename(recorded.with_name("written"))
+    begin(recorded).close()
+
+    def sleep(seconds: float) -> None:
+        naps.append(seconds)
+        if sum(naps) >= 10 + lm.COMMIT_SECONDS:
+            written.replace(recorded)
+
+    monkeypatch.setattr(lm.time, "sleep", sleep)
+    assert noon_of_chat(energy_in(recorded, period=10)) == 400_001
+
+
+def test_where_nothing_is_recorded_nobody_waits_and_damage_loses_no_measurement(
+    recorded: Path, naps: list[float]
+) -> None:
+    recorded.write_bytes(b"not a database" * 1000)
+    assert noon_of_chat(energy_in(recorded)) is None
+    recorded.unlink()
+    assert noon_of_chat(energy_in(recorded)) is None
+    assert not naps
 
 
 def test_every_grouping_adds_up_to_what_was_measured(energy: lm.Energy) -> None:

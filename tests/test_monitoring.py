@@ -477,7 +477,9 @@ def test_a_secret_that_is_left_empty_in_the_form_stays(server_of_one: Server) ->
     assert not manager.save(lm.switching_monitoring(changes=gone)).monitoring_settings.alerts
 
 
-@pytest.mark.parametrize("secret", ["Tr0ub4dor&3", '"Tr0ub4dor&3', "xyzzy's # a 'plugh'", 'ab"cd ef'])
+@pytest.mark.parametrize(
+    "secret", ["Tr0ub4dor&3", '"Tr0ub4dor&3', "xyzzy's # a 'plugh'", 'ab"cd ef']
+)
 def test_no_part_of_a_secret_shows_in_a_plan_whatever_its_signs(secret: str) -> None:
     lines = yaml.safe_dump({"smtp_auth_password": secret, "credentials": secret}, width=1000)
     lines += yaml.safe_dump([{"url": secret}])
