@@ -12,29 +12,35 @@ Outline (search for "§5"; tests/test_layout.py keeps it true):
   §8  Weights            pure     repositories, what to fetch of them, and what is stored here
   §9  Routes             pure     public names, who answers for them, and how
   §10 Usage              pure     who used how much, and the queries that tell
-  §11 Config generation  pure     containers, LiteLLM's YAML, the Caddyfile
-  §12 Steps              pure     what is observed, and all that can be done about it
-  §13 Planning           pure     desired + observed -> Plan
-  §14 Changes            pure     what an operator can ask for
-  §15 Keys               pure     what a colleague may, groups, and many keys at once
-  §16 Proofs             pure     what every way in should answer, and what must be found nowhere
-  §17 Views              pure     what the operator reads
-  §18 Hardware views     pure     GPUs, slices and restores as the operator sees them
-  §19 Library views      pure     weights, fit and images as the operator sees them
-  §20 Route views        pure     the ways in as the operator sees them
-  §21 Usage views        pure     use as the operator sees it
-  §22 Home               effects  time, and the state and files on the disk
-  §23 Containers         effects  Docker
-  §24 Images             effects  pulled, built from recipes, pruned
-  §25 Requests           effects  HTTP to containers on the bridge, LiteLLM's management API
-  §26 Database           effects  PostgreSQL
-  §27 Hub                effects  Hugging Face, downloads, and the cache on the disk
-  §28 Drivers            effects  NVML, and what the system knows about GPUs
-  §29 Orchestration      effects  Plan -> world, undo, jobs
-  §30 Manager            effects  the use cases; all that console and command line may call
-  §31 Programs           effects  the REST API, and who may use it
-  §32 Console            effects  one builder per tab, and who may open it
-  §33 Main               effects  arguments, wiring, systemd
+  §11 Energy             pure     joules from looks at GPUs, and whose they are
+  §12 Benchmark          pure     loads to offer, and what engines made of them
+  §13 Config generation  pure     containers, LiteLLM's YAML, the Caddyfile
+  §14 Monitoring         pure     scrape targets, dashboards and alerts
+  §15 Steps              pure     what is observed, and all that can be done about it
+  §16 Planning           pure     desired + observed -> Plan
+  §17 Changes            pure     what an operator can ask for
+  §18 Keys               pure     what a colleague may, groups, and many keys at once
+  §19 Proofs             pure     what every way in should answer, and what must be found nowhere
+  §20 Views              pure     what the operator reads
+  §21 Hardware views     pure     GPUs, slices and restores as the operator sees them
+  §22 Library views      pure     weights, fit and images as the operator sees them
+  §23 Route views        pure     the ways in as the operator sees them
+  §24 Usage views        pure     use as the operator sees it
+  §25 Energy views       pure     energy and benchmarks as the operator sees them
+  §26 Home               effects  time, and the state and files on the disk
+  §27 Containers         effects  Docker
+  §28 Images             effects  pulled, built from recipes, pruned
+  §29 Requests           effects  HTTP to containers on the bridge, LiteLLM's management API
+  §30 Database           effects  PostgreSQL
+  §31 Energy records     effects  SQLite
+  §32 Hub                effects  Hugging Face, downloads, and the cache on the disk
+  §33 Drivers            effects  NVML, and what the system knows about GPUs
+  §34 Orchestration      effects  Plan -> world, undo, jobs
+  §35 Manager            effects  the use cases; all that console and command line may call
+  §36 Programs           effects  the REST API, and who may use it
+  §37 Terminal           effects  a live view for an SSH session
+  §38 Console            effects  one builder per tab, and who may open it
+  §39 Main               effects  arguments, wiring, systemd
 """
 
 from __future__ import annotations
@@ -62,8 +68,8 @@ STAMP: Final = ENVIRONMENT / ".requirements.sha256"
 # An upgraded distribution changes the Python under an environment, whose packages stay behind.
 LIBRARY: Final = ENVIRONMENT / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}"
 PACKAGES: Final = (
-    "docker", "fastapi", "gradio", "httpx", "huggingface_hub", "psycopg", "pydantic", "pynvml",
-    "yaml",
+    "docker", "fastapi", "gradio", "grafana_foundation_sdk", "httpx", "huggingface_hub", "psycopg",
+    "pydantic", "pynvml", "yaml",
 )  # fmt: skip
 
 
@@ -155,19 +161,24 @@ import itertools
 import json
 import logging
 import math
+import operator
 import platform
 import pwd
 import re
 import secrets
+import select
 import shlex
 import shutil
 import signal
 import socket
+import sqlite3
 import ssl
 import tarfile
 import tempfile
+import termios
 import threading
 import time
+import tty
 import uuid
 import wave
 from collections import Counter, deque
@@ -192,11 +203,12 @@ from typing import (
     cast,
     get_args,
 )
-from urllib.parse import parse_qs, quote, urlsplit
+from urllib.parse import parse_qs, quote, urlencode, urlsplit
 
 import docker
 import docker.errors
 import docker.types
+import docker.utils.socket
 import httpx
 import pydantic
 import requests.exceptions
@@ -213,12 +225,29 @@ if TYPE_CHECKING:
     import pandas as pd
     import psycopg
     import pynvml
+    import rich.console as rich_console
+    import rich.live as rich_live
+    import rich.table as rich_table
+    import rich.text as rich_text
     import uvicorn
+    from grafana_foundation_sdk.builders import dashboard as grafana
+    from grafana_foundation_sdk.builders import prometheus as grafana_queries
+    from grafana_foundation_sdk.builders import timeseries as grafana_timeseries
+    from grafana_foundation_sdk.cog import encoder as grafana_encoder
+    from grafana_foundation_sdk.models import dashboard as grafana_models
 else:
     fastapi, gr, httpx2, huggingface_hub, pd, psycopg, pynvml, uvicorn = map(
         LazyModule,
         ("fastapi", "gradio", "httpx2", "huggingface_hub", "pandas", "psycopg", "pynvml",
          "uvicorn"),
+    )  # fmt: skip
+    rich_console, rich_live, rich_table, rich_text = map(
+        LazyModule, ("rich.console", "rich.live", "rich.table", "rich.text")
+    )
+    grafana, grafana_queries, grafana_timeseries, grafana_encoder, grafana_models = (
+        LazyModule(f"grafana_foundation_sdk.{module}")
+        for module in ("builders.dashboard", "builders.prometheus", "builders.timeseries",
+                       "cog.encoder", "models.dashboard")
     )  # fmt: skip
 
 # =============================================================================
@@ -325,6 +354,10 @@ class DatabaseError(ManagerError):
     """PostgreSQL does not answer, or not that."""
 
 
+class EnergyRecordsError(ManagerError):
+    """The records of energy cannot be read or written."""
+
+
 class ProviderError(ManagerError):
     """A provider does not answer, or not with its models."""
 
@@ -340,6 +373,8 @@ def mask_secrets(text: str) -> str:
         return f"{found[1]}({sha256(found[2].encode()).hexdigest()[:8]})"
 
     text = re.sub(r"(Bearer )([^\s\"]+)", mask, text)
+    # A whole line: a secret may have quotes in it.
+    text = re.sub(r"(credentials: |smtp_auth_password: |- url: )(\S.*)", mask, text)
     pem = r"(?s)(-----BEGIN [A-Z ]*PRIVATE KEY-----)(.*?)(?=-----END|\Z)"
     return re.sub(pem, mask, text)
 
@@ -456,6 +491,7 @@ PATH_RULE: Final = _checked(
 URL_RULE: Final = _checked(
     r"https?://[^\s\x00-\x1f\x7f\"\\{}]+", "an http:// or https:// address", longest=512
 )
+EMAIL_RULE: Final = _checked(r"[\w.+-]+@[\w.-]+", "an e-mail address", longest=254)
 
 Name = Annotated[str, NAME_RULE]
 ImageRef = Annotated[str, IMAGE_RULE]
@@ -569,13 +605,14 @@ class Images:
     postgres: ImageRef = "postgres:16-alpine"
     redis: ImageRef = "redis:7-alpine"
     prometheus: ImageRef = "prom/prometheus:v3.5.0"
+    alertmanager: ImageRef = "prom/alertmanager:v0.28.1"
     grafana: ImageRef = "grafana/grafana:12.1.0"
     dcgm_exporter: ImageRef = "nvcr.io/nvidia/k8s/dcgm-exporter:4.5.3-4.8.2-ubuntu22.04"
 
 
 ImageRole = Literal[
     "vllm", "vllm_cpu", "vllm_omni", "litellm", "caddy", "postgres",
-    "redis", "prometheus", "grafana", "dcgm_exporter",
+    "redis", "prometheus", "alertmanager", "grafana", "dcgm_exporter",
 ]  # fmt: skip
 
 
@@ -704,7 +741,7 @@ class AcmeTls:
     """Let's Encrypt, or a company's ACME server; needs a public name and port 80 or 443."""
 
     kind: Literal["acme"] = "acme"
-    email: Annotated[str, _checked(r"[\w.+-]+@[\w.-]+", "an e-mail address", longest=254)]
+    email: Annotated[str, EMAIL_RULE]
     directory_url: Annotated[str, URL_RULE] | None = None
 
 
@@ -785,6 +822,60 @@ class Housekeeping:
 
 @_strict
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EnergySettings:
+    """How often GPUs are looked at, and what a kilowatt-hour is worth; None where nobody said.
+
+    `overhead` is what the room takes for each kilowatt-hour of a GPU, itself included (PUE).
+    """
+
+    period_seconds: Annotated[float, pydantic.Field(ge=0.5, le=60)] = 1.0
+    price_per_kwh: Annotated[float, pydantic.Field(ge=0, le=1000)] | None = None  # Prices.currency
+    co2_grams_per_kwh: Annotated[float, pydantic.Field(ge=0, le=5000)] | None = None
+    overhead: Annotated[float, pydantic.Field(ge=1, le=5)] = 1.0
+
+
+def _web_address(secret: pydantic.SecretStr) -> pydantic.SecretStr:
+    """A webhook's address is its password; YAML must read it as one word."""
+    if not re.fullmatch(r"https?://[!-~]{1,1000}", secret.get_secret_value()):
+        raise ValueError("it must be an http:// or https:// address")
+    return secret
+
+
+@_strict
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MailAlerts:
+    """Where alerts go by mail, and the server that takes them; STARTTLS unless it is off."""
+
+    to: Annotated[str, EMAIL_RULE]
+    sender: Annotated[str, EMAIL_RULE]
+    server: Annotated[str, _checked(r"[A-Za-z0-9.-]+:\d{1,5}", "like mail.lan:587", longest=260)]
+    username: Annotated[str, _checked(r"[!-~]*", "one word", longest=254)] = ""
+    password: Annotated[pydantic.SecretStr, pydantic.AfterValidator(_sendable)] | None = None
+    starttls: bool = True
+
+
+@_strict
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MonitoringSettings:
+    """How much Prometheus keeps, where this program's own figures are, and who is told.
+
+    The first bound that is reached counts. Without webhook and mail nobody is told.
+    """
+
+    retention_days: Annotated[int, pydantic.Field(ge=1, le=3650)] = 30
+    retention_gb: Annotated[int, pydantic.Field(ge=1, le=10_000)] = 10
+    metrics_port: Port = 7869
+    webhook: Annotated[pydantic.SecretStr, pydantic.AfterValidator(_web_address)] | None = None
+    mail: MailAlerts | None = None
+
+    @property
+    def alerts(self) -> bool:
+        """Whether anybody is told."""
+        return self.webhook is not None or self.mail is not None
+
+
+@_strict
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Secrets:
     """Everything that must never print; made once, kept through every rollback."""
 
@@ -816,7 +907,9 @@ class State:
     mig_layouts: tuple[MigLayout, ...] = ()
     prices: Prices = field(default_factory=Prices)
     monitoring: bool = False
+    monitoring_settings: MonitoringSettings = field(default_factory=MonitoringSettings)
     housekeeping: Housekeeping = field(default_factory=Housekeeping)
+    energy: EnergySettings = field(default_factory=EnergySettings)
     hugging_face_home: AbsolutePath | None = None
     secrets: Secrets
 
@@ -862,7 +955,8 @@ class State:
     @property
     def wishes_anything(self) -> bool:
         """Whether there is anything to bring back after a reboot."""
-        return self.endpoint == "running" or bool(self.mig_layouts) or bool(self.wished_models)
+        running = self.endpoint == "running" or self.monitoring
+        return running or bool(self.mig_layouts) or bool(self.wished_models)
 
     def layout_of(self, gpu_uuid: str) -> MigLayout | None:
         return next((wish for wish in self.mig_layouts if wish.gpu_uuid == gpu_uuid), None)
@@ -1940,6 +2034,31 @@ def parse_engine_report(log_text: str) -> Measured:
     )
 
 
+# What is counted since a start: by metric, and its bucket or reason.
+Counts = Mapping[tuple[str, str], float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineCounts:
+    """What an engine has counted since it started; `cached` are prompt tokens it knew already."""
+
+    prompt: int = 0
+    completion: int = 0
+    cached: int = 0
+    requests: int = 0
+
+    def since(self, before: EngineCounts) -> EngineCounts:
+        """What came after; all of it where the engine has begun to count anew."""
+        if self.requests < before.requests or self.prompt < before.prompt:
+            return self
+        return EngineCounts(
+            prompt=self.prompt - before.prompt,
+            completion=self.completion - before.completion,
+            cached=self.cached - before.cached,
+            requests=self.requests - before.requests,
+        )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineLoad:
     """What an engine is at: requests now, and the tokens it has read and made since it started."""
@@ -1948,6 +2067,27 @@ class EngineLoad:
     waiting: int
     tokens: int
     cached: float = 0.0  # part of the KV cache in use: a long prompt grows there before any token
+    ranks: int = 1  # over which `cached` is summed
+    counts: Counts = field(default_factory=dict, repr=False)
+
+    @property
+    def kv_cache_part(self) -> float:
+        """In use, of all that its ranks have."""
+        return self.cached / self.ranks
+
+    @property
+    def used(self) -> EngineCounts:
+        """What its sessions are told by."""
+
+        def told(name: str) -> int:
+            return int(sum(count for (metric, _), count in self.counts.items() if metric == name))
+
+        return EngineCounts(
+            prompt=told("prompt_tokens_total"),
+            completion=told("generation_tokens_total"),
+            cached=told("prompt_tokens_cached_total"),
+            requests=told("request_success_total"),
+        )
 
     @property
     def progress(self) -> tuple[int, float]:
@@ -1961,17 +2101,143 @@ LOAD_METRICS: Final = (
 )  # fmt: skip
 
 
+COUNTED_METRICS: Final = (
+    "prompt_tokens_cached_total", "prefix_cache_queries_total", "prefix_cache_hits_total",
+    "request_success_total", "time_to_first_token_seconds_bucket",
+)  # fmt: skip
+_ENGINE_SERIES: Final = re.compile(
+    rf"^vllm:({'|'.join((*LOAD_METRICS, *COUNTED_METRICS, 'kv_cache_usage_perc'))})"
+    r"\{(.*)\} (\S+)$",
+    re.MULTILINE,
+)
+_SPLIT_BY: Final = re.compile(r'(?:^|,)(?:le|finished_reason)="([^"]*)"')
+
+
 def parse_load(metrics: str) -> EngineLoad | None:
     """From vLLM's `/metrics`, summed over its engines; None where it counts no tokens."""
-    found = [
-        re.findall(rf"^vllm:{name}\{{.*\}} (\S+)$", metrics, re.MULTILINE) for name in LOAD_METRICS
-    ]
-    if not all(found):
+    counts: dict[tuple[str, str], float] = {}
+    ranks = 0
+    for name, labels, value in _ENGINE_SERIES.findall(metrics):
+        part = _SPLIT_BY.search(labels)
+        key = name, part[1] if part else ""
+        counts[key] = counts.get(key, 0.0) + float(value)
+        ranks += name == LOAD_METRICS[0]
+    if any((name, "") not in counts for name in LOAD_METRICS):
         return None
-    running, waiting, read, made = (int(sum(map(float, figures))) for figures in found)
-    used = re.findall(r"^vllm:kv_cache_usage_perc\{.*\} (\S+)$", metrics, re.MULTILINE)
-    cached = sum(map(float, used))
-    return EngineLoad(running=running, waiting=waiting, tokens=read + made, cached=cached)
+    running, waiting, read, made = (int(counts.pop((name, ""))) for name in LOAD_METRICS)
+    counts["prompt_tokens_total", ""], counts["generation_tokens_total", ""] = read, made
+    return EngineLoad(
+        running=running,
+        waiting=waiting,
+        tokens=read + made,
+        cached=counts.pop(("kv_cache_usage_perc", ""), 0.0),
+        ranks=ranks,
+        counts=counts,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rise:
+    """What was counted between two looks."""
+
+    seconds: float
+    counts: Counts
+
+    def total(self, name: str) -> float | None:
+        """Of all its parts; None where nobody counts it."""
+        found = [count for (counted, _), count in self.counts.items() if counted == name]
+        return math.fsum(found) if found else None
+
+    def per_second(self, name: str) -> float | None:
+        total = self.total(name)
+        return None if total is None else total / self.seconds
+
+
+@dataclass
+class RateWindow:
+    """The last looks at what several count, each known by a key that a restart changes."""
+
+    seconds: float = 10.0  # between the first look and the last, or a little more
+    looks: deque[tuple[float, Mapping[str, Counts]]] = field(default_factory=deque)
+
+    def feed(self, at: float, counts: Mapping[str, Counts]) -> None:
+        """One look; `at` are seconds of a clock that only goes forward."""
+        self.looks.append((at, counts))
+        while len(self.looks) > 2 and at - self.looks[1][0] >= self.seconds:  # noqa: PLR2004 - a pair
+            self.looks.popleft()
+
+    def rise(self, keys: Collection[str]) -> Rise | None:
+        """What those counted from the first look that saw one to the last; None: nobody knows."""
+        every = tuple(self.looks)
+        looks = [look for look in every if not look[1].keys().isdisjoint(keys)]
+        if len(looks) < 2 or looks[-1] is not every[-1]:  # noqa: PLR2004 - a pair
+            return None
+        (start, before), (end, now) = looks[0], looks[-1]
+        both = (key for key in keys if key in before and key in now)
+        rises = [rise for key in both if (rise := _risen_counts(before[key], now[key])) is not None]
+        if not rises:
+            return None
+        total = {key: math.fsum(r.get(key, 0.0) for r in rises) for rise in rises for key in rise}
+        return Rise(seconds=end - start, counts=total)
+
+
+def _risen_counts(before: Counts, now: Counts) -> dict[tuple[str, str], float] | None:
+    """None where one went backwards: somebody began to count anew, and nobody knows when."""
+    if any(now.get(key, 0.0) < count for key, count in before.items()):
+        return None
+    return {key: count - before.get(key, 0.0) for key, count in now.items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineRates:
+    """How fast a model's engines were between two looks; None is what nobody can tell."""
+
+    prompt_tokens: float | None = None  # these three a second
+    generated_tokens: float | None = None
+    requests: float | None = None  # that ended, in whatever way
+    prefix_hit_part: float | None = None  # of the prompt tokens looked for in the prefix cache
+    first_token_p95: float | None = None  # seconds, out of the histogram
+
+
+def engine_rates(rise: Rise | None) -> EngineRates:
+    """The rates out of what engines counted."""
+    if rise is None:
+        return EngineRates()
+    asked, hits = rise.total("prefix_cache_queries_total"), rise.total("prefix_cache_hits_total")
+    waits = [
+        (float(bound), count)
+        for (name, bound), count in rise.counts.items()
+        if name == "time_to_first_token_seconds_bucket"
+    ]
+    return EngineRates(
+        prompt_tokens=rise.per_second("prompt_tokens_total"),
+        generated_tokens=rise.per_second("generation_tokens_total"),
+        requests=rise.per_second("request_success_total"),
+        prefix_hit_part=hits / asked if asked and hits is not None else None,
+        first_token_p95=histogram_quantile(0.95, waits),
+    )
+
+
+def histogram_quantile(part: float, buckets: Iterable[tuple[float, float]]) -> float | None:
+    """The quantile of cumulative (upper bound, count) pairs, as Prometheus's function of that name.
+
+    Linear within a bucket, whose first one begins at 0; in the last one, without a bound, the
+    bound before it. None where nothing was counted, or the last bucket is missing.
+    """
+    ordered = sorted(buckets)
+    if len(ordered) < 2 or ordered[-1][0] != math.inf or not ordered[-1][1] > 0:  # noqa: PLR2004
+        return None
+    bounds = [bound for bound, _ in ordered]
+    counts = [*itertools.accumulate((count for _, count in ordered), max)]
+    rank = part * counts[-1]
+    at = min(bisect.bisect_left(counts, rank), len(counts) - 1)
+    if at == len(counts) - 1:
+        return bounds[-2]
+    if at == 0 and bounds[0] <= 0:
+        return bounds[0]
+    start, below = (bounds[at - 1], counts[at - 1]) if at else (0.0, 0.0)
+    inside = counts[at] - below
+    return start + (bounds[at] - start) * ((rank - below) / inside if inside else 0.0)
 
 
 def measurement_key(model: Model, image: str, hardware: Hardware | None) -> str:
@@ -4018,27 +4284,37 @@ class UsageQuery:
     limit: int = USAGE_ROWS  # subjects; the total is that of all
 
     def __post_init__(self) -> None:
-        if self.last < self.first:
-            raise InvalidError(
-                f"{self.last} is before {self.first}.", advice="Give the earlier day first."
-            )
-        if self.by == "hour" and (self.last - self.first).days >= HOURS_DAYS:
-            raise InvalidError(
-                f"Use by the hour is told for at most {HOURS_DAYS} days.",
-                advice="Choose a shorter range, or add it up by day.",
-            )
+        check_days(self.first, self.last, HOURS_DAYS if self.by == "hour" else None)
+
+
+def check_days(first: date, last: date, most: int | None) -> None:
+    """Refuse a range that ends before it begins, or has more days than can be told so finely."""
+    if last < first:
+        raise InvalidError(f"{last} is before {first}.", advice="Give the earlier day first.")
+    if most is not None and (last - first).days >= most:
+        raise InvalidError(
+            f"That is told for at most {most} days.",
+            advice="Choose a shorter range, or add it up by day.",
+        )
 
 
 def parse_usage_query(by: str, first: str, last: str, today: date) -> UsageQuery:
     """As typed: without its ends, the last 30 days, or by the hour the last two."""
-    if by not in get_args(Grouping):
-        raise InvalidError(
-            f"Use is not added up by {by!r}.",
-            advice=f"Choose from {', '.join(get_args(Grouping))}.",
-        )
+    start, end = parse_days(first, last, today, 2 if by == "hour" else 30)
+    return UsageQuery(first=start, last=end, by=parse_grouping(by, get_args(Grouping)))
+
+
+def parse_grouping(by: str, known: Sequence[Any]) -> Any:
+    if by not in known:
+        raise InvalidError(f"Nothing adds up by {by!r}.", advice=f"Choose from {', '.join(known)}.")
+    return by
+
+
+def parse_days(first: str, last: str, today: date, usual: int) -> tuple[date, date]:
+    """The ends of a range as typed; else today, and so many days until the end."""
     end = _parse_day(last) or today
-    usual = date.fromordinal(max(end.toordinal() - (1 if by == "hour" else 29), 1))
-    return UsageQuery(first=_parse_day(first) or usual, last=end, by=by)  # type: ignore[arg-type]
+    start = date.fromordinal(max(end.toordinal() - usual + 1, 1))
+    return _parse_day(first) or start, end
 
 
 def _parse_day(text: str) -> date | None:
@@ -4361,20 +4637,27 @@ SELECT engine, coalesce(sum(tokens), 0)::bigint,
 _SUMS: Final = ("requests", "prompt", "cached", "completion", "took_ms", "timed")
 
 
-def _adding(rows: str) -> str:
+_HOUR_KEYS: Final = {
+    "hours": "hour, api_base, failed, guessed",
+    "uses": "hour, api_base, api_key, team_id",  # apart: it has as many times more rows as keys
+}
+
+
+def _adding(table: str, rows: str) -> str:
     """To the sums what these rows are; sorted, so that two gateways never wait in a circle.
 
     Of cached tokens the metadata has what the provider said, which may be anything. With OFFSET 0
     PostgreSQL sorts figures, and not whole rows with their metadata.
     """
-    key = "hour, api_base, failed, guessed"
+    key = _HOUR_KEYS[table]
     return f"""
-  INSERT INTO llm_manager.hours AS known
+  INSERT INTO llm_manager.{table} AS known
   SELECT {key}, count(*), sum(prompt_tokens),
          sum(CASE WHEN cached ~ '^[0-9]{{1,9}}$' THEN cached::int ELSE 0 END),
          sum(completion_tokens), coalesce(sum(request_duration_ms), 0), count(request_duration_ms)
     FROM (SELECT date_trunc('hour', "startTime") AS hour, coalesce(api_base, '') AS api_base,
                  coalesce(status = 'failure', false) AS failed, {_GUESSED} AS guessed,
+                 coalesce(api_key, '') AS api_key, coalesce(team_id, '') AS team_id,
                  prompt_tokens, completion_tokens, request_duration_ms,
                  metadata #>> '{{usage_object,prompt_tokens_details,cached_tokens}}' AS cached
             FROM {rows} OFFSET 0) AS told
@@ -4384,10 +4667,23 @@ def _adding(rows: str) -> str:
 
 
 _NOT_ADDED: Final = """"LiteLLM_SpendLogs" WHERE "startTime" >= coalesce(
-             (SELECT max(known.hour) + interval '1 hour' FROM llm_manager.hours AS known),
+             (SELECT max(known.hour) + interval '1 hour' FROM llm_manager.{table} AS known),
              '-infinity')"""
 HOURS_KEPT: Final = """SELECT 1 FROM pg_trigger
- WHERE tgrelid = to_regclass('"LiteLLM_SpendLogs"') AND tgname = 'llm_manager_hours'"""
+ WHERE tgrelid = to_regclass('"LiteLLM_SpendLogs"') AND tgname = 'llm_manager_hours'
+   AND to_regclass('llm_manager.uses') IS NOT NULL"""
+
+
+def _making(table: str, key_columns: str) -> str:
+    return f"""
+  CREATE TABLE IF NOT EXISTS llm_manager.{table} (
+    {key_columns},
+    {", ".join(f"{each} bigint NOT NULL" for each in _SUMS)},
+    PRIMARY KEY ({_HOUR_KEYS[table]}));
+  DELETE FROM llm_manager.{table} WHERE hour > (SELECT min("startTime") FROM "LiteLLM_SpendLogs");
+  {_adding(table, _NOT_ADDED.format(table=table))}"""  # noqa: S608 - constants alone
+
+
 # PostgreSQL adds to them what LiteLLM writes, as it writes it, and what retention deletes stays in.
 # When this begins, the hours of which every request is still known are added up anew.
 KEEP_HOURS: Final = f"""DO $keep$
@@ -4396,23 +4692,68 @@ BEGIN
   LOCK TABLE "LiteLLM_SpendLogs" IN SHARE ROW EXCLUSIVE MODE;
   IF EXISTS ({HOURS_KEPT}) THEN RETURN; END IF;
   CREATE SCHEMA IF NOT EXISTS llm_manager;
-  CREATE TABLE IF NOT EXISTS llm_manager.hours (
-    hour timestamp, api_base text, failed bool, guessed bool,
-    {", ".join(f"{each} bigint NOT NULL" for each in _SUMS)},
-    PRIMARY KEY (hour, api_base, failed, guessed));
-  DELETE FROM llm_manager.hours WHERE hour > (SELECT min("startTime") FROM "LiteLLM_SpendLogs");
-  {_adding(_NOT_ADDED)}
+  {_making("hours", "hour timestamp, api_base text, failed bool, guessed bool")}
+  {_making("uses", "hour timestamp, api_base text, api_key text, team_id text")}
   CREATE OR REPLACE FUNCTION llm_manager.add_hours() RETURNS trigger LANGUAGE plpgsql AS $add$
 BEGIN
-  {_adding("added")}
+  {_adding("hours", "added")}
+  {_adding("uses", "added")}
   RETURN NULL;
 EXCEPTION WHEN OTHERS THEN  -- LiteLLM may change a column, and must not lose its row for that
   RAISE WARNING 'llm_manager.hours: %', SQLERRM;
   RETURN NULL;
 END $add$;
-  CREATE TRIGGER llm_manager_hours AFTER INSERT ON "LiteLLM_SpendLogs"
+  CREATE OR REPLACE TRIGGER llm_manager_hours AFTER INSERT ON "LiteLLM_SpendLogs"
     REFERENCING NEW TABLE AS added FOR EACH STATEMENT EXECUTE FUNCTION llm_manager.add_hours();
-END $keep$"""  # noqa: S608 - constants alone
+END $keep$"""
+
+
+_USES: Final = """
+SELECT hour, api_base, subject, {name} AS name, requests, prompt, completion
+  FROM (SELECT extract(epoch FROM hour)::bigint AS hour, api_base, {column} AS subject,
+               sum(requests)::bigint AS requests, sum(prompt)::bigint AS prompt,
+               sum(completion)::bigint AS completion
+          FROM llm_manager.uses
+         WHERE hour >= %(day)s::date AND hour < %(day)s::date + 1 GROUP BY 1, 2, 3) AS used
+ WHERE prompt + completion > 0"""
+
+
+def uses_sql(day: date, by: Literal["key", "group"]) -> Sql:
+    """Rows for `parse_uses`: who had which engine work in each hour of a day."""
+    column, name = ("api_key", _KEY_NAME) if by == "key" else ("team_id", _GROUP_NAME)
+    return Sql(_USES.replace("{name}", name).replace("{column}", column), {"day": str(day)})
+
+
+def parse_uses(rows: Iterable[Sequence[Any]], by: Literal["key", "group"]) -> list[TokenUse]:
+    """From what `uses_sql` brings; what other servers' engines did is left out."""
+    return [
+        TokenUse(
+            start=hour, subject=subject, model=engine[1], requests=asked, prompt_tokens=prompt,
+            completion_tokens=completion, name=name or _nameless(subject, by),
+        )
+        for hour, address, subject, name, asked, prompt, completion in rows
+        if (engine := _ENGINE_URL.match(address))
+    ]  # fmt: skip
+
+
+_ENGINE_URL: Final = re.compile(r"http://(?:[a-z0-9]+-)?llm-model-(.+)-\d+:")  # of `engine_url`
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenUse:
+    """What a subject had a model read and make within one hour or day."""
+
+    start: int
+    subject: str
+    model: str
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    name: str = ""  # of the subject, where it has another
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
 
 
 # --- statements -----------------------------------------------------------------
@@ -4428,7 +4769,9 @@ class StatementLine:
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
-    cost: float | None  # None: the model has no price
+    kwh: float | None = None  # of GPUs, by token share; None: none was recorded
+    co2_grams: float | None = None  # with overhead
+    cost: float | None  # of tokens; None: the model has no price
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -4460,6 +4803,10 @@ def parse_month(text: str, today: date) -> date:
     return (_parse_day(f"{text}-01") if text else None) or last.replace(day=1)
 
 
+def last_of_month(day: date) -> date:
+    return day.replace(day=calendar.monthrange(day.year, day.month)[1])
+
+
 def statement_sql(month: date) -> Sql:
     """Rows for `parse_statement`."""
     model = "coalesce(model, '')"
@@ -4469,14 +4816,20 @@ def statement_sql(month: date) -> Sql:
         _daily("LiteLLM_DailyTeamSpend", f"team_id AS team, {model}"),
     ))  # fmt: skip
     name = _GROUP_NAME.replace("subject", "team")
-    last = month.replace(day=calendar.monthrange(month.year, month.month)[1])
+    last = last_of_month(month)
     text = _STATEMENT.replace("{name}", name).replace("{source}", source)
     text = text.replace("{model}", _MODEL_NAME)
     return Sql(text, {"first": str(month), "last": str(last)})
 
 
-def parse_statement(month: date, rows: Iterable[Sequence[Any]], prices: Prices) -> Statement:
-    """From what `statement_sql` brings."""
+def parse_statement(
+    month: date,
+    rows: Iterable[Sequence[Any]],
+    prices: Prices,
+    energy: Mapping[tuple[str, str], tuple[float, float | None]] | None = None,
+) -> Statement:
+    """From what `statement_sql` brings; kWh and grams of CO2 are by group's id and model."""
+    taken = energy or {}
     return Statement(
         month=month,
         currency=prices.currency,
@@ -4488,6 +4841,8 @@ def parse_statement(month: date, rows: Iterable[Sequence[Any]], prices: Prices) 
                 prompt_tokens=prompt,
                 cached_tokens=cached,
                 completion_tokens=completion,
+                kwh=taken.get((team, model), (None, None))[0],
+                co2_grams=taken.get((team, model), (None, None))[1],
                 cost=prices.cost(model, prompt, completion),
             )
             for team, name, model, asked, prompt, cached, completion in rows
@@ -4498,22 +4853,853 @@ def parse_statement(month: date, rows: Iterable[Sequence[Any]], prices: Prices) 
 # --- as a file -------------------------------------------------------------------
 
 
-def render_csv(headers: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CsvStyle:
+    """How a table is written: `;` and `,` are what a German spreadsheet reads."""
+
+    separator: str = ","
+    decimal: str = "."
+
+    def __post_init__(self) -> None:
+        if self.separator not in {",", ";", "\t"} or self.decimal not in {".", ","}:
+            raise InvalidError(
+                "The separator is a comma, a semicolon or a tab; the decimal mark a point or "
+                "a comma.",
+                advice="For a German spreadsheet: `;` and `,`.",
+            )
+        if self.separator == self.decimal:
+            raise InvalidError(
+                "The separator and the decimal mark are the same.",
+                advice="With a decimal comma, choose `;`.",
+            )
+
+
+PLAIN: Final = CsvStyle()
+CSV_BATCH: Final = 1000
+
+
+def render_csv(
+    headers: Sequence[str], rows: Iterable[Iterable[object]], style: CsvStyle = PLAIN
+) -> str:
     """A table for other programs; what a spreadsheet would run as a formula is text in it."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(headers)
-    writer.writerows([[_harmless(cell) for cell in row] for row in rows])
-    return file.getvalue()
+    return b"".join(stream_csv(headers, rows, style)).decode()
 
 
-def _harmless(cell: object) -> object:
+def stream_csv(
+    headers: Sequence[str], rows: Iterable[Iterable[object]], style: CsvStyle
+) -> Iterator[bytes]:
+    """The same in pieces, so that memory does not grow with the rows."""
+    lines = itertools.chain([headers], ([_harmless(c, style) for c in row] for row in rows))
+    while batch := [*itertools.islice(lines, CSV_BATCH)]:
+        file = io.StringIO()
+        csv.writer(file, delimiter=style.separator, lineterminator="\n").writerows(batch)
+        yield file.getvalue().encode()
+
+
+def _harmless(cell: object, style: CsvStyle) -> object:
+    if isinstance(cell, float):
+        text = f"{cell:.12f}" if "e-" in str(cell) else str(cell)
+        return text.replace(".", style.decimal)
     is_formula = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r"))
     return f"'{cell}" if is_formula else cell
 
 
 # =============================================================================
-# §11 Config generation — pure: containers, LiteLLM's YAML, the Caddyfile
+# §11 Energy — pure: joules from looks at GPUs, and whose they are
+# =============================================================================
+
+# Whole millijoules, as NVML counts: then parts add up to their whole exactly, however it is split.
+EnergyMethod = Literal["counter", "power", "unmeasured"]
+LONGEST_LOOK_SECONDS: Final = 60.0
+PERIODS_BRIDGED: Final = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EnergyReading:
+    """One look at a whole GPU; None is what it did not tell.
+
+    `at` are seconds of a clock that only goes forward, and goes on while the server sleeps.
+    """
+
+    at: float
+    counter_mj: int | None = None  # since the driver was loaded, or the GPU reset
+    power_w: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Interval:
+    """What a GPU took between two looks; without millijoules nobody can know."""
+
+    seconds: float
+    energy_mj: int | None
+    method: EnergyMethod
+
+
+ShareMethod = Literal["whole GPU", "process utilisation", "MIG activity", "equal split", "idle"]
+NOBODY: Final = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EnergyShare:
+    """What one replica, or nobody, took of one GPU between two looks at it.
+
+    The shares of a GPU's interval add up to what was measured. `energy_mj` is None in the one share
+    of an interval that nobody measured.
+    """
+
+    gpu_uuid: str
+    start: float  # seconds since 1970
+    seconds: float
+    model: str  # NOBODY: the GPU's idle baseline, and what no replica accounts for
+    replica: int
+    energy_mj: int | None
+    method: ShareMethod
+
+    @property
+    def measured(self) -> bool:
+        """Whether the GPU itself told; else a method divided what it told."""
+        return self.energy_mj is not None and self.method in ("whole GPU", "idle")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EnergyRates:
+    """What a kilowatt-hour was worth while it was taken; kept with each record."""
+
+    price_per_kwh: float | None = None
+    currency: str = "EUR"
+    co2_grams_per_kwh: float | None = None
+    overhead: float = 1.0
+
+
+def measure(before: EnergyReading, now: EnergyReading, period: float) -> Interval:
+    """The energy between two looks that should be a period apart.
+
+    The counter is exact however late a look comes, so a stalled program loses nothing; one that
+    went backwards was reset, and says nothing of this interval. Power is integrated by trapezoid,
+    over a few periods at most. What is longer was a sleep or a stop: it is left unmeasured.
+    """
+    seconds = now.at - before.at
+    if before.counter_mj is not None and now.counter_mj is not None:
+        taken = now.counter_mj - before.counter_mj
+        if taken >= 0 and seconds <= max(LONGEST_LOOK_SECONDS, PERIODS_BRIDGED * period):
+            return Interval(seconds=seconds, energy_mj=taken, method="counter")
+    if before.power_w is not None and now.power_w is not None:
+        taken = round(1000 * seconds * (before.power_w + now.power_w) / 2)
+        if seconds <= PERIODS_BRIDGED * period:
+            return Interval(seconds=seconds, energy_mj=taken, method="power")
+    return Interval(seconds=seconds, energy_mj=None, method="unmeasured")
+
+
+Activities = Mapping[int | str, float]  # percent of the multiprocessors, by PID or MIG device
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GpuTenant:
+    """A replica on a GPU, or with NOBODY as its model a program that is not ours.
+
+    `part` is what it has of the GPU's compute slices, `device` its slice, if any.
+    """
+
+    model: str
+    replica: int = 0
+    part: float = 1.0
+    device: str = ""
+    pids: frozenset[int] = frozenset()  # on the host; none where nobody may see them
+
+    def activity(self, activities: Activities | None) -> float | None:
+        """How much of what it could have used it did use; None where nobody knows."""
+        if activities is None or self.device:
+            return activities.get(self.device) if activities else None
+        return sum(activities.get(pid, 0.0) for pid in self.pids) if self.pids else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GpuLook:
+    """What a GPU told at one moment; no activities where they were not asked for, or unknown."""
+
+    reading: EnergyReading
+    activities: Activities | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LiveEnergy:
+    """Watts of the last interval; None where it was not measured. Memory only, for pages."""
+
+    gpu_watts: Mapping[str, float | None] = field(default_factory=dict)  # by GPU UUID
+    past: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)  # of looks before
+    model_watts: Mapping[str, float] = field(default_factory=dict)  # NOBODY: idle
+    trouble: str = ""  # why nothing is recorded, for the operator
+
+
+def attribute(
+    interval: Interval,
+    start: float,
+    gpu_uuid: str,
+    tenants: Sequence[GpuTenant],
+    activities: Activities | None = None,
+    idle_w: float | None = None,
+) -> list[EnergyShare]:
+    """Whose energy it was, to the millijoule: the shares add up to what was measured.
+
+    A replica that has a GPU to itself takes all of it. Of a shared GPU what it takes without
+    tenants, where that is known, stays nobody's; the rest is divided by activity times size, or by
+    size alone, with what is not given to anybody, where some tenant's activity is unknown or all
+    of them rested.
+    """
+
+    def share(who: GpuTenant, energy_mj: int | None, method: ShareMethod) -> EnergyShare:
+        return EnergyShare(
+            gpu_uuid=gpu_uuid, start=start, seconds=interval.seconds,
+            model=who.model, replica=who.replica, energy_mj=energy_mj, method=method,
+        )  # fmt: skip
+
+    nobody = GpuTenant(model=NOBODY)
+    ours = [tenant for tenant in tenants if tenant.model != NOBODY]
+    if interval.energy_mj is None or not ours:
+        return [share(nobody, interval.energy_mj, "idle")]
+    if len(tenants) == 1 and ours[0].part == 1:
+        return [share(ours[0], interval.energy_mj, "whole GPU")]
+    idle = min(interval.energy_mj, round(1000 * interval.seconds * (idle_w or 0)))
+    weights, method = _weigh(tenants, activities)
+    parts = split_energy(interval.energy_mj - idle, {str(n): w for n, w in enumerate(weights)})
+    taken = [*zip(tenants, parts.values(), strict=False)]
+    rest = interval.energy_mj - sum(part for who, part in taken if who.model != NOBODY)
+    shares = [share(who, part, method) for who, part in taken if who.model != NOBODY]
+    return [*shares, share(nobody, rest, method)] if rest else shares
+
+
+def _weigh(
+    tenants: Sequence[GpuTenant], activities: Activities | None
+) -> tuple[list[float], ShareMethod]:
+    """What each tenant weighs, and last what nobody has; and by which method."""
+    known = [
+        activity for tenant in tenants if (activity := tenant.activity(activities)) is not None
+    ]
+    if len(known) == len(tenants) and sum(known) > 0:
+        weights = [tenant.part * activity for tenant, activity in zip(tenants, known, strict=True)]
+        cut = any(tenant.device for tenant in tenants)
+        return [*weights, 0.0], "MIG activity" if cut else "process utilisation"
+    sizes = [tenant.part for tenant in tenants]
+    return [*sizes, max(0.0, 1 - math.fsum(sizes))], "equal split"
+
+
+def split_energy(energy_mj: int, weights: Mapping[str, float]) -> dict[str, int]:
+    """Parts in proportion, which add up exactly; equal ones where no weight is above nothing."""
+    total = math.fsum(weights.values())
+    shares = {
+        who: energy_mj * (weight / total if total > 0 else 1 / len(weights))
+        for who, weight in weights.items()
+    }
+    parts = {who: math.floor(share) for who, share in shares.items()}
+    by_remainder = sorted(parts, key=lambda who: (parts[who] - shares[who], who))
+    left = energy_mj - sum(parts.values())
+    for who in itertools.islice(itertools.cycle(by_remainder), left):
+        parts[who] += 1
+    return parts
+
+
+# --- kept, and added up -----------------------------------------------------------
+
+EnergyGrouping = Literal["day", "hour", "model", "gpu", "key", "group"]
+EnergyTable = Literal["samples", "sessions", "models", "keys", "groups"]
+KWH_MJ: Final = 3_600_000_000
+DAY_SECONDS, HOUR_SECONDS, MINUTE_SECONDS = 86_400, 3_600, 60
+SHARED_DAYS: Final = 366  # as many days are told by key or group
+IDLE: Final = "(idle)"  # the subject of what the GPUs took while nobody's work explains it
+NO_TOKENS: Final = "(no tokens) "  # and a model: energy of hours in which no key had tokens of it
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EnergyQuery:
+    """Which energy to add up: whole days of UTC, both ends included, and by what."""
+
+    first: date
+    last: date
+    by: EnergyGrouping = "model"
+
+    def __post_init__(self) -> None:
+        most = {"hour": HOURS_DAYS, "key": SHARED_DAYS, "group": SHARED_DAYS}
+        check_days(self.first, self.last, most.get(self.by))
+
+
+def parse_energy_query(by: str, first: str, last: str, today: date) -> EnergyQuery:
+    """As typed: without its ends, the last 30 days, or by the hour the last two."""
+    start, end = parse_days(first, last, today, 2 if by == "hour" else 30)
+    return EnergyQuery(first=start, last=end, by=parse_grouping(by, get_args(EnergyGrouping)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EnergyPart:
+    """What a subject took of a model's energy within one hour or day, at one rate."""
+
+    start: int  # seconds since 1970: of the hour, or of the day
+    subject: str  # a day, an hour, a model, a GPU's UUID, a key's hash, a group's id
+    model: str  # NOBODY: idle
+    energy_mj: int
+    estimated_mj: int  # how much of it a method divided
+    unmeasured_ms: int
+    rates: EnergyRates
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EnergySum:
+    """The energy of one subject; money and CO2 are at each record's own rates, with overhead."""
+
+    subject: str
+    name: str
+    energy_mj: int = 0
+    idle_mj: int = 0  # of it, what is nobody's
+    estimated_mj: int = 0  # of it, what a method divided: the rest is measured
+    unmeasured_seconds: float = 0.0  # of GPUs, whose energy nobody knows and nothing here has
+    costs: Mapping[str, float] = field(default_factory=dict)  # by currency
+    unpriced_mj: int = 0  # taken while there was no price
+    co2_grams: float | None = None
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    @property
+    def kwh(self) -> float:
+        return self.energy_mj / KWH_MJ
+
+    @property
+    def joules_per_output_token(self) -> float | None:
+        return joules_per(self.energy_mj, self.completion_tokens)
+
+    @property
+    def joules_per_token(self) -> float | None:
+        return joules_per(self.energy_mj, self.prompt_tokens + self.completion_tokens)
+
+
+def joules_per(energy_mj: int, tokens: int) -> float | None:
+    return energy_mj / 1000 / tokens if tokens else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EnergyReport:
+    """The energy of a range by subject: the rows add up to the total, to the millijoule."""
+
+    query: EnergyQuery
+    total: EnergySum
+    rows: tuple[EnergySum, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EnergySession:
+    """One replica from ready to stopped; tokens and requests are by its engine's own count."""
+
+    model: str
+    replica: int
+    container_id: str
+    gpu_uuids: tuple[str, ...]
+    start: datetime
+    end: datetime | None  # None: it goes on
+    energy_mj: int
+    estimated_mj: int
+    measured_seconds: float  # what the mean is of
+    unmeasured_seconds: float
+    peak_w: float
+    requests: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    costs: Mapping[str, float]
+    co2_grams: float | None
+
+    @property
+    def kwh(self) -> float:
+        return self.energy_mj / KWH_MJ
+
+    @property
+    def mean_w(self) -> float | None:
+        return self.energy_mj / 1000 / self.measured_seconds if self.measured_seconds else None
+
+    @property
+    def joules_per_output_token(self) -> float | None:
+        return joules_per(self.energy_mj, self.completion_tokens)
+
+    @property
+    def joules_per_token(self) -> float | None:
+        return joules_per(self.energy_mj, self.prompt_tokens + self.completion_tokens)
+
+    @property
+    def method(self) -> str:
+        """Measured, estimated, or how much of it is estimated."""
+        if not self.estimated_mj:
+            return "measured"
+        part = self.estimated_mj / self.energy_mj
+        return "estimated" if part == 1 else f"{part:.0%} estimated"
+
+
+def split_by_use(parts: Iterable[EnergyPart], uses: Iterable[TokenUse]) -> Iterator[EnergyPart]:
+    """Each hour's energy of a model to those who used it in that hour, by their tokens.
+
+    What no tokens explain, and what was not measured, stays the model's; the parts add up to those
+    that were given. Token for token alike: engines do not tell what one read or made costs.
+    """
+    tokens: dict[tuple[int, str], Counter[str]] = {}
+    for use in uses:
+        tokens.setdefault((use.start, use.model), Counter())[use.subject] += use.tokens
+    for part in parts:
+        users = tokens.get((part.start, part.model)) or Counter()
+        for who, energy_mj in (split_energy(part.energy_mj, users) if users else {}).items():
+            yield replace(
+                part, subject=who, energy_mj=energy_mj, estimated_mj=energy_mj, unmeasured_ms=0
+            )
+        model_own = replace(part, subject=NO_TOKENS + part.model if part.model else IDLE)
+        if not users:
+            yield model_own
+        elif part.unmeasured_ms:
+            yield replace(model_own, energy_mj=0, estimated_mj=0)
+
+
+def add_up(records: Iterable[EnergyPart | TokenUse], key: str = "subject") -> dict[Any, EnergySum]:
+    """The sums by one of their fields, or by several with a comma between; as they come."""
+    key_of = operator.attrgetter(*key.split(","))
+    sums: dict[Any, Counter[str]] = {}
+    names: dict[Any, tuple[str, str]] = {}
+    for record in records:
+        who = key_of(record)
+        sums.setdefault(who, Counter()).update(_energy_figures(record))
+        if isinstance(record, TokenUse) and record.name:
+            names[who] = record.subject, record.name
+        names.setdefault(who, (record.subject, record.subject))
+    return {who: _energy_sum(*names[who], figures) for who, figures in sums.items()}
+
+
+def _energy_figures(record: EnergyPart | TokenUse) -> dict[str, Any]:
+    if isinstance(record, TokenUse):
+        return {
+            "requests": record.requests,
+            "prompt": record.prompt_tokens,
+            "completion": record.completion_tokens,
+        }
+    rates, price = record.rates, record.rates.price_per_kwh
+    kwh = record.energy_mj * rates.overhead / KWH_MJ
+    return {
+        "energy": record.energy_mj,
+        "idle": 0 if record.model else record.energy_mj,
+        "estimated": record.estimated_mj,
+        "unmeasured": record.unmeasured_ms,
+        "unpriced": record.energy_mj if price is None else 0,
+        **({} if price is None else {PAID + rates.currency: kwh * price}),
+        **({} if rates.co2_grams_per_kwh is None else {"co2": kwh * rates.co2_grams_per_kwh}),
+    }
+
+
+PAID: Final = "paid in "
+
+
+def _energy_sum(subject: str, name: str, figures: Mapping[str, Any]) -> EnergySum:
+    paid = {key: amount for key, amount in figures.items() if key.startswith(PAID)}
+    return EnergySum(
+        subject=subject,
+        name=name,
+        energy_mj=figures["energy"],
+        idle_mj=figures["idle"],
+        estimated_mj=figures["estimated"],
+        unmeasured_seconds=figures["unmeasured"] / 1000,
+        costs={key.removeprefix(PAID): amount for key, amount in paid.items()},
+        unpriced_mj=figures["unpriced"],
+        co2_grams=figures.get("co2"),
+        requests=figures["requests"],
+        prompt_tokens=figures["prompt"],
+        completion_tokens=figures["completion"],
+    )
+
+
+def energy_report(query: EnergyQuery, records: Iterable[EnergyPart | TokenUse]) -> EnergyReport:
+    """Days and hours as they come, else the most energy first."""
+    found = add_up(records)
+    timed = query.by in {"day", "hour"}
+    rows = sorted(
+        found.values(), key=lambda row: row.subject if timed else (-row.energy_mj, row.name)
+    )
+    return EnergyReport(query=query, total=_total(rows), rows=tuple(rows))
+
+
+def _total(rows: Sequence[EnergySum]) -> EnergySum:
+    costs: Counter[str] = Counter()
+    for row in rows:
+        costs.update(row.costs)
+    names = ("energy_mj", "idle_mj", "estimated_mj", "unmeasured_seconds", "unpriced_mj",
+             "requests", "prompt_tokens", "completion_tokens")  # fmt: skip
+    emitted = [row.co2_grams for row in rows if row.co2_grams is not None]
+    return EnergySum(
+        subject="total",
+        name="total",
+        costs=dict(costs),
+        co2_grams=math.fsum(emitted) if emitted else None,
+        **{name: sum(getattr(row, name) for row in rows) for name in names},
+    )
+
+
+SUM_COLUMNS: Final = (
+    "energy_kwh", "energy_joules", "estimated_joules", "unmeasured_gpu_seconds", "requests",
+    "prompt_tokens", "completion_tokens", "joules_per_output_token", "joules_per_token",
+    "cost_with_overhead", "currency", "co2_grams_with_overhead",
+)  # fmt: skip
+# The separator, and within figures the decimal mark, of samples as they are kept: no text has them.
+SEPARATOR, DECIMAL = b"\x1f", b"\x1e"
+SAMPLE_COLUMNS: Final = (
+    "start_utc", "duration_seconds", "gpu_uuid", "model", "replica", "energy_joules",
+    "mean_power_watts", "unmeasured_seconds", "method",
+)  # fmt: skip
+
+
+def sample_line(moment: str, who: tuple[str, str, int, str], taken: tuple[int, int, int]) -> str:
+    """A line of `SAMPLE_COLUMNS` as it is kept; `styled` makes it a CSV's.
+
+    Of whom: GPU, model, replica and method. What: millijoules in so many milliseconds, and how many
+    were not measured.
+    """
+    gpu, model, replica, method = who
+    energy_mj, ms, unmeasured_ms = taken
+    watts = f"{energy_mj * 10 // ms // 10}\x1e{energy_mj * 10 // ms % 10}" if ms else ""
+    return "\x1f".join((
+        moment, _thousandths(ms), gpu, model or IDLE, str(replica), _thousandths(energy_mj), watts,
+        _thousandths(unmeasured_ms), method,
+    )) + "\n"  # fmt: skip
+
+
+def _thousandths(number: int) -> str:
+    whole, rest = divmod(number, 1000)
+    return f"{whole}\x1e{rest:03d}" if rest else str(whole)
+
+
+def styled(lines: bytes, style: CsvStyle) -> bytes:
+    """In one pass over the bytes: samples come by the million."""
+    marks = (style.separator + style.decimal).encode()
+    return lines.translate(bytes.maketrans(SEPARATOR + DECIMAL, marks))
+
+
+def energy_within(lines: bytes, model: str, replica: int, start: float, end: float) -> int | None:
+    """The millijoules of a replica between two moments, out of lines as `sample_line` makes them.
+
+    A sample that reaches over an end counts by its part. None where the samples do not cover the
+    time on each of its GPUs: nobody looked, or what was seen is not written yet.
+    """
+    taken, covered = 0.0, Counter[str]()
+    for line in styled(lines, CsvStyle(separator="\t")).decode().splitlines():
+        moment, seconds, gpu, who, which, joules, *_ = line.split("\t")
+        begin = datetime.fromisoformat(f"{moment}+00:00").timestamp()
+        length = float(seconds)
+        inside = min(end, begin + length) - max(start, begin)
+        if (who, which) == (model, str(replica)) and inside > 0:
+            covered[gpu] += inside  # type: ignore[assignment]  # of seconds
+            taken += float(joules) * inside / length
+    whole = covered and min(covered.values()) >= COVERED_PART * (end - start)
+    return round(1000 * taken) if whole else None
+
+
+COVERED_PART: Final = 0.98
+
+
+def by_the_hour(share: EnergyShare) -> list[EnergyShare]:
+    """A gap in each hour that it lies in; what was measured is whole in the hour it began in."""
+    pieces, start, end = [], share.start, share.start + share.seconds
+    while share.energy_mj is None and start // HOUR_SECONDS != end // HOUR_SECONDS:
+        turn = (start // HOUR_SECONDS + 1) * HOUR_SECONDS
+        pieces.append(replace(share, start=start, seconds=turn - start))
+        start = turn
+    return [*pieces, replace(share, start=start, seconds=end - start)] if pieces else [share]
+
+
+def given_up(shares: Iterable[EnergyShare]) -> list[EnergyShare]:
+    """What is left of shares that could not be kept: how long each GPU went unrecorded."""
+    looks = {(share.gpu_uuid, share.start): share.seconds for share in shares}
+    gaps: dict[tuple[str, float], list[float]] = {}
+    for (gpu, start), seconds in looks.items():
+        gap = gaps.setdefault((gpu, start // HOUR_SECONDS), [start, 0.0])
+        gap[1] += seconds
+    return [
+        EnergyShare(
+            gpu_uuid=gpu, start=start, seconds=seconds, model=NOBODY, replica=0, energy_mj=None,
+            method="idle",
+        )
+        for (gpu, _), (start, seconds) in gaps.items()
+    ]  # fmt: skip
+
+
+# =============================================================================
+# §12 Benchmark — pure: loads to offer, and what engines made of them
+# =============================================================================
+
+# Completions, not chat: lengths are exact without a template, and a chat's stream begins with a
+# chunk that holds no token, which vLLM's load generator (0.30) counts as one.
+BACKENDS: Final[Mapping[ModelType, tuple[str, str]]] = {
+    "chat": ("openai", "/v1/completions"),
+    "vision": ("openai", "/v1/completions"),
+    "embedding": ("openai-embeddings", "/v1/embeddings"),
+}
+LONGEST_LADDER: Final = 12
+MOST_CONCURRENT: Final = 1024
+LoadProfile = Literal["chat", "document", "answer", "embedding"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Load:
+    """What each client sends, one request after the other; no two prompts share a beginning."""
+
+    prompt_tokens: int
+    output_tokens: int  # exactly so many are made, whatever the model would rather; of embeddings 0
+    spread: float = 0.0  # lengths lie evenly within this part of them, to both sides
+
+
+LOADS: Final[Mapping[LoadProfile, Load]] = {
+    "chat": Load(prompt_tokens=600, output_tokens=250, spread=0.5),
+    "document": Load(prompt_tokens=8000, output_tokens=400, spread=0.25),
+    "answer": Load(prompt_tokens=200, output_tokens=1500, spread=0.25),
+    "embedding": Load(prompt_tokens=400, output_tokens=0, spread=0.5),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchmarkWish:
+    """Which models to measure, one after the other, and under what loads."""
+
+    models: tuple[ModelName, ...]
+    ladder: tuple[int, ...] = (1, 2, 4, 8, 16)  # requests at once
+    profile: LoadProfile | None = None  # none: by the model's type
+    prompt_tokens: int | None = None  # instead of the profile's, and then all of that length
+    output_tokens: int | None = None
+    requests: int | None = None  # per rung; none: enough for its concurrency
+
+    def requests_at(self, concurrency: int) -> int:
+        """How many requests a rung sends: several for each client, as its first are not typical."""
+        return max(self.requests or max(32, 8 * concurrency), concurrency)
+
+
+def load_of(wish: BenchmarkWish, model: Model, context: int | None) -> Load:
+    """The load for this model; refused where its type, or its context, cannot take it."""
+    if model.type not in BACKENDS:
+        raise RefusedError(
+            f"{model.name} is a {model.type} model, which cannot be measured.",
+            advice=f"Benchmarks are for {', '.join(BACKENDS)} models.",
+        )
+    embeds = model.type == "embedding"
+    load = LOADS[wish.profile or ("embedding" if embeds else "chat")]
+    typed = wish.prompt_tokens or wish.output_tokens
+    load = Load(
+        prompt_tokens=wish.prompt_tokens or load.prompt_tokens,
+        output_tokens=0 if embeds else wish.output_tokens or load.output_tokens,
+        spread=0.0 if typed else load.spread,
+    )
+    if not embeds and not load.output_tokens:
+        raise RefusedError(
+            f"The load {wish.profile} makes no token.", advice=f"Choose another for {model.name}."
+        )
+    longest = int((load.prompt_tokens + load.output_tokens) * (1 + load.spread))
+    if context is not None and longest > context:
+        raise RefusedError(
+            f"A request of this load has up to {longest} tokens; the context of {model.name} is "
+            f"{context}.",
+            advice="Choose shorter prompts and answers.",
+        )
+    return load
+
+
+def parse_ladder(text: str) -> tuple[int, ...]:
+    """Concurrencies as typed, such as 1,2,4: in ascending order, each once."""
+    words = re.split(r"[,\s]+", text.strip())
+    rungs = sorted({int(word) for word in words if word.isascii() and word.isdecimal()})
+    fine = all(word.isascii() and word.isdecimal() for word in words)
+    if not fine or len(rungs) > LONGEST_LADDER or not 1 <= rungs[0] <= rungs[-1] <= MOST_CONCURRENT:
+        raise InvalidError(
+            f"{text!r} is no ladder of concurrencies.",
+            advice=f"Type up to {LONGEST_LADDER} numbers from 1 to {MOST_CONCURRENT}, as 1,2,4,8.",
+        )
+    return tuple(rungs)
+
+
+# --- vLLM's own load generator, in the engine's container -------------------------
+
+# It ends with its standard input: whoever holds that open need not live to end it. The shell gives
+# a background process /dev/null for input, hence descriptor 3. The key stays in the container, and
+# so do the details, which are megabytes; but only with them it writes why requests failed.
+LOAD_SCRIPT: Final = """exec 3<&0
+folder=$(mktemp -d) && cd "$folder" || exit 1
+OPENAI_API_KEY=$VLLM_API_KEY PYTHONUNBUFFERED=1 "$@" &
+load=$!
+(read -r _ <&3; kill -9 "$load") &
+watch=$!
+wait "$load"; status=$?
+kill "$watch" 2>/dev/null
+[ "$status" = 0 ] && python3 -c 'import json
+found = json.load(open("result.json"))
+kept = {key: value for key, value in found.items() if not isinstance(value, (list, dict))}
+print(json.dumps(kept | {"errors": [error for error in found.get("errors", []) if error][-3:]}))'
+cd / && rm -rf "$folder"
+exit "$status"
+"""
+LOAD_BEGINS: Final = "Starting main benchmark run"  # what it prints when all is warm
+PERCENTILES: Final = (50, 95, 99)
+_KEPT_OPTIONS: Final = ("--tokenizer", "--tokenizer-mode", "--trust-remote-code")
+
+
+def load_command(
+    model: Model, load: Load, concurrency: int, *, prompts: int, weights: str, seed: int
+) -> list[str]:
+    """What is run in an engine's container, to print its result as JSON in its last line.
+
+    `weights` is where that container has the tokenizer. With a `seed` of an earlier run the engine
+    would still have the prompts in its prefix cache.
+    """
+    backend, path = BACKENDS[model.type]
+    embeds = model.type == "embedding"
+    lengths = {"input": load.spread, "output": 0.0 if embeds else load.spread}
+    return [
+        "sh", "-c", LOAD_SCRIPT, "benchmark",
+        "vllm", "bench", "serve", "--backend", backend, "--endpoint", path,
+        "--base-url", f"http://127.0.0.1:{ENGINE_PORT}", "--model", model.served_model_name,
+        "--tokenizer", weights, *_tokenizer_options(model.engine_arguments),
+        "--dataset-name", "random", "--random-input-len", str(load.prompt_tokens),
+        "--random-output-len", str(load.output_tokens or 1),
+        "--random-range-ratio", json.dumps(lengths), "--seed", str(seed),
+        *(() if embeds else ("--ignore-eos",)),
+        "--num-prompts", str(prompts), "--num-warmups", str(concurrency),
+        "--max-concurrency", str(concurrency), "--percentile-metrics", "ttft,itl,e2el",
+        "--metric-percentiles", ",".join(map(str, PERCENTILES)), "--disable-tqdm",
+        "--save-result", "--save-detailed", "--result-dir", ".", "--result-filename", "result.json",
+    ]  # fmt: skip
+
+
+def _tokenizer_options(arguments: Sequence[str]) -> list[str]:
+    """What the engine was told of its tokenizer; the last of a kind counts, as there."""
+    told: list[str] = []
+    for argument, after in itertools.pairwise([*arguments, "--"]):
+        if _option_name(argument) in _KEPT_OPTIONS:
+            valued = "=" not in argument and not after.startswith("-")
+            told += [argument, after] if valued else [argument]
+    return told
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Milliseconds:
+    """Of all requests, or of all gaps between two tokens: how long the slowest of a part took."""
+
+    p50: float
+    p95: float
+    p99: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rung:
+    """What an engine made of so many requests at once, all answered after warming up."""
+
+    concurrency: int
+    started_at: datetime
+    seconds: float
+    requests: int  # answered
+    failed: int
+    prompt_tokens: int
+    output_tokens: int
+    ttft: Milliseconds | None  # none: nothing is streamed
+    inter_token: Milliseconds | None
+    end_to_end: Milliseconds
+    others: int | None = None  # requests of others that the engine had when it began
+    energy_mj: int | None = None  # None: not measured
+
+    @property
+    def requests_per_second(self) -> float:
+        return self.requests / self.seconds
+
+    @property
+    def output_tokens_per_second(self) -> float:
+        return self.output_tokens / self.seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        return (self.prompt_tokens + self.output_tokens) / self.seconds
+
+    @property
+    def joules_per_token(self) -> float | None:
+        """Of tokens made; of embeddings, which make none, of those read."""
+        tokens = self.output_tokens or self.prompt_tokens
+        return None if self.energy_mj is None or not tokens else self.energy_mj / 1000 / tokens
+
+    @property
+    def first_answer(self) -> Milliseconds:
+        """Until a client sees something: the first token, or the whole where none streams."""
+        return self.ttft or self.end_to_end
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Benchmark:
+    """One model's results, rung by rung, and what they are of."""
+
+    model: ModelName
+    type: ModelType
+    container: str
+    image: str
+    started_at: datetime
+    load: Load
+    ladder: tuple[int, ...]
+    rungs: tuple[Rung, ...] = ()
+    fault: str = ""  # why it ended early
+
+    @property
+    def name(self) -> str:
+        """Its file's, without the ending: also what it is called on the command line."""
+        return f"{self.started_at:%Y%m%dT%H%M%S}-{self.model}"
+
+    @property
+    def complete(self) -> bool:
+        return len(self.rungs) == len(self.ladder)
+
+
+def parse_rung(said: str, concurrency: int, started_at: datetime) -> Rung:
+    """From what the load generator printed, whose last line is its result (vLLM 0.30)."""
+    try:
+        found = json.loads(said.rstrip().rpartition("\n")[2])
+        failed = int(found["num_prompts"]) - int(found["completed"])
+        if not found["completed"]:
+            errors = "\n".join(found["errors"]).split("\n")
+            raise ContainerFailedError(
+                f"The engine answered none of {failed} requests: {errors[-1] or 'unknown'}.",
+                advice="Look at its log.",
+            )
+        ttft, inter_token = (_milliseconds(found, what) for what in ("ttft", "itl"))
+        return Rung(
+            concurrency=concurrency, started_at=started_at, seconds=float(found["duration"]),
+            requests=int(found["completed"]), failed=failed,
+            prompt_tokens=int(found["total_input_tokens"]),
+            output_tokens=int(found.get("total_output_tokens", 0)),
+            ttft=ttft, inter_token=inter_token,
+            end_to_end=_milliseconds(found, "e2el") or Milliseconds(p50=0, p95=0, p99=0),
+        )  # fmt: skip
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise ContainerFailedError(
+            "The load generator in the engine's image wrote no figures that this program knows.",
+            advice="Choose an image with a newer `vllm bench serve`.",
+        ) from error
+
+
+def _milliseconds(found: Json, what: str) -> Milliseconds | None:
+    keys = [f"p{percentile}_{what}_ms" for percentile in PERCENTILES]
+    if keys[0] not in found:
+        return None
+    p50, p95, p99 = (float(found[key]) for key in keys)
+    return Milliseconds(p50=p50, p95=p95, p99=p99)
+
+
+def largest_within(rungs: Sequence[Rung], p95_ms: float) -> int | None:
+    """The largest concurrency whose P95 until the first token is within this, as all below it.
+
+    One that is within it above one that is not was lucky; one with failed requests is not within.
+    """
+    within = itertools.takewhile(
+        lambda rung: not rung.failed and rung.first_answer.p95 <= p95_ms,
+        sorted(rungs, key=lambda rung: rung.concurrency),
+    )
+    return max((rung.concurrency for rung in within), default=None)
+
+
+EnergyBetween = Callable[[ModelName, int, datetime, datetime], int | None]  # of one replica
+
+
+# =============================================================================
+# §13 Config generation — pure: containers, LiteLLM's YAML, the Caddyfile
 # =============================================================================
 
 
@@ -4560,7 +5746,19 @@ class DockerHealthy:
     """Ready when Docker's own health check says so."""
 
 
-Readiness = EngineAnswers | GatewayServes | EdgeAnswers | DockerHealthy
+@dataclass(frozen=True, slots=True)
+class HttpAnswers:
+    """Ready when this path answers with 200."""
+
+    port: int
+    path: str
+
+
+Readiness = EngineAnswers | GatewayServes | EdgeAnswers | DockerHealthy | HttpAnswers
+MonitorRole = Literal["prometheus", "alertmanager", "grafana", "dcgm-exporter"]
+
+
+ALL_GPUS: Final = ("all",)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -4568,7 +5766,7 @@ class ContainerSpec:
     """Everything Docker must know to run one container; equal hashes need no replacement."""
 
     name: ContainerName
-    role: Literal["engine", "gateway", "edge", "database", "cache"]
+    role: Literal["engine", "gateway", "edge", "database", "cache"] | MonitorRole
     image: str
     network: str
     entrypoint: tuple[str, ...] = ()
@@ -4578,16 +5776,25 @@ class ContainerSpec:
     ports: tuple[PublishedPort, ...] = ()
     extra_hosts: Mapping[str, str] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
-    devices: tuple[str, ...] = ()  # UUIDs of GPUs or of one MIG device
+    devices: tuple[str, ...] = ()  # UUIDs of GPUs or of one MIG device, or ALL_GPUS
     shm_mib: int = 64
     healthcheck: str | None = None
     restart: Literal["no", "unless-stopped"] = "unless-stopped"
     drop_capabilities: bool = False
+    add_capabilities: tuple[str, ...] = ()  # where all others are dropped
+    user: str = ""  # the image's own
+    read_only: bool = False  # all but mounts and `scratch`
+    scratch: tuple[str, ...] = ()  # directories in memory
+    memory_mib: int = 0  # 0: no limit
     stop_seconds: int = 30
     content_hash: str = ""  # of files it reads only at start
     start_seconds: float = 60.0
     measurement_key: str = ""  # of an engine: where its memory and time are noted
     readiness: Readiness
+
+    def is_its_sight(self, visible: frozenset[str]) -> bool:
+        """Whether these are the devices that it should see."""
+        return bool(visible) if self.devices == ALL_GPUS else visible == {*self.devices}
 
     @property
     def hash(self) -> SpecHash:
@@ -4630,7 +5837,10 @@ def network_name(state: State) -> str:
 
 
 def volume_names(state: State) -> tuple[str, ...]:
-    return tuple(f"{state.name_prefix}llm-{role}-data" for role in ("postgres", "caddy"))
+    """What must outlive containers, of those that are wished."""
+    roles = ("postgres", "caddy") if state.endpoint == "running" else ()
+    monitors = ("prometheus", "grafana") if state.monitoring else ()
+    return tuple(f"{state.name_prefix}llm-{role}-data" for role in (*roles, *monitors))
 
 
 def database_name(state: State) -> ContainerName:
@@ -4916,6 +6126,14 @@ def parse_edge(raw: Json) -> Edge:
 
 def parse_housekeeping(raw: Json) -> Housekeeping:
     return _parsed(Housekeeping, raw, "The database cannot be kept so")
+
+
+def parse_energy(raw: Json) -> EnergySettings:
+    return _parsed(EnergySettings, raw, "Energy cannot be recorded so")
+
+
+def parse_monitoring(raw: Json) -> MonitoringSettings:
+    return _parsed(MonitoringSettings, raw, "Monitoring cannot be done so")
 
 
 def parse_direct_key(raw: Json) -> DirectKey:
@@ -5335,16 +6553,19 @@ def uses_cache(state: State) -> bool:
     return any(route.cache_seconds for route in state.routes)
 
 
-def cache_password(state: State) -> pydantic.SecretStr:
+def derived_secret(state: State, purpose: str) -> pydantic.SecretStr:
     """Made from the salt key, so that no state needs another secret."""
     salt = state.secrets.salt_key.get_secret_value()
-    return pydantic.SecretStr(sha256(f"cache {salt}".encode()).hexdigest())
+    return pydantic.SecretStr(sha256(f"{purpose} {salt}".encode()).hexdigest())
+
+
+def cache_password(state: State) -> pydantic.SecretStr:
+    return derived_secret(state, "cache")
 
 
 def reader_password(state: State) -> pydantic.SecretStr:
-    """Of the role that reads usage; made from the salt key as well."""
-    salt = state.secrets.salt_key.get_secret_value()
-    return pydantic.SecretStr(sha256(f"usage {salt}".encode()).hexdigest())
+    """Of the role that reads usage."""
+    return derived_secret(state, "usage")
 
 
 def cache_url(state: State) -> pydantic.SecretStr:
@@ -6030,7 +7251,744 @@ def render_unit(template: str, *, python: str, program: str, home: str) -> str:
 
 
 # =============================================================================
-# §12 Steps — pure: what is observed, and all that can be done about it
+# §14 Monitoring — pure: scrape targets, dashboards and alerts
+# =============================================================================
+
+
+# --- what is scraped, and by whom ---------------------------------------------
+
+PROMETHEUS_PORT: Final = 9090
+ALERTMANAGER_PORT: Final = 9093
+# By role: where each says that it works.
+MONITOR_HEALTH: Final[Mapping[str, HttpAnswers]] = {
+    "prometheus": HttpAnswers(PROMETHEUS_PORT, "/-/ready"),
+    "alertmanager": HttpAnswers(ALERTMANAGER_PORT, "/-/ready"),
+    "grafana": HttpAnswers(3000, "/api/health"),
+    "dcgm-exporter": HttpAnswers(9400, "/health"),
+}
+ON_OR_OFF: Final = ("on", "off")
+MONITOR_START_SECONDS: Final = 300.0  # Prometheus reads its journal first
+SCRAPE_SECONDS: Final = 15
+METRICS_PATH: Final = "/metrics"
+
+
+def monitor_name(state: State, role: MonitorRole) -> ContainerName:
+    return ContainerName(f"{state.name_prefix}llm-{role}")
+
+
+def monitor_roles(state: State, hardware: Hardware | None) -> tuple[MonitorRole, ...]:
+    """What is wished to run; where nobody can tell whether there is a GPU, its exporter stays."""
+    if not state.monitoring:
+        return ()
+    gpus = hardware is None or hardware.fault is not None or bool(hardware.gpus)
+    alerts: tuple[MonitorRole, ...] = ("alertmanager",) if state.monitoring_settings.alerts else ()
+    exporter: tuple[MonitorRole, ...] = ("dcgm-exporter",) if gpus else ()
+    return (*exporter, *alerts, "prometheus", "grafana")
+
+
+def monitor_image(state: State, role: MonitorRole) -> str:
+    return str(getattr(state.images, role.replace("-", "_")))
+
+
+def metrics_token(state: State) -> pydantic.SecretStr:
+    """What Prometheus shows to this program's own figures."""
+    return derived_secret(state, "metrics")
+
+
+def grafana_password(state: State) -> pydantic.SecretStr:
+    """Of Grafana's `admin`, as it was made at its first start."""
+    return derived_secret(state, "grafana")
+
+
+def render_monitor(state: State, role: MonitorRole, site: Site) -> ContainerSpec:
+    """One of the monitoring containers; a configuration that it reads at start only is in its hash.
+
+    As root without root's rights, to read our 0600 files; the images' own users could not.
+    """
+    shared = ContainerSpec(
+        name=monitor_name(state, role),
+        role=role,
+        image=monitor_image(state, role),
+        network=network_name(state),
+        drop_capabilities=True,
+        user="0",
+        read_only=role in READ_ONLY_ROLES,
+        start_seconds=MONITOR_START_SECONDS,
+        readiness=MONITOR_HEALTH[role],
+    )
+    folder = f"{site.generated}/{role}"
+    match role:
+        case "prometheus":
+            return _prometheus(shared, state, folder)
+        case "alertmanager":
+            return _alertmanager(shared, state, folder)
+        case "grafana":
+            return _grafana(shared, state, folder)
+        case "dcgm-exporter":
+            return _exporter(shared)
+        case _:
+            assert_never(role)
+
+
+def _prometheus(shared: ContainerSpec, state: State, folder: str) -> ContainerSpec:
+    settings, data = state.monitoring_settings, f"{state.name_prefix}llm-prometheus-data"
+    return replace(
+        shared,
+        entrypoint=("/bin/prometheus",),
+        command=(
+            "--config.file=/etc/prometheus/prometheus.yml",
+            "--storage.tsdb.path=/prometheus",
+            f"--storage.tsdb.retention.time={settings.retention_days}d",
+            f"--storage.tsdb.retention.size={settings.retention_gb}GB",
+        ),
+        mounts=(
+            Mount(source=folder, target="/etc/prometheus"),
+            Mount(source=data, target="/prometheus", read_only=False),
+        ),
+        extra_hosts={HOST_NAME: "host-gateway"},
+        memory_mib=4096,
+        stop_seconds=60,
+        content_hash=_hash_of(render_prometheus(state), render_rules()),
+    )
+
+
+def _alertmanager(shared: ContainerSpec, state: State, folder: str) -> ContainerSpec:
+    return replace(
+        shared,
+        entrypoint=("/bin/alertmanager",),
+        command=(
+            "--config.file=/etc/alertmanager/alertmanager.yml",
+            "--storage.path=/alertmanager",
+            "--cluster.listen-address=",
+        ),
+        mounts=(Mount(source=folder, target="/etc/alertmanager"),),
+        scratch=("/alertmanager",),
+        memory_mib=256,
+        content_hash=_hash_of(render_alertmanager(state)),
+    )
+
+
+def _grafana(shared: ContainerSpec, state: State, folder: str) -> ContainerSpec:
+    data = f"{state.name_prefix}llm-grafana-data"
+    return replace(
+        shared,
+        environment={
+            **GRAFANA_SETTINGS,
+            "GF_SERVER_ROOT_URL": grafana_url(state.edge),
+            "GF_SECURITY_ADMIN_PASSWORD": grafana_password(state),
+            # Without one of its own it encrypts with a key that everybody knows.
+            "GF_SECURITY_SECRET_KEY": derived_secret(state, "grafana data"),
+        },
+        mounts=(
+            Mount(source=folder, target="/etc/grafana/provisioning"),
+            Mount(source=data, target="/var/lib/grafana", read_only=False),
+        ),
+        scratch=("/tmp",),  # noqa: S108 - inside its container
+        memory_mib=1024,
+        content_hash=_hash_of(*_grafana_sources(state).values()),
+    )
+
+
+def grafana_url(edge: Edge) -> str:
+    """Where its pages are."""
+    https = "" if edge.https_port == 443 else f":{edge.https_port}"  # noqa: PLR2004 - HTTPS
+    return f"https://{edge.hostnames[0]}{https}/grafana/"
+
+
+# Nobody but its admin, nothing from elsewhere, and no word to anybody.
+GRAFANA_SETTINGS: Final[Mapping[str, str]] = {
+    "GF_SERVER_SERVE_FROM_SUB_PATH": "true",
+    "GF_AUTH_ANONYMOUS_ENABLED": "false",
+    "GF_USERS_ALLOW_SIGN_UP": "false",
+    "GF_SECURITY_COOKIE_SECURE": "true",
+    "GF_SECURITY_COOKIE_SAMESITE": "strict",
+    "GF_SECURITY_DISABLE_GRAVATAR": "true",
+    "GF_ANALYTICS_ENABLED": "false",
+    "GF_ANALYTICS_REPORTING_ENABLED": "false",
+    "GF_ANALYTICS_CHECK_FOR_UPDATES": "false",
+    "GF_ANALYTICS_CHECK_FOR_PLUGIN_UPDATES": "false",
+    "GF_ANALYTICS_FEEDBACK_LINKS_ENABLED": "false",
+    "GF_NEWS_NEWS_FEED_ENABLED": "false",
+    "GF_PLUGINS_PREINSTALL_DISABLED": "true",
+    "GF_PLUGINS_PLUGIN_ADMIN_ENABLED": "false",
+    "GF_PUBLIC_DASHBOARDS_ENABLED": "false",
+    "GF_SNAPSHOTS_EXTERNAL_ENABLED": "false",
+    "GF_UNIFIED_ALERTING_ENABLED": "false",  # Prometheus has the rules
+    "GF_LOG_MODE": "console",
+}
+
+ALL_HOLDERS: Final = frozenset({"dcgm-exporter"})  # roles that hold every GPU while they run
+# DCGM's engine keeps sockets and logs in several places.
+READ_ONLY_ROLES: Final = frozenset({"prometheus", "alertmanager", "grafana"})
+
+
+def _exporter(shared: ContainerSpec) -> ContainerSpec:
+    return replace(
+        shared,
+        environment={
+            "DCGM_EXPORTER_INTERVAL": str(1000 * SCRAPE_SECONDS),
+            "DCGM_EXPORTER_NO_HOSTNAME": "1",
+        },
+        devices=ALL_GPUS,
+        # Profiling counters, the only ones that tell of a slice's activity, are for root alone.
+        add_capabilities=("SYS_ADMIN",),
+        # Docker would start it before the slices exist.
+        restart="no",
+        memory_mib=1024,
+    )
+
+
+def _hash_of(*texts: str) -> str:
+    return sha256("\0".join(texts).encode()).hexdigest()[:16]
+
+
+def _yaml(content: Json) -> str:
+    return GENERATED_BANNER + yaml.dump(
+        content, Dumper=YAML_DUMPER, sort_keys=False, width=1000, allow_unicode=True
+    )
+
+
+def monitoring_files(state: State, role: MonitorRole) -> dict[str, str]:
+    """What one of the containers reads, by its path under `generated/`; none of the exporter.
+
+    Those of Prometheus and Alertmanager hold secrets: show them through `mask_secrets` only.
+    """
+    match role:
+        case "prometheus":
+            files = {
+                "prometheus.yml": render_prometheus(state),
+                "rules.yml": render_rules(),
+                "engines.json": render_engine_targets(state),
+                "gateways.json": render_gateway_targets(state),
+            }
+        case "alertmanager":
+            files = {"alertmanager.yml": render_alertmanager(state)}
+        case "grafana":
+            files = _grafana_sources(state)
+            files |= {f"boards/{board.uid}.json": render_board(board) for board in BOARDS}
+        case "dcgm-exporter":
+            files = {}
+        case _:
+            assert_never(role)
+    return {f"{role}/{name}": text for name, text in files.items()}
+
+
+# What Prometheus reads again by itself.
+TARGET_FILES: Final = frozenset({"prometheus/engines.json", "prometheus/gateways.json"})
+SECRET_FILES: Final[Mapping[MonitorRole, str]] = {
+    "prometheus": "prometheus/prometheus.yml",
+    "alertmanager": "alertmanager/alertmanager.yml",
+}
+BOARDS_FOLDER: Final = "grafana/boards/"
+# What judges which of them, in the container's own image.
+CONFIG_CHECKS: Final[Mapping[MonitorRole, tuple[str, ...]]] = {
+    "prometheus": ("/bin/promtool", "check", "config", "prometheus.yml"),
+    "alertmanager": ("/bin/amtool", "check-config", "alertmanager.yml"),
+}
+
+
+def render_engine_targets(state: State) -> str:
+    """Every replica that is wished; Prometheus reads it again whenever it changes."""
+    targets = [
+        {
+            "targets": [f"{replica}:{ENGINE_PORT}"],
+            "labels": {"model": model.name, "type": model.type, "replica": str(number)},
+        }
+        for model in state.wished_models
+        for number, replica in enumerate(replica_names(state, model))
+    ]
+    return json.dumps(targets, indent=2) + "\n"
+
+
+def render_gateway_targets(state: State) -> str:
+    """Both slots, of which one is there but while they change; none of a stopped endpoint."""
+    targets = [
+        {"targets": [f"{gateway_name(state, slot)}:{GATEWAY_PORT}"], "labels": {"slot": slot}}
+        for slot in SLOTS
+        if state.endpoint == "running"
+    ]
+    return json.dumps(targets, indent=2) + "\n"
+
+
+def render_prometheus(state: State) -> str:
+    """`prometheus.yml`; names in it are relative to where it lies."""
+    settings = state.monitoring_settings
+    alertmanager = f"{monitor_name(state, 'alertmanager')}:{ALERTMANAGER_PORT}"
+    sent: Json = {"alertmanagers": [{"static_configs": [{"targets": [alertmanager]}]}]}
+    exporter = f"{monitor_name(state, 'dcgm-exporter')}:{MONITOR_HEALTH['dcgm-exporter'].port}"
+    return _yaml({
+        "global": {
+            "scrape_interval": f"{SCRAPE_SECONDS}s",
+            "evaluation_interval": f"{SCRAPE_SECONDS}s",
+        },
+        "rule_files": ["rules.yml"],
+        **({"alerting": sent} if settings.alerts else {}),
+        "scrape_configs": [
+            _job("engine", "engines.json"),
+            _job("gateway", "gateways.json", state.secrets.master_key),
+            _job("gpu", [{"targets": [exporter]}]),
+            _job(
+                "manager",
+                [{"targets": [f"{HOST_NAME}:{settings.metrics_port}"]}],
+                metrics_token(state),
+            ),
+            _job("prometheus", [{"targets": [f"localhost:{PROMETHEUS_PORT}"]}]),
+        ],
+    })  # fmt: skip
+
+
+def _job(name: str, targets: list[Json] | str, token: pydantic.SecretStr | None = None) -> Json:
+    """Targets that stay, or the file that lists them."""
+    shown = {"authorization": {"credentials": token.get_secret_value()}} if token else {}
+    if isinstance(targets, str):
+        return {"job_name": name, **shown, "file_sd_configs": [{"files": [targets]}]}
+    return {"job_name": name, **shown, "static_configs": targets}
+
+
+def render_alertmanager(state: State) -> str:
+    """`alertmanager.yml`: one receiver, the operator; said again twice a day while it lasts."""
+    settings, receiver, smtp = state.monitoring_settings, Json(name="operator"), Json()
+    if settings.webhook is not None:
+        url = settings.webhook.get_secret_value()
+        receiver["webhook_configs"] = [{"url": url, "send_resolved": True}]
+    if (mail := settings.mail) is not None:
+        receiver["email_configs"] = [{"to": mail.to, "send_resolved": True}]
+        smtp = {
+            "smtp_smarthost": mail.server,
+            "smtp_from": mail.sender,
+            "smtp_require_tls": mail.starttls,
+            **({"smtp_auth_username": mail.username} if mail.username else {}),
+            **({"smtp_auth_password": reveal(mail.password)} if mail.password else {}),
+        }
+    route = {
+        "receiver": "operator", "group_by": ["alertname"],
+        "group_wait": "10s", "group_interval": "5m", "repeat_interval": "12h",
+    }  # fmt: skip
+    return _yaml({"global": smtp, "route": route, "receivers": [receiver]})
+
+
+# --- alerts -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AlertRule:
+    """One that Prometheus judges all the time; `text` may name the labels of what it finds."""
+
+    name: str
+    query: str
+    minutes: int  # that it must hold
+    severity: Literal["warning", "critical"]
+    text: str
+
+
+ALERT_RULES: Final = (
+    AlertRule(
+        name="ModelDown",
+        # A large model may take an hour to start: that it may still do so the manager knows.
+        query='max by (model) (up{job="engine"}) == 0'
+        ' unless on (model) llm_manager_model{phase=~"pending|stopping"}'
+        " unless on (model) llm_manager_model_loading > 0",
+        minutes=2,
+        severity="critical",
+        text="The model {{ $labels.model }} does not answer.",
+    ),
+    AlertRule(
+        name="EngineHung",
+        # A step of vLLM's loop is an observation of how many tokens it made.
+        query="(sum by (model, replica) (vllm:num_requests_running) > 0 and"
+        " sum by (model, replica) (rate(vllm:iteration_tokens_total_count[5m])) == 0)"
+        " or max by (model) (llm_manager_model_hung) > 0",
+        minutes=5,
+        severity="critical",
+        text="The engine of {{ $labels.model }} has requests and works on nothing.",
+    ),
+    AlertRule(
+        name="GatewayDown",
+        query='max(up{job="gateway"}) == 0',
+        minutes=2,
+        severity="critical",
+        text="LiteLLM does not answer in any slot.",
+    ),
+    AlertRule(
+        name="ManagerDown",
+        query='up{job="manager"} == 0',
+        minutes=10,
+        severity="warning",
+        text="LLM Manager does not answer; models go on, and nobody looks after them.",
+    ),
+    AlertRule(
+        name="GpuHot",
+        query="max by (UUID, gpu) (llm_manager_gpu_temperature_celsius) > 85"
+        " or on (UUID) max by (UUID, gpu) (DCGM_FI_DEV_GPU_TEMP < 200) > 85",
+        minutes=5,
+        severity="warning",
+        text="GPU {{ $labels.gpu }} ({{ $labels.UUID }}) is at {{ $value }} °C.",
+    ),
+    AlertRule(
+        name="DiskLow",
+        query="llm_manager_disk_free_bytes / llm_manager_disk_size_bytes < 0.1",
+        minutes=10,
+        severity="warning",
+        text="Of the disk with LLM Manager's state {{ $value | humanizePercentage }} are free.",
+    ),
+    AlertRule(
+        name="DatabaseGrowing",
+        query="predict_linear(llm_manager_database_bytes[6h], 7 * 86400)"
+        " > llm_manager_database_bytes + llm_manager_database_free_bytes",
+        minutes=60,
+        severity="warning",
+        text="LiteLLM's database fills its disk within a week: `database set --retention`.",
+    ),
+    AlertRule(
+        name="CertificateExpiring",
+        query="llm_manager_certificate_expiry_timestamp_seconds - time() < 14 * 86400",
+        minutes=60,
+        severity="warning",
+        text="The endpoint's certificate expires in {{ $value | humanizeDuration }}.",
+    ),
+)
+
+
+def render_rules() -> str:
+    """`rules.yml`."""
+    rules = [
+        {
+            "alert": rule.name,
+            "expr": rule.query,
+            "for": f"{rule.minutes}m",
+            "labels": {"severity": rule.severity},
+            "annotations": {"summary": rule.text},
+        }
+        for rule in ALERT_RULES
+    ]
+    return _yaml({"groups": [{"name": "llm-manager", "rules": rules}]})
+
+
+# --- dashboards ---------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """A plot over time: queries, each with the legend of its lines; `unit` by Grafana's name."""
+
+    title: str
+    unit: str
+    queries: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dashboard:
+    """A dashboard; half a page for each of its panels."""
+
+    uid: str
+    title: str
+    panels: tuple[Panel, ...]
+
+
+RATE: Final = "$__rate_interval"
+DATA_SOURCE: Final = "llm-prometheus"
+
+
+def _percentiles(metric: str, by: str = "model") -> tuple[tuple[str, str], ...]:
+    """P50, P95 and P99 of a histogram."""
+    return tuple(
+        (f"histogram_quantile({part}, sum by (le, {by}) (rate({metric}_bucket[{RATE}])))",
+         f"{{{{{by}}}}} P{round(100 * part)}")
+        for part in (0.5, 0.95, 0.99)
+    )  # fmt: skip
+
+
+def _rate(metric: str, by: str = "model") -> str:
+    return f"sum by ({by}) (rate({metric}[{RATE}]))"
+
+
+# A GPU's row repeats for each of its slices: never summed over them. A blank value of DCGM is 2^63.
+def _gpu(metric: str, below: str = "1e15") -> str:
+    return f"max by (UUID, gpu) ({metric} < {below})"
+
+
+_CACHE_HITS: Final = " / ".join(
+    _rate(f"vllm:prefix_cache_{counted}_total") for counted in ("hits", "queries")
+)
+# Watts of each model: a GPU that several of them share counts for each in equal parts.
+_WATTS_OF_MODELS: Final = (
+    "sum by (model) (llm_manager_replica_gpu * on (UUID) group_left ()"
+    " (llm_manager_gpu_power_watts / on (UUID) count by (UUID) (llm_manager_replica_gpu)))"
+)
+
+BOARDS: Final = (
+    Dashboard(
+        uid="llm-gpu",
+        title="GPUs",
+        panels=(
+            Panel("Temperature", "celsius", (
+                ("llm_manager_gpu_temperature_celsius", "GPU {{gpu}}"),
+                (_gpu("DCGM_FI_DEV_MEMORY_TEMP"), "GPU {{gpu}} memory"),
+            )),
+            Panel("Power", "watt", (
+                ("llm_manager_gpu_power_watts", "GPU {{gpu}}"),
+                ("llm_manager_gpu_power_limit_watts", "GPU {{gpu}} limit"),
+            )),
+            Panel("Memory used", "bytes", (
+                ("llm_manager_gpu_memory_used_bytes", "GPU {{gpu}}"),
+                ("llm_manager_gpu_memory_bytes", "GPU {{gpu}} has"),
+            )),
+            Panel("Utilisation", "percentunit", (
+                ("llm_manager_gpu_utilisation_ratio", "GPU {{gpu}}"),
+            )),
+            Panel("Activity of GPUs and slices", "percentunit", (
+                ('max by (gpu, GPU_I_PROFILE, GPU_I_ID) (DCGM_FI_PROF_GR_ENGINE_ACTIVE <= 1)',
+                 "GPU {{gpu}} {{GPU_I_PROFILE}} {{GPU_I_ID}}"),
+            )),
+            Panel("Tensor cores and memory bus", "percentunit", (
+                (_gpu("DCGM_FI_PROF_PIPE_TENSOR_ACTIVE", "2"), "GPU {{gpu}} tensor cores"),
+                (_gpu("DCGM_FI_PROF_DRAM_ACTIVE", "2"), "GPU {{gpu}} memory bus"),
+            )),
+            Panel("Clocks", "rotmhz", (
+                (_gpu("DCGM_FI_DEV_SM_CLOCK"), "GPU {{gpu}} cores"),
+                (_gpu("DCGM_FI_DEV_MEM_CLOCK"), "GPU {{gpu}} memory"),
+            )),
+            Panel("Faults", "short", (
+                (_gpu("DCGM_FI_DEV_XID_ERRORS"), "GPU {{gpu}} last Xid"),
+                (_gpu("DCGM_FI_DEV_UNCORRECTABLE_REMAPPED_ROWS"), "GPU {{gpu}} rows remapped"),
+            )),
+        ),
+    ),
+    Dashboard(
+        uid="llm-engines",
+        title="Engines",
+        panels=(
+            Panel("Replicas that answer", "short", (
+                ('sum by (model) (up{job="engine"})', "{{model}}"),
+            )),
+            Panel("Requests", "short", (
+                ("sum by (model) (vllm:num_requests_running)", "{{model}} running"),
+                ("sum by (model) (vllm:num_requests_waiting)", "{{model}} waiting"),
+            )),
+            Panel("Tokens per second", "short", (
+                (_rate("vllm:generation_tokens_total"), "{{model}} out"),
+                (_rate("vllm:prompt_tokens_total"), "{{model}} in"),
+            )),
+            Panel("KV cache used", "percentunit", (
+                ("max by (model, replica) (vllm:kv_cache_usage_perc)", "{{model}} {{replica}}"),
+            )),
+            Panel("Time to first token", "s", _percentiles("vllm:time_to_first_token_seconds")),
+            Panel("Between tokens", "s", _percentiles("vllm:inter_token_latency_seconds")),
+            Panel("End to end", "s", _percentiles("vllm:e2e_request_latency_seconds")),
+            Panel("Waiting before it begins", "s", _percentiles("vllm:request_queue_time_seconds")),
+            Panel("Prefix cache hits", "percentunit", (
+                (_CACHE_HITS, "{{model}}"),
+            )),
+            Panel("Ends of requests per second", "short", (
+                (_rate("vllm:request_success_total", "model, finished_reason"),
+                 "{{model}} {{finished_reason}}"),
+            )),
+            Panel("Preemptions per second", "short", (
+                (_rate("vllm:num_preemptions_total"), "{{model}}"),
+            )),
+            Panel("Phases", "short", (
+                ("sum by (phase) (llm_manager_model)", "{{phase}}"),
+            )),
+        ),
+    ),
+    Dashboard(
+        uid="llm-gateway",
+        title="Gateway",
+        panels=(
+            Panel("Slots that answer", "short", (('up{job="gateway"}', "{{slot}}"),)),
+            Panel("Answers per second", "short", (
+                (_rate("litellm_deployment_success_responses_total", "model_id"), "{{model_id}}"),
+            )),
+            Panel("Failures per second", "short", (
+                (_rate("litellm_deployment_failure_responses_total", "model_id, exception_status"),
+                 "{{model_id}} {{exception_status}}"),
+            )),
+            Panel("State (0 well, 1 partly, 2 down)", "short", (
+                ("max by (model_id) (litellm_deployment_state)", "{{model_id}}"),
+            )),
+            Panel("Left out for a while, per second", "short", (
+                (_rate("litellm_deployment_cooled_down_total", "model_id"), "{{model_id}}"),
+            )),
+            Panel("Fallbacks per second", "short", (
+                (_rate("litellm_deployment_successful_fallbacks_total",
+                       "requested_model, fallback_model"),
+                 "{{requested_model}} to {{fallback_model}}"),
+                (_rate("litellm_deployment_failed_fallbacks_total",
+                       "requested_model, fallback_model"),
+                 "{{requested_model}} to {{fallback_model}} failed"),
+            )),
+            Panel("Answers from the cache per second", "short", (
+                (_rate("litellm_cache_hits_metric_total", "model_id"), "{{model_id}}"),
+            )),
+            Panel("Database", "bytes", (
+                ("llm_manager_database_bytes", "taken"),
+                ("llm_manager_database_free_bytes", "free"),
+            )),
+            Panel("Disk", "bytes", (
+                ("llm_manager_disk_free_bytes", "free"),
+                ("llm_manager_disk_size_bytes", "all"),
+            )),
+            Panel("What the manager has to do", "short", (
+                ("llm_manager_plan_steps", "steps of the plan"),
+                ("sum by (kind) (llm_manager_jobs)", "running: {{kind}}"),
+            )),
+        ),
+    ),
+    Dashboard(
+        uid="llm-energy",
+        title="Energy",
+        panels=(
+            Panel("Power of all GPUs", "watt", (("sum(llm_manager_gpu_power_watts)", "all"),)),
+            Panel("Power by model", "watt", ((_WATTS_OF_MODELS, "{{model}}"),)),
+            Panel("Energy of 24 hours", "kwatth", (
+                ("increase(llm_manager_gpu_energy_joules_total[24h]) / 3.6e6", "GPU {{gpu}}"),
+            )),
+            Panel("Power by NVML's energy counter", "watt", (
+                (f"rate(llm_manager_gpu_energy_joules_total[{RATE}])", "GPU {{gpu}}"),
+                (f"max by (UUID) (rate(DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION[{RATE}])) / 1000",
+                 "{{UUID}} by DCGM"),
+            )),
+            Panel("Joules per output token", "joule", (
+                (f"{_WATTS_OF_MODELS} / ({_rate('vllm:generation_tokens_total')} > 0)",
+                 "{{model}}"),
+            )),
+            Panel("Power of GPUs that no model has", "watt", (
+                ("llm_manager_gpu_power_watts unless on (UUID) llm_manager_replica_gpu",
+                 "GPU {{gpu}}"),
+            )),
+        ),
+    ),
+)  # fmt: skip
+
+
+@cache
+def render_board(board: Dashboard) -> str:
+    """A dashboard as Grafana stores it."""
+    built = grafana.Dashboard(board.title).uid(board.uid).tags([OWNER]).readonly()
+    built = built.refresh("30s").time("now-3h", "now").timezone("browser")
+    for number, panel in enumerate(board.panels):
+        built = built.with_panel(_panel(panel, number))
+    return str(grafana_encoder.JSONEncoder(indent=2, sort_keys=True).encode(built.build())) + "\n"
+
+
+def _panel(panel: Panel, number: int) -> grafana_timeseries.Panel:
+    half, height = 12, 8
+    x, y = half * (number % 2), height * (number // 2)
+    drawn = grafana_timeseries.Panel().id(number + 1).title(panel.title).unit(panel.unit).min(0)
+    drawn = drawn.grid_pos(grafana_models.GridPos(x=x, y=y, w=half, h=height))
+    drawn = drawn.datasource(grafana_models.DataSourceRef(type_val="prometheus", uid=DATA_SOURCE))
+    for letter, (query, legend) in zip("ABCDEF", panel.queries, strict=False):
+        asked = grafana_queries.Dataquery().ref_id(letter).expr(query).legend_format(legend).range()
+        drawn = drawn.with_target(asked)
+    return drawn
+
+
+def _grafana_sources(state: State) -> dict[str, str]:
+    """What Grafana reads when it starts: where the series are, and where the dashboards."""
+    prometheus = f"http://{monitor_name(state, 'prometheus')}:{PROMETHEUS_PORT}"
+    source = {
+        "name": "Prometheus", "uid": DATA_SOURCE, "type": "prometheus", "access": "proxy",
+        "url": prometheus, "isDefault": True, "editable": False,
+        "jsonData": {"timeInterval": f"{SCRAPE_SECONDS}s", "httpMethod": "POST"},
+    }  # fmt: skip
+    boards = {
+        "name": "LLM Manager", "type": "file", "disableDeletion": True,
+        "updateIntervalSeconds": 30, "allowUiUpdates": False,
+        "options": {"path": "/etc/grafana/provisioning/boards"},
+    }  # fmt: skip
+    return {
+        "datasources/prometheus.yaml": _yaml({"apiVersion": 1, "datasources": [source]}),
+        "dashboards/llm-manager.yaml": _yaml({"apiVersion": 1, "providers": [boards]}),
+    }
+
+
+# --- what Prometheus says ------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScrapeTarget:
+    """What Prometheus reads figures from; `up` is None before its first try."""
+
+    job: str
+    address: str
+    up: bool | None
+    fault: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Alert:
+    """A rule that holds: `pending` until it held long enough, then `firing`."""
+
+    name: str
+    state: str
+    text: str
+    since: datetime
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Watched:
+    """What Prometheus sees at one moment."""
+
+    targets: tuple[ScrapeTarget, ...]
+    alerts: tuple[Alert, ...]
+
+
+def parse_watched(targets: Json, alerts: Json) -> Watched:
+    """The answers of its `/api/v1/targets` and `/api/v1/alerts`, as 2.42 and 3.5 give them."""
+    return Watched(
+        targets=tuple(
+            ScrapeTarget(
+                job=each["labels"]["job"],
+                address=each["labels"]["instance"],
+                up={"up": True, "down": False}.get(each["health"]),
+                fault=each["lastError"],
+            )
+            for each in targets["data"]["activeTargets"]
+        ),
+        alerts=tuple(
+            Alert(
+                name=each["labels"]["alertname"],
+                state=each["state"],
+                text=each["annotations"].get("summary", ""),
+                since=datetime.fromisoformat(each["activeAt"]),
+            )
+            for each in alerts["data"]["alerts"]
+        ),
+    )
+
+
+# --- this program's own figures -----------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One metric with its samples by labels, as Prometheus reads it; None is left out."""
+
+    name: str
+    kind: Literal["gauge", "counter"]
+    help: str
+    samples: tuple[tuple[Mapping[str, str], float | None], ...]
+
+
+def render_metrics(metrics: Iterable[Metric]) -> str:
+    """Prometheus' text format 0.0.4; a metric without samples is left out."""
+    lines: list[str] = []
+    for metric in metrics:
+        known = [(labels, value) for labels, value in metric.samples if value is not None]
+        if known:
+            lines += [f"# HELP {metric.name} {metric.help}", f"# TYPE {metric.name} {metric.kind}"]
+            lines += [f"{metric.name}{_label_pairs(labels)} {value!r}" for labels, value in known]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _label_pairs(labels: Mapping[str, str]) -> str:
+    escaped = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+    pairs = ",".join(f'{name}="{value.translate(escaped)}"' for name, value in labels.items())
+    return f"{{{pairs}}}" if pairs else ""
+
+
+# =============================================================================
+# §15 Steps — pure: what is observed, and all that can be done about it
 # =============================================================================
 
 
@@ -6118,6 +8076,57 @@ class Observed:
     foreign_devices: Mapping[str, frozenset[str]] = field(default_factory=dict)  # by container
     weights: Mapping[str, frozenset[str]] = field(default_factory=dict)  # whole revisions here
     start_seconds: Mapping[str, float] = field(default_factory=dict)  # last time, by container
+
+
+def engines_on_gpus(observed: Observed) -> list[ObservedContainer]:
+    """The running engines that were given a GPU or a slice, by name."""
+    seen = (container for _, container in sorted(observed.containers.items()))
+    return [c for c in seen if c.role == "engine" and c.running and c.model_name and c.devices]
+
+
+def replica_number(name: ContainerName) -> int:
+    """Which replica of its model an engine is, by its container's name, set aside or not."""
+    return int(name.removesuffix(ASIDE).rpartition("-")[2])
+
+
+def gpu_devices(gpu: Gpu) -> dict[str, tuple[Slice | None, float]]:
+    """What of a GPU a container can be given: its slices, or all of it, and how large that is."""
+    if not gpu.mig_enabled or gpu.geometry is None:
+        return {gpu.uuid: (None, 1.0)}
+    whole = gpu.geometry.compute_slices
+    sizes = {profile.name: profile.compute_slices / whole for profile in gpu.geometry.profiles}
+    return {
+        device.uuid: (device.slice, sizes[device.profile])
+        for device in gpu.slices or ()
+        if device.uuid and device.profile in sizes
+    }
+
+
+def gpu_tenants(gpu: Gpu, engines: Sequence[ObservedContainer]) -> list[GpuTenant]:
+    """Who is on a GPU: these engines by what Docker gave them, and whoever else computes there.
+
+    A display server or a service does not count; a desktop takes next to nothing.
+    """
+    found: list[GpuTenant] = []
+    for device, (place, part) in gpu_devices(gpu).items():
+        pids: dict[str, set[int]] = {}
+        for client in gpu.clients or ():
+            if client.computes and client.slice == place and client.name not in SERVICES:
+                pids.setdefault(client.container_id or "", set()).add(client.pid)
+        slice_uuid = "" if place is None else device
+        found += [
+            GpuTenant(
+                model=engine.model_name or NOBODY, replica=replica_number(engine.name), part=part,
+                device=slice_uuid, pids=frozenset(pids.pop(engine.container_id, ())),
+            )
+            for engine in engines
+            if device in engine.devices
+        ]  # fmt: skip
+        strangers = frozenset(pid for theirs in pids.values() for pid in theirs)
+        if strangers:
+            stranger = GpuTenant(model=NOBODY, part=part, device=slice_uuid, pids=strangers)
+            found.append(stranger)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -6233,6 +8242,19 @@ class LoadCaddyfile:
     text: str = field(repr=False)
     before: str | None = field(repr=False)
     reload: bool
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class CheckFiles:
+    """Have a container's own tool judge files before they replace those that it reads.
+
+    `command` runs where the files are, in a container of its own.
+    """
+
+    spec: ContainerSpec
+    command: tuple[str, ...]
+    texts: Mapping[str, str] = field(repr=False)
     cause: str
 
 
@@ -6373,6 +8395,7 @@ Step = (
     | CreateVolume
     | WriteFile
     | LoadCaddyfile
+    | CheckFiles
     | SetAside
     | BringBack
     | CreateContainer
@@ -6422,6 +8445,8 @@ def describe(step: Step) -> str:  # noqa: C901, PLR0911, PLR0912, PLR0915 - one 
             return f"write {path}: {cause}"
         case LoadCaddyfile(_, _, _, reload, cause):
             return f"check and {'load' if reload else 'write'} caddy/Caddyfile: {cause}"
+        case CheckFiles(_, command, texts, cause):
+            return f"check {', '.join(texts)} with {command[0]}: {cause}"
         case SetAside(name, _, cause):
             return f"set aside {name}: {cause}"
         case BringBack(name, cause):
@@ -6477,6 +8502,7 @@ class Plan:
     models: tuple[Stage, ...]
     endpoint: Stage
     retirement: Stage
+    monitoring: tuple[Stage, ...] = ()
     interrupted: tuple[ModelName, ...] = ()
     start_seconds: Mapping[str, float] = field(default_factory=dict)  # of models, last time
 
@@ -6484,7 +8510,7 @@ class Plan:
     def stages(self) -> tuple[Stage, ...]:
         """Those that have something to do."""
         before = (*self.layouts, self.devices, self.foundation, self.database, self.cache)
-        every = (*before, *self.models, self.endpoint, self.retirement)
+        every = (*before, *self.models, self.endpoint, self.retirement, *self.monitoring)
         return tuple(stage for stage in every if stage.steps)
 
     def raise_refusal(self) -> None:
@@ -6513,7 +8539,10 @@ class Plan:
         return name if seconds is None else f"{name} (its last start took {seconds:.0f} s)"
 
     def diff(self) -> str:
-        """What changes in the generated files, with hashes in the place of keys."""
+        """What changes in the generated files, with hashes in the place of keys.
+
+        Dashboards are no setting of anybody's, and a thousand lines.
+        """
         steps = [step for stage in self.stages for step in stage.steps]
         return "".join(
             _unified(path, before, text)
@@ -6524,6 +8553,7 @@ class Plan:
                 for step in steps
                 if isinstance(step, WriteFile | LoadCaddyfile)
             )
+            if not path.startswith(BOARDS_FOLDER)
         )
 
 
@@ -6537,19 +8567,31 @@ def aside(name: ContainerName) -> ContainerName:
 
 
 # =============================================================================
-# §13 Planning — pure: desired + observed -> Plan
+# §16 Planning — pure: desired + observed -> Plan
 # =============================================================================
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scope:
-    """How far a change reaches: these models, and all that is on these GPUs; None, None: all."""
+    """How far a change reaches: these models, and all that is on these GPUs; None, None: all.
+
+    Monitoring's containers are apart: a change that is not of them does not wait for them.
+    """
 
     models: frozenset[ModelName] | None = None
     gpus: frozenset[GpuUuid] | None = None
+    monitoring: bool = False
+
+    @property
+    def is_all(self) -> bool:
+        return self.models is None and self.gpus is None
+
+    @property
+    def has_monitoring(self) -> bool:
+        return self.monitoring or self.is_all
 
     def has(self, model: Model) -> bool:
-        if self.models is None and self.gpus is None:
+        if self.is_all:
             return True
         return model.name in (self.models or ()) or bool(
             gpus_of(model) & (self.gpus or frozenset())
@@ -6557,7 +8599,7 @@ class Scope:
 
     def names(self, state: State) -> frozenset[str] | None:
         """Whose containers may be touched, models that are gone included; None is everybody's."""
-        if self.models is None and self.gpus is None:
+        if self.is_all:
             return None
         known = frozenset(model.name for model in state.models if self.has(model))
         return known | (self.models or frozenset())
@@ -6612,6 +8654,10 @@ def plan_state(  # noqa: PLR0913 - what is, what is wished, and how far to go
     ]
     endpoint, kept = plan_endpoint(state, observed, site, assumed=tuple(in_scope))
     retirement = plan_retirement(state, observed, kept, scope.names(state))
+    watched = plan_monitoring(
+        state, observed, site,
+        scope=scope, despite_driver=despite_driver, recut=bool(layouts_first),
+    )  # fmt: skip
     return Plan(
         layouts=layouts_first,
         devices=_plan_devices(state, observed, bool(layouts_first)),
@@ -6621,6 +8667,7 @@ def plan_state(  # noqa: PLR0913 - what is, what is wished, and how far to go
         models=tuple(stages),
         endpoint=endpoint,
         retirement=retirement,
+        monitoring=watched,
         interrupted=_interrupted((*layouts_first, *stages, endpoint, retirement), observed),
         start_seconds=last_starts(state, observed),
     )
@@ -6717,7 +8764,9 @@ def _plan_layout(wish: MigLayout, observed: Observed, hardware: Hardware) -> Sta
     title = f"MIG layout of {gpu.title if gpu else wish.gpu_uuid}"
     impossible = _layout_obstacle(wish, gpu, hardware)
     steps = (impossible,) if impossible else _cut(wish, gpu, observed) if gpu else ()
-    return Stage(title=title, steps=steps, resources=frozenset({wish.gpu_uuid}))
+    # Who holds every GPU steps aside for one cut at a time: taken back, it would block the next.
+    holders = {c.name for c in observed.containers.values() if c.role in ALL_HOLDERS and c.running}
+    return Stage(title=title, steps=steps, resources=frozenset({wish.gpu_uuid, *holders}))
 
 
 def _layout_obstacle(wish: MigLayout, gpu: Gpu | None, hardware: Hardware) -> Refuse | None:
@@ -6808,7 +8857,8 @@ def _users(
     return [
         seen
         for _, seen in sorted(observed.containers.items())
-        if seen.running and uuids & {*seen.devices}
+        # DCGM watches every GPU, and holds on to each slice of those that it knew at its start.
+        if seen.running and (uuids & {*seen.devices} or seen.role in ALL_HOLDERS)
     ]
 
 
@@ -6828,14 +8878,14 @@ def _uuids_of(gpu: Gpu, going: Collection[Slice], *, whole_gpu: bool) -> set[str
 def _plan_foundation(state: State, observed: Observed) -> Stage:
     steps: list[Step] = []
     network = network_name(state)
-    if network not in observed.networks and (state.endpoint == "running" or state.wished_models):
+    wished = state.endpoint == "running" or state.wished_models or state.monitoring
+    if network not in observed.networks and wished:
         steps.append(CreateNetwork(network, "the containers' own bridge"))
-    if state.endpoint == "running":
-        steps += [
-            CreateVolume(volume, "what must outlive containers")
-            for volume in volume_names(state)
-            if volume not in observed.volumes
-        ]
+    steps += [
+        CreateVolume(volume, "what must outlive containers")
+        for volume in volume_names(state)
+        if volume not in observed.volumes
+    ]
     return Stage(title="foundation", steps=tuple(steps))
 
 
@@ -6957,6 +9007,11 @@ def by_turns(stage: Stage) -> tuple[Stage, ...]:
 
 def model_stage_title(model: Model) -> str:
     return f"model {model.name}"
+
+
+def stage_model(stage: Stage) -> str:
+    """The model that a stage is about, if any."""
+    return stage.title.removeprefix("model ") if stage.title.startswith("model ") else ""
 
 
 def fetches(stage: Stage) -> tuple[Step, ...]:
@@ -7085,7 +9140,7 @@ def _sees_other_devices(wanted: ContainerSpec, seen: ObservedContainer) -> str:
     """A `systemctl daemon-reload` takes the GPU from containers that the toolkit's hook gave it."""
     if not seen.running or not wanted.devices or seen.devices_seen is None:
         return ""
-    if seen.devices_seen == {*wanted.devices}:
+    if wanted.is_its_sight(seen.devices_seen):
         return ""
     return "it sees other GPUs than its own" if seen.devices_seen else "it lost its GPU"
 
@@ -7326,6 +9381,7 @@ def plan_retirement(
         wanted.add(database_name(state))
         wanted |= {cache_name(state)} if uses_cache(state) else set()
     wanted |= {name for m in state.wished_models for name in replica_names(state, m)}
+    wanted |= {monitor_name(state, role) for role in monitor_roles(state, observed.hardware)}
     steps: list[Step] = []
     # Engines after the gateway that routed to them: its last requests are theirs.
     order = sorted(
@@ -7350,6 +9406,64 @@ def plan_retirement(
                 steps.append(Drain(name, "nothing routes to it any more"))
             steps.append(Discard(name, 30, "no longer wanted"))
     return Stage(title="retirement", steps=tuple(steps))
+
+
+def plan_monitoring(
+    state: State, observed: Observed, site: Site, *, scope: Scope = EVERYTHING,
+    despite_driver: bool = False, recut: bool = False,
+) -> tuple[Stage, ...]:  # fmt: skip
+    """A stage for each part, so that none fails with another; `recut`: a GPU is cut before.
+
+    Beyond the scope are only the lists of what is scraped, and who made way for a cut.
+    """
+    roles = monitor_roles(state, observed.hardware)
+    forget = _forget_monitoring(roles, observed)
+    stages = tuple(_plan_monitor(state, role, observed, site, recut=recut) for role in roles)
+    if not scope.has_monitoring:
+        stages = tuple(
+            stage if recut and stage.title in ALL_HOLDERS else _only_targets(stage)
+            for stage in stages
+        )
+    if not despite_driver:
+        stages = tuple(_held_back(s, observed) if s.title in ALL_HOLDERS else s for s in stages)
+    return (*stages, *forget)
+
+
+def _only_targets(stage: Stage) -> Stage:
+    kept = (step for step in stage.steps if isinstance(step, WriteFile))
+    return replace(stage, steps=tuple(step for step in kept if step.path in TARGET_FILES))
+
+
+def _plan_monitor(
+    state: State, role: MonitorRole, observed: Observed, site: Site, *, recut: bool
+) -> Stage:
+    wanted, files = render_monitor(state, role, site), monitoring_files(state, role)
+    steps = plan_container(wanted, observed).whole
+    seen = observed.containers.get(wanted.name)
+    if recut and role in ALL_HOLDERS and seen is not None and seen.running and not steps:
+        cause = "it does not notice new slices"
+        steps = (StartContainer(wanted.name, cause), WaitReady(wanted, cause))
+    pulls = [step for step in steps if isinstance(step, PullImage)]
+    others = [step for step in steps if not isinstance(step, PullImage)]
+    writes = [
+        step
+        for path, text in files.items()
+        for step in _write(path, text, observed, "what is watched changed")
+    ]
+    check: list[Step] = []
+    if role in CONFIG_CHECKS and any(isinstance(step, CreateContainer) for step in others):
+        texts = {PurePosixPath(path).name: text for path, text in files.items()}
+        check = [CheckFiles(wanted, CONFIG_CHECKS[role], texts, "before anything runs on them")]
+    return Stage(title=role, steps=(*pulls, *check, *writes, *others))
+
+
+def _forget_monitoring(roles: Collection[MonitorRole], observed: Observed) -> tuple[Stage, ...]:
+    """What the parts that are not wished read holds keys and passwords, and nobody reads it now."""
+    return tuple(
+        Stage(title=role, steps=tuple(_write(path, "", observed, "it is not wished any more")))
+        for role, path in SECRET_FILES.items()
+        if role not in roles and path in observed.files
+    )
 
 
 def _interrupted(stages: Sequence[Stage], observed: Observed) -> tuple[ModelName, ...]:
@@ -7384,7 +9498,7 @@ def lanes(stages: Sequence[Stage]) -> list[list[Stage]]:
 
 
 # =============================================================================
-# §14 Changes — pure: what an operator can ask for
+# §17 Changes — pure: what an operator can ask for
 # =============================================================================
 
 
@@ -7476,13 +9590,14 @@ def revising(
 
 
 NO_MODELS: Final = Scope(models=frozenset())  # only what stands before the engines
+WATCHING: Final = replace(NO_MODELS, monitoring=True)
 
 
 def configuring_edge(changes: Json) -> Change:
     def edit(state: State) -> State:
         return replace(state, edge=parse_edge(asdict(state.edge) | changes))
 
-    return Change(title="Change HTTPS", edit=edit, scope=NO_MODELS)
+    return Change(title="Change HTTPS", edit=edit, scope=WATCHING)  # Grafana's address is there
 
 
 def renewing_certificate() -> Change:
@@ -7618,6 +9733,35 @@ def keeping_house(changes: Json) -> Change:
     return Change(title="Change what the database keeps", edit=edit, scope=NO_MODELS)
 
 
+def all_at_once(changes: Sequence[Change]) -> Change:
+    """Settings that are saved together, or not at all where one of them is refused."""
+
+    def edit(state: State) -> State:
+        return reduce(lambda edited, change: change.edit(edited), changes, state)
+
+    return replace(changes[0], title=". ".join(change.title for change in changes), edit=edit)
+
+
+def setting_energy(changes: Json) -> Change:
+    """How often GPUs are looked at, and what a kilowatt-hour is worth from now on."""
+
+    def edit(state: State) -> State:
+        return replace(state, energy=parse_energy(asdict(state.energy) | changes))
+
+    return Change(title="Change how energy is recorded", edit=edit, scope=NO_MODELS)
+
+
+def switching_monitoring(on: bool | None = None, changes: Json | None = None) -> Change:
+    """Monitoring on or off, and how it is done; None leaves what is."""
+
+    def edit(state: State) -> State:
+        settings = parse_monitoring(asdict(state.monitoring_settings) | (changes or {}))
+        wished = state.monitoring if on is None else on
+        return replace(state, monitoring=wished, monitoring_settings=settings)
+
+    return Change(title="Change the monitoring", edit=edit, scope=WATCHING)
+
+
 def granting_token(token: AdminToken) -> Change:
     def edit(state: State) -> State:
         if any(known.name == token.name for known in state.admin_tokens):
@@ -7684,7 +9828,8 @@ def needed_images(state: State) -> list[str]:
     engines = [engine_image(m, state) for m in state.models]
     built = {pin.image for pin in state.recipe_images}
     kept = (state.images.redis,) if uses_cache(state) else ()
-    parts = (state.images.postgres, state.images.litellm, state.images.caddy, *kept)
+    monitors = [monitor_image(state, role) for role in monitor_roles(state, None)]
+    parts = (state.images.postgres, state.images.litellm, state.images.caddy, *kept, *monitors)
     return [image for image in dict.fromkeys((*engines, *parts)) if image not in built]
 
 
@@ -7969,7 +10114,7 @@ def repairing(names: Collection[ModelName]) -> Change:
 
 
 # =============================================================================
-# §15 Keys — pure: what a colleague may, groups, and many keys at once
+# §18 Keys — pure: what a colleague may, groups, and many keys at once
 # =============================================================================
 
 Period = Literal["day", "week", "month"]
@@ -8446,7 +10591,7 @@ def _is_allowed(model: str, allowed: Sequence[str], state: State) -> bool:
 
 
 # =============================================================================
-# §16 Proofs — pure: what every way in should answer, and what must be found nowhere
+# §19 Proofs — pure: what every way in should answer, and what must be found nowhere
 # =============================================================================
 
 Way = Literal["/v1", "/models", "/open", "/grafana", "health", "elsewhere"]
@@ -9038,7 +11183,7 @@ def _direct_key(state: State, name: ModelName) -> pydantic.SecretStr | None:
 
 
 # =============================================================================
-# §17 Views — pure: what the operator reads
+# §20 Views — pure: what the operator reads
 # =============================================================================
 
 Phase = Literal["stopped", "pending", "starting", "ready", "failed", "stopping"]
@@ -9167,6 +11312,11 @@ class Snapshot:
     health: RouteHealth = field(default_factory=RouteHealth)
     database: DatabaseSize | None = None  # None: not looked at yet, or it does not answer
     dumps: tuple[Dump, ...] = ()
+    energy: LiveEnergy = field(default_factory=LiveEnergy)
+    rates: Mapping[ModelName, EngineRates] = field(default_factory=dict)
+    traffic: Rise | None = None  # at the gateway: "successes", and "failures" by reason
+    providers: tuple[ProviderHealth, ...] = ()
+    failed: tuple[AuditEntry, ...] = ()  # changes, the newest first
 
     @property
     def seconds_old(self) -> float:
@@ -9201,6 +11351,25 @@ def phase_of(state: State, model: Model, observed: Observed, busy: bool) -> Phas
     if any(c.running for c in present):
         return "starting"
     return "pending" if busy else "failed"
+
+
+def may_be_loading(state: State, model: Model, observed: Observed) -> bool:
+    """Whether a replica does not answer yet, and is no later than its last start lets expect.
+
+    What a start took varies with what the disk has in memory and with what is compiled.
+    """
+
+    def limit(name: ContainerName) -> float:
+        last = observed.start_seconds.get(name)
+        return ENGINE_START_SECONDS if last is None else max(600, 3 * last)
+
+    now = observed.taken_at
+    seen = [observed.containers.get(name) for name in replica_names(state, model)]
+    return any(
+        (now - c.started_at).total_seconds() < limit(c.name)
+        for c in seen
+        if c is not None and c.running and not c.ready and c.started_at and now
+    )
 
 
 MODEL_HEADERS: Final = ("Name", "Type", "Phase", "Served as", "Source", "Placement", "Since")
@@ -9326,6 +11495,8 @@ def attention(snapshot: Snapshot) -> list[Attention]:
         age = format_duration(snapshot.seconds_old)
         found.append(Attention(f"This page shows the server of {age} ago: it hangs.", "System"))
     found += [Attention(text, "Hardware") for text in hardware_matters(snapshot.hardware)]
+    if snapshot.energy.trouble:
+        found.append(Attention(snapshot.energy.trouble, "Energy"))
     state, observed = snapshot.state, snapshot.observed
     if state is None or observed is None:
         return found
@@ -9826,16 +11997,6 @@ def hand_out(state: State, settings: KeySettings, secret: str) -> str:
     )
 
 
-def status_facts(snapshot: Snapshot) -> Json:
-    """What `status --json` prints: rows keyed by their headers, and what needs attention."""
-    return {
-        "summary": summary_line(snapshot),
-        "models": keyed(MODEL_HEADERS, model_rows(snapshot)),
-        "containers": keyed(COMPONENT_HEADERS, component_rows(snapshot)),
-        "attention": [matter.text for matter in attention(snapshot)],
-    }
-
-
 def keyed(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Json]:
     keys = [header.lower().replace(" ", "_") for header in headers]
     return [dict(zip(keys, row, strict=True)) for row in rows]
@@ -10201,8 +12362,162 @@ def edge_settings(  # noqa: PLR0913, PLR0917 - one argument per field of the for
     }
 
 
+# --- what Prometheus reads of this program --------------------------------------
+
+
+def manager_metrics(snapshot: Snapshot, disk_free: int, disk_size: int) -> list[Metric]:
+    """The figures of a snapshot; what is not known has no sample, and is never zero."""
+    state, observed = snapshot.state, snapshot.observed
+    metrics = [
+        *_disk_metrics(disk_free, disk_size, snapshot.database),
+        *_gpu_metrics(snapshot.hardware),
+        *_backup_metrics(snapshot.dumps),
+        _jobs_metric(snapshot.jobs),
+        _gauge("seconds_since_look", "Age of what these figures tell.", snapshot.seconds_old),
+    ]
+    if state is not None and observed is not None:
+        metrics += _model_metrics(snapshot, state, observed)
+        expires = observed.certificate and observed.certificate.expires_at
+        metrics.append(_gauge(
+            "certificate_expiry_timestamp_seconds", "When the operator's own certificate expires.",
+            expires.timestamp() if expires else None,
+        ))  # fmt: skip
+    if snapshot.plan is not None:
+        steps = sum(len(stage.steps) for stage in snapshot.plan.stages)
+        metrics.append(_gauge("plan_steps", "What is to be done until all is as wished.", steps))
+    return metrics
+
+
+def _gauge(name: str, text: str, value: float | None) -> Metric:
+    return Metric(f"llm_manager_{name}", "gauge", text, (({}, value),))
+
+
+def _disk_metrics(free: int, size: int, database: DatabaseSize | None) -> Iterator[Metric]:
+    yield _gauge("disk_free_bytes", "Free where the state lies.", free)
+    yield _gauge("disk_size_bytes", "Size of that disk.", size)
+    taken = database.database_bytes if database else None
+    yield _gauge("database_bytes", "What LiteLLM's database takes.", taken)
+    left = database.free_bytes if database else None
+    yield _gauge("database_free_bytes", "Free where the database lies.", left)
+
+
+def _backup_metrics(dumps: Sequence[Dump]) -> Iterator[Metric]:
+    yield _gauge("backups", "Dumps of the database on this server.", len(dumps))
+    newest = max((dump.taken_at.timestamp() for dump in dumps), default=None)
+    yield _gauge("newest_backup_timestamp_seconds", "When the last dump was taken.", newest)
+
+
+def _jobs_metric(jobs: Sequence[JobView]) -> Metric:
+    going = Counter(job.kind for job in jobs if job.finished_at is None)
+    samples = tuple(({"kind": kind}, going[kind]) for kind in get_args(JobKind))
+    return Metric("llm_manager_jobs", "gauge", "Jobs that run.", samples)
+
+
+def _model_metrics(snapshot: Snapshot, state: State, observed: Observed) -> Iterator[Metric]:
+    phases = tuple(
+        ({"model": model.name, "type": model.type,
+          "phase": phase_of(state, model, observed, is_busy(snapshot, model))}, 1)
+        for model in state.models
+    )  # fmt: skip
+    yield Metric("llm_manager_model", "gauge", "Registered models by phase.", phases)
+    loading = tuple(
+        ({"model": model.name}, int(may_be_loading(state, model, observed)))
+        for model in state.wished_models
+    )
+    text = "Whether it does not answer yet, and is no later than it may be."
+    yield Metric("llm_manager_model_loading", "gauge", text, loading)
+    hung = tuple(
+        ({"model": model.name}, int(model.name in snapshot.hung)) for model in state.wished_models
+    )
+    yield Metric("llm_manager_model_hung", "gauge", "Whether its engine works on nothing.", hung)
+    sits = tuple(
+        ({"model": model.name, "replica": str(number), "UUID": gpu}, 1)
+        for model in state.wished_models
+        for number, name in enumerate(replica_names(state, model))
+        if (seen := observed.containers.get(name)) is not None and seen.running
+        for gpu in sorted(gpus_of(model))
+    )
+    yield Metric("llm_manager_replica_gpu", "gauge", "Which GPU a running replica sits on.", sits)
+
+
+def _gpu_metrics(hardware: Hardware) -> Iterator[Metric]:
+    """Labelled as by DCGM; units as Prometheus has them."""
+    figures: tuple[tuple[str, str, Callable[[Gpu], float | None], float], ...] = (
+        ("memory_bytes", "Memory of a GPU.", lambda gpu: gpu.memory_mib, MIB),
+        ("memory_used_bytes", "Memory in use.", lambda gpu: gpu.memory_used_mib, MIB),
+        ("power_watts", "Power it draws.", lambda gpu: gpu.power_w, 1),
+        ("power_limit_watts", "Power it may draw.", lambda gpu: gpu.power_limit_w, 1),
+        ("temperature_celsius", "Temperature.", lambda gpu: gpu.temperature_c, 1),
+        ("utilisation_ratio", "Part of the time it works.", lambda g: g.utilisation_percent, 0.01),
+        ("energy_joules_total", "Energy since its driver began.", lambda gpu: gpu.energy_j, 1),
+    )
+    for name, text, figure, factor in figures:
+        samples = tuple(
+            ({"gpu": str(gpu.index), "UUID": gpu.uuid, "name": gpu.name or ""},
+             None if (value := figure(gpu)) is None else value * factor)
+            for gpu in hardware.gpus
+        )  # fmt: skip
+        kind: Literal["gauge", "counter"] = "counter" if name.endswith("_total") else "gauge"
+        yield Metric(f"llm_manager_gpu_{name}", kind, text, samples)
+
+
+PART_HEADERS: Final = ("Part", "Image", "State")
+
+
+def monitoring_text(snapshot: Snapshot) -> str:
+    """Whether it is on, where its dashboards are, and who is told, for the console."""
+    state = snapshot.state
+    if state is None or not state.monitoring:
+        return "Monitoring is off."
+    settings, address = state.monitoring_settings, grafana_url(state.edge)
+    told = [where for where, known in (("a webhook", settings.webhook), ("mail", settings.mail))
+            if known is not None]  # fmt: skip
+    reached = "" if state.endpoint == "running" else " once a model is deployed: HTTPS is off now"
+    return (
+        f"Monitoring is on. Dashboards: [{address}]({address}){reached}, as `admin` with what"
+        " `llm_manager.py monitoring password` prints. Series are kept for"
+        f" {settings.retention_days} days or {settings.retention_gb} GB. Alerts go to"
+        f" {' and '.join(told) or 'nobody'}."
+    )
+
+
+def part_rows(snapshot: Snapshot) -> list[list[str]]:
+    """A row for each part that is wished."""
+    state, observed = snapshot.state, snapshot.observed
+    if state is None or observed is None:
+        return []
+    return [
+        [role, monitor_image(state, role),
+         "not there" if seen is None else "ready" if seen.ready
+         else "does not answer" if seen.running else "stopped"]
+        for role in monitor_roles(state, observed.hardware)
+        for seen in [observed.containers.get(monitor_name(state, role))]
+    ]  # fmt: skip
+
+
+WATCHED_HEADERS: Final = ("Job", "Address", "State")
+ALERT_HEADERS: Final = ("Alert", "State", "Since", "What")
+
+
+def watched_rows(seen: Watched) -> list[list[str]]:
+    """A row for each target of Prometheus, those that do not answer first."""
+    return [
+        [each.job, each.address,
+         "up" if each.up else "not asked yet" if each.up is None else f"down: {each.fault}"]
+        for each in sorted(seen.targets, key=lambda t: (t.up is True, t.job, t.address))
+    ]  # fmt: skip
+
+
+def alert_rows(seen: Watched) -> list[list[str]]:
+    """A row for each alert, the firing ones first."""
+    return [
+        [each.name, each.state, f"{each.since:%Y-%m-%d %H:%M} UTC", each.text]
+        for each in sorted(seen.alerts, key=lambda a: (a.state != "firing", a.name, a.text))
+    ]
+
+
 # =============================================================================
-# §18 Hardware views — pure: GPUs, slices and restores as the operator sees them
+# §21 Hardware views — pure: GPUs, slices and restores as the operator sees them
 # =============================================================================
 
 
@@ -10229,7 +12544,10 @@ def restore_rows(
     if state.endpoint == "running":
         rows.append(["4 LiteLLM", _reached(gateway, observed, turning)])
         rows.append(["5 Caddy", _reached(edge, observed, turning)])
-    return [*rows, ["6 monitoring", "on" if state.monitoring else "off"]]
+    roles = monitor_roles(state, hardware)
+    watching = next((faults[role] for role in roles if role in faults), None)
+    parts = [monitor_name(state, role) for role in roles]
+    return [*rows, ["6 monitoring", _reached(parts, observed, watching) if roles else "off"]]
 
 
 def _layout_row(
@@ -10698,7 +13016,7 @@ def slice_choices(snapshot: Snapshot) -> Json:
 
 
 # =============================================================================
-# §19 Library views — pure: weights, fit and images as the operator sees them
+# §22 Library views — pure: weights, fit and images as the operator sees them
 # =============================================================================
 
 IMAGE_HEADERS: Final = ("Part", "Image", "On this server", "Size", "Digest", "Used by")
@@ -11122,7 +13440,7 @@ def task_cancel(snapshot: Snapshot) -> Json:
 
 
 # =============================================================================
-# §20 Route views — pure: the ways in as the operator sees them
+# §23 Route views — pure: the ways in as the operator sees them
 # =============================================================================
 
 PROBE_HEADERS: Final = ("Verdict", "Way", "Request", "Key", "Should", "Answered", "By")
@@ -11807,7 +14125,7 @@ ROUTE_STYLE: Final = """
 
 
 # =============================================================================
-# §21 Usage views — pure: use as the operator sees it
+# §24 Usage views — pure: use as the operator sees it
 # =============================================================================
 
 USAGE_HEADERS: Final = (
@@ -11913,7 +14231,8 @@ def tally_rows(tallies: Sequence[EngineTally]) -> list[list[str]]:
 
 
 STATEMENT_HEADERS: Final = (
-    "Group", "Model", "Requests", "Prompt tokens", "Of these cached", "Completion tokens", "Cost",
+    "Group", "Model", "Requests", "Prompt tokens", "Of these cached", "Completion tokens", "kWh",
+    "CO₂ (g)", "Cost",
 )  # fmt: skip
 
 
@@ -11928,10 +14247,14 @@ def statement_rows(statement: Statement) -> list[list[str]]:
 
 def _amounts(lines: Sequence[StatementLine], currency: str) -> list[str]:
     names = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens")
+    energy = [line.kwh for line in lines if line.kwh is not None]
+    emitted = [line.co2_grams for line in lines if line.co2_grams is not None]
     costs = [line.cost for line in lines if line.cost is not None]
     unpriced = " and what has no price" if costs and len(costs) < len(lines) else ""
     return [
         *(f"{sum(getattr(line, name) for line in lines):,}" for name in names),
+        f"{sum(energy):,.3f}" if energy else "",
+        f"{sum(emitted):,.0f}" if emitted else "",
         f"{sum(costs):,.2f} {currency}{unpriced}" if costs else "",
     ]
 
@@ -11986,12 +14309,771 @@ def usage_html(report: UsageReport) -> str:
 def download_link(name: str, text: str) -> str:
     """An HTML link that is the file itself: nothing of it lies on the disk of this server."""
     content = base64.b64encode(text.encode()).decode()
-    kind = "text/html" if name.endswith(".html") else "text/csv"
+    kinds = {".html": "text/html", ".json": "application/json"}
+    kind = kinds.get(PurePosixPath(name).suffix, "text/csv")
     return f'<a download="{name}" href="data:{kind};base64,{content}">Download {name}</a>'
 
 
 # =============================================================================
-# §22 Home — effects: time, and the state and files on the disk
+# §25 Energy views — pure: energy and benchmarks as the operator sees them
+# =============================================================================
+
+ENERGY_HEADERS: Final = (
+    "kWh", "Of these idle", "Of these estimated", "Unmeasured (h)", "Cost", "CO₂ (kg)", "Requests",
+    "J per output token", "J per token",
+)  # fmt: skip
+
+
+def energy_headers(query: EnergyQuery) -> list[str]:
+    """Those of `energy_rows`."""
+    return [f"{'GPU' if query.by == 'gpu' else query.by.capitalize()}", *ENERGY_HEADERS]
+
+
+def energy_rows(report: EnergyReport) -> list[list[str]]:
+    """One row per subject, and the total at the end."""
+    return [[row.name, *_energy_cells(row)] for row in (*report.rows, report.total)]
+
+
+def _energy_cells(row: EnergySum) -> list[str]:
+    return [
+        format_kwh(row.energy_mj), format_kwh(row.idle_mj), format_kwh(row.estimated_mj),
+        f"{row.unmeasured_seconds / 3600:.2f}" if row.unmeasured_seconds else "",
+        format_costs(row.costs) + " and what had no price" * bool(row.costs and row.unpriced_mj),
+        "" if row.co2_grams is None else f"{row.co2_grams / 1000:,.3f}",
+        f"{row.requests:,}" if row.requests else "",
+        format_per_token(row.joules_per_output_token), format_per_token(row.joules_per_token),
+    ]  # fmt: skip
+
+
+def format_kwh(energy_mj: int) -> str:
+    return f"{energy_mj / KWH_MJ:,.4f}" if energy_mj else "0"
+
+
+def format_costs(costs: Mapping[str, float]) -> str:
+    return " + ".join(f"{amount:,.2f} {currency}" for currency, amount in sorted(costs.items()))
+
+
+def format_per_token(joules: float | None) -> str:
+    if joules is None:
+        return ""
+    return f"{joules:,.0f}" if joules >= 100 else f"{joules:.3g}"  # noqa: PLR2004 - three digits
+
+
+def energy_facts(row: EnergySum | EnergySession) -> Json:
+    """For programs: what it has, and what follows from that."""
+    names = ("kwh", "joules_per_output_token", "joules_per_token")
+    return asdict(row) | {name: getattr(row, name) for name in names}
+
+
+def energy_headline(report: EnergyReport) -> str:
+    """What was taken in all, in one sentence."""
+    query, total = report.query, report.total
+    if not total.energy_mj and not total.unmeasured_seconds:
+        return f"No energy was recorded from {query.first} to {query.last}."
+    return (
+        f"From {query.first} to {query.last}: {format_kwh(total.energy_mj)} kWh, of these "
+        f"{format_kwh(total.idle_mj)} idle; {total.unmeasured_seconds / 3600:.2f} hours of GPUs "
+        "were not measured."
+    )
+
+
+ENERGY_TABLES: Final[Mapping[str, Literal["model", "key", "group"]]] = {
+    "models": "model", "keys": "key", "groups": "group",
+}  # fmt: skip
+
+
+def energy_columns(by: Literal["model", "key", "group"]) -> list[str]:
+    """Those of `energy_csv_rows`."""
+    who = ["model"] if by == "model" else [by, f"{by}_name", "model"]
+    return ["day_utc", *who, *SUM_COLUMNS]
+
+
+def energy_csv_rows(
+    day: date, by: Literal["model", "key", "group"], records: Iterable[EnergyPart | TokenUse]
+) -> Iterator[list[object]]:
+    """A day's rows of `energy_columns`; all rows of all days add up to what was measured."""
+    for (subject, model), row in sorted(add_up(records, "subject,model").items()):
+        who = [model or IDLE] if by == "model" else [subject, row.name, model or IDLE]
+        cost, currency = _cost_cells(row.costs)
+        yield [
+            str(day), *who, row.kwh, row.energy_mj / 1000, row.estimated_mj / 1000,
+            row.unmeasured_seconds, row.requests, row.prompt_tokens, row.completion_tokens,
+            row.joules_per_output_token, row.joules_per_token, cost, currency, row.co2_grams,
+        ]  # fmt: skip
+
+
+def _cost_cells(costs: Mapping[str, float]) -> tuple[object, str]:
+    """The amount and its currency; a sum in several is no figure."""
+    if len(costs) > 1:
+        return format_costs(costs), "several"
+    return next(((amount, currency) for currency, amount in costs.items()), (None, ""))
+
+
+SESSION_COLUMNS: Final = (
+    "model", "replica", "container_id", "gpu_uuids", "start_utc", "end_utc", "energy_kwh",
+    "energy_joules", "estimated_joules", "measured_seconds", "unmeasured_seconds",
+    "mean_power_watts", "peak_power_watts", "requests", "prompt_tokens", "cached_tokens",
+    "completion_tokens", "joules_per_output_token", "joules_per_token", "cost_with_overhead",
+    "currency", "co2_grams_with_overhead", "method",
+)  # fmt: skip
+
+
+def session_csv_rows(sessions: Iterable[EnergySession]) -> Iterator[list[object]]:
+    """Rows of `SESSION_COLUMNS`; a session that goes on has no end."""
+    for s in sessions:
+        yield [
+            s.model, s.replica, s.container_id, " ".join(s.gpu_uuids),
+            f"{s.start:%Y-%m-%d %H:%M:%S}", f"{s.end:%Y-%m-%d %H:%M:%S}" if s.end else "", s.kwh,
+            s.energy_mj / 1000, s.estimated_mj / 1000, s.measured_seconds, s.unmeasured_seconds,
+            s.mean_w, s.peak_w, s.requests, s.prompt_tokens, s.cached_tokens, s.completion_tokens,
+            s.joules_per_output_token, s.joules_per_token, *_cost_cells(s.costs), s.co2_grams,
+            s.method,
+        ]  # fmt: skip
+
+
+STACK_COLUMNS: Final = ("day", "model", "kWh")  # of `energy_stack`
+
+
+def energy_stack(parts: Iterable[EnergyPart]) -> list[tuple[str, str, float]]:
+    """For a plot of the parts by day: each day's energy by model, the idle part among them."""
+    sums: Counter[tuple[str, str]] = Counter()
+    for part in parts:
+        sums[part.subject, part.model or IDLE] += part.energy_mj
+    return [(*key, energy_mj / KWH_MJ) for key, energy_mj in sums.items()]
+
+
+PER_TOKEN_COLUMNS: Final = (" ", "model", "J per token")  # of `tokens_by_model`
+
+
+def tokens_by_model(report: EnergyReport) -> list[tuple[str, str, float]]:
+    """For a plot of a report by model: those that read or made tokens, the thirstiest first."""
+    told = [(row.name, row.joules_per_token) for row in report.rows]
+    known = [(name, joules) for name, joules in told if joules is not None]
+    known.sort(key=lambda each: -each[1])
+    return [(name, name, joules) for name, joules in known[:MOST_BARS]]
+
+
+def live_energy_html(seen: Snapshot) -> str:
+    """A line for each GPU: its watts now and lately, and the models' part of all of them."""
+    live = seen.energy
+    trouble = f'<p class="watts-trouble">{html.escape(live.trouble)}</p>' if live.trouble else ""
+    gpus = {str(gpu.uuid): f"GPU {gpu.index} {gpu.name}" for gpu in seen.hardware.gpus}
+    lines = [
+        f"<div><b>{html.escape(gpus.get(gpu, gpu))}</b><span>{_watts_text(watts)}</span>"
+        f"{watts_svg(live.past.get(gpu, ()))}</div>"
+        for gpu, watts in live.gpu_watts.items()
+    ]
+    if not lines:
+        return trouble or "<p>No GPU is looked at: there is none, or this has just begun.</p>"
+    takers = sorted(live.model_watts.items(), key=lambda each: (each[0] == NOBODY, -each[1]))
+    shares = ", ".join(f"{html.escape(who or IDLE)} {watts:,.0f} W" for who, watts in takers)
+    return (
+        f'{trouble}<div class="watts">{"".join(lines)}</div>'
+        f"<p>Now: {shares or 'nothing known'}.</p>"
+    )
+
+
+def _watts_text(watts: float | None) -> str:
+    return "not measured" if watts is None else f"{watts:,.0f} W"
+
+
+def watts_svg(past: Sequence[float | None]) -> str:
+    """A line from the oldest watts to the newest, over zero; broken where nobody measured."""
+    most = max((watts for watts in past if watts), default=0) or 1
+    points = [
+        None if watts is None else f"{at:g} {30 - 28 * watts / most:.1f}"
+        for at, watts in enumerate(past)
+    ]
+    runs = [
+        list(run) for known, run in itertools.groupby(points, lambda each: each is not None)
+        if known
+    ]  # fmt: skip
+    path = " ".join("M" + " L".join(map(str, run)) for run in runs)
+    label = f"up to {most:,.0f} W in this time"
+    return (
+        f'<svg viewBox="0 0 {max(len(past) - 1, 1)} 32" preserveAspectRatio="none" role="img" '
+        f'aria-label="{label}"><title>{label}</title><path d="{path}"/></svg>'
+    )
+
+
+WATTS_STYLE: Final = """
+.watts { color: var(--body-text-color); }
+.watts > div { display: grid; grid-template-columns: minmax(180px, max-content) 90px minmax(0, 1fr);
+  gap: 4px 20px; align-items: center; padding: 4px 0; }
+.watts span { text-align: right; }
+.watts svg { display: block; width: 100%; height: 32px; border-radius: 4px;
+  background: var(--background-fill-secondary); }
+.watts path { fill: none; stroke: var(--color-accent); stroke-width: 1.5;
+  vector-effect: non-scaling-stroke; }
+.watts-trouble { color: var(--body-text-color); border-left: 4px solid #b45309;
+  padding-left: 10px; }
+"""
+
+
+ENERGY_FILES: Final = "/energy"  # the console's path of energy as CSV
+CSV_STYLES: Final = {
+    "programs and English spreadsheets (, and .)": CsvStyle(),
+    "German spreadsheets (; and ,)": CsvStyle(separator=";", decimal=","),
+}
+FILE_TEXTS: Final[Mapping[EnergyTable, str]] = {
+    "samples": "every look at every GPU, of the days for which looks are kept",
+    "sessions": "each replica from ready to stopped",
+    "models": "each model's energy by day, the idle part on its own line",
+    "keys": "each key's share by day, by its tokens",
+    "groups": "each group's share by day, by its tokens",
+}
+
+
+def energy_files_html(first: date, last: date, style: str) -> str:
+    """A link for each table; the file is written while it is fetched, whatever its length."""
+    asked = html.escape(urlencode({"first": first, "last": last, "style": style}))
+    links = (
+        f'<li><a download href="{ENERGY_FILES}/{what}.csv?{asked}">{what}.csv</a>: {text}</li>'
+        for what, text in FILE_TEXTS.items()
+    )
+    return f"<p>From {first} to {last}:</p><ul>{''.join(links)}</ul>"
+
+
+SESSION_HEADERS: Final = (
+    "Replica", "From, to (UTC)", "kWh", "Mean, peak (W)", "Tokens in, out", "Requests",
+    "J per token: out, any", "Cost", "Method",
+)  # fmt: skip
+
+
+def session_rows(sessions: Sequence[EnergySession]) -> list[list[str]]:
+    """One row per session."""
+    return [
+        [
+            f"{s.model} {s.replica}",
+            f"{s.start:%Y-%m-%d %H:%M}, {f'{s.end:%Y-%m-%d %H:%M}' if s.end else 'still on'}",
+            format_kwh(s.energy_mj),
+            f"{'-' if s.mean_w is None else f'{s.mean_w:,.0f}'}, {s.peak_w:,.0f}",
+            f"{s.prompt_tokens:,}, {s.completion_tokens:,}", f"{s.requests:,}",
+            ", ".join(
+                format_per_token(each) or "-"
+                for each in (s.joules_per_output_token, s.joules_per_token)
+            ),
+            format_costs(s.costs), s.method,
+        ]
+        for s in sessions
+    ]  # fmt: skip
+
+
+# --- the whole server: for programs, and in a terminal ------------------------------
+
+STATUS_SCHEMA: Final = 1
+ServerHealth = Literal["ok", "attention", "broken"]
+
+
+def server_health(snapshot: Snapshot) -> ServerHealth:
+    """Broken is what cannot be looked at, or has an endpoint that should answer and does not."""
+    if snapshot.faults or endpoint_answers(snapshot) is False:
+        return "broken"
+    return "attention" if attention(snapshot) else "ok"
+
+
+def endpoint_answers(snapshot: Snapshot) -> bool | None:
+    """None where nobody wishes that it does, or nobody can tell."""
+    state, observed = snapshot.state, snapshot.observed
+    if state is None or observed is None or state.endpoint == "stopped":
+        return None
+    edge = observed.containers.get(edge_name(state))
+    return edge is not None and bool(edge.ready)
+
+
+def status_facts(snapshot: Snapshot) -> Json:
+    """What `status --json` prints; null is what nobody can tell.
+
+    Keys are only added while `schema_version` stays.
+    """
+    state, traffic = snapshot.state, snapshot.traffic
+    going = next((job for job in snapshot.jobs if job.finished_at is None), None)
+    rows = keyed(MODEL_HEADERS, model_rows(snapshot))
+    return {
+        "schema_version": STATUS_SCHEMA,
+        "taken_at": snapshot.taken_at.isoformat(timespec="seconds"),
+        "health": server_health(snapshot),
+        "summary": summary_line(snapshot),
+        "endpoint": {
+            "url": base_url(state.edge) if state else None,
+            "wish": state.endpoint if state else None,
+            "answers": endpoint_answers(snapshot),
+            "successes_per_second": traffic.per_second("successes") if traffic else None,
+            "failures_per_second": traffic.per_second("failures") if traffic else None,
+        },
+        "models": [
+            row | _work_facts(snapshot, model)
+            for row, model in zip(rows, state.models if state else (), strict=True)
+        ],
+        "containers": keyed(COMPONENT_HEADERS, component_rows(snapshot)),
+        "gpus": [_gpu_facts(snapshot, gpu) for gpu in snapshot.hardware.gpus],
+        "providers": _provider_facts(snapshot),
+        "job": going and {
+            "id": going.id, "title": going.title, "kind": going.kind,
+            "started_at": going.started_at.isoformat(timespec="seconds"),
+            "progress": going.progress, "done_part": going.done_part,
+        },
+        "attention": [matter.text for matter in attention(snapshot)],
+    }  # fmt: skip
+
+
+def _work_facts(snapshot: Snapshot, model: Model) -> Json:
+    load, rates = model_load(snapshot, model), snapshot.rates.get(model.name, EngineRates())
+    return {
+        "requests_running": load and load.running,
+        "requests_waiting": load and load.waiting,
+        "kv_cache_part": load and load.kv_cache_part,
+        "prompt_tokens_per_second": rates.prompt_tokens,
+        "generated_tokens_per_second": rates.generated_tokens,
+        "requests_per_second": rates.requests,
+        "prefix_cache_hit_part": rates.prefix_hit_part,
+        "time_to_first_token_p95_seconds": rates.first_token_p95,
+    }
+
+
+def _gpu_facts(snapshot: Snapshot, gpu: Gpu) -> Json:
+    models = snapshot.state.models if snapshot.state else ()
+    told = ("index", "uuid", "name", "memory_mib", "memory_used_mib", "utilisation_percent",
+            "temperature_c", "power_w", "power_limit_w")  # fmt: skip
+    on_it = [model.name for model in models if gpu.uuid in gpus_of(model)]
+    return {name: getattr(gpu, name) for name in told} | {"models": on_it}
+
+
+def _provider_facts(snapshot: Snapshot) -> list[Json]:
+    found = {health.provider: health for health in snapshot.providers}
+    return [
+        {"name": p.name, "kind": p.kind, "health": found[p.name].verdict if p.name in found
+         else "unknown", "latency_ms": found[p.name].latency_ms if p.name in found else None}
+        for p in (snapshot.state.providers if snapshot.state else ())
+    ]  # fmt: skip
+
+
+def model_load(snapshot: Snapshot, model: Model) -> EngineLoad | None:
+    """What its replicas are at together; None where none of them tells."""
+    names = replica_names(snapshot.state, model) if snapshot.state else ()
+    loads = [load for name in names if (load := snapshot.health.loads.get(name))]
+    if not loads:
+        return None
+    return EngineLoad(
+        running=sum(load.running for load in loads),
+        waiting=sum(load.waiting for load in loads),
+        tokens=sum(load.tokens for load in loads),
+        cached=math.fsum(load.cached for load in loads),
+        ranks=sum(load.ranks for load in loads),
+    )
+
+
+def engine_counts(
+    observed: Observed, loads: Mapping[ContainerName, EngineLoad | None]
+) -> dict[str, Counts]:
+    """What each engine has counted, by a key for a `RateWindow`."""
+    return {run_key(observed.containers[name]): load.counts for name, load in loads.items() if load}
+
+
+def run_key(seen: ObservedContainer) -> str:
+    """Of this run of a container: another one counts anew."""
+    return f"{seen.name} {seen.started_at}"
+
+
+def gateway_counts(figures: GatewayFigures) -> dict[tuple[str, str], float]:
+    """What LiteLLM has counted, over all deployments."""
+    every = figures.deployments.values()
+    counts = {("successes", ""): float(sum(one.successes for one in every)), ("failures", ""): 0.0}
+    for reason, count in sum((Counter(one.failures) for one in every), Counter[str]()).items():
+        counts["failures", reason] = float(count)
+    return counts
+
+
+def model_rates(
+    state: State, observed: Observed, window: RateWindow
+) -> dict[ModelName, EngineRates]:
+    """Of every model that runs."""
+    found: dict[ModelName, EngineRates] = {}
+    for model in state.models:
+        seen = map(observed.containers.get, replica_names(state, model))
+        if keys := [run_key(one) for one in seen if one is not None and one.running]:
+            found[model.name] = engine_rates(window.rise(keys))
+    return found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BoardTable:
+    """One table of the live view, cut to the lines that it was given."""
+
+    headers: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Board:
+    """The live view at one moment: lines, then tables; no more lines than it may have."""
+
+    lines: tuple[str, ...]
+    tables: tuple[BoardTable, ...]
+
+
+BOARD_WIDE: Final = 120  # columns, from which on there is room for everything
+SHOWN_FAILURES: Final = 5
+
+
+def board(snapshot: Snapshot, width: int, height: int) -> Board:
+    """The whole server in so many lines; tables share them, and say how much they leave out."""
+    lines = [summary_line(snapshot), traffic_line(snapshot), *job_lines(snapshot)]
+    lines = [text for line in lines if (text := one_line(line))][:height]
+    wide = width >= BOARD_WIDE
+    tables = [
+        (("When", "What needs attention, or failed"), trouble_rows(snapshot)),
+        load_table(snapshot, wide=wide),
+        gpu_table(snapshot, wide=wide),
+        (("Provider", "Health"), [[h.provider, health_text(h)] for h in snapshot.providers]),
+    ]
+    shown = [(headers, rows) for headers, rows in tables if rows]
+    given = share_lines([len(rows) + 1 for _, rows in shown], height - len(lines))
+    return Board(
+        lines=tuple(lines),
+        tables=tuple(
+            BoardTable(headers=headers, rows=_shortened(rows, most - 1))
+            for (headers, rows), most in zip(shown, given, strict=True)
+            if most > 1
+        ),
+    )
+
+
+def one_line(text: str) -> str:
+    """Text that cannot steer a terminal: what is not printed is a space."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def share_lines(wanted: Sequence[int], height: int) -> list[int]:
+    """Lines for each of several tables, one after the other in turn until none is left."""
+    given = [0] * len(wanted)
+    for _ in range(max(wanted, default=0)):
+        for at, most in enumerate(wanted):
+            if given[at] < most and sum(given) < height:
+                given[at] += 1
+    return given
+
+
+def _shortened(rows: Sequence[Sequence[str]], most: int) -> list[list[str]]:
+    clean = [[one_line(cell) for cell in row] for row in rows]
+    if len(clean) <= most:
+        return clean
+    empty = [""] * (len(clean[0]) - 1)
+    return [*clean[: most - 1], [f"… {len(clean) - most + 1} more", *empty]]
+
+
+def traffic_line(snapshot: Snapshot) -> str:
+    """What passes through the endpoint, and what engines make of it; empty while it is down."""
+    state, rise = snapshot.state, snapshot.traffic
+    if state is None or state.endpoint == "stopped":
+        return ""
+    passed, failed = (
+        (rise.per_second("successes"), rise.total("failures")) if rise else (None, None)
+    )
+    loads = [load for model in state.models if (load := model_load(snapshot, model))]
+    rates = snapshot.rates.values()
+    read = [r.prompt_tokens for r in rates if r.prompt_tokens is not None]
+    made = [r.generated_tokens for r in rates if r.generated_tokens is not None]
+    return (
+        f"{_shown(passed)} requests/s, {_shown(failed)} failed · "
+        f"tokens/s: {_shown(math.fsum(read) if read else None)} in, "
+        f"{_shown(math.fsum(made) if made else None)} out · "
+        f"{sum(load.running for load in loads)} running, "
+        f"{sum(load.waiting for load in loads)} waiting"
+    )
+
+
+def job_lines(snapshot: Snapshot) -> list[str]:
+    """What is under way, and how far it has come where that is told."""
+    return [
+        f"Under way for {format_age(snapshot.taken_at - job.started_at)}: "
+        + ": ".join(filter(None, (job.title, job.progress)))
+        for job in snapshot.jobs
+        if job.finished_at is None
+    ]
+
+
+def trouble_rows(snapshot: Snapshot) -> list[list[str]]:
+    """What needs the operator now, then changes that failed, then failed requests by member."""
+    refused = sorted(
+        (count, f"{target}: {count} requests, because {reason}")
+        for target, figures in snapshot.health.figures.deployments.items()
+        for reason, count in figures.failures.items()
+    )
+    return [
+        *(["now", matter.text] for matter in attention(snapshot)),
+        *(
+            [f"{entry.started_at:%H:%M}", f"{entry.what}: {entry.fault}"]
+            for entry in snapshot.failed[:SHOWN_FAILURES]
+        ),
+        *(["so far", text] for _, text in refused[: -SHOWN_FAILURES - 1 : -1]),
+    ]
+
+
+def load_table(snapshot: Snapshot, *, wide: bool) -> tuple[Sequence[str], list[list[str]]]:
+    """A row per model: how it stands, what it is at, and how fast."""
+    headers = ["Model", "State", "Run", "Wait", "Tok/s in", "Tok/s out", "TTFT p95", "KV", "Hits"]
+    models = snapshot.state.models if snapshot.state else ()
+    rows = [
+        [row["name"], row["phase"], *_work_cells(snapshot, model)]
+        + [row["since"], row["type"], row["placement"]] * wide
+        for row, model in zip(keyed(MODEL_HEADERS, model_rows(snapshot)), models, strict=True)
+    ]
+    return headers + ["Since", "Type", "Placement"] * wide, rows
+
+
+def _work_cells(snapshot: Snapshot, model: Model) -> list[str]:
+    load, rates = model_load(snapshot, model), snapshot.rates.get(model.name, EngineRates())
+    wait = rates.first_token_p95
+    return [
+        str(load.running) if load else NOTHING,
+        str(load.waiting) if load else NOTHING,
+        _shown(rates.prompt_tokens),
+        _shown(rates.generated_tokens),
+        NOTHING if wait is None else f"{wait * 1000:.0f} ms" if wait < 1 else f"{wait:.1f} s",
+        _percent(load.kv_cache_part if load else None),
+        _percent(rates.prefix_hit_part),
+    ]
+
+
+NOTHING: Final = "-"  # in narrow columns, for what nobody can tell
+
+
+def _shown(figure: float | None) -> str:
+    return NOTHING if figure is None else format_count(figure)
+
+
+def _percent(part: float | None) -> str:
+    return NOTHING if part is None else f"{part:.0%}"
+
+
+def gpu_table(snapshot: Snapshot, *, wide: bool) -> tuple[Sequence[str], list[list[str]]]:
+    """A row per GPU: what it does, and who sits on it, strangers by their processes."""
+    rows = keyed(GPU_HEADERS, gpu_rows(snapshot.state, snapshot.hardware))
+    ours = (
+        {c.container_id for c in snapshot.observed.containers.values()} if snapshot.observed else {}
+    )
+    shown = [
+        [row["gpu"], row["memory"], row["load"], row["heat"], row["power"]]
+        + [row["name"], row["mig"]] * wide
+        + [", ".join(filter(None, (row["on_it"], *_foreigners(gpu, ours))))]
+        for row, gpu in zip(rows, snapshot.hardware.gpus, strict=True)
+    ]
+    headers = ["GPU", "Memory", "Load", "Heat", "Power"] + ["Name", "MIG"] * wide
+    return [*headers, "On it"], shown
+
+
+def _foreigners(gpu: Gpu, ours: Collection[str | None]) -> list[str]:
+    return [
+        describe_client(client)
+        for client in gpu.clients or ()
+        if client.computes and (client.container_id is None or client.container_id not in ours)
+    ]
+
+
+BENCHMARK_HEADERS: Final = (
+    "Benchmark", "At once", "Requests", "Failed", "TTFT P50 (ms)", "TTFT P95 (ms)", "TTFT P99 (ms)",
+    "Inter-token P50 (ms)", "Inter-token P95 (ms)", "Inter-token P99 (ms)", "End to end P50 (ms)",
+    "End to end P95 (ms)", "End to end P99 (ms)", "Requests/s", "Output tokens/s", "All tokens/s",
+    "J/token", "Others' requests",
+)  # fmt: skip
+RUNG_HEADERS: Final = (
+    "Benchmark", "At once", "Requests", "Failed", "TTFT (ms)", "Inter-token (ms)",
+    "End to end (ms)", "Requests/s", "Output tokens/s", "All tokens/s", "J/token", "Others",
+)  # fmt: skip
+BENCHMARK_LIST_HEADERS: Final = ("Benchmark", "Load", "Requests at once", "State")
+CURVE_COLUMNS: Final = ("at once", "benchmark", "P95 TTFT in ms", "output tokens per second")
+BENCHMARK_WARNING: Final = (
+    "Colleagues' requests make these figures worse, and the load makes their answers slow. The "
+    "load generator shares the container's processors with its engine. No other change of these "
+    "models is possible until it ends."
+)
+
+
+def benchmark_list_rows(results: Sequence[Benchmark]) -> list[list[str]]:
+    """One row per benchmark, as they come."""
+    return [
+        [result.name, load_text(result), ", ".join(map(str, result.ladder)),
+         "complete" if result.complete
+         else f"{len(result.rungs)} of {len(result.ladder)}: {result.fault or 'broken off'}"]
+        for result in results
+    ]  # fmt: skip
+
+
+def load_text(result: Benchmark) -> str:
+    """What each of its requests asked."""
+    load = result.load
+    about = f", ± {load.spread:.0%}" if load.spread else ""
+    asked = f" in, {load.output_tokens} out" if load.output_tokens else " in"
+    return f"{load.prompt_tokens} tokens{asked}{about}"
+
+
+def benchmark_rows(results: Sequence[Benchmark]) -> list[list[str]]:
+    """One row of `RUNG_HEADERS` per rung, with figures for eyes."""
+    return [
+        [
+            name, *map(format_measure, cells[:3]),
+            *(" / ".join(map(format_measure, cells[at:at + 3])) for at in (3, 6, 9)),
+            *map(format_measure, cells[12:]),
+        ]
+        for name, *cells in _benchmark_cells(results)
+    ]  # fmt: skip
+
+
+def format_measure(cell: object) -> str:
+    """Three digits, or all before the point; empty for what was not measured."""
+    if not isinstance(cell, float):
+        return "" if cell is None else str(cell)
+    return f"{cell:,.0f}" if abs(cell) >= 100 else f"{cell:.3g}"  # noqa: PLR2004
+
+
+def _benchmark_cells(results: Sequence[Benchmark]) -> Iterator[list[Any]]:
+    for result in results:
+        for rung in result.rungs:
+            yield [
+                result.name, rung.concurrency, rung.requests, rung.failed,
+                *(figure for part in (rung.ttft, rung.inter_token, rung.end_to_end)
+                  for figure in ((part.p50, part.p95, part.p99) if part else (None,) * 3)),
+                rung.requests_per_second, rung.output_tokens_per_second, rung.tokens_per_second,
+                rung.joules_per_token, rung.others,
+            ]  # fmt: skip
+
+
+def benchmark_csv(results: Sequence[Benchmark]) -> str:
+    """Every rung with plain figures, for other programs; times are in ms, energy in joules."""
+    return render_csv(BENCHMARK_HEADERS, _benchmark_cells(results))
+
+
+def benchmark_facts(results: Sequence[Benchmark]) -> list[Json]:
+    """All that is kept of them, and what follows from it."""
+    derived = (
+        "requests_per_second", "output_tokens_per_second", "tokens_per_second", "joules_per_token",
+    )  # fmt: skip
+    return [
+        asdict(result) | {
+            "name": result.name, "complete": result.complete,
+            "rungs": [
+                asdict(rung) | {name: getattr(rung, name) for name in derived}
+                for rung in result.rungs
+            ],
+        }
+        for result in results
+    ]  # fmt: skip
+
+
+def comparison(results: Sequence[Benchmark]) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows of benchmarks side by side: a column for each, a row per figure and rung."""
+    figures: dict[str, Callable[[Rung], float | None]] = {
+        "P95 TTFT (ms)": lambda rung: rung.first_answer.p95,
+        "P95 end to end (ms)": lambda rung: rung.end_to_end.p95,
+        "Output tokens/s": lambda rung: rung.output_tokens_per_second,
+        "Requests/s": lambda rung: rung.requests_per_second,
+        "J/token": lambda rung: rung.joules_per_token,
+    }
+    by_concurrency = [{rung.concurrency: rung for rung in result.rungs} for result in results]
+    ladder = sorted(set().union(*by_concurrency))
+    rows = [
+        [figure, str(at),
+         *(format_measure(read(rungs[at]) if at in rungs else None) for rungs in by_concurrency)]
+        for figure, read in figures.items()
+        for at in ladder
+    ]  # fmt: skip
+    return ["Figure", "At once", *(result.name for result in results)], rows
+
+
+def carrying_text(results: Sequence[Benchmark], p95_ms: float) -> str:
+    """How many at once each carries within this P95 until the first token."""
+    lines = []
+    for result in results:
+        most = largest_within(result.rungs, p95_ms)
+        within = f"P95 until the first token within {p95_ms:g} ms"
+        found = f"{most} requests at once, {within}" if most else f"no rung had its {within}"
+        top = " or more" if most and most == max(rung.concurrency for rung in result.rungs) else ""
+        lines.append(f"{result.name}: {found.replace(' requests', f'{top} requests', 1)}.")
+    return "\n".join(lines)
+
+
+def benchmark_curves(results: Sequence[Benchmark]) -> list[tuple[int, str, float, float]]:
+    """For plots: requests at once, whose, and two figures; see `CURVE_COLUMNS`."""
+    return [
+        (rung.concurrency, result.name, rung.first_answer.p95, rung.output_tokens_per_second)
+        for result in results
+        for rung in result.rungs
+    ]
+
+
+def benchmark_preview(
+    wish: BenchmarkWish, loads: Mapping[ModelName, tuple[Load, EngineLoad | None]]
+) -> str:
+    """What would be sent to which engine, and whom that disturbs; `loads`: with what goes on now.
+
+    In lines, of which each model has one.
+    """
+    prompts = sum(wish.requests_at(at) for at in wish.ladder)
+    ladder = ", ".join(map(str, wish.ladder))
+    lines = []
+    for name, (load, now) in loads.items():
+        made = f" and makes {load.output_tokens}" if load.output_tokens else ""
+        busy = f"now {_load_text(now)}" if now else "its load now is unknown"
+        lines.append(
+            f"- {name}: {prompts} requests, {ladder} at once; each has "
+            f"{load.prompt_tokens} tokens{made} ({busy})."
+        )
+    return "\n".join([*lines, "", BENCHMARK_WARNING])
+
+
+def benchmark_wish(
+    models: Sequence[str], profile: str, ladder: str, prompt_tokens: float | None,
+    output_tokens: float | None, per_rung: float | None,
+) -> BenchmarkWish:  # fmt: skip
+    """What was typed; 0 is as good as nothing."""
+    if not models:
+        raise InvalidError("No model is chosen yet.", advice="Choose those to be measured.")
+    return BenchmarkWish(
+        models=tuple(dict.fromkeys(map(ModelName, models))), ladder=parse_ladder(ladder),
+        profile=cast("LoadProfile", profile) if profile else None,
+        prompt_tokens=int(prompt_tokens or 0) or None,
+        output_tokens=int(output_tokens or 0) or None, requests=int(per_rung or 0) or None,
+    )  # fmt: skip
+
+
+def benchmark_links(results: Sequence[Benchmark]) -> str:
+    """The chosen ones as files."""
+    facts = json.dumps(benchmark_facts(results), indent=2, default=str)
+    files = {"benchmarks.csv": benchmark_csv(results), "benchmarks.json": facts}
+    return " · ".join(download_link(name, text) for name, text in files.items() if results)
+
+
+def benchmarks_done(snapshot: Snapshot) -> str:
+    """Changes whenever a benchmark ends."""
+    return " ".join(
+        job.id for job in snapshot.jobs if job.title.startswith(MEASURING) and job.finished_at
+    )
+
+
+MEASURING: Final = "Benchmark of "
+
+
+def measurable(snapshot: Snapshot) -> Json:
+    """The models that can be measured, as choices."""
+    models = snapshot.state.wished_models if snapshot.state else []
+    return {"choices": [model.name for model in models if model.type in BACKENDS]}
+
+
+def rung_line(rung: Rung) -> str:
+    """One rung's result as a job tells it."""
+    failed = f", {rung.failed} FAILED" if rung.failed else ""
+    joules = rung.joules_per_token
+    energy = "" if joules is None else f", {format_measure(joules)} J/token"
+    return (
+        f"  {rung.concurrency} at once: {format_measure(rung.requests_per_second)} requests/s, "
+        f"{format_measure(rung.output_tokens_per_second)} tokens/s, P95 until the first token "
+        f"{format_measure(rung.first_answer.p95)} ms{energy}{failed}"
+    )
+
+
+# =============================================================================
+# §26 Home — effects: time, and the state and files on the disk
 # =============================================================================
 
 
@@ -12138,6 +15220,49 @@ class StateStore:
 
         return release
 
+    def under_way(self) -> tuple[JobView, ...]:
+        """The changes and tasks of every process, by the locks that the kernel knows of.
+
+        What a change fetches beforehand, without the lock, is not among them.
+        """
+        with contextlib.suppress(OSError):
+            held = set(re.findall(LOCK_LINE, LOCKS.read_text(), re.MULTILINE))
+            return tuple(
+                JobView(
+                    id="", title=hide_keys(told[1]), finished_at=None, lines=(), fault=None,
+                    started_at=datetime.fromtimestamp(path.stat().st_mtime, UTC),
+                    kind="change" if path.name == "lock" else "task",
+                )
+                for path in sorted(self.home.glob("lock*"))
+                if (told := re.fullmatch(r"(.*), since \S+ UTC, process (\d+)", path.read_text()))
+                and (told[2], str(path.stat().st_ino)) in held
+            )  # fmt: skip
+        return ()
+
+    def measure(self, names: Sequence[ModelName]) -> Callable[[], None]:
+        """Note that these models are measured, and return what ends that; one benchmark at once."""
+        with file_errors("lock its home"):
+            handle = take_lock(self.home / "lock-benchmark")
+            if handle is None:
+                raise BusyError(
+                    f"A benchmark is under way, of {', '.join(self.measured())}.",
+                    advice="Wait until it is done, or cancel it.",
+                )
+            handle.truncate(0)
+            handle.write(" ".join(names))
+            handle.flush()
+        return handle.close
+
+    def measured(self) -> frozenset[ModelName]:
+        """The models that any process of this installation is measuring."""
+        with file_errors("lock its home"):
+            path = self.home / "lock-benchmark"
+            handle = take_lock(path) if path.exists() else None
+            if handle is not None:
+                handle.close()
+                return frozenset()
+            return frozenset(map(ModelName, path.read_text().split() if path.exists() else ()))
+
     def read_generated(self) -> dict[str, str]:
         """Every generated file by its path under generated/."""
         with file_errors("read the generated files"):
@@ -12190,10 +15315,14 @@ class StateStore:
         return self.home / "logs" / f"{name}{'.previous' * previous}.log"
 
     def read_starts(self) -> dict[str, float]:
-        """Seconds until ready at each container's last start; what cannot be read is unknown."""
+        """Seconds until ready at each container's last start."""
+        return self._figures("starts.json")
+
+    def _figures(self, file: str) -> dict[str, float]:
+        """What cannot be read is unknown."""
         try:
-            found = json.loads((self.home / "starts.json").read_text())
-            return {str(name): float(seconds) for name, seconds in found.items()}
+            found = json.loads((self.home / file).read_text())
+            return {str(name): float(figure) for name, figure in found.items()}
         except (OSError, ValueError, TypeError, AttributeError):
             return {}
 
@@ -12202,6 +15331,14 @@ class StateStore:
         with self._noting, file_errors("note a start"):
             starts = self.read_starts() | {name: round(seconds, 1)}
             write_atomic(self.home / "starts.json", json.dumps(starts, indent=2, sort_keys=True))
+
+    def read_idle_watts(self) -> dict[str, float]:
+        """The least that each GPU was seen to take without a tenant, by UUID."""
+        return self._figures("idle.json")
+
+    def note_idle_watts(self, idle: Mapping[str, float]) -> None:
+        with contextlib.suppress(OSError):  # it is seen again
+            write_atomic(self.home / "idle.json", json.dumps(idle, indent=2, sort_keys=True))
 
     def read_measured(self) -> dict[str, Measured]:
         """What engines showed, by measurement key; what cannot be read is unknown."""
@@ -12217,6 +15354,10 @@ class StateStore:
             newest = dict([*others, (key, measured)][-MOST_MEASURED:])
             text = _MEASURED.dump_json(newest, indent=2, exclude_none=True).decode()
             write_atomic(self.home / "measured.json", text)
+
+
+LOCKS: Final = Path("/proc/locks")
+LOCK_LINE: Final = r"FLOCK +ADVISORY +WRITE (\d+) \S+:(\d+) "  # process, inode
 
 
 class ProofFiles:
@@ -12238,6 +15379,33 @@ class ProofFiles:
 
     def _of(self, kind: str) -> list[Path]:
         return sorted(self._folder.glob(f"{kind}-*.json"))
+
+
+class BenchmarkFiles:
+    """Results as JSON, a file for each, in a directory of their own; none makes way."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def keep(self, result: Benchmark) -> None:
+        with file_errors("keep a benchmark"):
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            text = _BENCHMARK.dump_json(result, indent=2).decode()
+            write_atomic(self._folder / f"{result.name}.json", text)
+
+    def read(self) -> list[Benchmark]:
+        """Newest first; a file that is not one is logged and passed over."""
+        found = []
+        with file_errors("read the benchmarks"):
+            for path in sorted(self._folder.glob("*.json"), reverse=True):
+                try:
+                    found.append(_BENCHMARK.validate_json(path.read_bytes()))
+                except pydantic.ValidationError:
+                    log.warning("%s is no benchmark of this version", path)
+        return found
+
+
+_BENCHMARK: Final = pydantic.TypeAdapter(Benchmark)
 
 
 FULL_AUDIT_BYTES: Final = 64 * 1024**2
@@ -12540,8 +15708,13 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
+def disk_bytes(path: Path) -> int:
+    """All that the disk there can hold."""
+    return shutil.disk_usage(path).total
+
+
 # =============================================================================
-# §23 Containers — effects: Docker
+# §27 Containers — effects: Docker
 # =============================================================================
 
 
@@ -12564,6 +15737,9 @@ class Containers(Protocol):
     def remove(self, name: ContainerName, seconds: int) -> None: ...
     def check_caddyfile(self, spec: ContainerSpec, text: str) -> None: ...
     def reload_caddyfile(self, name: ContainerName) -> None: ...
+    def check_files(
+        self, spec: ContainerSpec, command: Sequence[str], texts: Mapping[str, str]
+    ) -> None: ...
     def logs(self, name: ContainerName, tail: int, *, last_run: bool = False) -> str: ...
     def follow(self, name: ContainerName) -> Iterator[str]: ...
     def visible_devices(self, seen: ObservedContainer) -> frozenset[str] | None: ...
@@ -12581,6 +15757,9 @@ class Contents(Protocol):
     def changed(self, name: ContainerName) -> list[str]: ...
     def archive(self, name: ContainerName, path: str) -> Iterator[bytes]: ...
     def output(self, name: ContainerName, command: Sequence[str]) -> Iterator[bytes]: ...
+    def attended(
+        self, name: ContainerName, command: Sequence[str], check: Callable[[], None]
+    ) -> Iterator[bytes]: ...
     def put(self, name: ContainerName, source: Path, target: str) -> None: ...
 
 
@@ -12705,30 +15884,50 @@ class DockerContainers:
             container.remove(force=True, v=False)
 
     def check_caddyfile(self, spec: ContainerSpec, text: str) -> None:
-        """Let Caddy itself judge the text, in a container of its own that then goes away."""
-        name = f"{spec.name}-check-{secrets.token_hex(3)}"
-        with docker_errors("check the Caddyfile"):
-            container = self._connected().containers.create(
-                spec.image,
-                ["caddy", "validate", "--config", "/tmp/Caddyfile", "--adapter", "caddyfile"],  # noqa: S108
-                name=name,
-                labels={**self._labels, LABEL_ROLE: "check", LABEL_SPEC_HASH: "check"},
-                # The certificate, where there is one: it is written before it is checked.
-                mounts=[_docker_mount(m) for m in spec.mounts if f"{m.target}/cert" in text],
-                network_mode="none",
+        """Let Caddy itself judge the text; nothing is changed by that."""
+        command = ["caddy", "validate", "--config", "/Caddyfile", "--adapter", "caddyfile"]
+        # The certificate, where there is one: it is written before it is checked.
+        mounts = [mount for mount in spec.mounts if f"{mount.target}/cert" in text]
+        rejected = self._rejected(spec, command, {"Caddyfile": text}, mounts)
+        if rejected:
+            raise ContainerFailedError(
+                f"Caddy rejects the generated Caddyfile: {rejected}.",
+                advice="What ran before still runs. Correct the HTTPS settings.",
             )
+
+    def check_files(
+        self, spec: ContainerSpec, command: Sequence[str], texts: Mapping[str, str]
+    ) -> None:
+        """Let a tool of the spec's image judge files, which are in its working directory `/`."""
+        rejected = self._rejected(spec, command, texts, ())
+        if rejected:
+            raise ContainerFailedError(
+                f"{PurePosixPath(command[0]).name} rejects what was generated: {rejected}.",
+                advice="What ran before still runs. Pin the former image, or report this.",
+            )
+
+    def _rejected(
+        self, spec: ContainerSpec, command: Sequence[str], texts: Mapping[str, str],
+        mounts: Sequence[Mount],
+    ) -> str:  # fmt: skip
+        """What the command says against the files, in a container of its own that then goes."""
+        with docker_errors(f"check {' and '.join(texts)}"):
+            container = self._connected().containers.create(
+                spec.image, [*command[1:]], entrypoint=[command[0]], user="0", working_dir="/",
+                name=f"{spec.name}-check-{secrets.token_hex(3)}",
+                labels={**self._labels, LABEL_ROLE: "check", LABEL_SPEC_HASH: "check"},
+                mounts=[_docker_mount(mount) for mount in mounts],
+                network_mode="none",
+            )  # fmt: skip
             try:
-                container.put_archive("/tmp", _tar("Caddyfile", text))  # noqa: S108
+                for name, text in texts.items():
+                    container.put_archive("/", _tar(name, text))
                 container.start()
                 status = container.wait(timeout=60)["StatusCode"]
                 said = container.logs().decode(errors="replace")
             finally:
                 container.remove(force=True, v=True)
-        if status:
-            raise ContainerFailedError(
-                f"Caddy rejects the generated Caddyfile: {_last_line(mask_secrets(said))}.",
-                advice="What ran before still runs. Correct the HTTPS settings.",
-            )
+        return _last_line(mask_secrets(said)) if status else ""
 
     def reload_caddyfile(self, name: ContainerName) -> None:
         command = ["caddy", "reload", "--config", "/etc/caddy/Caddyfile", "--adapter", "caddyfile"]
@@ -12890,10 +16089,39 @@ class DockerContents:
                 said = (said + (complaint or b""))[-4000:]
                 if printed:
                     yield printed
+        self._check_status(run, name, command[0], said)
+
+    def attended(
+        self, name: ContainerName, command: Sequence[str], check: Callable[[], None]
+    ) -> Iterator[bytes]:
+        """What a command prints whose standard input stays open until `check` raises.
+
+        It ends when this process dies, too: so a command that ends with its input outlives nobody.
+        """
+        with docker_errors(f"run {command[0]} in {name}"):
+            api, said = self._client().api, b""
+            run = api.exec_create(self._ours(name).id, [*command], stdin=True)["Id"]
+            stream: Any = api.exec_start(run, socket=True)
+            with (
+                contextlib.closing(stream),
+                socket.socket(fileno=os.dup(stream.fileno())) as line,
+                closed_by(check, partial(line.shutdown, socket.SHUT_WR)),
+            ):
+                frames = docker.utils.socket.frames_iter(stream, tty=False)  # type: ignore[no-untyped-call]
+                for kind, chunk in frames:
+                    if kind == docker.utils.socket.STDOUT:
+                        yield chunk
+                    else:
+                        said = (said + chunk)[-4000:]
+        self._check_status(run, name, command[0], said)
+
+    def _check_status(self, run: str, name: ContainerName, program: str, said: bytes) -> None:
+        """Raise where it failed; its last complaints say why."""
+        with docker_errors(f"run {program} in {name}"):
             # A moment after its last word it may count as running still, and has no status yet.
             status, tries = None, 50
             while status is None and tries:
-                status, tries = api.exec_inspect(run)["ExitCode"], tries - 1
+                status, tries = self._client().api.exec_inspect(run)["ExitCode"], tries - 1
                 time.sleep(0.1 if status is None else 0)
         if status != 0:
             text = said.decode(errors="replace")
@@ -12901,7 +16129,7 @@ class DockerContents:
             error = re.search(r"\berror: *(.+)", text, re.IGNORECASE)
             reason = error[1] if error else _last_line(text)
             raise ContainerFailedError(
-                f"{command[0]} ended with status {status} in {name}: {reason}.",
+                f"{program} ended with status {status} in {name}: {reason}.",
                 advice="Look at its log, then try again.",
             )
 
@@ -12953,7 +16181,7 @@ def _requested_devices(attributes: Json) -> tuple[str, ...]:
     return tuple(
         device
         for request in attributes["HostConfig"].get("DeviceRequests") or ()
-        for device in request.get("DeviceIDs") or ()
+        for device in request.get("DeviceIDs") or (ALL_GPUS if request.get("Count") == -1 else ())
     )
 
 
@@ -12987,7 +16215,10 @@ def docker_arguments(spec: ContainerSpec, owner: Mapping[str, str]) -> Json:
     }  # fmt: skip
     if spec.entrypoint:
         arguments["entrypoint"] = list(spec.entrypoint)
-    if spec.devices:
+    if spec.devices == ALL_GPUS:
+        every = docker.types.DeviceRequest(count=-1, capabilities=[["gpu"]])
+        arguments["device_requests"] = [every]
+    elif spec.devices:
         # Never CUDA_VISIBLE_DEVICES=MIG-…: the container is to see its own device and no other.
         arguments["device_requests"] = [
             docker.types.DeviceRequest(device_ids=list(spec.devices), capabilities=[["gpu"]])
@@ -13001,7 +16232,12 @@ def docker_arguments(spec: ContainerSpec, owner: Mapping[str, str]) -> Json:
         }  # fmt: skip
     if spec.drop_capabilities:
         # Root without DAC_OVERRIDE could not read our 0600 files of another owner.
-        arguments |= {"cap_drop": ["ALL"], "cap_add": ["NET_BIND_SERVICE", "DAC_OVERRIDE"]}
+        added = ["NET_BIND_SERVICE", "DAC_OVERRIDE", *spec.add_capabilities]
+        arguments |= {"cap_drop": ["ALL"], "cap_add": added}
+    if spec.memory_mib:
+        arguments["mem_limit"] = f"{spec.memory_mib}m"
+    arguments |= {"user": spec.user, "read_only": spec.read_only,
+                  "tmpfs": dict.fromkeys(spec.scratch, "size=64m")}  # fmt: skip
     return arguments
 
 
@@ -13097,6 +16333,36 @@ DOCKER_CAUSES: Final = (
 )
 
 
+CANCEL_SECONDS: Final = 0.3
+
+
+@contextlib.contextmanager
+def closed_by(check: Callable[[], None], close: Callable[[], object]) -> Iterator[None]:
+    """Close a stream that this thread waits for as soon as `check` raises; raise that then."""
+    over = threading.Event()
+    cancelled: list[CancelledError] = []
+
+    def watch() -> None:
+        while not over.wait(CANCEL_SECONDS):
+            try:
+                check()
+            except CancelledError as error:
+                cancelled.append(error)
+                with contextlib.suppress(OSError):  # it has ended by itself
+                    close()
+                return
+
+    watching = threading.Thread(target=watch, name="cancel", daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watching.join()
+        if cancelled:
+            raise cancelled[0]
+
+
 @contextlib.contextmanager
 def docker_errors(action: str) -> Iterator[None]:
     """Turn every failure of the SDK into one sentence; the original stays as the cause."""
@@ -13133,7 +16399,7 @@ def _docker_fault(action: str, said: str) -> ContainerFailedError:
 
 
 # =============================================================================
-# §24 Images — effects: pulled, built from recipes, pruned
+# §28 Images — effects: pulled, built from recipes, pruned
 # =============================================================================
 
 
@@ -13209,7 +16475,7 @@ class DockerImages:
             )  # fmt: skip
             stream = docker.types.CancellableStream(events, answers[-1])
             built = False
-            with closed_by(check, stream):
+            with closed_by(check, stream.close):
                 for event in stream:
                     if "error" in event:
                         report(f"{event['error']}\n")
@@ -13252,36 +16518,7 @@ class DockerImages:
                 client.images.remove(name)
 
 
-CANCEL_SECONDS: Final = 0.3
 SILENT_SECONDS: Final = 24 * 3600  # compiling a package may say nothing for hours
-
-
-@contextlib.contextmanager
-def closed_by(
-    check: Callable[[], None], stream: docker.types.CancellableStream[Json]
-) -> Iterator[None]:
-    """Close a stream that another thread waits for as soon as `check` raises; raise that then."""
-    over = threading.Event()
-    cancelled: list[CancelledError] = []
-
-    def watch() -> None:
-        while not over.wait(CANCEL_SECONDS):
-            try:
-                check()
-            except CancelledError as error:
-                cancelled.append(error)
-                stream.close()
-                return
-
-    watching = threading.Thread(target=watch, name="cancel a build", daemon=True)
-    watching.start()
-    try:
-        yield
-    finally:
-        over.set()
-        watching.join()
-        if cancelled:
-            raise cancelled[0]
 
 
 def _observed_image(attributes: Json, users: Sequence[str]) -> ObservedImage:
@@ -13306,7 +16543,7 @@ def build_arguments(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 # =============================================================================
-# §25 Requests — effects: HTTP to containers on the bridge, LiteLLM's management API
+# §29 Requests — effects: HTTP to containers on the bridge, LiteLLM's management API
 # =============================================================================
 
 
@@ -13320,6 +16557,13 @@ class Probes(Protocol):
         self, seen: ObservedContainer, key: pydantic.SecretStr
     ) -> GatewayFigures | None: ...
     def answers(self, seen: ObservedContainer, wanted: EngineAnswers, seconds: float) -> bool: ...
+    def watched(self, seen: ObservedContainer) -> Watched | None: ...
+
+
+HEALTH: Final[Mapping[str, HttpAnswers]] = {
+    "engine": HttpAnswers(ENGINE_PORT, "/health"),
+    **MONITOR_HEALTH,
+}
 
 
 class HttpProbes:
@@ -13346,12 +16590,13 @@ class HttpProbes:
         match seen.role:
             case "database" | "cache":
                 return replace(seen, ready=seen.docker_health == "healthy")
-            case "engine":
-                return replace(seen, ready=self._ok(seen, ENGINE_PORT, "/health") is not None)
             case "gateway":
                 return replace(seen, ready=self._gateway_connected(seen))
             case "edge":
                 return replace(seen, ready=self._loaded(seen) is not None)
+            case role if role in HEALTH:
+                health = HEALTH[role]
+                return replace(seen, ready=self._ok(seen, health.port, health.path) is not None)
             case _:
                 return seen
 
@@ -13362,6 +16607,8 @@ class HttpProbes:
                 return seen.docker_health == "healthy"
             case EdgeAnswers():
                 return self._loaded(seen) is not None
+            case HttpAnswers(port, path):
+                return self._ok(seen, port, path) is not None
             case GatewayServes(model_names=names, master_key=key):
                 return self._gateway_connected(seen) and self._gateway_lists(seen, names, key)
             case EngineAnswers() as wanted:
@@ -13421,6 +16668,12 @@ class HttpProbes:
             return parse_figures(answer.raise_for_status().text)
         except httpx.HTTPError:
             return None
+
+    def watched(self, seen: ObservedContainer) -> Watched | None:
+        """What Prometheus sees; None where it does not say."""
+        targets = self._ok(seen, PROMETHEUS_PORT, "/api/v1/targets?state=active")
+        alerts = self._ok(seen, PROMETHEUS_PORT, "/api/v1/alerts")
+        return parse_watched(targets.json(), alerts.json()) if targets and alerts else None
 
     def answers(self, seen: ObservedContainer, wanted: EngineAnswers, seconds: float) -> bool:
         """Whether an engine answers the smallest request of its kind within that time."""
@@ -13702,7 +16955,7 @@ def _gateway_reason(answer: httpx.Response) -> str:
 
 
 # =============================================================================
-# §26 Database — effects: PostgreSQL
+# §30 Database — effects: PostgreSQL
 # =============================================================================
 
 PSQL: Final = ("psql", "-U", "litellm", "-d", "litellm")
@@ -14032,7 +17285,7 @@ class UsageTables:
                 f"ALTER ROLE {READER} SET work_mem = '32MB'",  # for bitmaps of a million rows
                 f"ALTER ROLE {READER} SET jit = off",
                 f"GRANT USAGE ON SCHEMA llm_manager TO {READER}",
-                f"GRANT SELECT ON {tables}, llm_manager.hours TO {READER}",
+                f"GRANT SELECT ON {tables}, llm_manager.hours, llm_manager.uses TO {READER}",
             ):
                 connection.execute(statement.encode())
 
@@ -14077,7 +17330,592 @@ def database_errors() -> Iterator[None]:
 
 
 # =============================================================================
-# §27 Hub — effects: Hugging Face, downloads, and the cache on the disk
+# §31 Energy records — effects: SQLite
+# =============================================================================
+
+RAW_DAYS: Final = 2
+MINUTE_DAYS: Final = 366
+COMMIT_SECONDS: Final = 5.0  # what a kill may lose
+ROLL_UP_SECONDS: Final = 3600.0
+PEAK_SECONDS: Final = 0.45  # a counter that moves ten times a second tells no watts of less
+MOST_WAITING: Final = 1800  # looks at all GPUs that wait for a disk
+TIERS: Final = {"minutes": MINUTE_SECONDS, "hours": HOUR_SECONDS}
+ENERGY_FILE: Final = "energy.sqlite"
+# Minutes and hours are added up as shares come, in the transaction that keeps the samples: so
+# rolling up is deleting what is told more coarsely too, and no sum can change by it. Samples are
+# kept as the lines that they are exported as, because nothing else reads them: 20 million rows of
+# columns would take a minute to write out. `kept` has the moment before which a tier was deleted.
+# A block of samples fits a page, which makes their export half the work; the log stays at 1 MiB.
+PRAGMAS: Final = (
+    "page_size = 16384", "journal_mode = WAL", "synchronous = NORMAL", "wal_autocheckpoint = 64",
+    "journal_size_limit = 4194304",
+)  # fmt: skip
+_TIER: Final = """
+CREATE TABLE {tier} (start INTEGER, subject INTEGER, rates INTEGER, energy_mj INTEGER, ms INTEGER,
+  unmeasured_ms INTEGER, PRIMARY KEY (start, subject, rates)) WITHOUT ROWID;"""
+ENERGY_SCHEMA: Final = f"""BEGIN;
+CREATE TABLE rates (id INTEGER PRIMARY KEY, price REAL, currency TEXT, co2 REAL, overhead REAL);
+CREATE TABLE subjects (id INTEGER PRIMARY KEY, gpu TEXT, model TEXT, replica INTEGER, method TEXT,
+  estimated INTEGER, UNIQUE (gpu, model, replica, method, estimated));
+CREATE TABLE samples (id INTEGER PRIMARY KEY, lines BLOB);
+{"".join(_TIER.format(tier=tier) for tier in TIERS)}
+CREATE TABLE tokens (start INTEGER, model TEXT, replica INTEGER, prompt INTEGER, completion INTEGER,
+  cached INTEGER, requests INTEGER, PRIMARY KEY (start, model, replica)) WITHOUT ROWID;
+CREATE TABLE sessions (id INTEGER PRIMARY KEY, model TEXT, replica INTEGER, container TEXT,
+  gpus TEXT, start REAL, last REAL, end REAL, ms INTEGER, unmeasured_ms INTEGER, peak_w REAL,
+  prompt INTEGER, completion INTEGER, cached INTEGER, requests INTEGER);
+CREATE INDEX sessions_by_start ON sessions (start);
+CREATE TABLE session_energy (session INTEGER, rates INTEGER, energy_mj INTEGER,
+  estimated_mj INTEGER, PRIMARY KEY (session, rates)) WITHOUT ROWID;
+CREATE TABLE kept (tier TEXT PRIMARY KEY, since INTEGER);
+INSERT INTO kept VALUES ('samples', 0), ('minutes', 0);
+PRAGMA user_version = 1;
+COMMIT;"""  # noqa: S608
+
+
+@contextlib.contextmanager
+def sqlite_errors() -> Iterator[None]:
+    """Turn every failure of SQLite into one sentence."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        name = getattr(error, "sqlite_errorname", "")
+        if name == "SQLITE_FULL" or name.startswith("SQLITE_IOERR"):
+            raise EnergyRecordsError(
+                "Energy cannot be recorded: its disk is full, or fails.",
+                advice="Free some space; until then records wait in memory.",
+            ) from error
+        if _is_damaged(error):
+            raise EnergyRecordsError(
+                f"{ENERGY_FILE} is damaged.",
+                advice="Restart the console: it sets the file aside and begins a new one.",
+            ) from error
+        raise EnergyRecordsError(
+            f"{ENERGY_FILE} cannot be used: {error}.", advice="Look at the home directory."
+        ) from error
+
+
+def _is_damaged(error: sqlite3.Error) -> bool:
+    return getattr(error, "sqlite_errorname", "").startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB"))
+
+
+@dataclass(kw_only=True, slots=True)
+class _Session:
+    """A session as it grows; its figures are whole, so that writing it twice changes nothing."""
+
+    id: int
+    model: str
+    replica: int
+    container: str
+    gpus: tuple[str, ...]
+    start: float
+    last: float
+    tokens: tuple[int, ...] = (0, 0, 0, 0)  # prompt, completion, cached; and requests
+    end: float | None = None
+    ms: int = 0
+    unmeasured_ms: int = 0
+    peak_w: float = 0.0
+    energy: dict[EnergyRates, list[int]] = field(default_factory=dict)
+
+    def is_of(self, share: EnergyShare) -> bool:
+        """Its own share, or one of a GPU of its that nobody measured."""
+        if share.energy_mj is None:
+            return share.gpu_uuid in self.gpus
+        return (share.model, share.replica) == (self.model, self.replica)
+
+    def take(self, shares: Sequence[EnergyShare], rates: EnergyRates) -> None:
+        """Its shares of one look at all GPUs, which is what its peak is of."""
+        watts = 0.0
+        for share in shares:
+            self.last = max(self.last, share.start + share.seconds)
+            if share.energy_mj is None:
+                self.unmeasured_ms += round(1000 * share.seconds)
+                continue
+            self.ms += round(1000 * share.seconds)
+            if share.seconds >= PEAK_SECONDS:
+                watts += share.energy_mj / 1000 / share.seconds
+            sums = self.energy.setdefault(rates, [0, 0])
+            sums[0] += share.energy_mj
+            sums[1] += 0 if share.measured else share.energy_mj
+        self.peak_w = max(self.peak_w, watts)
+
+    def count(self, counters: tuple[int, ...]) -> tuple[int, ...]:
+        """What came since it last counted."""
+        came, self.tokens = _minus(counters, self.tokens), counters
+        return came
+
+
+def _minus(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
+    return tuple(x - y for x, y in zip(a, b, strict=True))
+
+
+class EnergyRecords:
+    """energy.sqlite, by its one writer: what is given is on the disk within COMMIT_SECONDS.
+
+    No failure of the disk raises. What cannot be written waits, `trouble` says so, and of what
+    waits too long only the time is kept, as unmeasured. A damaged file is set aside.
+    """
+
+    def __init__(self, path: Path, now: Callable[[], float] = time.time) -> None:
+        self._path = path
+        self._now = now
+        self._lock = threading.Lock()
+        self._db: sqlite3.Connection | None = None
+        self._ids: dict[object, int] = {}
+        self._waiting: list[tuple[Sequence[EnergyShare], EnergyRates]] = []
+        self._tokens: dict[tuple[int, str, int], tuple[int, ...]] = {}
+        self._sessions: dict[str, _Session] = {}  # by container
+        self._unsaved: dict[int, _Session] = {}
+        self._committed = self._rolled_up = -math.inf
+        self._set_aside: ManagerError | None = None
+        self._fault: ManagerError | None = None
+        with self._lock:
+            self._commit()
+
+    @property
+    def trouble(self) -> ManagerError | None:
+        """Why records wait in memory, or that earlier ones were set aside."""
+        return self._fault or self._set_aside
+
+    def add(self, shares: Sequence[EnergyShare], rates: EnergyRates) -> None:
+        """The shares of one look at all GPUs."""
+        with self._lock:
+            self._waiting.append((shares, rates))
+            for session in self._sessions.values():
+                if own := [share for share in shares if session.is_of(share)]:
+                    session.take(own, rates)
+                    self._unsaved[session.id] = session
+            if time.monotonic() - self._committed >= COMMIT_SECONDS:
+                self._commit()
+
+    def open_session(
+        self, model: str, replica: int, container_id: str, gpu_uuids: Sequence[str], start: float
+    ) -> None:  # fmt: skip
+        """A replica is ready; one that it was before, in another container, is over."""
+        with self._lock:
+            for other in [*self._sessions.values()]:
+                if container_id == other.container or (model, replica) == (
+                    other.model, other.replica,
+                ):  # fmt: skip
+                    self._end(other, max(other.last, other.start))
+            session = _Session(
+                id=time.time_ns(), model=model, replica=replica, container=container_id,
+                gpus=tuple(gpu_uuids), start=start, last=start,
+            )  # fmt: skip
+            self._sessions[container_id] = self._unsaved[session.id] = session
+            self._commit()
+
+    def close_session(self, container_id: str, end: float) -> None:
+        with self._lock:
+            if session := self._sessions.get(container_id):
+                self._end(session, max(end, session.start))
+                self._commit()
+
+    def _end(self, session: _Session, end: float) -> None:
+        session.end = end
+        self._unsaved[session.id] = session
+        del self._sessions[session.container]
+
+    def count_tokens(
+        self, container_id: str, prompt: int, completion: int, cached: int, asked: int
+    ) -> None:  # fmt: skip
+        """What a session's engine counted since the session began, so far."""
+        with self._lock:
+            if session := self._sessions.get(container_id):
+                came = session.count((prompt, completion, cached, asked))
+                hour = int(session.last) // HOUR_SECONDS * HOUR_SECONDS
+                key = (hour, session.model, session.replica)
+                before = self._tokens.get(key, (0, 0, 0, 0))
+                self._tokens[key] = tuple(a + b for a, b in zip(before, came, strict=True))
+                self._unsaved[session.id] = session
+
+    def flush(self) -> None:
+        with self._lock:
+            self._commit()
+
+    def close(self) -> None:
+        """What waits is written if it can be; sessions end at their last record."""
+        with self._lock:
+            for session in [*self._sessions.values()]:
+                self._end(session, session.last)
+            self._commit()
+            self._disconnect()
+
+    # --- writing -----------------------------------------------------------------
+
+    def _commit(self) -> None:
+        """All that waits in one transaction, or none of it."""
+        self._committed = time.monotonic()
+        try:
+            with sqlite_errors():
+                try:
+                    self._write()
+                except sqlite3.DatabaseError as error:
+                    if not _is_damaged(error):
+                        raise
+                    self._begin_anew(error)
+                    self._write()
+        except EnergyRecordsError as error:
+            self._wait(error)
+        except OSError as error:
+            fact = f"{ENERGY_FILE} cannot be opened, or set aside: {error}."
+            self._wait(EnergyRecordsError(fact, advice="Look at the home directory."))
+        else:
+            if self._fault:
+                log.info("Energy is recorded again.")
+            self._waiting, self._tokens, self._unsaved, self._fault = [], {}, {}, None
+
+    def _wait(self, fault: EnergyRecordsError) -> None:
+        self._ids.clear()  # of rows that are not there
+        if self._fault is None:
+            log.warning("%s", fault)
+        self._fault = fault
+        if len(self._waiting) > MOST_WAITING:
+            half = len(self._waiting) // 2
+            lost = itertools.chain.from_iterable(shares for shares, _ in self._waiting[:half])
+            self._waiting[:half] = [(given_up(lost), EnergyRates())]
+
+    def _write(self) -> None:
+        db = self._db = self._db or self._connect()
+        with db:
+            db.execute("BEGIN IMMEDIATE")
+            if time.monotonic() - self._rolled_up >= ROLL_UP_SECONDS:
+                roll_up(db, min(self._now(), _latest_believed(db)))
+                self._rolled_up = time.monotonic()
+            self._write_shares(db)
+            self._write_sessions(db)
+
+    def _write_shares(self, db: sqlite3.Connection) -> None:
+        lines: dict[int, list[str]] = {}
+        sums: dict[str, dict[tuple[int, int, int], list[int]]] = {tier: {} for tier in TIERS}
+        waiting = ((share, rates) for shares, rates in self._waiting for share in shares)
+        for share, rates in waiting:
+            ids = self._subject(db, share), self._rates(db, rates)
+            for piece in by_the_hour(share):
+                ms = round(1000 * piece.seconds)
+                known = piece.energy_mj is not None
+                taken = (piece.energy_mj or 0, ms if known else 0, 0 if known else ms)
+                for tier, length in TIERS.items():
+                    start = int(piece.start // length) * length
+                    row = sums[tier].setdefault((start, *ids), [0, 0, 0])
+                    row[:] = (a + b for a, b in zip(row, taken, strict=True))
+                minute = int(piece.start // MINUTE_SECONDS) * MINUTE_SECONDS
+                who = (share.gpu_uuid, share.model, share.replica, share.method)
+                line = sample_line(format_moment(piece.start), who, taken)
+                lines.setdefault(minute, []).append(line)
+        for tier, rows in sums.items():
+            db.executemany(ADDING.format(tier=tier), [(*key, *row) for key, row in rows.items()])
+        for minute, found in lines.items():
+            db.execute(KEEPING, {"first": minute * 1000, "lines": "".join(found).encode()})
+        db.executemany(COUNTING, [(*key, *came) for key, came in self._tokens.items() if any(came)])
+
+    def _subject(self, db: sqlite3.Connection, share: EnergyShare) -> int:
+        names = ("gpu", "model", "replica", "method", "estimated")
+        estimated = int(not share.measured and share.energy_mj is not None)
+        values = (share.gpu_uuid, share.model, share.replica, share.method, estimated)
+        return self._id(db, "subjects", names, values)
+
+    def _rates(self, db: sqlite3.Connection, rates: EnergyRates) -> int:
+        values = rates.price_per_kwh, rates.currency, rates.co2_grams_per_kwh, rates.overhead
+        return self._id(db, "rates", ("price", "currency", "co2", "overhead"), values)
+
+    def _id(
+        self, db: sqlite3.Connection, table: str, names: Sequence[str], values: tuple[object, ...]
+    ) -> int:
+        """The number of that row, which is made where there is none."""
+        key = (table, values)
+        if key not in self._ids:
+            where = " AND ".join(f"{name} IS ?" for name in names)
+            found = db.execute(f"SELECT id FROM {table} WHERE {where}", values).fetchone()  # noqa: S608
+            if found is None:
+                marks = ", ".join("?" * len(names))
+                made = f"INSERT INTO {table} ({', '.join(names)}) VALUES ({marks}) RETURNING id"  # noqa: S608
+                found = db.execute(made, values).fetchone()
+            self._ids[key] = found[0]
+        return self._ids[key]
+
+    def _write_sessions(self, db: sqlite3.Connection) -> None:
+        for s in self._unsaved.values():
+            db.execute(
+                f"INSERT OR REPLACE INTO sessions VALUES (?{', ?' * 14})",  # noqa: S608
+                (s.id, s.model, s.replica, s.container, json.dumps(s.gpus), s.start, s.last, s.end,
+                 s.ms, s.unmeasured_ms, s.peak_w, *s.tokens),
+            )  # fmt: skip
+            db.executemany(
+                "INSERT OR REPLACE INTO session_energy VALUES (?, ?, ?, ?)",
+                [(s.id, self._rates(db, rates), *sums) for rates, sums in s.energy.items()],
+            )
+
+    # --- the file ------------------------------------------------------------------
+
+    def _connect(self) -> sqlite3.Connection:
+        """The file, made where there is none; sessions that a kill left open end."""
+        os.close(private_opener(str(self._path), os.O_CREAT | os.O_RDWR))
+        db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
+        try:
+            for setting in PRAGMAS:
+                db.execute(f"PRAGMA {setting}")
+            _check_file(db)
+            if not self._sessions:
+                db.execute("UPDATE sessions SET end = last WHERE end IS NULL")
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def _disconnect(self) -> None:
+        if self._db is not None:
+            self._db.close()
+        self._db = None
+
+    def _begin_anew(self, why: sqlite3.Error) -> None:
+        """Keep the damaged file, with its log, under another name."""
+        with contextlib.suppress(sqlite3.Error):
+            self._disconnect()
+        self._db = None
+        self._ids.clear()
+        aside = f"{self._path}.damaged-{utc_now():%Y%m%dT%H%M%S}"
+        for ending in ("", "-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                Path(f"{self._path}{ending}").rename(f"{aside}{ending}")
+        self._set_aside = EnergyRecordsError(
+            f"{ENERGY_FILE} was damaged ({why}), and is now {Path(aside).name}.",
+            advice="Energy is recorded in a new file; what was recorded before is in that one.",
+        )
+        log.warning("%s", self._set_aside)
+
+
+def _check_file(db: sqlite3.Connection) -> None:
+    """Make the tables of a new file, or refuse one that is damaged, or not for this program."""
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    if version > 1:
+        raise EnergyRecordsError(
+            f"{ENERGY_FILE} is of a newer LLM Manager.", advice="Update this one."
+        )
+    if not version:
+        db.executescript(ENERGY_SCHEMA)
+    if db.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
+        raise _DamagedError
+
+
+class _DamagedError(sqlite3.DatabaseError):
+    sqlite_errorname = "SQLITE_CORRUPT"
+
+
+ADDING: Final = """
+INSERT INTO {tier} VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET
+  energy_mj = energy_mj + excluded.energy_mj, ms = ms + excluded.ms,
+  unmeasured_ms = unmeasured_ms + excluded.unmeasured_ms"""
+COUNTING: Final = """
+INSERT INTO tokens VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET
+  prompt = prompt + excluded.prompt, completion = completion + excluded.completion,
+  cached = cached + excluded.cached, requests = requests + excluded.requests"""
+# Numbered by the minute, so that they are found and deleted by it: 60,000 may be of one.
+KEEPING: Final = """
+INSERT INTO samples SELECT coalesce(max(id) + 1, :first), :lines FROM samples
+ WHERE id BETWEEN :first AND :first + 59999"""
+
+
+def format_moment(seconds: float) -> str:
+    """As in `SAMPLE_COLUMNS`: to the millisecond."""
+    whole, ms = divmod(int(seconds * 1000), 1000)
+    return f"{datetime.fromtimestamp(whole, UTC):%Y-%m-%d %H:%M:%S}\x1e{ms:03d}"
+
+
+def _latest_believed(db: sqlite3.Connection) -> float:
+    """How late it can be: a clock that is ahead for some hours must not delete all."""
+    newest = db.execute(
+        "SELECT DISTINCT start FROM hours ORDER BY start DESC LIMIT ?", (BELIEVED_HOURS,)
+    ).fetchall()
+    return newest[-1][0] + RAW_DAYS * DAY_SECONDS if newest else 0.0
+
+
+BELIEVED_HOURS: Final = 24  # so many must be recorded before their clock counts
+
+
+def roll_up(db: sqlite3.Connection, now: float) -> None:
+    """Delete what is told by minutes, or by hours, and too old to be told more finely."""
+    since = {
+        "samples": int(now - RAW_DAYS * DAY_SECONDS) // HOUR_SECONDS * HOUR_SECONDS,
+        "minutes": int(now - MINUTE_DAYS * DAY_SECONDS) // HOUR_SECONDS * HOUR_SECONDS,
+    }
+    for tier, moment in since.items():
+        db.execute("UPDATE kept SET since = max(since, ?) WHERE tier = ?", (moment, tier))
+    until = "(SELECT since FROM kept WHERE tier = '{tier}')"
+    db.execute(f"DELETE FROM samples WHERE id < 1000 * {until.format(tier='samples')}")  # noqa: S608
+    db.execute(f"DELETE FROM minutes WHERE start < {until.format(tier='minutes')}")  # noqa: S608
+
+
+PARTS: Final = """
+SELECT {start}, {subject}, model, sum(energy_mj), sum(energy_mj * estimated), sum(unmeasured_ms),
+       price, currency, co2, overhead
+  FROM hours JOIN subjects ON subjects.id = subject JOIN rates ON rates.id = rates
+ WHERE start >= ? AND start < ? GROUP BY 1, 2, 3, rates.id ORDER BY 1, 2, 3"""
+DAY_OF: Final = f"start - start % {DAY_SECONDS}"
+ENERGY_KEYS: Final[Mapping[str, tuple[str, str]]] = {
+    "day": (DAY_OF, "date(start, 'unixepoch')"),
+    "hour": ("start", "strftime('%Y-%m-%d %H:00', start, 'unixepoch')"),
+    "model": ("0", f"iif(model = '', '{IDLE}', model)"),
+    "gpu": ("0", "gpu"),
+}
+COUNTED: Final = """
+SELECT {start}, {subject}, model, sum(requests), sum(prompt), sum(completion) FROM tokens
+ WHERE start >= ? AND start < ? GROUP BY 1, 2, 3 ORDER BY 1, 2, 3"""
+TOLD: Final = """
+SELECT datetime(start, 'unixepoch') || char(30) || '000', gpu, model, replica, method,
+       energy_mj, ms, unmeasured_ms
+  FROM {tier} JOIN subjects ON subjects.id = subject WHERE start >= ? AND start < ?
+ ORDER BY start, subject"""
+BLOCKS: Final = 256  # of lines, at once
+
+
+class EnergyReader:
+    """energy.sqlite as anybody may read it while it is written; without a file, nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def parts(self, first: date, last: date, by: EnergyGrouping) -> list[EnergyPart]:
+        """Of whole days, by model and day, hour or GPU. Raises EnergyRecordsError."""
+        start, subject = ENERGY_KEYS[by]
+        with self._reading() as db:
+            rows = db.execute(PARTS.format(start=start, subject=subject), _moments(first, last))
+            return [
+                EnergyPart(
+                    start=moment, subject=who, model=model, energy_mj=energy_mj,
+                    estimated_mj=estimated_mj, unmeasured_ms=unmeasured_ms,
+                    rates=EnergyRates(price_per_kwh=price, currency=currency,
+                                      co2_grams_per_kwh=co2, overhead=overhead),
+                )
+                for (moment, who, model, energy_mj, estimated_mj, unmeasured_ms, price, currency,
+                     co2, overhead) in rows
+            ]  # fmt: skip
+
+    def uses(self, first: date, last: date, by: EnergyGrouping) -> list[TokenUse]:
+        """By the engines' own count; they do not tell by GPU."""
+        if by == "gpu":
+            return []
+        start, subject = ENERGY_KEYS[by]
+        with self._reading() as db:
+            rows = db.execute(COUNTED.format(start=start, subject=subject), _moments(first, last))
+            return [
+                TokenUse(start=moment, subject=who, model=model, requests=asked,
+                         prompt_tokens=prompt, completion_tokens=completion)
+                for moment, who, model, asked, prompt, completion in rows
+            ]  # fmt: skip
+
+    def sessions(self, first: date, last: date) -> Iterator[EnergySession]:
+        """Those that were on in these days, newest first; each with all of its energy."""
+        start, end = _moments(first, last)
+        for row in self._rows(
+            "SELECT * FROM sessions WHERE start < ? AND last >= ? ORDER BY start DESC, id",
+            (end, start),
+        ):
+            yield _read_session(row, self._rows(
+                "SELECT price, currency, co2, overhead, energy_mj, estimated_mj "
+                "FROM session_energy JOIN rates ON rates.id = rates WHERE session = ?", (row[0],),
+            ))  # fmt: skip
+
+    def samples(self, first: date, last: date, style: CsvStyle) -> Iterator[bytes]:
+        """A CSV of what is kept, each stretch of time as finely as it still is.
+
+        It reads a piece at a time, or SQLite's log would grow as long as a slow reader takes.
+        """
+        start, end = _moments(first, last)
+        yield (style.separator.join(SAMPLE_COLUMNS) + "\n").encode()
+        since: dict[str, int] = dict(self._rows("SELECT tier, since FROM kept"))
+        ((oldest,),) = self._rows("SELECT min(start) FROM hours")
+        start = min(max(start, (oldest or 0) // DAY_SECONDS * DAY_SECONDS), end)
+        by_minute = min(max(start, since["minutes"]), end)
+        raw = min(max(by_minute, since["samples"]), end)
+        for tier, begin, until in (("hours", start, by_minute), ("minutes", by_minute, raw)):
+            for day in range(begin, until, DAY_SECONDS):
+                rows = self._rows(TOLD.format(tier=tier), (day, min(day + DAY_SECONDS, until)))
+                lines = (sample_line(row[0], row[1:5], row[5:]) for row in rows)
+                yield styled("".join(lines).encode(), style)
+        at = raw * 1000
+        while blocks := self._rows(
+            "SELECT id, lines FROM samples WHERE id >= ? AND id < ? ORDER BY id LIMIT ?",
+            (at, end * 1000, BLOCKS),
+        ):
+            at = blocks[-1][0] + 1
+            yield styled(b"".join(lines for _, lines in blocks), style)
+
+    def _rows(self, sql: str, values: Sequence[object] = ()) -> list[Any]:
+        with self._reading() as db:
+            return db.execute(sql, values).fetchall()
+
+    def exists(self) -> bool:
+        """Whether anything was ever recorded."""
+        return self._path.exists()
+
+    def taken(self, model: str, replica: int, start: float, end: float) -> int | None:
+        """The millijoules of a replica between two moments; None where samples do not tell."""
+        first = int(start // 60 - 1) * 60_000  # a block goes on after its minute
+        with self._reading() as db:
+            rows = db.execute("SELECT lines FROM samples WHERE id BETWEEN ? AND ?",
+                              (first, int(end) * 1000 + 59_999))  # fmt: skip
+            lines = b"".join(lines for (lines,) in rows)
+        return energy_within(lines, model, replica, start, end)
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        """One look: what is written or rolled up meanwhile does not show."""
+        known = self.exists()
+        with sqlite_errors():
+            where = f"{self._path.absolute().as_uri()}?mode=ro" if known else ":memory:"
+            db = sqlite3.connect(where, uri=True, isolation_level=None, check_same_thread=False)
+            try:
+                if not known:
+                    db.executescript(ENERGY_SCHEMA)
+                db.execute("BEGIN")
+                yield db
+            finally:
+                db.close()
+
+
+def _moments(first: date, last: date) -> tuple[int, int]:
+    """Where the days begin, and where they have ended."""
+    days = first.toordinal(), last.toordinal() + 1
+    return tuple((day - date(1970, 1, 1).toordinal()) * DAY_SECONDS for day in days)  # type: ignore[return-value]
+
+
+def _read_session(row: Sequence[Any], energy: Sequence[Sequence[Any]]) -> EnergySession:
+    (_, model, replica, container, gpus, start, _, end, ms, unmeasured_ms, peak_w, prompt,
+     completion, cached, requests_) = row  # fmt: skip
+    uuids = tuple(json.loads(gpus))
+    parts = [
+        EnergyPart(
+            start=0, subject=model, model=model, energy_mj=energy_mj, estimated_mj=estimated_mj,
+            unmeasured_ms=0, rates=EnergyRates(price_per_kwh=price, currency=currency,
+                                               co2_grams_per_kwh=co2, overhead=overhead),
+        )
+        for price, currency, co2, overhead, energy_mj, estimated_mj in energy
+    ]  # fmt: skip
+    (found,) = add_up(parts).values() or [EnergySum(subject=model, name=model)]
+    return EnergySession(
+        model=model,
+        replica=replica,
+        container_id=container,
+        gpu_uuids=uuids,
+        start=datetime.fromtimestamp(start, UTC),
+        end=None if end is None else datetime.fromtimestamp(end, UTC),
+        energy_mj=found.energy_mj,
+        estimated_mj=found.estimated_mj,
+        measured_seconds=ms / 1000 / (len(uuids) or 1),
+        unmeasured_seconds=unmeasured_ms / 1000 / (len(uuids) or 1),
+        peak_w=peak_w,
+        requests=requests_,
+        prompt_tokens=prompt,
+        cached_tokens=cached,
+        completion_tokens=completion,
+        costs=found.costs,
+        co2_grams=found.co2_grams,
+    )
+
+
+# =============================================================================
+# §32 Hub — effects: Hugging Face, downloads, and the cache on the disk
 # =============================================================================
 
 LOOK_SECONDS: Final = 10.0  # one request to the hub; a download has its own watchdog
@@ -15083,7 +18921,7 @@ def fetch_weights() -> HubError | None:
 
 
 # =============================================================================
-# §28 Drivers — effects: NVML, and what the system knows about GPUs
+# §33 Drivers — effects: NVML, and what the system knows about GPUs
 # =============================================================================
 
 
@@ -15095,6 +18933,8 @@ class GpuDriver(Protocol):
     def create_slice(self, gpu: GpuUuid, wanted: Slice) -> None: ...
     def destroy_slice(self, gpu: GpuUuid, wanted: Slice) -> None: ...
     def refresh_cdi(self) -> None: ...
+    def look(self, shared: Mapping[GpuUuid, Collection[str]]) -> Mapping[GpuUuid, GpuLook]: ...
+    def give_way(self) -> bool: ...
 
 
 HARDWARE_SECONDS: Final = 5.0
@@ -15114,16 +18954,24 @@ MODE_ATTEMPTS: Final = 3
 class NvmlGpus:
     """GPUs through NVML.
 
-    The library is open only while it is asked: an open one is a client of every GPU, and would
-    itself keep an Ampere card from the reset that its MIG mode needs.
+    An open library is a client of every GPU, and would itself keep an Ampere card from the reset
+    that its MIG mode needs. It is open while it is asked, and between the looks of whoever samples,
+    who lets go of it while `turn`, a lock shared by all processes, is taken for a change of mode.
     """
 
     def __init__(
-        self, geometries: Mapping[str, MigGeometry], system: GpuSystem, *, pause: float = 1.0
+        self,
+        geometries: Mapping[str, MigGeometry],
+        system: GpuSystem,
+        *,
+        pause: float = 1.0,
+        turn: Path | None = None,
     ) -> None:
         self._tables = geometries
         self._system = system
-        self._pause = pause  # seconds before a mode is tried once more
+        self._pause = pause  # seconds before a mode is tried once more; samplers let go within one
+        self._turn = turn
+        self._meter = NvmlMeter()
         self._geometries: dict[tuple[str, bool], MigGeometry] = {}
         self._lock = threading.RLock()
         self._linked: tuple[Any, Mapping[frozenset[GpuUuid], Link]] = ((), {})
@@ -15137,6 +18985,43 @@ class NvmlGpus:
             if fresh or self._latest is None or now - self._taken > HARDWARE_SECONDS:
                 self._latest, self._taken = self._look(), now
             return self._latest
+
+    def look(self, shared: Mapping[GpuUuid, Collection[str]]) -> Mapping[GpuUuid, GpuLook]:
+        """What each GPU has taken until now, and how busy these shared ones are; never raises.
+
+        A shared GPU comes with its MIG devices, or with none where processes share it. Nothing is
+        seen of a GPU that does not answer, nor of any while somebody changes a MIG mode.
+        """
+        with self._lock:
+            return {} if self.give_way() else self._meter.look(shared)
+
+    def give_way(self) -> bool:
+        """Whether a process, this one included, changes a MIG mode: then no GPU is held open."""
+        if self._turn is None:
+            return False
+        try:
+            handle = take_lock(self._turn)
+        except OSError:  # nobody can take it then
+            return False
+        if handle is not None:
+            handle.close()
+            return False
+        with self._lock:
+            self._meter.close()
+        return True
+
+    @contextlib.contextmanager
+    def _taking_turn(self) -> Iterator[None]:
+        """Samplers of all processes let go of the GPUs at their next look."""
+        handle = None
+        if self._turn is not None:
+            with file_errors("lock the GPUs"):
+                handle = take_lock(self._turn, wait=True)
+        try:
+            yield
+        finally:
+            if handle is not None:
+                handle.close()
 
     def _look(self) -> Hardware:
         system = self._system
@@ -15241,6 +19126,7 @@ class NvmlGpus:
     def _changing(self, gpu: GpuUuid, action: str) -> Iterator[Any]:
         """The handle of a GPU to change; what was read before is forgotten."""
         with self._lock, nvml_errors(action, lambda: self._in_the_way(gpu)):
+            self._meter.close()  # its handles may be of slices that go
             pynvml.nvmlInit()
             try:
                 yield pynvml.nvmlDeviceGetHandleByUUID(gpu)
@@ -15259,6 +19145,10 @@ class NvmlGpus:
         does, is in the way for a moment.
         """
         action = f"turn MIG {'on' if enabled else 'off'}"
+        with self._taking_turn():
+            self._set_mig_mode(gpu, action, enabled=enabled)
+
+    def _set_mig_mode(self, gpu: GpuUuid, action: str, *, enabled: bool) -> None:
         now: Gpu | None = None
         for attempt in range(MODE_ATTEMPTS):
             if attempt:
@@ -15322,6 +19212,161 @@ class NvmlGpus:
             "The container toolkit's list of devices still lacks a slice.",
             advice="Run `systemctl restart nvidia-cdi-refresh`, and read its journal.",
         )
+
+
+class NvmlMeter:
+    """NVML as a sampler uses it: open between looks, because opening costs more than asking."""
+
+    def __init__(self) -> None:
+        self._handles: dict[GpuUuid, Any] = {}
+        self._count = 0  # GPUs that there are, with those that did not answer
+        self._opened: float | None = None
+        self._busy: dict[GpuUuid, tuple[int, float, Activities]] = {}
+        self._samples: dict[str, Any] = {}  # GPM's last one of each MIG device
+
+    def look(self, shared: Mapping[GpuUuid, Collection[str]]) -> Mapping[GpuUuid, GpuLook]:
+        """What answers; NVML is opened again now and then where something does not."""
+        found: dict[GpuUuid, GpuLook] = {}
+        try:
+            self._open()
+        except pynvml.NVMLError:  # of the driver's absence every other reading tells
+            return found
+        for gpu, handle in self._handles.items():
+            with contextlib.suppress(pynvml.NVMLError):
+                reading = _energy_reading(handle)
+                if reading.counter_mj is not None or reading.power_w is not None:
+                    activities = self._activities(gpu, handle, shared.get(gpu))
+                    found[gpu] = GpuLook(reading=reading, activities=activities)
+        age = boot_seconds() - (self._opened or 0.0)
+        if age > REOPEN_SECONDS and len(found) < max(1, self._count):
+            self.close()
+        return found
+
+    def _open(self) -> None:
+        if self._opened is not None:
+            return
+        pynvml.nvmlInit()
+        self._opened = boot_seconds()
+        self._count = _ask(pynvml.nvmlDeviceGetCount) or 0
+        for index in range(self._count):
+            with contextlib.suppress(pynvml.NVMLError):
+                handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+                self._handles[GpuUuid(_text(pynvml.nvmlDeviceGetUUID(handle)) or "")] = handle
+
+    def close(self) -> None:
+        """Let go of every GPU; the next look opens it anew."""
+        if self._opened is None:
+            return
+        with contextlib.suppress(pynvml.NVMLError):
+            for sample in self._samples.values():
+                _ask(pynvml.nvmlGpmSampleFree, sample)
+            pynvml.nvmlShutdown()
+        self._opened, self._handles, self._samples, self._busy = None, {}, {}, {}
+
+    def _activities(
+        self, uuid: GpuUuid, handle: Any, devices: Collection[str] | None
+    ) -> Activities | None:
+        if devices is None:
+            return None
+        return self._slices_busy(handle, devices) if devices else self._processes_busy(uuid, handle)
+
+    def _processes_busy(self, uuid: GpuUuid, handle: Any) -> Activities | None:
+        """How busy each process kept the GPU since the last look; None where it cannot tell.
+
+        The driver has a sample now and then: between two of them the last one holds.
+        """
+        since, taken_at, known = self._busy.get(uuid, (0, -math.inf, {}))
+        now = boot_seconds()
+        samples = _utilisation(handle, since)
+        if samples is None:
+            return None
+        if not samples:
+            return known if now - taken_at <= BUSY_SECONDS else {}
+        busy: dict[int | str, list[float]] = {}
+        for sample in samples:
+            busy.setdefault(sample.pid, []).append(float(sample.smUtil))
+        means = {pid: sum(several) / len(several) for pid, several in busy.items()}
+        self._busy[uuid] = max(int(sample.timeStamp) for sample in samples), now, means
+        return means
+
+    def _slices_busy(self, handle: Any, devices: Collection[str]) -> Activities:
+        """How busy slices were since the last look, by GPM; Hopper and later have that."""
+        support = _ask(pynvml.nvmlGpmQueryDeviceSupport, handle)
+        if support is None or not support.isSupportedDevice:
+            return {}
+        busy = {device: self._slice_busy(handle, device) for device in devices}
+        return {device: percent for device, percent in busy.items() if percent is not None}
+
+    def _slice_busy(self, handle: Any, device: str) -> float | None:
+        before, now = self._samples.pop(device, None), _gpm_sample(handle, device)
+        if now is not None:
+            self._samples[device] = now
+        if before is None:
+            return None
+        try:
+            return _gpm_activity(before, now) if now is not None else None
+        finally:
+            _ask(pynvml.nvmlGpmSampleFree, before)
+
+
+REOPEN_SECONDS: Final = 60.0
+BUSY_SECONDS: Final = 3.0
+POWER_INSTANT: Final = 186  # NVML_FI_DEV_POWER_INSTANT, in milliwatts
+SM_ACTIVITY: Final = 2  # NVML_GPM_METRIC_SM_UTIL, percent of the slice's own multiprocessors
+
+
+def boot_seconds() -> float:
+    """Seconds that go on while the server sleeps, and that no clock setting changes."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def _energy_reading(handle: Any) -> EnergyReading:
+    """Millijoules and watts of a whole GPU; each may be missing, on old cards and virtual ones."""
+    power = _ask(pynvml.nvmlDeviceGetPowerUsage, handle)
+    if power is None:
+        values = _ask(pynvml.nvmlDeviceGetFieldValues, handle, [POWER_INSTANT])
+        power = values[0].value.uiVal if values and not values[0].nvmlReturn else None
+    at = boot_seconds()
+    counter = _ask(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle)
+    return EnergyReading(at=at, counter_mj=counter, power_w=_watts(power))
+
+
+def _utilisation(handle: Any, since: int) -> list[Any] | None:
+    """Samples newer than that; none where nobody computed, None where the driver has no such."""
+    try:
+        found = pynvml.nvmlDeviceGetProcessUtilization(handle, since)
+    except pynvml.NVMLError as error:
+        # pynvml takes "success, nothing to tell" for an error.
+        none = error.value in {pynvml.NVML_ERROR_NOT_FOUND, pynvml.NVML_SUCCESS}
+        return [] if none else None
+    most = 100  # percent; drivers sometimes answer nonsense beside it
+    return [sample for sample in found if sample.timeStamp > since and sample.smUtil <= most]
+
+
+def _gpm_sample(handle: Any, device: str) -> Any:
+    """What GPM counted on a MIG device until now; None where it does not tell."""
+    slice_handle = _ask(pynvml.nvmlDeviceGetHandleByUUID, device)
+    instance = _ask(pynvml.nvmlDeviceGetGpuInstanceId, slice_handle) if slice_handle else None
+    sample = _ask(pynvml.nvmlGpmSampleAlloc) if instance is not None else None
+    if sample is None:
+        return None
+    if _ask(pynvml.nvmlGpmMigSampleGet, handle, instance, sample) is None:
+        _ask(pynvml.nvmlGpmSampleFree, sample)
+        return None
+    return sample
+
+
+def _gpm_activity(before: Any, now: Any) -> float | None:
+    """Percent of the multiprocessors that worked between two samples."""
+    asked = pynvml.c_nvmlGpmMetricsGet_t(
+        version=pynvml.NVML_GPM_METRICS_GET_VERSION, numMetrics=1, sample1=before, sample2=now
+    )
+    asked.metrics[0].metricId = SM_ACTIVITY
+    told = _ask(pynvml.nvmlGpmMetricsGet, asked)
+    if told is None or told.metrics[0].nvmlReturn:
+        return None
+    value = float(told.metrics[0].value)
+    return value if math.isfinite(value) and value >= 0 else None
 
 
 def _why_no_driver(error: Any, system: GpuSystem) -> ManagerError | None:
@@ -15830,7 +19875,7 @@ def kernel_log(device: Path) -> str | None:
 
 
 # =============================================================================
-# §29 Orchestration — effects: Plan -> world, undo, jobs
+# §34 Orchestration — effects: Plan -> world, undo, jobs
 # =============================================================================
 
 
@@ -15985,9 +20030,10 @@ def converge(
     faults = _side_by_side(plan.layouts, tools, control)
     if faults and reach.whole:
         _raise_all(faults)
-    if plan.layouts:
+    layouts = plan.layouts
+    if layouts:
         plan = _without_consequences(
-            planned(observe(tools, state.edge), recut=False), plan.layouts, control
+            planned(observe(tools, state.edge), recut=False), layouts, control
         )
     faults += _attempt([plan.devices], tools, control)
     apply_stage(plan.foundation, tools, control)
@@ -16004,7 +20050,21 @@ def converge(
         faults += _attempt(
             [plan_retirement(state, observe(tools, state.edge), None, names)], tools, control
         )
-    _raise_all(_counting(faults, state, first, control) if reach.whole else faults)
+    unwatched = _watch(state, site, tools, control, reach, recut=bool(layouts))
+    # Whoever changes a layout gets all of it or nothing; that it is watched is not part of it.
+    _raise_all(_counting(faults, state, first, control) if reach.whole else faults + unwatched)
+
+
+def _watch(
+    state: State, site: Site, tools: Tools, control: Control, reach: Change, *, recut: bool
+) -> list[ManagerError]:
+    """Faults of monitoring, where they are the change's; they are reported in any case."""
+    stages = plan_monitoring(
+        state, observe(tools, state.edge), site,
+        scope=reach.scope, despite_driver=reach.despite_driver, recut=recut,
+    )  # fmt: skip
+    faults = _attempt(stages, tools, control)
+    return faults if reach.scope.has_monitoring else []
 
 
 def _without_consequences(plan: Plan, layouts_first: Sequence[Stage], control: Control) -> Plan:
@@ -16097,12 +20157,17 @@ def _raise_all(faults: Sequence[ManagerError]) -> None:
             raise ManagerError(facts, advice=advice)
 
 
+# What this thread is at, for the journal.
+DOING: Final = contextvars.ContextVar[dict[str, str]]("doing", default={})  # noqa: B039 - never changed
+
+
 def apply_stage(stage: Stage, tools: Tools, control: Control) -> None:
     """Do each step in order; if one fails, undo newest first and let it raise."""
     attempted: list[Step] = []
     try:
         for step in stage.steps:
             control.check()
+            DOING.set({"model": stage_model(stage), "step": type(step).__name__})
             control.report(describe(step))
             attempted.append(step)  # before the effect: a half-done step is undone too
             apply_step(step, tools, control)
@@ -16117,6 +20182,8 @@ def apply_stage(stage: Stage, tools: Tools, control: Control) -> None:
                 if not (stuck and isinstance(step, WriteFile)):
                     stuck |= not undo_step(step, tools, control.report)
         raise
+    finally:
+        DOING.set({})
 
 
 def apply_step(  # noqa: C901, PLR0912, PLR0915 - one line per kind of step
@@ -16160,6 +20227,8 @@ def apply_step(  # noqa: C901, PLR0912, PLR0915 - one line per kind of step
             tools.files.write_generated(CADDYFILE, text)
             if reload:
                 containers.reload_caddyfile(spec.name)
+        case CheckFiles(spec, command, texts, _):
+            containers.check_files(spec, command, texts)
         case SetAside(name, seconds, _):
             containers.set_aside(name, seconds)
         case BringBack(name, _):
@@ -16492,7 +20561,7 @@ def _peak_mib(seen: ObservedContainer, tools: Tools) -> float | None:
 def _check_sight(spec: ContainerSpec, seen: ObservedContainer, tools: Tools) -> None:
     """An engine that sees another device than its own would disturb whoever has that one."""
     visible = tools.containers.visible_devices(seen) if spec.devices else None
-    if visible is not None and visible != {*spec.devices}:
+    if visible is not None and not spec.is_its_sight(visible):
         raise ContainerFailedError(
             f"{spec.name} sees {', '.join(sorted(visible)) or 'no GPU'} "
             f"instead of {', '.join(spec.devices)}.",
@@ -16558,7 +20627,7 @@ class Job:
         self.control = Control(self.report, self.kind)
 
     def report(self, line: str) -> None:
-        log.info("%s: %s", self.title, line)
+        log.info("%s: %s", self.title, line, extra=DOING.get() | {"job": self.id})
         with self._changed:
             self.lines.append(line)
             self._changed.notify_all()
@@ -16579,7 +20648,7 @@ class Job:
         except ManagerError as error:
             self.fault = error
         except Exception:  # boundary: a bug must not leave the job "running" for ever
-            log.exception("job %s failed", self.title)
+            log.exception("job %s failed", self.title, extra={"job": self.id})
             self.fault = ManagerError(f"{self.title} failed.", advice="See the journal.")
         at_end()
         with self._changed:
@@ -16624,7 +20693,7 @@ class Job:
 
 
 # =============================================================================
-# §30 Manager — effects: the use cases; all that console and command line may call
+# §35 Manager — effects: the use cases; all that console and command line may call
 # =============================================================================
 
 
@@ -17397,13 +21466,15 @@ class PrivacySearch:
         """Its log, its volumes, what it wrote elsewhere, and what its database has."""
         name, contents = seen.name, self._contents
         look = partial(self._look, role=seen.role, mark=self._mark if seen.running else None)
-        volumes = contents.volumes(name)
-        with self._planted(name, ("/", *volumes)) if seen.running else contextlib.nullcontext():
+        volumes, writes = contents.volumes(name), seen.role not in READ_ONLY_ROLES
+        folders = ("/", *volumes) if writes else volumes
+        with self._planted(name, folders) if seen.running else contextlib.nullcontext():
             look(f"{name}: log", contents.log(name))
             for volume in volumes:
                 look(f"{name}: volume {volume}", contents.archive(name, volume))
-            written = (contents.archive(name, path) for path in contents.changed(name))
-            look(f"{name}: written files", itertools.chain.from_iterable(written))
+            if writes:
+                written = (contents.archive(name, path) for path in contents.changed(name))
+                look(f"{name}: written files", itertools.chain.from_iterable(written))
         if seen.role == "database" and seen.running:
             dump = contents.output(name, ["pg_dump", *PSQL[1:]])
             look(f"{name}: every row", dump, mark=call_id)
@@ -17675,6 +21746,185 @@ class DatabaseCare:
         return restoring_database(str(self._tools.database.find(name)))
 
 
+@dataclass(frozen=True, slots=True)
+class BenchmarkTarget:
+    """One model under measurement, and the container that answers for it."""
+
+    model: Model
+    engine: ObservedContainer
+    load: Load
+    weights: str  # where its container has the tokenizer
+
+
+class Benchmarks:
+    """Loads offered directly to engines, one after another, and what is kept of them."""
+
+    def __init__(
+        self, store: StateStore, tools: Tools, start_task: StartTask,
+        measured: Callable[[Model], Measured | None], energy_between: EnergyBetween,
+    ) -> None:  # fmt: skip
+        self._store = store
+        self._tools = tools
+        self._measured = measured
+        self._start_task = start_task
+        self._energy_between = energy_between
+        self._files = BenchmarkFiles(store.home / "benchmarks")
+
+    def results(self) -> list[Benchmark]:
+        """Newest first, those that were broken off included."""
+        return self._files.read()
+
+    def named(self, names: Sequence[str]) -> list[Benchmark]:
+        """These, in this order."""
+        known = {result.name: result for result in self.results()}
+        for name in names:
+            if name not in known:
+                raise UnknownError(
+                    f"There is no benchmark {name!r}.", advice="`bench` lists those that are kept."
+                )
+        return [known[name] for name in names]
+
+    def preview(self, wish: BenchmarkWish) -> str:
+        """What would be measured, and whom that disturbs; refused as `start` would refuse it."""
+        targets = self._targets(wish)
+        return benchmark_preview(
+            wish, {t.model.name: (t.load, self._tools.probes.load(t.engine)) for t in targets}
+        )
+
+    def start(self, wish: BenchmarkWish) -> Job:
+        """Measure one model after the other; refused where one is not ready, or a change runs.
+
+        Until it ends no change may interrupt one of these models.
+        """
+        title = MEASURING + ", ".join(wish.models)
+        with self._store.lock(title):  # no change is under way, and none begins before it holds
+            targets = self._targets(wish)
+            release = self._store.measure(wish.models)
+        try:
+            work = partial(self._measure, wish, targets, release)
+            return self._start_task(title, work, "`bench` shows what was measured.")
+        except BaseException:
+            release()
+            raise
+
+    def _targets(self, wish: BenchmarkWish) -> list[BenchmarkTarget]:
+        state = self._store.load()
+        models = [state.model(name) for name in wish.models]
+        loads = [load_of(wish, model, self._context(model)) for model in models]
+        seen = self._tools.probes.fill(self._tools.containers.observe()).containers
+        return [
+            BenchmarkTarget(model, self._engine(state, model, seen), load, self._weights(model))
+            for model, load in zip(models, loads, strict=True)
+        ]
+
+    @staticmethod
+    def _engine(
+        state: State, model: Model, seen: Mapping[ContainerName, ObservedContainer]
+    ) -> ObservedContainer:
+        """The first replica that is ready: each is measured alone, without the gateway."""
+        for name in replica_names(state, model):
+            if name in seen and seen[name].running and seen[name].ready:
+                return seen[name]
+        raise RefusedError(
+            f"{model.name} is not ready, so there is nothing to measure.",
+            advice="Deploy it, and wait until it answers.",
+        )
+
+    def _context(self, model: Model) -> int | None:
+        measured = self._measured(model)
+        return measured.context if measured else None
+
+    def _weights(self, model: Model) -> str:
+        source = model.source
+        if isinstance(source, LocalSource):
+            return MODEL_MOUNT
+        commit = self._tools.weights.cache.commit(source.repository, source.revision)
+        folder = f"{CACHE_MOUNT}/{folder_name(source.repository)}"
+        return f"{folder}/snapshots/{commit}" if commit else source.repository
+
+    def _measure(
+        self, wish: BenchmarkWish, targets: Sequence[BenchmarkTarget],
+        release: Callable[[], None], control: Control,
+    ) -> None:  # fmt: skip
+        try:
+            for line in BENCHMARK_WARNING.split(". "):
+                control.report(line.removesuffix(".") + ".")
+            for target in targets:
+                self._climb(wish, target, control)
+        finally:
+            release()
+
+    def _climb(self, wish: BenchmarkWish, target: BenchmarkTarget, control: Control) -> None:
+        """One model's whole ladder; what was measured before a fault is kept with it."""
+        result = Benchmark(
+            model=target.model.name, type=target.model.type, container=target.engine.name,
+            image=target.engine.image, started_at=self._tools.clock.utc_now(),
+            load=target.load, ladder=wish.ladder,
+        )  # fmt: skip
+        control.report(f"{result.model} in {result.container}: {load_text(result)}.")
+        try:
+            for concurrency in wish.ladder:
+                control.check()
+                rung = self._rung(target, concurrency, wish.requests_at(concurrency), control)
+                result = replace(result, rungs=(*result.rungs, rung))
+                self._files.keep(result)
+                control.report(rung_line(rung))
+        except ManagerError as error:
+            if result.rungs:
+                self._files.keep(replace(result, fault=str(error)))
+            raise
+        finally:
+            control.progress = ""
+
+    def _rung(
+        self, target: BenchmarkTarget, concurrency: int, prompts: int, control: Control
+    ) -> Rung:
+        clock, name = self._tools.clock, target.model.name
+        control.progress = f"{name}: {prompts} requests, {concurrency} at once"
+        before, asked = self._tools.probes.load(target.engine), clock.utc_now()
+        said, began = bytearray(), None
+        command = load_command(
+            target.model, target.load, concurrency, prompts=prompts, weights=target.weights,
+            seed=int(asked.timestamp()) + concurrency,
+        )  # fmt: skip
+        try:
+            contents = self._tools.containers.contents
+            for chunk in contents.attended(target.engine.name, command, control.check):
+                said += chunk
+                if began is None and LOAD_BEGINS.encode() in said:
+                    began = clock.utc_now()
+            rung = parse_rung(said.decode(errors="replace"), concurrency, began or asked)
+        except ContainerFailedError as error:
+            raise self._fault(target, concurrency, error) from error
+        others = before.running + before.waiting if before else None
+        return replace(rung, others=others, energy_mj=self._energy(target, began, rung.seconds))
+
+    def _energy(
+        self, target: BenchmarkTarget, began: datetime | None, seconds: float
+    ) -> int | None:
+        """The millijoules of the one engine under load; None where nobody saw when that began."""
+        if began is None or not target.engine.devices:
+            return None
+        ended, replica = began + timedelta(seconds=seconds), replica_number(target.engine.name)
+        return self._energy_between(target.model.name, replica, began, ended)
+
+    def _fault(
+        self, target: BenchmarkTarget, concurrency: int, error: ContainerFailedError
+    ) -> ManagerError:
+        """An engine that ended is the reason for whatever else went wrong."""
+        for _ in range(20):  # Docker learns of an end a moment after what ran inside
+            seen = self._tools.containers.look(target.engine.name)
+            if not (seen and seen.running and seen.started_at == target.engine.started_at):
+                break
+            self._tools.clock.sleep(0.1)
+        else:
+            return error
+        return ContainerFailedError(
+            f"{target.model.name} stopped while it was measured with {concurrency} at once.",
+            advice=f"What was measured before is kept; see `logs {target.model.name}`.",
+        )
+
+
 class Traffic:
     """How requests fare: as LiteLLM counts them, and one of the operator's own."""
 
@@ -17715,12 +21965,53 @@ class Traffic:
         return Trial(target=target, reply=client.send(request, key), edge_seconds=edge_seconds)
 
 
+class Monitoring:
+    """What Prometheus sees, and what it reads of this program."""
+
+    def __init__(self, store: StateStore, tools: Tools) -> None:
+        self._store = store
+        self._tools = tools
+
+    def look(self) -> Watched:
+        """What is scraped, and which alerts hold."""
+        seen = self._tools.containers.look(monitor_name(self._store.load(), "prometheus"))
+        watched = self._tools.probes.watched(seen) if seen and seen.running else None
+        if watched is None:
+            raise ManagerError(
+                "Prometheus does not answer.", advice="Is it on? `config set --monitoring on`."
+            )
+        return watched
+
+    def metrics(self, snapshot: Snapshot) -> str:
+        """Figures of this program in Prometheus' text format."""
+        home = self._store.home
+        return render_metrics(manager_metrics(snapshot, free_bytes(home), disk_bytes(home)))
+
+    def admits(self, shown: str) -> bool:
+        """Whether this bearer may read them: Prometheus' own token, or an admin's."""
+        state, digest = self._store.load(), sha256(shown.encode()).hexdigest()
+        known = [hash_of(metrics_token(state)), *(token.sha256 for token in state.admin_tokens)]
+        return any(hmac.compare_digest(digest, each) for each in known)
+
+    def wished_address(self) -> tuple[str, int] | None:
+        """Where containers read them; None where monitoring is off or Docker is not there."""
+        state = self._store.load()
+        if not state.monitoring:
+            return None
+        with contextlib.suppress(ManagerError):
+            return self._tools.containers.host_address(), state.monitoring_settings.metrics_port
+        return None
+
+
 class Usage:
     """What was used, as LiteLLM's tables in PostgreSQL tell it."""
 
     def __init__(self, store: StateStore, tools: Tools) -> None:
         self._store = store
         self._tools = tools
+        self.energy = Energy(
+            EnergyReader(store.home / ENERGY_FILE), self._tables, lambda: store.load().energy
+        )
 
     def report(self, query: UsageQuery) -> UsageReport:
         """The use of a range, added up by PostgreSQL. Raises DatabaseError."""
@@ -17728,8 +22019,8 @@ class Usage:
 
     def statement(self, month: date, group: str = "") -> Statement:
         """A month's use at the prices of today; without a name, of all groups."""
-        rows = self._tables().rows(statement_sql(month))
-        found = parse_statement(month, rows, self._store.load().prices)
+        state, rows = self._store.load(), self._tables().rows(statement_sql(month))
+        found = parse_statement(month, rows, state.prices, self._energy_of(month, state))
         if group and group not in found.by_group:
             raise RefusedError(
                 f"A group called {group!r} used nothing in {month:%Y-%m}.",
@@ -17737,6 +22028,19 @@ class Usage:
             )
         lines = tuple(line for line in found.lines if group in {"", line.group})
         return replace(found, lines=lines)
+
+    def _energy_of(
+        self, month: date, state: State
+    ) -> dict[tuple[str, str], tuple[float, float | None]]:
+        """By group and model as LiteLLM accounts for it; what is missing stops no statement."""
+        served = {str(model.name): model.served_model_name for model in state.models}
+        with contextlib.suppress(EnergyRecordsError, DatabaseError):
+            found = self.energy.of_groups(month, last_of_month(month))
+            return {
+                (group, served.get(model, model)): (row.kwh, row.co2_grams)
+                for (group, model), row in found.items()
+            }
+        return {}
 
     def standings(self) -> list[Standing]:
         """Every key and group with its limits, and how near it is to them. Raises DatabaseError."""
@@ -17761,6 +22065,93 @@ class Usage:
 
     def _tables(self) -> UsageTables:
         return usage_tables(self._store.load(), self._tools.containers.observe().containers)
+
+
+class Energy:
+    """What GPUs took, and whose it was, out of energy.sqlite and LiteLLM's tables of use."""
+
+    def __init__(
+        self, records: EnergyReader, tables: Callable[[], UsageTables],
+        settings: Callable[[], EnergySettings],
+    ) -> None:  # fmt: skip
+        self._records = records
+        self._tables = tables
+        self._settings = settings
+
+    def between(self, model: ModelName, replica: int, start: datetime, end: datetime) -> int | None:
+        """The millijoules of a replica until just now; waits for them to be written.
+
+        None where they cannot be told, whatever the reason: what asks has more than these to lose.
+        """
+        # The end lies within a look that is to come, and that is written a moment later.
+        seconds = self._settings().period_seconds + COMMIT_SECONDS + 3
+        with contextlib.suppress(EnergyRecordsError):
+            for _ in range(math.ceil(seconds) if self._records.exists() else 0):
+                taken = self._records.taken(model, replica, start.timestamp(), end.timestamp())
+                if taken is not None:
+                    return taken
+                time.sleep(1)
+        return None
+
+    def report(self, query: EnergyQuery) -> EnergyReport:
+        """The energy of a range by its grouping. Raises EnergyRecordsError, DatabaseError."""
+        return energy_report(query, self._recorded(query))
+
+    def _recorded(self, query: EnergyQuery) -> Iterator[EnergyPart | TokenUse]:
+        if query.by in ("key", "group"):
+            for day in days_between(query.first, query.last):
+                yield from self.shared(day, query.by)
+        else:
+            yield from self._records.parts(query.first, query.last, query.by)
+            yield from self._records.uses(query.first, query.last, query.by)
+
+    def shared(self, day: date, by: Literal["key", "group"]) -> list[EnergyPart | TokenUse]:
+        """A day's energy by who used it, and their use of what was recorded."""
+        parts = self._records.parts(day, day, "hour")
+        if not parts:
+            return []
+        recorded = {(part.start, part.model) for part in parts}
+        uses = [
+            use
+            for use in parse_uses(self._tables().rows(uses_sql(day, by)), by)
+            if (use.start, use.model) in recorded
+        ]
+        return [*split_by_use(parts, uses), *uses]
+
+    def parts(self, query: EnergyQuery) -> list[EnergyPart]:
+        """By day or hour and model (for stacked bars), or by GPU and model."""
+        return self._records.parts(query.first, query.last, query.by)
+
+    def sessions(self, first: date, last: date) -> list[EnergySession]:
+        """Those that were on in these days, newest first."""
+        return [*self._records.sessions(first, last)]
+
+    def export(
+        self, what: EnergyTable, first: date, last: date, style: CsvStyle
+    ) -> Iterator[bytes]:
+        """A CSV in pieces, however long it is; README says what its columns are."""
+        match what:
+            case "samples":
+                return self._records.samples(first, last, style)
+            case "sessions":
+                found = session_csv_rows(self._records.sessions(first, last))
+                return stream_csv(SESSION_COLUMNS, found, style)
+            case "models" | "keys" | "groups":
+                by = ENERGY_TABLES[what]
+                days = (EnergyQuery(first=d, last=d, by=by) for d in days_between(first, last))
+                rows = (energy_csv_rows(q.first, by, self._recorded(q)) for q in days)
+                return stream_csv(energy_columns(by), itertools.chain.from_iterable(rows), style)
+            case _:
+                assert_never(what)
+
+    def of_groups(self, first: date, last: date) -> dict[tuple[str, str], EnergySum]:
+        """The energy of these days by group and model; nothing where nothing was recorded."""
+        days = (self.shared(day, "group") for day in days_between(first, last))
+        return add_up(itertools.chain.from_iterable(days), "subject,model")
+
+
+def days_between(first: date, last: date) -> Iterator[date]:
+    return map(date.fromordinal, range(first.toordinal(), last.toordinal() + 1))
 
 
 def usage_tables(
@@ -17788,6 +22179,10 @@ class JobKeeper:
     def jobs(self) -> list[JobView]:
         """Newest first."""
         return [job.view() for job in reversed(list(self._jobs))]
+
+    def under_way(self) -> tuple[JobView, ...]:
+        """What this and other processes work on; see `StateStore.under_way`."""
+        return self._store.under_way()
 
     def job(self, job_id: str) -> JobView:
         return self._job(job_id).view()
@@ -17923,6 +22318,7 @@ class ChangeRunner(JobKeeper):
         end = self.audit.begin(change.title, job.id)
         try:
             before = self._store.load()
+            self._spare_measured(change, before)
             after = self._saved(change)
             absent = self._absent(change, before, after)
         except BaseException as error:
@@ -17942,6 +22338,16 @@ class ChangeRunner(JobKeeper):
             held.close()
 
         return job.run(work, at_end=at_end)
+
+    def _spare_measured(self, change: Change, before: State) -> None:
+        """Refuse what would interrupt a model while its speed is measured."""
+        if measured := self._store.measured():
+            plan = self._planned(change, self._edited(change, before))
+            for name in measured.intersection(plan.interrupted):
+                raise BusyError(
+                    f"{name} is being measured, and this would interrupt it.",
+                    advice="Wait until the benchmark is done, or cancel it.",
+                )
 
     def _absent(self, change: Change, before: State, after: State) -> dict[str, tuple[Step, ...]]:
         """What is to be fetched, by stage; a change that is one transaction fetches on its way."""
@@ -18050,6 +22456,11 @@ class Manager(ChangeRunner):
         self.traffic = Traffic(store, tools, self.proofs)
         self.database = DatabaseCare(store, tools, self.start_task)
         self.usage = Usage(store, tools)
+        self.energy = self.usage.energy
+        self.benchmarks = Benchmarks(
+            store, tools, self.start_task, self.weights.measured, self.energy.between
+        )
+        self.monitoring = Monitoring(store, tools)
 
     def cutting(self, gpu: str, wish: str) -> Change:
         """The change of one GPU to what was typed; see `cutting_as_typed`."""
@@ -18122,6 +22533,27 @@ class Manager(ChangeRunner):
             return self._tools.probes.answers(engine, wanted, seconds)
         except RefusedError:
             return True
+
+    def energy_records(self) -> EnergyRecords:
+        """What the sampler writes to; there may be one at a time."""
+        return EnergyRecords(self._store.home / ENERGY_FILE)
+
+    def energy_meter(self, records: EnergySink) -> EnergyMeter:
+        """What looks at this server's GPUs for those records."""
+        return EnergyMeter(self._tools.gpus, records, self._store)
+
+    def give_way(self) -> None:
+        """Let go of the GPUs where somebody changes a MIG mode."""
+        self._tools.gpus.give_way()
+
+    def energy_turn(self) -> Callable[[], None] | None:
+        """The right to record the energy, and what ends it; None while another process has it.
+
+        It is no task: nobody waits for it.
+        """
+        with file_errors("lock its home"):
+            handle = take_lock(self._store.home / "lock-energy")
+        return handle.close if handle is not None else None
 
     def snapshot(self) -> Snapshot:
         """Everything a page shows; what cannot be read is a fault in it, not an exception."""
@@ -18259,6 +22691,7 @@ class Pulse:
         self._felt: Snapshot | None = None
         self.hung: Mapping[ModelName, str] = {}
         self.loads: Mapping[ContainerName, EngineLoad | None] = {}
+        self.window = RateWindow()
         threading.Thread(target=self._run, name="pulse", daemon=True).start()
 
     def _run(self) -> None:
@@ -18276,6 +22709,8 @@ class Pulse:
         seen = observed.containers.values() if observed else ()
         engines = {c.name: c for c in seen if c.role == "engine" and c.running and c.model_name}
         self.loads = loads = self._manager.loads([*engines.values()])
+        if observed is not None:
+            self.window.feed(time.monotonic(), engine_counts(observed, loads))
         suspects = [engines[name] for name in self._stalls.suspects(loads, utc_now())]
         with concurrent.futures.ThreadPoolExecutor(max_workers=len(suspects) or 1) as pool:
             tries = [pool.submit(self._manager.answers, e, self._stalls.patience) for e in suspects]
@@ -18297,14 +22732,24 @@ class Meter:
         self._latest = latest
         self._pause = pause
         self.breakers = Breakers()
+        self._window = RateWindow()
         threading.Thread(target=self._run, name="meter", daemon=True).start()
+
+    @property
+    def traffic(self) -> Rise | None:
+        """What the gateway that serves counted lately; None while it does not tell."""
+        return self._window.rise([self.breakers.gateway])
 
     def _run(self) -> None:
         while True:
             time.sleep(self._pause)
             try:
                 if (observed := self._latest().observed) is not None:
+                    known = self.breakers.figures
                     self._manager.traffic.feed(self.breakers, observed)
+                    told = self.breakers.figures
+                    counts = {self.breakers.gateway: gateway_counts(told)} if told else {}
+                    self._window.feed(time.monotonic(), {} if told is known else counts)
             except Exception:  # boundary: one look must not end all of them
                 log.exception("LiteLLM's counters could not be read")
 
@@ -18338,6 +22783,302 @@ class Gauge:
 GAUGE_SECONDS: Final = 300.0
 
 
+class EnergySink(Protocol):
+    """Where a sampler leaves what it found: the records on the disk."""
+
+    @property
+    def trouble(self) -> ManagerError | None: ...
+    def close(self) -> None: ...
+    def add(self, shares: Sequence[EnergyShare], rates: EnergyRates) -> None: ...
+    def open_session(
+        self, model: str, replica: int, container_id: str, gpu_uuids: Sequence[str], start: float
+    ) -> None: ...
+    def close_session(self, container_id: str, end: float) -> None: ...
+    def count_tokens(
+        self, container_id: str, prompt: int, completion: int, cached: int, requests: int
+    ) -> None: ...
+
+
+@dataclass
+class Timeline:
+    """When the intervals of one GPU began, in seconds since 1970: one after the other.
+
+    Small steps of the clock do not show. One that was set by more is followed at once, forwards
+    and backwards: an hour that the clock has twice has the energy of both.
+    """
+
+    end: float = -math.inf
+
+    def place(self, seconds: float, now: float) -> float:
+        """The start of an interval that is over now."""
+        start = now - seconds
+        if -CLOCK_JITTER_SECONDS < self.end - start < CLOCK_STEP_SECONDS:
+            start = self.end
+        self.end = start + seconds
+        return start
+
+
+CLOCK_JITTER_SECONDS: Final = 0.5  # between the two clocks' reading; more is a clock set forward
+CLOCK_STEP_SECONDS: Final = 60.0
+
+
+class EnergyMeter:
+    """Joules by replica from looks at GPUs; of one thread, without clocks or threads of its own."""
+
+    def __init__(self, gpus: GpuDriver, records: EnergySink, store: StateStore) -> None:
+        self._gpus = gpus
+        self._records = records
+        self._store = store
+        self._idle_w = store.read_idle_watts()  # the least that was seen without a tenant
+        self._before: dict[GpuUuid, EnergyReading] = {}
+        self._times: dict[GpuUuid, Timeline] = {}
+        self._seen: Snapshot | None = None
+        self._tenants: dict[GpuUuid, list[GpuTenant]] = {}
+        self._period = 0.0
+        self.live = LiveEnergy()
+
+    def sample(self, snapshot: Snapshot, settings: EnergySettings, now: float) -> None:
+        """Look once, and record what was taken since the look before, with its rates."""
+        self._follow(snapshot)
+        shared = {
+            gpu: {tenant.device for tenant in tenants if tenant.device}
+            for gpu, tenants in self._tenants.items()
+            if len(tenants) > 1 or any(tenant.device for tenant in tenants)
+        }
+        looks = self._gpus.look(shared)
+        # The look before may be of a longer period than today's.
+        period, self._period = max(settings.period_seconds, self._period), settings.period_seconds
+        shares = [
+            share for gpu, look in looks.items() for share in self._shares(gpu, look, period, now)
+        ]
+        self.live = live_energy(shares, self._before, self.live.past)
+        if shares:
+            self._records.add(shares, energy_rates(snapshot.state, settings))
+
+    def _follow(self, snapshot: Snapshot) -> None:
+        """Who is on which GPU; a world that could not be seen is taken to be as it was."""
+        if snapshot is self._seen or snapshot.observed is None or snapshot.hardware.fault:
+            return
+        self._seen, engines = snapshot, engines_on_gpus(snapshot.observed)
+        self._tenants = {
+            gpu.uuid: gpu_tenants(gpu, engines)
+            for gpu in snapshot.hardware.gpus
+            if gpu.slices is not None  # who may not see them knows nothing of tenants
+        }
+
+    def _shares(self, gpu: GpuUuid, look: GpuLook, period: float, now: float) -> list[EnergyShare]:
+        before, reading = self._before.get(gpu), look.reading
+        self._before[gpu] = reading
+        tenants = self._tenants.get(gpu)
+        if tenants == []:
+            self._note_idle(gpu, reading.power_w)
+        if before is None or reading.at <= before.at:
+            return []
+        interval = measure(before, reading, period)
+        start = self._times.setdefault(gpu, Timeline()).place(interval.seconds, now)
+        idle_w = self._idle_w.get(gpu)
+        return attribute(interval, start, gpu, tenants or (), look.activities, idle_w)
+
+    def _note_idle(self, gpu: GpuUuid, watts: float | None) -> None:
+        """Kept over restarts: a server whose GPUs are never empty would not learn it again."""
+        known = self._idle_w.get(gpu, math.inf)
+        if watts and round(watts) < known:
+            self._idle_w[gpu] = round(watts)
+            self._store.note_idle_watts(self._idle_w)
+
+
+class EngineSessions:
+    """From an engine's first ready moment to its end, with what it counted in between."""
+
+    def __init__(self, records: EnergySink) -> None:
+        self._records = records
+        self._open: dict[str, datetime | None] = {}  # container -> the start of its engine
+        self._base: dict[str, EngineCounts] = {}  # what it had counted before its session
+        self._counts: dict[str, EngineCounts] = {}
+        self._new: set[str] = set()  # engines that began, and were not ready yet, since `_began`
+        self._began: float | None = None
+
+    def follow(
+        self, snapshot: Snapshot, loads: Mapping[ContainerName, EngineLoad | None], now: float
+    ) -> None:
+        """Begin, count and end sessions; a look that saw no containers changes nothing."""
+        if snapshot.observed is None:
+            return
+        engines = {c.container_id: c for c in engines_on_gpus(snapshot.observed)}
+        for container_id, started_at in [*self._open.items()]:
+            seen = engines.get(container_id)
+            if seen is None or seen.started_at != started_at:
+                self._end(container_id, now)
+        for container_id, engine in engines.items():
+            load = loads.get(engine.name)
+            if engine.ready and container_id not in self._open:
+                self._begin(engine, snapshot.hardware, now, is_new=container_id in self._new)
+            if container_id in self._open and load is not None:
+                self._base.setdefault(container_id, load.used)
+                self._counts[container_id] = load.used
+        self._began = began = now if self._began is None else self._began
+        fresh = {
+            container_id
+            for container_id, engine in engines.items()
+            if not engine.ready and engine.started_at and engine.started_at.timestamp() >= began
+        }
+        self._new = fresh | (self._new & {*engines})
+
+    def _begin(
+        self, engine: ObservedContainer, hardware: Hardware, now: float, *, is_new: bool
+    ) -> None:
+        gpus = [gpu.uuid for gpu in hardware.gpus if {*gpu_devices(gpu)} & {*engine.devices}]
+        self._records.open_session(
+            engine.model_name or "", replica_number(engine.name), engine.container_id, gpus, now
+        )
+        self._open[engine.container_id] = engine.started_at
+        if is_new:  # all that it will have counted belongs to this session
+            self._base[engine.container_id] = EngineCounts()
+
+    def count(self) -> None:
+        """Hand on what each session counted so far."""
+        for container_id, counts in self._counts.items():
+            more = counts.since(self._base[container_id])
+            self._records.count_tokens(
+                container_id, more.prompt, more.completion, more.cached, more.requests
+            )
+
+    def _end(self, container_id: str, now: float) -> None:
+        self.count()
+        self._records.close_session(container_id, now)
+        del self._open[container_id]
+        self._counts.pop(container_id, None)
+        self._base.pop(container_id, None)
+
+    def close(self, now: float) -> None:
+        """End all of them: nobody looks any more."""
+        for container_id in [*self._open]:
+            self._end(container_id, now)
+
+
+def energy_rates(state: State | None, settings: EnergySettings) -> EnergyRates:
+    return EnergyRates(
+        price_per_kwh=settings.price_per_kwh,
+        currency=(state.prices if state else Prices()).currency,
+        co2_grams_per_kwh=settings.co2_grams_per_kwh,
+        overhead=settings.overhead,
+    )
+
+
+def live_energy(
+    shares: Sequence[EnergyShare], gpus: Iterable[str],
+    past: Mapping[str, tuple[float | None, ...]],
+) -> LiveEnergy:  # fmt: skip
+    """The watts of one look's shares, with those of looks before; a silent GPU has none."""
+    by_gpu: dict[str, float] = {}
+    by_model: dict[str, float] = {}
+    for share in shares:
+        if share.energy_mj is not None:
+            watts = share.energy_mj / share.seconds / 1000
+            by_gpu[share.gpu_uuid] = by_gpu.get(share.gpu_uuid, 0.0) + watts
+            by_model[share.model] = by_model.get(share.model, 0.0) + watts
+    now = {gpu: by_gpu.get(gpu) for gpu in gpus}
+    longer = {gpu: (*past.get(gpu, ()), watts)[-LOOKS_SHOWN:] for gpu, watts in now.items()}
+    return LiveEnergy(gpu_watts=now, model_watts=by_model, past=longer)
+
+
+LOOKS_SHOWN: Final = 300  # five minutes at one a second
+
+
+class EnergySampler:
+    """A thread of its own that samples; of several processes of one installation, one does."""
+
+    def __init__(
+        self,
+        manager: Manager,
+        open_records: Callable[[], EnergySink],
+        latest: Callable[[], Snapshot],
+        loads: Callable[[], Mapping[ContainerName, EngineLoad | None]],
+    ) -> None:
+        self._manager = manager
+        self._open_records = open_records
+        self._latest = latest
+        self._loads = loads
+        self._settings = EnergySettings()
+        self._at_work: tuple[EnergySink, EnergyMeter, EngineSessions] | None = None
+        self._trouble = ""
+        self._counted = -math.inf
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="energy", daemon=True)
+        self._thread.start()
+
+    def now(self) -> LiveEnergy:
+        """The watts of the last look, and why nothing is recorded where that is so."""
+        if self._at_work is None:
+            return LiveEnergy(trouble=self._trouble)
+        records, meter, _ = self._at_work
+        return replace(meter.live, trouble=self._trouble or str(records.trouble or ""))
+
+    def close(self) -> None:
+        """End the sessions and the records; the next process begins its own."""
+        self._ending.set()
+        self._thread.join(timeout=ENDING_SECONDS)
+
+    def _run(self) -> None:
+        while (release := self._turn()) is None:
+            if self._ending.wait(TURN_SECONDS):
+                return
+        records = self._open_records()  # not before: they have one writer
+        meter, sessions = self._manager.energy_meter(records), EngineSessions(records)
+        self._at_work = records, meter, sessions
+        due = boot_seconds()
+        while not self._ending.wait(max(0.0, min(due - boot_seconds(), WAY_SECONDS))):
+            if boot_seconds() >= due:
+                self._attempt(lambda: self._sample(meter, sessions))
+                period = self._settings.period_seconds
+                due = max(due + period, boot_seconds() + period / 2)
+            else:
+                self._manager.give_way()
+        self._attempt(lambda: sessions.close(time.time()))
+        records.close()
+        release()
+
+    def _turn(self) -> Callable[[], None] | None:
+        """The right to sample; None while another process has it."""
+        release, self._trouble = None, ""
+        try:
+            release = self._manager.energy_turn()
+        except ManagerError as error:
+            self._trouble = f"Energy is not recorded: {error}"
+        else:
+            if release is None:
+                self._trouble = "Another LLM Manager records the energy; this one shows none."
+        return release
+
+    def _sample(self, meter: EnergyMeter, sessions: EngineSessions) -> None:
+        snapshot = self._latest()
+        self._settings = snapshot.state.energy if snapshot.state else self._settings
+        now = time.time()
+        meter.sample(snapshot, self._settings, now)
+        sessions.follow(snapshot, self._loads(), now)
+        if boot_seconds() - self._counted >= COUNT_SECONDS:
+            self._counted = boot_seconds()
+            sessions.count()
+
+    def _attempt(self, work: Callable[[], None]) -> None:
+        """The same trouble is logged once, and shown as long as it lasts."""
+        try:
+            work()
+        except Exception as error:  # boundary: one look must not end all of them
+            trouble = f"Energy is not recorded: {error}"
+            if trouble != self._trouble:
+                log.exception("energy is not recorded")
+            self._trouble = trouble
+        else:
+            self._trouble = ""
+
+
+WAY_SECONDS: Final = 1.0  # within which a change of MIG mode finds the GPUs free
+TURN_SECONDS: Final = 10.0
+COUNT_SECONDS: Final = 30.0
+ENDING_SECONDS: Final = 3.0
+
+
 class Watch:
     """One thread that takes the snapshot which every open tab reads."""
 
@@ -18347,6 +23088,7 @@ class Watch:
         seconds: float = 2.0,
         revivals: Revivals | None = None,
         stalls: Stalls | None = None,
+        records: Callable[[], EnergySink] | None = None,
     ) -> None:
         self._manager = manager
         self._seconds = seconds
@@ -18359,24 +23101,39 @@ class Watch:
         self._pulse = Pulse(manager, lambda: self._latest, stalls or Stalls())
         self._meter = Meter(manager, lambda: self._latest, seconds)
         self._gauge = Gauge(manager, lambda: self._latest)
+        self.sampler = (
+            EnergySampler(manager, records, lambda: self._latest, lambda: self._pulse.loads)
+            if records is not None
+            else None
+        )
         watching = manager.audit.acting_as(ITSELF)(self._run)
         threading.Thread(target=watching, name="watch", daemon=True).start()
 
+    def close(self) -> None:
+        """Let what is recorded reach the disk."""
+        if self.sampler is not None:
+            self.sampler.close()
+
     def latest(self) -> Snapshot:
         """The last look at the world, with the jobs as they are now."""
-        jobs = tuple(self._manager.jobs())
+        latest, jobs = self._latest, tuple(self._manager.jobs())
         return replace(
-            self._latest,
+            latest,
             jobs=jobs,
             shown_at=utc_now(),
             fates={**self._fates},
             hung=self._pulse.hung,
             database=self._gauge.size,
+            energy=self.sampler.now() if self.sampler else LiveEnergy(),
             health=RouteHealth(
                 figures=self._meter.breakers.figures or GatewayFigures(),
                 circuits=self._meter.breakers.circuits,
                 loads=self._pulse.loads,
             ),
+            rates=model_rates(latest.state, latest.observed, self._pulse.window)
+            if latest.state and latest.observed
+            else {},
+            traffic=self._meter.traffic,
         )
 
     def _run(self) -> None:
@@ -18443,7 +23200,7 @@ class Watch:
 
 
 # =============================================================================
-# §31 Programs — effects: the REST API, and who may use it
+# §36 Programs — effects: the REST API, and who may use it
 # =============================================================================
 
 API: Final = "/api/v1"
@@ -18816,6 +23573,21 @@ def wants_csv(
     return form == "csv" or (form is None and "text/csv" in request.headers.get("accept", ""))
 
 
+def build_metrics(manager: Manager, watch: Watch) -> fastapi.FastAPI:
+    """This program's own figures, for who shows a token; nothing else is there."""
+    app = fastapi.FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+
+    @app.get(METRICS_PATH)
+    def read_metrics(request: fastapi.Request) -> fastapi.Response:
+        scheme, _, shown = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not manager.monitoring.admits(shown):
+            return fastapi.Response(status_code=401, headers={"www-authenticate": "Bearer"})
+        text = manager.monitoring.metrics(watch.latest())
+        return fastapi.Response(text, media_type="text/plain; version=0.0.4")
+
+    return app
+
+
 class TokenGate:
     """ASGI gate of the API: nothing is answered, nor a body read, without an admin token."""
 
@@ -19170,6 +23942,8 @@ def add_usage(app: fastapi.FastAPI, manager: Manager) -> None:
         statement = manager.usage.statement(first, group)
         return csv_answer(statement_csv(statement)) if as_csv else statement
 
+    add_energy(app, manager)
+
     @app.get(f"{API}/prices")
     def list_prices() -> Prices:
         """What a million tokens cost, on statements alone."""
@@ -19185,6 +23959,54 @@ def add_usage(app: fastapi.FastAPI, manager: Manager) -> None:
     def remove_price(model: str) -> Prices:
         """No price any more for that model."""
         return manager.save(unpricing(model)).prices
+
+
+def add_energy(app: fastapi.FastAPI, manager: Manager) -> None:
+    """What GPUs took, and whose it was."""
+
+    @app.get(f"{API}/energy")
+    def read_energy(
+        by: EnergyGrouping = "model",
+        first: Annotated[DayText | None, fastapi.Query(alias="from")] = None,
+        last: Annotated[DayText | None, fastapi.Query(alias="to")] = None,
+    ) -> EnergyReport:
+        """The energy of a range of days in UTC, both included; else of the last 30."""
+        today = utc_now().date()
+        return manager.energy.report(parse_energy_query(by, first or "", last or "", today))
+
+    @app.get(f"{API}/energy/sessions")
+    def read_sessions(
+        first: Annotated[DayText | None, fastapi.Query(alias="from")] = None,
+        last: Annotated[DayText | None, fastapi.Query(alias="to")] = None,
+    ) -> list[EnergySession]:
+        """The replicas that were on in these days, each from ready to stopped; newest first."""
+        query = parse_energy_query("day", first or "", last or "", utc_now().date())
+        return manager.energy.sessions(query.first, query.last)
+
+    @app.get(
+        f"{API}/energy/export/{{what}}",
+        response_class=fastapi.responses.StreamingResponse,
+        responses={200: {"content": {"text/csv": {"schema": {"type": "string"}}}}},
+    )
+    def export_energy(
+        what: EnergyTable,
+        first: Annotated[DayText | None, fastapi.Query(alias="from")] = None,
+        last: Annotated[DayText | None, fastapi.Query(alias="to")] = None,
+        separator: str = ",",
+        decimal: str = ".",
+    ) -> fastapi.Response:
+        """A CSV as it is read, however long; `;` and `,` are for German spreadsheets."""
+        query = parse_energy_query("day", first or "", last or "", utc_now().date())
+        style = CsvStyle(separator=separator, decimal=decimal)
+        return csv_stream(manager.energy.export(what, query.first, query.last, style))
+
+
+def csv_stream(pieces: Iterator[bytes]) -> fastapi.Response:
+    """What fails before the first piece is an error; later the answer can only break off."""
+    begun = [*itertools.islice(pieces, 2)]
+    return fastapi.responses.StreamingResponse(
+        itertools.chain(begun, pieces), media_type="text/csv"
+    )
 
 
 def add_database(app: fastapi.FastAPI, manager: Manager) -> None:
@@ -19212,7 +24034,262 @@ def add_database(app: fastapi.FastAPI, manager: Manager) -> None:
 
 
 # =============================================================================
-# §32 Console — effects: one builder per tab, and who may open it
+# §37 Terminal — effects: a live view for an SSH session
+# =============================================================================
+
+
+@dataclass
+class Lookout:
+    """Looks at the whole server, and changes nothing; two looks make a rate."""
+
+    manager: Manager
+    window: RateWindow = field(default_factory=RateWindow)
+    providers: tuple[ProviderHealth, ...] = ()
+    changes: Sequence[AuditEntry] = ()  # the newest, oldest first
+    changes_at: float = -math.inf
+    asked_at: float = -math.inf
+    asking: threading.Thread = field(default_factory=threading.Thread)
+
+    def look(self) -> Snapshot:
+        """What a page would show, with what is under way in other processes as well."""
+        self._ask_providers()
+        if time.monotonic() - self.changes_at >= CHANGES_SECONDS:
+            self.changes_at = time.monotonic()
+            with contextlib.suppress(ManagerError):  # the rest is worth looking at as well
+                self.changes = self.manager.audit.newest(CHANGES)
+        snapshot = self.manager.snapshot()
+        return self._measured(replace(snapshot, jobs=tuple(self._jobs(snapshot))))
+
+    def once(self) -> Snapshot:
+        """A look, and a second one at what is counted, if anything is."""
+        first = self.look()
+        if self.window.looks and self.window.looks[-1][1]:
+            time.sleep(RATE_PAUSE)
+            first = self._measured(first)
+        self.asking.join(PROVIDER_PATIENCE)
+        return replace(first, providers=self.providers)
+
+    def _measured(self, snapshot: Snapshot) -> Snapshot:
+        state, observed = snapshot.state, snapshot.observed
+        if state is None or observed is None:
+            return snapshot
+        seen = observed.containers.values()
+        loads = self.manager.loads([c for c in seen if c.role == "engine" and c.running])
+        gateway = Breakers()
+        self.manager.traffic.feed(gateway, observed)
+        figures = gateway.figures or GatewayFigures()
+        counts = engine_counts(observed, loads)
+        if gateway.figures is not None:
+            counts[gateway.gateway] = gateway_counts(figures)
+        self.window.feed(time.monotonic(), counts)
+        return replace(
+            snapshot,
+            health=RouteHealth(figures=figures, loads=loads),
+            rates=model_rates(state, observed, self.window),
+            traffic=self.window.rise([gateway.gateway]),
+            providers=self.providers,
+            failed=tuple(
+                entry
+                for entry in reversed(self.changes)
+                if entry.result == "failed"
+                and snapshot.taken_at - entry.started_at < timedelta(days=1)
+            ),
+        )
+
+    def _jobs(self, snapshot: Snapshot) -> Iterator[JobView]:
+        """What is under way anywhere; how far, by what the engines say that start now."""
+        ids = {entry.what: entry.job for entry in self.changes if entry.result == "begun"}
+        far = [f"{name}: {phase}" for name, phase in self._starts(snapshot)]
+        for job in self.manager.under_way():
+            progress = ", ".join(far) if job.kind == "change" else ""
+            yield replace(job, id=ids.get(job.title, ""), progress=progress)
+
+    def _starts(self, snapshot: Snapshot) -> Iterator[tuple[ModelName, str]]:
+        state, observed = snapshot.state, snapshot.observed
+        if state is None or observed is None:
+            return
+        for model in state.models:
+            if phase_of(state, model, observed, busy=True) == "starting":
+                with contextlib.suppress(ManagerError):  # it may go meanwhile
+                    said = self.manager.logs.of(model.name, tail=LOG_LINES)
+                    yield model.name, start_phase(said) or "it starts"
+
+    def _ask_providers(self) -> None:
+        """In a thread of its own: one may take ten seconds to say nothing."""
+        if self.asking.is_alive() or time.monotonic() - self.asked_at < PROVIDER_SECONDS:
+            return
+        self.asked_at = time.monotonic()
+        self.asking = threading.Thread(target=self._asked, name="providers", daemon=True)
+        self.asking.start()
+
+    def _asked(self) -> None:
+        with contextlib.suppress(ManagerError):
+            self.providers = tuple(self.manager.providers.all())
+
+
+RATE_PAUSE: Final = 1.0
+PROVIDER_PATIENCE: Final = 3.0
+PROVIDER_SECONDS: Final = 60.0
+CHANGES, CHANGES_SECONDS = 100, 10.0
+LOG_LINES: Final = 200
+STATUS_SECONDS: Final = 15.0
+
+
+def look_once(manager: Manager) -> Snapshot:
+    """A snapshot with rates in bounded time; what hangs is a fault in it, and left behind."""
+    done: concurrent.futures.Future[Snapshot] = concurrent.futures.Future()
+
+    def work() -> None:
+        try:
+            done.set_result(Lookout(manager).once())
+        except BaseException as error:  # noqa: BLE001 - it is raised in the other thread
+            done.set_exception(error)
+
+    threading.Thread(target=work, name="look", daemon=True).start()
+    try:
+        return done.result(STATUS_SECONDS)
+    except TimeoutError:
+        fault = ManagerError(
+            f"The server could not be looked at within {STATUS_SECONDS:.0f} s: something hangs.",
+            advice="Try `docker ps` and `nvidia-smi`.",
+        )
+        state = None
+        with contextlib.suppress(ManagerError):
+            state = manager.state()
+        return Snapshot(
+            taken_at=utc_now(), state=state, observed=None, plan=None, faults=(fault,),
+            jobs=manager.under_way(),
+        )  # fmt: skip
+
+
+class LiveLook:
+    """A thread that looks again and again, so that what hangs cannot hold the keyboard up."""
+
+    def __init__(self, manager: Manager, seconds: float) -> None:
+        self._lookout = Lookout(manager)
+        self._seconds = seconds
+        self.latest: Snapshot | None = None
+        self.fault = ""
+        threading.Thread(target=self._run, name="look", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self.latest, self.fault = self._lookout.look(), ""
+            except Exception as error:  # noqa: BLE001 - boundary: shown, and the next look may do
+                self.fault = f"The last look failed: {error}"
+            time.sleep(self._seconds)
+
+    def shown(self) -> Snapshot | None:
+        """The last look, as old as it is now."""
+        latest = self.latest
+        return replace(latest, shown_at=utc_now()) if latest else None
+
+
+STATE_STYLES: Final = {"ready": "green", "failed": "bold red", "stopped": "dim", "now": "yellow"}
+RIGHT_OF: Final = frozenset({
+    "Run", "Wait", "Tok/s in", "Tok/s out", "TTFT p95", "KV", "Hits", "Load", "Heat",
+})  # fmt: skip
+FREE_COLUMNS: Final = frozenset({
+    "Model", "Health", "On it", "Name", "Placement", "What needs attention, or failed",
+})  # fmt: skip
+
+
+def draw(shown: Board, *notes: str) -> rich_console.Group:
+    """Lines and tables; no line ever wraps, and no text is markup."""
+    lines = [unwrapped(line, "bold" if at == 0 else "") for at, line in enumerate(shown.lines)]
+    tables = [_table(table) for table in shown.tables]
+    return rich_console.Group(*lines, *tables, *(unwrapped(note, "dim") for note in notes))
+
+
+def _table(shown: BoardTable) -> rich_table.Table:
+    table = rich_table.Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    for header in shown.headers:
+        table.add_column(
+            unwrapped(header), no_wrap=header not in FREE_COLUMNS,
+            justify="right" if header in RIGHT_OF else "left",
+        )  # fmt: skip
+    for row in shown.rows:
+        table.add_row(*(unwrapped(cell, STATE_STYLES.get(cell, "")) for cell in row))
+    return table
+
+
+def unwrapped(text: str, style: str = "") -> rich_text.Text:
+    return rich_text.Text(text, style, no_wrap=True, overflow="ellipsis")
+
+
+def print_board(manager: Manager) -> None:
+    """The whole server once, as long as it takes."""
+    console = rich_console.Console()
+    console.print(draw(board(look_once(manager), console.width, sys.maxsize)))
+
+
+def show_board(manager: Manager, seconds: float) -> None:
+    """The live view until q or Ctrl-C; the terminal is as before when it returns or raises."""
+    console = rich_console.Console(highlight=False)
+    look = LiveLook(manager, seconds)
+
+    def drawn() -> rich_console.Group:
+        snapshot = look.shown()
+        keys = f"q quits · every {seconds:g} s · {utc_now():%H:%M:%S} UTC"
+        notes = [look.fault] * bool(look.fault) + [keys]
+        if snapshot is None:
+            return rich_console.Group(
+                unwrapped("Looking at the server ..."), unwrapped(keys, "dim")
+            )
+        return draw(board(snapshot, console.width, console.height - len(notes)), *notes)
+
+    with terminal_restored():
+        if console.is_dumb_terminal:
+            while not key_pressed("q", seconds):
+                console.print(drawn())
+            return
+        with rich_live.Live(drawn(), console=console, screen=True, auto_refresh=False) as live:
+            shown: tuple[object, ...] = ()
+            while not key_pressed("q", KEY_SECONDS):
+                taken_at = look.latest.taken_at if look.latest else None
+                age = time.monotonic() // REDRAW_SECONDS  # what hangs gets older on the screen
+                before, shown = shown, (taken_at, look.fault, console.size, age)
+                if shown != before:
+                    live.update(drawn(), refresh=True)
+
+
+KEY_SECONDS: Final = 0.5
+REDRAW_SECONDS: Final = 10.0
+
+
+def key_pressed(key: str, seconds: float) -> bool:
+    """Whether it comes within that time, or nobody is at the keyboard any more."""
+    if not sys.stdin.isatty():
+        time.sleep(seconds)
+        return False
+    ready, _, _ = select.select([sys.stdin], [], [], seconds)
+    typed = os.read(sys.stdin.fileno(), 64).decode(errors="replace") if ready else " "
+    return not typed or key in typed.lower()
+
+
+@contextlib.contextmanager
+def terminal_restored() -> Iterator[None]:
+    """Keys come one by one and unseen; whatever ends this, the terminal is as before.
+
+    What ends the program from outside raises KeyboardInterrupt here.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+    signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # stopped, it would leave its screen behind
+    before = termios.tcgetattr(sys.stdin) if sys.stdin.isatty() else None
+    try:
+        if before is not None:
+            tty.setcbreak(sys.stdin)
+        yield
+    finally:
+        if before is not None:
+            with contextlib.suppress(termios.error):  # it is gone
+                termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+
+
+# =============================================================================
+# §38 Console — effects: one builder per tab, and who may open it
 # =============================================================================
 
 LOOPBACK_HOSTS: Final = frozenset({"127.0.0.1", "localhost", "[::1]"})
@@ -20566,6 +25643,276 @@ def build_key_doctor(desk: Desk) -> None:
     ask.click(on_ask, [pasted, model], found, **PRIVATE)
 
 
+def build_energy_tab(desk: Desk) -> None:
+    """What GPUs take now, what any range took and whose it was, as files too, and its price."""
+    with gr.Tab("Energy") as tab:
+        live(desk, gr.HTML(), live_energy_html)
+        with gr.Row(elem_classes="actions"):
+            by = gr.Dropdown(list(get_args(EnergyGrouping)), value="model", label="Added up by")
+            first = gr.DateTime(include_time=False, type="string", label="From (UTC)")
+            last = gr.DateTime(include_time=False, type="string", label="To, included")
+            show = gr.Button("Show", variant="primary", scale=0, min_width=110)
+        said = gr.Markdown()
+        with gr.Row():
+            stack = energy_plot(*STACK_COLUMNS)
+            per_token = energy_plot(*PER_TOKEN_COLUMNS)
+        rows = table(["Model", *ENERGY_HEADERS])
+        with gr.Accordion("Sessions: each replica from ready to stopped", open=False):
+            sessions = table(SESSION_HEADERS)
+        with gr.Accordion("Files", open=False):
+            style = gr.Radio(list(CSV_STYLES), value=next(iter(CSV_STYLES)), label="Written for")
+            files = gr.HTML()
+        build_energy_settings(desk)
+    asked = [by, first, last]
+    for event in (show.click, by.change, tab.select):
+        event(_energy_shower(desk), asked, [said, stack, per_token, rows, sessions], **QUIET)
+        event(on_energy_files, [*asked, style], files, **QUIET)
+    style.change(on_energy_files, [*asked, style], files, **QUIET)
+
+
+def energy_plot(x: str, color: str, y: str) -> Any:
+    """Bars that are hidden until there is something to draw."""
+    return gr.BarPlot(
+        x=x, y=y, color=color, x_title=" ", x_label_angle=-35, height=280, visible=False
+    )
+
+
+def _energy_shower(desk: Desk) -> Callable[..., tuple[Any, ...]]:
+    def on_show(by: str, first: str | None, last: str | None) -> tuple[Any, ...]:
+        with shown_to_operator():
+            energy = desk.manager.energy
+            try:
+                query = parse_energy_query(by, first or "", last or "", utc_now().date())
+                report = energy.report(query)
+                by_day = energy.parts(replace(query, by="day"))
+                used = session_rows(energy.sessions(query.first, query.last))
+                per_token = tokens_by_model(energy.report(replace(query, by="model")))
+            except ManagerError as error:  # opening the tab must not shout
+                hidden = gr.update(visible=False)
+                return plain(str(error)), hidden, hidden, gr.update(value=[]), []
+            return (
+                energy_headline(report),
+                drawn(STACK_COLUMNS, energy_stack(by_day)),
+                drawn(PER_TOKEN_COLUMNS, per_token),
+                gr.update(headers=energy_headers(query), value=energy_rows(report)),
+                used,
+            )
+
+    return on_show
+
+
+def drawn(columns: Sequence[str], bars: Sequence[Sequence[Any]]) -> Any:
+    """An update of a plot; with another title or order Gradio (6.31) goes on drawing the old."""
+    return gr.update(value=pd.DataFrame(bars, columns=list(columns)), visible=bool(bars))
+
+
+def on_energy_files(by: str, first: str | None, last: str | None, style: str) -> str:
+    with shown_to_operator():
+        query = parse_energy_query(by, first or "", last or "", utc_now().date())
+        return energy_files_html(query.first, query.last, style)
+
+
+def build_energy_settings(desk: Desk) -> None:
+    """How often GPUs are looked at, and what a kilowatt-hour is worth; kept with each record."""
+
+    def on_save(period: float, price: float | None, co2: float | None, overhead: float) -> str:
+        with shown_to_operator():
+            given = {
+                "period_seconds": period, "price_per_kwh": price or None,
+                "co2_grams_per_kwh": co2 or None, "overhead": overhead,
+            }  # fmt: skip
+            desk.manager.save(setting_energy(given))
+            return done_at("Saved, for what is recorded from now on.")
+
+    def stored(label: str, info: str, view: Callable[[EnergySettings], Any]) -> Any:
+        number = gr.Number(label=label, info=info)
+        return live(desk, number, lambda seen: seen.state and (view(seen.state.energy) or 0))
+
+    with gr.Accordion("Price, CO₂ and how often GPUs are looked at", open=False):
+        with gr.Row():
+            fields = [
+                stored("A look every (s)", "0.5 to 60", lambda kept: kept.period_seconds),
+                stored("Price of a kWh", "0: unknown", lambda kept: kept.price_per_kwh),
+                stored("CO₂ of a kWh (g)", "0: unknown", lambda kept: kept.co2_grams_per_kwh),
+                stored("Overhead (PUE)", "of the room, 1 is none", lambda kept: kept.overhead),
+            ]
+        save = gr.Button("Save")
+        said = gr.Markdown()
+    save.click(on_save, fields, said, **PRIVATE)
+
+
+def build_benchmark_tab(desk: Desk) -> None:
+    """What engines carry: measured, kept, compared."""
+
+    def on_ask(*values: Any) -> tuple[Any, str, BenchmarkWish]:
+        with shown_to_operator():
+            wish = benchmark_wish(*values)
+            text = plain_lines(desk.manager.benchmarks.preview(wish))
+            return gr.update(visible=True), f"**This would be measured:**\n\n{text}", wish
+
+    def measure(wish: BenchmarkWish) -> str:
+        desk.manager.benchmarks.start(wish)
+        return done_at("It is under way, as a job.")
+
+    with gr.Tab("Benchmark") as tab:
+        gr.Markdown("Requests straight to a model's engine, so many at once, rung by rung.")
+        with gr.Row(elem_classes="actions"):
+            models = gr.Dropdown(label="Measure", multiselect=True, info="one after the other")
+            live(desk, models, measurable)
+            kinds = [("by type", ""), *((kind, kind) for kind in LOADS)]
+            profile = gr.Dropdown(kinds, value="", label="Load")
+            ladder = gr.Textbox("1, 2, 4, 8, 16", label="Requests at once")
+            sizes = [
+                gr.Number(0, label=label, info="0: the load's", precision=0, minimum=0)
+                for label in ("Prompt tokens", "Output tokens")
+            ]
+            each = gr.Number(
+                0, label="Requests per rung", info="0: eight for each at once, at least 32",
+                precision=0, minimum=0,
+            )  # fmt: skip
+            ask = gr.Button("Measure", variant="primary", scale=0, min_width=110)
+        question, _ = build_question("Measure it", measure)
+        build_benchmark_results(desk, tab)
+    ask.click(on_ask, [models, profile, ladder, *sizes, each], question, **PRIVATE)
+
+
+def build_benchmark_results(desk: Desk, tab: gr.Tab) -> None:
+    """Kept benchmarks side by side: as curves, as tables, as files."""
+    benchmarks = desk.manager.benchmarks
+
+    def on_list(chosen: list[str]) -> Any:
+        with shown_to_operator():
+            names = [result.name for result in benchmarks.results()]
+            kept = [name for name in chosen if name in names] or names[:1]
+            return gr.update(choices=names, value=kept)
+
+    def on_show(chosen: list[str], limit: float | None) -> tuple[Any, ...]:
+        with shown_to_operator():
+            results = benchmarks.named(chosen)
+            curves = pd.DataFrame(benchmark_curves(results), columns=list(CURVE_COLUMNS))
+            headers, rows = comparison(results)
+            said = plain_lines(carrying_text(results, limit)) if limit else ""
+            # With another title or order beside it Gradio (6.31) goes on drawing the old lines.
+            drawn = [gr.update(value=curves, visible=not curves.empty) for _ in plots]
+            return (
+                said, *drawn, gr.update(headers=headers, value=rows, visible=bool(rows)),
+                benchmark_rows(results), benchmark_links(results),
+            )  # fmt: skip
+
+    gr.Markdown("### Results")
+    with gr.Row(elem_classes="actions"):
+        chosen = gr.Dropdown(label="Benchmarks", value=[], multiselect=True, scale=3)
+        limit = gr.Number(500, label="P95 until the first token within (ms)", minimum=0)
+    said = gr.Markdown()
+    at_once, whose, *figures = CURVE_COLUMNS
+    with gr.Row():
+        plots = [
+            gr.LinePlot(x=at_once, y=figure, color=whose, height=280, visible=False)
+            for figure in figures
+        ]
+    beside = table(["Figure", "At once"], visible=False)
+    with gr.Accordion("Every rung; times are P50 / P95 / P99", open=False):
+        rungs = table(RUNG_HEADERS)
+    links = gr.HTML()
+    done = live(desk, gr.Textbox(visible="hidden"), benchmarks_done)
+    for changed in (tab.select, done.change):
+        changed(on_list, chosen, chosen, **QUIET)
+    shown = [said, *plots, beside, rungs, links]
+    for changed in (chosen.change, limit.change):
+        changed(on_show, [chosen, limit], shown, **QUIET)
+
+
+def build_monitoring_tab(desk: Desk) -> None:
+    """The switch, what runs of it, what Prometheus sees, and who is told."""
+
+    def on_look() -> tuple[Any, ...]:
+        if not desk.manager.state().monitoring:
+            return [], []
+        with shown_to_operator():
+            seen = desk.manager.monitoring.look()
+            return alert_rows(seen), watched_rows(seen)
+
+    def switch(wished: str) -> Change:
+        return switching_monitoring(on=wished == "on")
+
+    with gr.Tab("Monitoring") as tab:
+        live(desk, gr.Markdown(), monitoring_text)
+        with gr.Row(elem_classes="actions"):
+            buttons = [gr.Button(f"Switch {wished}", scale=0, min_width=140)
+                       for wished in ON_OR_OFF]  # fmt: skip
+            look = gr.Button("Look again", scale=0, min_width=140)
+        card = build_plan_card(
+            desk, {"switch": switch, "set": lambda changes: switching_monitoring(changes=changes)}
+        )
+        live(desk, table(PART_HEADERS), part_rows)
+        shown = [table(ALERT_HEADERS), table(WATCHED_HEADERS)]
+        build_monitoring_form(desk, card)
+    for button, wished in zip(buttons, ON_OR_OFF, strict=True):
+        wire_plan(desk, button, gr.State(wished), card, "switch", switch)
+    look.click(on_look, None, shown, **PRIVATE)
+    tab.select(on_look, None, shown, **QUIET)
+
+
+def build_monitoring_form(desk: Desk, card: PlanCard) -> None:
+    """How much is kept and who is told; secrets that are left empty stay as they are."""
+
+    def known(read: Callable[[MonitoringSettings], Any]) -> View:
+        return lambda seen: read(seen.state.monitoring_settings) if seen.state else None
+
+    def mail(read: Callable[[MailAlerts], Any], default: Any = "") -> View:
+        return known(lambda settings: read(settings.mail) if settings.mail else default)
+
+    with gr.Accordion("What is kept, and who is told", open=False):
+        with gr.Row():
+            days = gr.Number(label="Days that series are kept", precision=0, minimum=1)
+            size = gr.Number(label="But no more than (GB)", precision=0, minimum=1)
+            port = gr.Number(label="Port of the manager's own figures", precision=0, minimum=1)
+        with gr.Row():
+            hook = gr.Checkbox(label="Alerts to a webhook")
+            url = gr.Textbox(label="Its address", type="password", placeholder="as it is")
+        with gr.Row():
+            mailed = gr.Checkbox(label="Alerts by mail")
+            to, sender = gr.Textbox(label="To"), gr.Textbox(label="From")
+            server = gr.Textbox(label="Mail server", placeholder="mail.lan:587")
+            user = gr.Textbox(label="User there")
+            password = gr.Textbox(label="Password", type="password", placeholder="as it is")
+            starttls = gr.Checkbox(label="STARTTLS", value=True)
+        plan = gr.Button("Plan these settings", variant="primary", scale=0, min_width=200)
+    for field_, view in (
+        (days, known(lambda settings: settings.retention_days)),
+        (size, known(lambda settings: settings.retention_gb)),
+        (port, known(lambda settings: settings.metrics_port)),
+        (hook, known(lambda settings: settings.webhook is not None)),
+        (mailed, known(lambda settings: settings.mail is not None)),
+        (to, mail(lambda known: known.to)),
+        (sender, mail(lambda known: known.sender)),
+        (server, mail(lambda known: known.server)),
+        (user, mail(lambda known: known.username)),
+        (starttls, mail(lambda known: known.starttls, default=True)),
+    ):
+        live(desk, field_, view)
+    typed = [days, size, port, hook, url, mailed, to, sender, server, user, password, starttls]
+    described = partial(monitoring_changes, desk.manager)
+    on_plan = plan_of(desk, "set", lambda changes: switching_monitoring(changes=changes), described)
+    plan.click(on_plan, typed, card.outputs, **PRIVATE)
+
+
+def monitoring_changes(manager: Manager, *typed: Any) -> Json:
+    """What of the form is to be changed; a secret is wrapped before it is kept for the plan."""
+    days, size, port, hook, url, mailed, to, sender, server, user, password, starttls = typed
+    known = manager.state().monitoring_settings
+    secret = pydantic.SecretStr(password) if password else known.mail and known.mail.password
+    mail = {
+        "to": to, "sender": sender, "server": server, "username": user, "password": secret,
+        "starttls": starttls,
+    }  # fmt: skip
+    return {
+        "retention_days": days, "retention_gb": size, "metrics_port": port,
+        "webhook": (pydantic.SecretStr(url) if url else known.webhook) if hook else None,
+        "mail": mail if mailed else None,
+    }  # fmt: skip
+
+
 def build_system_tab(desk: Desk) -> None:
     """The plan, the server's health, the endpoint's settings, the way back."""
     with gr.Tab("System") as tab:
@@ -20796,6 +26143,9 @@ def build_console(manager: Manager, watch: Watch) -> gr.Blocks:
             build_hardware_tab(desk)
             build_routes_tab(desk)
             build_keys_tab(desk)
+            build_energy_tab(desk)
+            build_benchmark_tab(desk)
+            build_monitoring_tab(desk)
             build_system_tab(desk)
         wire_live(desk, app)
     return app
@@ -20814,6 +26164,20 @@ def build_app(manager: Manager, watch: Watch) -> Guard:
         text = audit_csv(manager.audit.entries())
         return fastapi.Response(text, media_type="text/csv", headers=named)
 
+    @app.get(f"{ENERGY_FILES}/{{what}}.csv")
+    def export_energy(
+        what: EnergyTable, first: date, last: date, style: str = ""
+    ) -> fastapi.Response:
+        try:
+            check_days(first, last, None)
+            chosen = CSV_STYLES.get(style, CsvStyle())
+            answer = csv_stream(manager.energy.export(what, first, last, chosen))
+        except ManagerError as error:
+            return _plain(409, str(error))
+        named = f'attachment; filename="{what}-{first}-{last}.csv"'
+        answer.headers["content-disposition"] = named
+        return answer
+
     @app.get(API_PAGE)
     def show_api() -> fastapi.Response:
         return fastapi.responses.HTMLResponse(render_api_page(programs.openapi()))
@@ -20827,7 +26191,7 @@ def build_app(manager: Manager, watch: Watch) -> Guard:
         path="/",
         auth_dependency=operator,
         app_kwargs={"openapi_url": None, "docs_url": None, "redoc_url": None},
-        css=STYLE + FIT_STYLE + ROUTE_STYLE,
+        css=STYLE + FIT_STYLE + ROUTE_STYLE + WATTS_STYLE,
         head=RELOAD,
         theme=gr.themes.Default(primary_hue="blue", font=FONTS, font_mono=MONOSPACE_FONTS),
         footer_links=[],
@@ -20840,7 +26204,7 @@ def build_app(manager: Manager, watch: Watch) -> Guard:
 
 
 # =============================================================================
-# §33 Main — effects: arguments, wiring, systemd
+# §39 Main — effects: arguments, wiring, systemd
 # =============================================================================
 
 DONE, FAILED, WRONG_USAGE, TO_DO = range(4)
@@ -20851,14 +26215,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None and sys.argv[1:] == [FETCH_WEIGHTS]:
         return command_fetch_weights()
     arguments = build_parser().parse_args(join_values(sys.argv[1:] if argv is None else argv))
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    arguments.log_json = arguments.log_json or is_json_wished()
+    set_up_logging(as_json=arguments.log_json)
+    say = log.error if arguments.log_json else _say
     try:
         return int(arguments.command(arguments))
     except ManagerError as error:
-        _say(str(error))
+        say(str(error))
         return FAILED
     except KeyboardInterrupt:
-        _say("Interrupted. What was under way is healed by the next `apply`.")
+        say("Interrupted. What was under way is healed by the next `apply`.")
         return FAILED
     except BrokenPipeError:
         # `status | head`: nobody reads on. The interpreter would complain when it flushes.
@@ -20867,8 +26233,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception:  # boundary: one sentence for the operator, the traceback for the journal
         incident = uuid.uuid4().hex[:8]
         log.exception("incident %s", incident)
-        _say(f"Unexpected error {incident}. Please report the traceback above.")
+        say(f"Unexpected error {incident}. Please report the traceback above.")
         return FAILED
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line, exceptions included; what looks like a key is hidden."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        told = {
+            "ts": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            **{name: getattr(record, name, "") for name in ("job", "model", "step")},
+            "exception": self.formatException(record.exc_info) if record.exc_info else "",
+        }
+        return json.dumps({name: hide_keys(mask_secrets(v)) for name, v in told.items() if v})
+
+
+def is_json_wished() -> bool:
+    """By `LLM_MANAGER_LOG`, else wherever systemd reads standard error into the journal."""
+    wish = os.environ.get("LLM_MANAGER_LOG")
+    with contextlib.suppress(OSError):  # closed
+        errors = os.fstat(2)
+        # A terminal that systemd started has this variable as well, of another stream.
+        in_journal = os.environ.get("JOURNAL_STREAM") == f"{errors.st_dev}:{errors.st_ino}"
+        return wish == "json" if wish else in_journal
+    return wish == "json"
+
+
+def set_up_logging(*, as_json: bool) -> None:
+    """To standard error, in lines for people or for programs."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines() if as_json else logging.Formatter("%(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    if as_json:
+        logging.captureWarnings(capture=True)
+        threading.excepthook = lambda ended: log.error(
+            "the thread %s ended", ended.thread and ended.thread.name,
+            exc_info=(ended.exc_type, ended.exc_value or ended.exc_type(), ended.exc_traceback),
+        )  # fmt: skip
 
 
 def command_fetch_weights() -> int:
@@ -20897,6 +26302,9 @@ def build_parser() -> argparse.ArgumentParser:
         prog="llm_manager.py", description="The operator console of a shared GPU server."
     )
     parser.set_defaults(command=command_serve, port=CONSOLE_PORT)
+    parser.add_argument(
+        "--log-json", action="store_true", help="log JSON objects, as in systemd's journal"
+    )
     commands = parser.add_subparsers(metavar="COMMAND")
 
     def add(name: str, command: Callable[[argparse.Namespace], int], text: str) -> Any:
@@ -20909,7 +26317,7 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=int, default=CONSOLE_PORT)
     url = add("url", command_url, "the console's address with its access token")
     url.add_argument("--port", type=int, default=CONSOLE_PORT)
-    add("status", command_status, "models and containers as they are")
+    _add_watching(add)
     add("plan", command_plan, "what would be done; exit status 3 if anything")
     apply = add("apply", _changes(_applying), "do what is planned")
     restore = add("restore", command_restore, "bring everything back after a reboot")
@@ -20932,14 +26340,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     rollback.add_argument("number", type=int, nargs="?", help="from history/; default: the last")
     rollback.add_argument("--plan", action="store_true", help="show the plan only")
-    add_model_commands(commands, add)
-    add_weights_commands(commands, add)
-    for add_group in (add_gpu_commands, add_key_commands, add_direct_commands):
+    for add_group in (add_gpu_commands, add_key_commands, add_direct_commands, add_energy_commands):
         add_group(commands)
-    add_usage_commands(commands, add)
-    add_route_commands(commands, add)
-    add_system_commands(commands, add)
+    for add_several in (add_model_commands, add_weights_commands, add_usage_commands,
+                        add_route_commands, add_system_commands):  # fmt: skip
+        add_several(commands, add)
+    add_benchmark_command(add)
     return parser
+
+
+def _add_watching(add: Callable[..., Any]) -> None:
+    add("status", command_status, "models and containers as they are; exit status 3 if not well")
+    top = add("top", command_top, "the whole server, live in this terminal; q quits")
+    top.add_argument("--interval", type=interval, default=2.0, metavar="SECONDS")
 
 
 def _applying(_: Manager, arguments: argparse.Namespace) -> Change:
@@ -21013,6 +26426,17 @@ YES_OR_NO: Final = ("yes", "no")
 
 def yes(choice: str | None) -> bool | None:
     return None if choice is None else choice == "yes"
+
+
+def interval(text: str) -> float:
+    """Seconds between two looks, for argparse; a look costs the server something as well."""
+    seconds = float(text)
+    if not SHORTEST_INTERVAL <= seconds <= LONGEST_INTERVAL:
+        raise ValueError(text)
+    return seconds
+
+
+SHORTEST_INTERVAL, LONGEST_INTERVAL = 0.5, 3600.0
 
 
 def positive(text: str) -> int:
@@ -21197,6 +26621,26 @@ def add_token_commands(commands: Any) -> None:
             sub.add_argument("--json", action="store_true")
 
 
+def add_energy_commands(commands: Any) -> None:
+    """`energy show | export`."""
+    group = commands.add_parser("energy", help="what GPUs took, and whose it was")
+    verbs = group.add_subparsers(required=True, metavar="COMMAND")
+    show = verbs.add_parser("show", help="kWh, money, CO2 and joules per token")
+    show.set_defaults(command=command_energy_show)
+    grouping = (*get_args(EnergyGrouping), "session")
+    show.add_argument("--by", choices=grouping, default="model")
+    show.add_argument("--json", action="store_true")
+    export = verbs.add_parser("export", help="a CSV, however long; README lists the columns")
+    export.set_defaults(command=command_energy_export)
+    export.add_argument("what", choices=get_args(EnergyTable))
+    export.add_argument("--separator", default=",", help="; for a German spreadsheet")
+    export.add_argument("--decimal", default=".", metavar="MARK", help=", for a German spreadsheet")
+    export.add_argument("-o", dest="file", metavar="FILE", help="else it is printed")
+    for each in (show, export):
+        each.add_argument("--from", dest="first", metavar="DAY", default="", help="2026-11-21")
+        each.add_argument("--to", dest="last", metavar="DAY", default="", help="included")
+
+
 def add_usage_commands(commands: Any, add: Callable[..., Any]) -> None:
     """`usage`, `statement`, `price …`."""
     usage = add("usage", command_usage, "requests and tokens, out of LiteLLM's database")
@@ -21330,6 +26774,30 @@ def number_or_off(text: str) -> int:
     return OFF if text == "off" else positive(text)
 
 
+def amount_or_off(text: str) -> float | str:
+    return text if text == "off" else float(text)
+
+
+def add_benchmark_command(add: Callable[..., Any]) -> None:
+    """`bench`."""
+    bench = add("bench", command_bench, "measure what models carry; without one, what is kept")
+    bench.add_argument("models", nargs="*", metavar="NAME", help="one after the other")
+    bench.add_argument("--load", choices=LOADS, default="", help="default: by the model's type")
+    bench.add_argument("--concurrency", default="1,2,4,8,16", metavar="LADDER", help="as 1,2,4")
+    for name, text in (
+        ("prompt-tokens", "of each prompt"), ("output-tokens", "of each answer"),
+        ("requests", "per rung; default: 8 for each at once, at least 32"),
+    ):  # fmt: skip
+        bench.add_argument(f"--{name}", type=positive, metavar="N", help=text)
+    bench.add_argument("--plan", action="store_true", help="show what would be measured only")
+    bench.add_argument("--show", nargs="+", metavar="BENCHMARK", help="kept ones, side by side")
+    bench.add_argument(
+        "--within", type=positive, metavar="MS",
+        help="the largest concurrency with this P95 until the first token",
+    )  # fmt: skip
+    bench.add_argument("--csv", action="store_true", help="every rung, for other programs")
+
+
 def add_database_commands(commands: Any) -> None:
     """`database …`."""
     group = commands.add_parser("database", help="keys and usage on the disk").add_subparsers(
@@ -21356,14 +26824,38 @@ def add_database_commands(commands: Any) -> None:
     keep.add_argument("--dumps", type=positive, metavar="N", help="automatic ones that are kept")
 
 
-def add_system_commands(commands: Any, add: Callable[..., Any]) -> None:
-    """`config …`, `database …`, `image …`, `install`."""
+def add_monitoring_commands(commands: Any) -> None:
+    """`monitoring …`; the switch is `config set --monitoring`."""
+    group = commands.add_parser("monitoring", help="Prometheus and Grafana").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    show = group.add_parser("show", help="what is scraped, and which alerts hold")
+    show.set_defaults(command=command_monitoring_show)
+    show.add_argument("--json", action="store_true")
+    password = group.add_parser("password", help="of Grafana's admin")
+    password.set_defaults(command=command_monitoring_password)
+    change = group.add_parser("set", help="how much is kept, and who is told of alerts")
+    change.set_defaults(command=command_monitoring_set)
+    change.add_argument("--retention-days", type=positive, metavar="DAYS")
+    change.add_argument("--retention-gb", type=positive, metavar="GB", help="the lower one counts")
+    change.add_argument("--metrics-port", type=positive, metavar="PORT", help="for our own figures")
+    change.add_argument("--webhook", choices=ON_OR_OFF, help="on asks for its address")
+    change.add_argument("--mail", choices=ON_OR_OFF, help="on asks for the password, if any")
+    change.add_argument("--mail-to", default="", metavar="ADDRESS")
+    change.add_argument("--mail-from", default="", metavar="ADDRESS")
+    change.add_argument("--mail-server", default="", metavar="HOST:PORT")
+    change.add_argument("--mail-user", default="", metavar="NAME")
+    change.add_argument("--mail-starttls", choices=YES_OR_NO, default="yes")
+
+
+def add_config_commands(commands: Any) -> None:
+    """`config …`."""
     config = commands.add_parser("config", help="the stored state").add_subparsers(
         required=True, metavar="COMMAND"
     )
     config.add_parser("show").set_defaults(command=command_config_show)
     config.add_parser("check").set_defaults(command=command_config_check)
-    edge = config.add_parser("set", help="the HTTPS endpoint")
+    edge = config.add_parser("set", help="the HTTPS endpoint, energy, and monitoring")
     edge.set_defaults(command=command_config_set)
     edge.add_argument("--hostname", action="append")
     edge.add_argument("--address", help="to listen on")
@@ -21376,9 +26868,22 @@ def add_system_commands(commands: Any, add: Callable[..., Any]) -> None:
     edge.add_argument("--acme-directory", default="", help="a company's own ACME server")
     edge.add_argument("--open-routes", choices=YES_OR_NO, help="no closes all of them at once")
     edge.add_argument("--max-request-mib", type=positive, metavar="MIB", help="larger ones: 413")
+    edge.add_argument("--energy-period", type=float, metavar="SECONDS", help="between looks")
+    edge.add_argument("--price-per-kwh", type=amount_or_off, metavar="N", help="a price, or off")
+    edge.add_argument("--co2-grams-per-kwh", type=amount_or_off, metavar="N", help="or off")
+    edge.add_argument(
+        "--overhead", type=float, metavar="N", help="what the room takes beside (PUE)"
+    )
+    edge.add_argument("--monitoring", choices=ON_OR_OFF, help="Prometheus and Grafana")
     token = config.add_parser("token", help="the Hugging Face token, from standard input")
     token.set_defaults(command=command_config_token)
+
+
+def add_system_commands(commands: Any, add: Callable[..., Any]) -> None:
+    """`config …`, `database …`, `image …`, `install`."""
+    add_config_commands(commands)
     add_database_commands(commands)
+    add_monitoring_commands(commands)
     add_image_commands(commands)
     add_token_commands(commands)
     audit = add("audit", command_audit, "who changed what when, by console, command line or API")
@@ -21441,7 +26946,8 @@ def open_manager(actor: Actor | None = None) -> Manager:
     docker_url = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
     recipes = PROGRAM.parent / "recipes"
     system = GpuSystem()
-    gpus = NvmlGpus(parse_geometries((recipes / "mig.yaml").read_text()), system)
+    tables = parse_geometries((recipes / "mig.yaml").read_text())
+    gpus = NvmlGpus(tables, system, turn=store.home / "lock-gpus")
     containers = DockerContainers(docker_url, state.instance)
     failures = parse_failures((recipes / "failures.yaml").read_text())
     images = DockerImages(docker_url, state.instance, build_arguments(os.environ))
@@ -21529,13 +27035,16 @@ def command_serve(arguments: argparse.Namespace) -> int:
             with manager.audit.acting_as(ITSELF):
                 manager.start(restoring())
         except BusyError as error:
-            _say(str(error))
-    app = build_app(manager, Watch(manager))
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3)
+            log.warning("%s", error)
+    watch = Watch(manager, records=manager.energy_records)
+    app = build_app(manager, watch)
+    MetricsServer(manager, watch)
+    config = uvicorn.Config(app, log_level="warning", log_config=None, timeout_graceful_shutdown=3)
     if sys.stdout.isatty():  # the journal must not hold the token
         out(f"LLM Manager: {console_url(state, arguments.port)}")
     else:
-        out(f"LLM Manager listens on {CONSOLE_HOST}:{arguments.port}; `url` prints its address.")
+        say = log.info if arguments.log_json else out
+        say(f"LLM Manager listens on {CONSOLE_HOST}:{arguments.port}; `url` prints its address.")
     # uvicorn ends by raising again what ended it; there is something to do after that.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
@@ -21543,10 +27052,53 @@ def command_serve(arguments: argparse.Namespace) -> int:
     # A job may wait an hour for an engine; systemd must not. The next plan heals it, but no plan
     # knows of keys whose secrets nobody was told.
     manager.break_off(MAKING_KEYS, BREAK_OFF_SECONDS)
+    watch.close()
     logging.shutdown()
     os._exit(DONE)
 
 
+class MetricsServer:
+    """A thread that serves this program's figures to containers, while monitoring is on.
+
+    The console listens on loopback, which no container reaches: this has a port of its own, on the
+    address by which containers know this server.
+    """
+
+    def __init__(self, manager: Manager, watch: Watch) -> None:
+        self._manager = manager
+        self._app = build_metrics(manager, watch)
+        self._at: tuple[str, int] | None = None
+        self._server: uvicorn.Server | None = None
+        threading.Thread(target=self._run, name="metrics", daemon=True).start()
+
+    def _run(self) -> None:
+        said = ""
+        while True:
+            try:
+                self._follow(self._manager.monitoring.wished_address())
+                said = ""
+            except (ManagerError, OSError) as error:
+                if str(error) != said:
+                    log.warning("Prometheus cannot read this program's figures: %s", error)
+                said = str(error)
+            time.sleep(METRICS_SECONDS)
+
+    def _follow(self, wished: tuple[str, int] | None) -> None:
+        if wished == self._at:
+            return
+        if self._server is not None:
+            self._server.should_exit = True
+        self._at = self._server = None
+        if wished is not None:
+            listener = socket.create_server(wished)
+            config = uvicorn.Config(self._app, log_level="warning", log_config=None)
+            server = uvicorn.Server(config)
+            sockets = {"sockets": [listener]}
+            threading.Thread(target=server.run, kwargs=sockets, name="figures", daemon=True).start()
+            self._at, self._server = wished, server
+
+
+METRICS_SECONDS: Final = 2.0
 BREAK_OFF_SECONDS: Final = 20.0  # less than systemd waits
 
 
@@ -21577,7 +27129,7 @@ def command_url(arguments: argparse.Namespace) -> int:
 
 
 def command_status(arguments: argparse.Namespace) -> int:
-    snapshot = open_manager().snapshot()
+    snapshot = look_once(open_manager())
     if arguments.json:
         out_json(status_facts(snapshot))
     else:
@@ -21586,7 +27138,21 @@ def command_status(arguments: argparse.Namespace) -> int:
         out_table(COMPONENT_HEADERS, component_rows(snapshot))
         for matter in attention(snapshot):
             out(f"! {matter.text}")
-    return FAILED if snapshot.faults else DONE
+    if snapshot.faults:
+        return FAILED
+    return DONE if server_health(snapshot) == "ok" else TO_DO
+
+
+def command_top(arguments: argparse.Namespace) -> int:
+    """The live view; where nobody can watch it, the server as it is now."""
+    if arguments.json:
+        return command_status(arguments)
+    if not sys.stdout.isatty():
+        print_board(open_manager())
+        return DONE
+    with contextlib.suppress(KeyboardInterrupt):
+        show_board(open_manager(), arguments.interval)
+    return DONE
 
 
 def out_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -22084,6 +27650,41 @@ def command_usage(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def command_energy_show(arguments: argparse.Namespace) -> int:
+    energy, today = open_manager().energy, utc_now().date()
+    headers: Sequence[str]
+    if arguments.by == "session":
+        query = parse_energy_query("day", arguments.first, arguments.last, today)
+        sessions = energy.sessions(query.first, query.last)
+        headers, rows = SESSION_HEADERS, session_rows(sessions)
+        facts, said = [*map(energy_facts, sessions)], "" if rows else "There was none."
+    else:
+        query = parse_energy_query(arguments.by, arguments.first, arguments.last, today)
+        report = energy.report(query)
+        headers, rows, said = energy_headers(query), energy_rows(report), energy_headline(report)
+        facts = [*map(energy_facts, (*report.rows, report.total))]
+    if arguments.json:
+        out_json(facts)
+    else:
+        out_table(headers, rows)
+        out(said)
+    return DONE
+
+
+def command_energy_export(arguments: argparse.Namespace) -> int:
+    query = parse_energy_query("day", arguments.first, arguments.last, utc_now().date())
+    style = CsvStyle(separator=arguments.separator, decimal=arguments.decimal)
+    pieces = open_manager().energy.export(arguments.what, query.first, query.last, style)
+    begun = [*itertools.islice(pieces, 2)]  # what is refused leaves an earlier file alone
+    with file_errors("write the export", PLACE_ADVICE), contextlib.ExitStack() as stack:
+        file = sys.stdout.buffer
+        if arguments.file:
+            file = stack.enter_context(open(arguments.file, "wb", opener=private_opener))
+        for piece in itertools.chain(begun, pieces):
+            file.write(piece)
+    return DONE
+
+
 def command_statement(arguments: argparse.Namespace) -> int:
     month = parse_month(arguments.month, utc_now().date())
     statement = open_manager().usage.statement(month, arguments.group)
@@ -22259,6 +27860,39 @@ def command_route_list(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def command_bench(arguments: argparse.Namespace) -> int:
+    benchmarks = open_manager().benchmarks
+    asked = (arguments.prompt_tokens, arguments.output_tokens, arguments.requests)
+    if not arguments.models:
+        return _show_benchmarks(benchmarks, arguments)
+    wish = benchmark_wish(arguments.models, arguments.load, arguments.concurrency, *asked)
+    if arguments.plan:
+        out(benchmarks.preview(wish))
+        return TO_DO
+    known = {result.name for result in benchmarks.results()}
+    follow(benchmarks.start(wish), quiet=arguments.json or arguments.csv)
+    fresh = [result.name for result in benchmarks.results() if result.name not in known]
+    arguments.show = fresh[::-1]
+    return _show_benchmarks(benchmarks, arguments)
+
+
+def _show_benchmarks(benchmarks: Benchmarks, arguments: argparse.Namespace) -> int:
+    """Those that are named side by side, else a list of all."""
+    named = arguments.show
+    results = benchmarks.named(named) if named else benchmarks.results()
+    if arguments.csv:
+        out(benchmark_csv(results).removesuffix("\n"))
+    elif arguments.json:
+        out_json(benchmark_facts(results))
+    elif named:
+        out_table(*comparison(results))
+    else:
+        out_table(BENCHMARK_LIST_HEADERS, benchmark_list_rows(results))
+    if arguments.within and not (arguments.csv or arguments.json):
+        out(carrying_text(results, arguments.within))
+    return DONE
+
+
 def command_database_show(arguments: argparse.Namespace) -> int:
     manager = open_manager()
     size = manager.database.size()
@@ -22288,6 +27922,53 @@ def command_database_set(arguments: argparse.Namespace) -> int:
     open_manager().save(keeping_house(changes))
     out("Saved. Next: llm_manager.py plan")
     return DONE
+
+
+def command_monitoring_show(arguments: argparse.Namespace) -> int:
+    manager = open_manager()
+    seen = manager.monitoring.look()
+    if arguments.json:
+        out_json(asdict(seen))
+        return DONE
+    out_table(WATCHED_HEADERS, watched_rows(seen))
+    out_table(ALERT_HEADERS, alert_rows(seen))
+    return DONE
+
+
+def command_monitoring_password(_: argparse.Namespace) -> int:
+    out(grafana_password(open_manager().state()).get_secret_value())
+    return DONE
+
+
+def command_monitoring_set(arguments: argparse.Namespace) -> int:
+    given = {
+        "retention_days": arguments.retention_days,
+        "retention_gb": arguments.retention_gb,
+        "metrics_port": arguments.metrics_port,
+    }
+    changes: Json = {key: value for key, value in given.items() if value is not None}
+    if arguments.webhook is not None:
+        on = arguments.webhook == "on"
+        changes["webhook"] = secret_line("Webhook's address: ") if on else None
+    if arguments.mail is not None:
+        changes["mail"] = _mail_settings(arguments) if arguments.mail == "on" else None
+    open_manager().save(switching_monitoring(changes=changes))
+    out("Saved. Next: llm_manager.py plan")
+    return DONE
+
+
+def _mail_settings(arguments: argparse.Namespace) -> Json:
+    """Never an argument: the password would be visible to every user of the server."""
+    return {
+        "to": arguments.mail_to,
+        "sender": arguments.mail_from,
+        "server": arguments.mail_server,
+        "username": arguments.mail_user,
+        "password": (secret_line("Password of the mail server: ") or None)
+        if arguments.mail_user
+        else None,
+        "starttls": arguments.mail_starttls == "yes",
+    }
 
 
 def command_config_show(_: argparse.Namespace) -> int:
@@ -22320,8 +28001,20 @@ def command_config_set(arguments: argparse.Namespace) -> int:
             arguments.acme_directory,
         )
     changes = {key: value for key, value in given.items() if value is not None}
-    open_manager().save(configuring_edge(changes))
-    out("Saved. Next: llm_manager.py plan")
+    energy = {
+        "period_seconds": arguments.energy_period,
+        "price_per_kwh": arguments.price_per_kwh,
+        "co2_grams_per_kwh": arguments.co2_grams_per_kwh,
+        "overhead": arguments.overhead,
+    }
+    energy = {k: None if v == "off" else v for k, v in energy.items() if v is not None}
+    wished = [setting_energy(energy)] if energy else []
+    if arguments.monitoring is not None:
+        wished.append(switching_monitoring(on=arguments.monitoring == "on"))
+    if changes or not wished:
+        wished.append(configuring_edge(changes))
+    open_manager().save(all_at_once(wished))
+    out("Saved. Next: llm_manager.py plan" if changes or arguments.monitoring else "Saved.")
     return DONE
 
 

@@ -121,7 +121,7 @@ def an_observed(*containers: lm.ObservedContainer, **changes: Any) -> lm.Observe
         "containers": {container.name: container for container in containers},
         "images": frozenset(vars_of(state.images).values()),
         "networks": frozenset({lm.network_name(state)}),
-        "volumes": frozenset(lm.volume_names(state)),
+        "volumes": frozenset(lm.volume_names(replace(state, endpoint="running", monitoring=True))),
         "weights": STORED,
     }
     return lm.Observed(**given | changes)
@@ -152,6 +152,9 @@ def as_wished(state: lm.State, slot: lm.Slot = "a", **changes: Any) -> lm.Observ
             **({lm.CERTIFICATE: pem} if pem else {}),
         }
         edge = lm.LoadedCaddyfile(slot, lm.caddyfile_hash(text))
+    for role in lm.monitor_roles(state, changes.get("hardware")):
+        specs.append(lm.render_monitor(state, role, site))
+        files |= lm.monitoring_files(state, role)
     given = {"files": files, "edge": edge} | changes
     return an_observed(*(seen(spec) for spec in specs), **given)
 

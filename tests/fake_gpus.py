@@ -11,7 +11,7 @@ import contextlib
 import copy
 import threading
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -178,6 +178,7 @@ class SimulatedGpus:
         self.uses_cdi = False
         self.listed: set[str] = {gpu.uuid for gpu in self.gpus}  # in the CDI specification
         self.trouble: Interference = NoInterference()
+        self.looks: dict[lm.GpuUuid, lm.GpuLook] = {}  # what they tell a sampler
         self._numbers = 0
         self._lock = threading.RLock()
 
@@ -276,6 +277,16 @@ class SimulatedGpus:
                 if changed.slices.get(wanted) is not None:
                     raise pynvml.NVMLError(pynvml.NVML_ERROR_IN_USE)
                 changed.slices.pop(wanted, None)
+
+    def look(
+        self,
+        shared: Mapping[lm.GpuUuid, Collection[str]],  # noqa: ARG002 - all is told
+    ) -> Mapping[lm.GpuUuid, lm.GpuLook]:
+        lost = {gpu.uuid for gpu in self.gpus if gpu.lost}
+        return {uuid: look for uuid, look in self.looks.items() if uuid not in lost}
+
+    def give_way(self) -> bool:
+        return False
 
     def refresh_cdi(self) -> None:
         if self.uses_cdi:

@@ -181,6 +181,7 @@ class World:
     loads: dict[str, lm.EngineLoad] = field(default_factory=dict)  # of engines, by container
     hung: set[str] = field(default_factory=set)  # engines that answer no request
     figures: dict[str, lm.GatewayFigures] = field(default_factory=dict)  # of gateways
+    watched: lm.Watched | None = None  # what Prometheus sees
     tables: str = "tables, keys"  # LiteLLM's database: its tables, then what is in them
     loaded_dump: str | None = None  # the database beside it that a dump was loaded into
     former: str | None = None  # the one that was LiteLLM's before
@@ -199,21 +200,29 @@ class World:
         container.log += [f"{container.name} starts", *self.says.splitlines()]
         if spec.image in self.migrations:
             self.tables = self.migrations[spec.image]
-        for device in spec.devices:
-            self.gpus.open(device, "VLLM::EngineCore", container_id=container.container_id)
+        program = "dcgm-exporter" if spec.devices == lm.ALL_GPUS else "VLLM::EngineCore"
+        for device in self.devices_of(spec):
+            self.gpus.open(device, program, container_id=container.container_id)
         if self.is_broken(spec) or self.finds_its_volume_taken(container):
             container.log.append("ValueError: The model does not fit.")
             self.end(container.name, 1)
-        elif not all(map(self.gpus.computes, spec.devices)):
+        elif spec.devices != lm.ALL_GPUS and not all(map(self.gpus.computes, spec.devices)):
             container.log.append("RuntimeError: No CUDA GPUs are available.")
             self.end(container.name, 1)
         elif self.is_too_large(container):
             container.log.append("ValueError: No available memory for the cache blocks.")
             self.end(container.name, 1)
 
+    def devices_of(self, spec: lm.ContainerSpec) -> Collection[str]:
+        """What is visible inside; who has all GPUs has their slices, too."""
+        if spec.devices != lm.ALL_GPUS:
+            return spec.devices
+        return {device for gpu in self.gpus.gpus for device in gpu.devices}
+
     def is_too_large(self, container: FakeContainer) -> bool:
         needed = self.needs.get(container.name, 0)
-        return any(self.gpus.memory_mib(device) < needed for device in container.spec.devices)
+        devices = self.devices_of(container.spec)
+        return any(self.gpus.memory_mib(device) < needed for device in devices)
 
     def _refuse_to_start(self, container: FakeContainer) -> None:
         """What Docker, the kernel and the container toolkit would say."""
@@ -229,7 +238,7 @@ class World:
                 f"Docker could not start {container.name}: network {spec.network} not found.",
                 advice="Apply the plan.",
             )
-        for said in filter(None, map(self.gpus.why_not, spec.devices)):
+        for said in filter(None, map(self.gpus.why_not, self.devices_of(spec))):
             raise lm._docker_fault(f"start {container.name}", said)
 
     def finds_its_volume_taken(self, container: FakeContainer) -> bool:
@@ -483,6 +492,19 @@ class FakeContainers:
                     advice="What ran before still runs. Correct the HTTPS settings.",
                 )
 
+    def check_files(
+        self,
+        spec: lm.ContainerSpec,  # noqa: ARG002
+        command: Sequence[str],
+        texts: Mapping[str, str],
+    ) -> None:
+        with self._effect():
+            if any(self.world.rejected in text for text in texts.values()):
+                raise lm.ContainerFailedError(
+                    f"{command[0]} rejects what was generated: unknown field.",
+                    advice="What ran before still runs.",
+                )
+
     def reload_caddyfile(self, name: lm.ContainerName) -> None:
         container = self._known(name)
         with self._effect():
@@ -505,7 +527,8 @@ class FakeContainers:
             return None
         if seen.name in self.world.blind:
             return frozenset()
-        return frozenset(filter(self.world.gpus.exists, container.spec.devices))
+        devices = self.world.devices_of(container.spec)
+        return frozenset(filter(self.world.gpus.exists, devices))
 
     def foreign_devices(self) -> dict[str, frozenset[str]]:
         self._connected()
@@ -608,7 +631,12 @@ class FakeProbes:
         return self.world.loads.get(seen.name)
 
     def figures(self, seen: lm.ObservedContainer, key: SecretStr) -> lm.GatewayFigures | None:  # noqa: ARG002
-        return self.world.figures.get(seen.name)
+        told = self.world.figures.get(seen.name)
+        return replace(told) if told else None
+
+    def watched(self, seen: lm.ObservedContainer) -> lm.Watched | None:
+        empty = lm.Watched(targets=(), alerts=())
+        return (self.world.watched or empty) if self._answers(seen.name) else None
 
     def answers(
         self,

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import subprocess
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -359,6 +360,10 @@ class Server:
         self._do("get", -1, "skipped_ms", ctypes.byref(now))
         self._set_server("skipped_ms", now.value + round(seconds * 1000))
 
+    def freeze(self) -> None:
+        """No time passes any more but by `advance`."""
+        self._set_server("frozen_at_ms", time.monotonic_ns() // 10**6)
+
     def carve(self, gpu: int, *slices: Slice) -> None:
         """Somebody else makes these slices, each with a compute instance; MIG mode goes on."""
         for profile, start in slices:
@@ -383,6 +388,16 @@ class Server:
         profile, start = slice or (None, 0)
         used = ctypes.c_uint64(used_mib * 1024**2)
         self._do("run", gpu, pid, name, int(graphics), int(hidden), used, profile, start)
+
+    def work(self, pid: int, percent: int) -> None:
+        """A process keeps so much of its GPU's or slice's multiprocessors at work."""
+        self._do("work", pid, percent)
+
+    def open_samples(self) -> int:
+        """How many of GPM's samples nobody has freed."""
+        count = ctypes.c_longlong()
+        self._do("get", -1, "gpm_samples", ctypes.byref(count))
+        return count.value
 
     def remove_process(self, pid: int) -> None:
         self._do("end", pid)

@@ -221,7 +221,8 @@ def test_it_tells_what_there_is(program: Program) -> None:
     routes = {route["name"]: route for route in program.get("routes").json()}
     assert routes["smart"]["members"] == ["chat"]
     assert routes["chat"]["served_by"] == ["chat"]
-    assert set(program.get("status").json()) == {"summary", "models", "containers", "attention"}
+    told = program.get("status").json()
+    assert {"schema_version", "health", "summary", "models", "containers", "attention"} <= set(told)
     assert [job["title"] for job in program.get("jobs").json()] == ["Deploy chat"]
     assert [e["what"] for e in program.get("audit").json()][-1] == "Route smart"
     assert program.get("audit?since=2999-01-01").json() == []

@@ -278,6 +278,9 @@ def test_a_model_is_added_listed_shown_changed_and_removed(run: Run) -> None:
         (("database", "dump", "../x"), "cannot be the name of a dump"),
         (("database", "restore", "winter"), "There is no dump 'winter'"),
         (("database", "set", "--retention", "4000"), "retention_days"),
+        (("monitoring", "set", "--retention-days", "4000"), "retention_days"),
+        (("monitoring", "set", "--mail", "on", "--mail-to", "nobody"), "mail.to"),
+        (("monitoring", "show"), "Docker does not answer"),
         (("usage",), "Docker does not answer"),
         (("usage", "--from", "yesterday"), "'yesterday' is no day"),
         (("usage", "--attention"), "Docker does not answer"),
@@ -401,6 +404,14 @@ def test_status_without_docker_still_lists_the_models(with_chat: Run) -> None:
     assert "! Docker does not answer" in ended.out
 
 
+def test_the_live_view_is_printed_once_where_nobody_watches(with_chat: Run) -> None:
+    ended = with_chat("top")
+    assert ended.status == lm.DONE
+    assert ended.out.startswith("Docker does not answer.\n")
+    assert re.search(r"^chat +unknown", ended.out, re.MULTILINE)
+    assert with_chat("top", "--json").status == lm.FAILED, "as status does"
+
+
 def test_routes_without_docker_are_listed_and_nothing_is_said_of_them(with_chat: Run) -> None:
     ended = with_chat("routes")
     assert ended.status == lm.FAILED
@@ -463,6 +474,17 @@ def test_a_sound_state_is_called_sound(with_chat: Run) -> None:
     assert with_chat("config", "check").out.endswith("config.json is sound: 1 models.\n")
 
 
+def test_settings_of_several_kinds_are_saved_together_or_not_at_all(run: Run) -> None:
+    refused = run("config", "set", "--monitoring", "on", "--overhead", "1.3", "--https-port", "0")
+    assert (refused.status, refused.out) == (lm.FAILED, "")
+    kept = lm.open_manager().state()
+    assert (kept.monitoring, kept.energy.overhead) == (False, 1.0)
+    saved = run("config", "set", "--monitoring", "on", "--overhead", "1.3")
+    assert (saved.status, saved.out) == (lm.DONE, "Saved. Next: llm_manager.py plan\n")
+    kept = lm.open_manager().state()
+    assert (kept.monitoring, kept.energy.overhead) == (True, 1.3)
+
+
 def test_https_settings_are_saved_and_kept(run: Run) -> None:
     assert run("config", "set", "--hostname", "a.org", "--hostname", "b.org").status == lm.DONE
     arguments = ("--tls", "acme", "--email", "it@a.org", "--https-port", "8443")
@@ -520,6 +542,40 @@ def test_a_certificate_that_cannot_be_served_is_refused_before_it_is_wished(
     assert json.loads(run("config", "show").out)["edge"]["tls"] == {"kind": "internal"}
 
 
+def test_monitoring_is_switched_and_set_without_a_secret_among_the_arguments(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("config", "set", "--monitoring", "on").status == lm.DONE
+    monkeypatch.setattr(sys, "stdin", io.StringIO("http://chat.lan/s3cr3t-hook\ns3cr3t-mail\n"))
+    told = (
+        "--webhook",
+        "on",
+        "--mail",
+        "on",
+        "--mail-to",
+        "team@x.org",
+        "--mail-from",
+        "llm@x.org",
+    )
+    server = ("--mail-server", "mail.x.org:587", "--mail-user", "llm")
+    assert run("monitoring", "set", "--retention-days", "7", *told, *server).status == lm.DONE
+    shown = run("config", "show").out
+    stored = json.loads(shown)
+    assert "s3cr3t" not in shown
+    assert stored["monitoring"] is True
+    assert stored["monitoring_settings"]["retention_days"] == 7
+    assert stored["monitoring_settings"]["mail"]["server"] == "mail.x.org:587"
+    state = lm.open_manager().state()
+    assert lm.reveal(state.monitoring_settings.webhook) == "http://chat.lan/s3cr3t-hook"
+    assert state.monitoring_settings.mail is not None
+    assert lm.reveal(state.monitoring_settings.mail.password) == "s3cr3t-mail"
+    run("monitoring", "set", "--webhook", "off", "--mail", "off")
+    run("config", "set", "--monitoring", "off")
+    assert not lm.open_manager().state().monitoring_settings.alerts
+    assert not lm.open_manager().state().monitoring
+    assert len(run("monitoring", "password").out.strip()) == 64
+
+
 def test_what_the_database_keeps_is_saved_setting_by_setting(run: Run) -> None:
     run("database", "set", "--dumps", "3")
     run("database", "set", "--retention", "30")
@@ -529,6 +585,35 @@ def test_what_the_database_keeps_is_saved_setting_by_setting(run: Run) -> None:
     kept = json.loads(run("config", "show").out)["housekeeping"]
     assert kept == {"retention_days": None, "dumps_kept": 3}
     assert run("database", "list").out == ""
+
+
+def test_how_energy_is_recorded_is_saved_setting_by_setting(run: Run) -> None:
+    run("config", "set", "--energy-period", "5", "--price-per-kwh", "0.32", "--overhead", "1.4")
+    run("config", "set", "--co2-grams-per-kwh", "381")
+    run("config", "set", "--price-per-kwh", "off")
+    shown = json.loads(run("config", "show").out)
+    assert shown["energy"] == {
+        "period_seconds": 5.0, "price_per_kwh": None, "co2_grams_per_kwh": 381.0, "overhead": 1.4,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--energy-period", "0.01", "period_seconds"),
+        ("--energy-period", "nan", "period_seconds"),
+        ("--price-per-kwh", "-1", "price_per_kwh"),
+        ("--price-per-kwh", "nan", "price_per_kwh"),
+        ("--overhead", "0.9", "overhead"),
+    ],
+)
+def test_energy_cannot_be_recorded_by_nonsense(
+    run: Run, option: str, value: str, said: str
+) -> None:
+    line = run("config", "set", f"{option}={value}").refusal()
+    assert "Energy cannot be recorded so" in line
+    assert said in line
+    assert json.loads(run("config", "show").out)["energy"]["period_seconds"] == 1.0
 
 
 def test_an_image_is_pinned(run: Run) -> None:

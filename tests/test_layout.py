@@ -22,7 +22,12 @@ HOMES = {
     "fcntl": "Home", "docker": "Containers Images", "requests": "Containers",
     "tarfile": "Containers", "httpx": "Requests", "huggingface_hub": "Hub", "httpx2": "Hub",
     "psycopg": "Database", "pynvml": "Drivers", "gr": "Console", "pd": "Console",
+    "grafana": "Monitoring", "grafana_queries": "Monitoring", "grafana_timeseries": "Monitoring",
+    "grafana_encoder": "Monitoring", "grafana_models": "Monitoring",
     "fastapi": "Programs Console", "uvicorn": "Main", "argparse": "Main",
+    "sqlite3": "Energy records",
+    "rich_console": "Terminal", "rich_live": "Terminal", "rich_table": "Terminal",
+    "rich_text": "Terminal",
 }  # fmt: skip
 
 BANNERS = [(n, m) for n, line in enumerate(TEXT.splitlines(), 1) if (m := BANNER.match(line))]
@@ -79,7 +84,7 @@ def test_each_library_is_spoken_to_in_one_section() -> None:
         for node in NAMES
         if node.id in HOMES
         and node.lineno > import_ends
-        and title_at(node.lineno) not in HOMES[node.id].split()
+        and title_at(node.lineno) not in HOMES[node.id]
         and not is_annotation(node)
     }
     assert not astray

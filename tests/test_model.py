@@ -270,7 +270,7 @@ def test_no_secret_is_in_any_printed_form_of_a_state() -> None:
     shown = json.dumps(asdict(state), default=str)
     for text in (repr(state), str(state), f"{state}", shown, repr(asdict(state))):
         assert SECRET_MARK not in text
-    assert lm.render_state(state).count(SECRET_MARK) == 9
+    assert lm.render_state(state).count(SECRET_MARK) == 11
 
 
 @pytest.mark.parametrize(

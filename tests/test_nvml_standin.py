@@ -230,6 +230,7 @@ while mine < 200:
 
 def test_processes_share_a_server_and_never_have_the_same_slice(start: Start) -> None:
     server = start(A100)
+    cut(server)
     command = [sys.executable, "-c", OTHER_PROCESS]
     others = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     try:
@@ -244,6 +245,53 @@ def test_processes_share_a_server_and_never_have_the_same_slice(start: Start) ->
             other.kill()
     assert [other.returncode for other in others] == [0, 0, 0]
     assert server.slices(0) == set()
+
+
+def test_an_ampere_card_changes_its_mode_only_while_no_other_process_looks(start: Start) -> None:
+    server = start(A100, H200)
+    command = [sys.executable, "-c", OTHER_PROCESS]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == f"{server.uuid(0)}\n"
+        assert nvml.nvmlDeviceSetMigMode(gpu(), 1) == nvml.NVML_ERROR_IN_USE
+        assert nvml.nvmlDeviceSetMigMode(gpu(1), 1) == nvml.NVML_SUCCESS
+        other.kill()
+    assert nvml.nvmlDeviceSetMigMode(gpu(), 1) == nvml.NVML_SUCCESS
+
+
+def test_processes_are_as_busy_as_they_are_made(start: Start) -> None:
+    server = start(A100)
+    with pytest.raises(NVMLError_NotFound):
+        nvml.nvmlDeviceGetProcessUtilization(gpu(), 0)
+    server.add_process(0, 41)
+    server.work(41, 60)
+    (sample,) = nvml.nvmlDeviceGetProcessUtilization(gpu(), 0)
+    assert (sample.pid, sample.smUtil) == (41, 60)
+    server.remove_process(41)
+    cut(server)
+    with pytest.raises(NVMLError_NotSupported):
+        nvml.nvmlDeviceGetProcessUtilization(gpu(), 0)
+
+
+def test_gpm_tells_of_slices_from_hopper_on(start: Start) -> None:
+    server = start(A100, H200)
+    assert [nvml.nvmlGpmQueryDeviceSupport(gpu(n)).isSupportedDevice for n in (0, 1)] == [0, 1]
+    server.carve(1, ("1g.18gb", 0))
+    server.add_process(1, 41, slice=("1g.18gb", 0))
+    server.work(41, 30)
+    slice_ = nvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu(1), 0)
+    instance = nvml.nvmlDeviceGetGpuInstanceId(slice_)
+    samples = [nvml.nvmlGpmSampleAlloc() for _ in range(2)]
+    for sample in samples:
+        nvml.nvmlGpmMigSampleGet(gpu(1), instance, sample)
+    asked = nvml.c_nvmlGpmMetricsGet_t(version=1, numMetrics=1)
+    asked.sample1, asked.sample2 = samples
+    asked.metrics[0].metricId = 2
+    assert nvml.nvmlGpmMetricsGet(asked).metrics[0].value == 30
+    for sample in samples:
+        nvml.nvmlGpmSampleFree(sample)
+    assert server.open_samples() == 0
 
 
 def test_threads_share_it_as_well(start: Start) -> None:

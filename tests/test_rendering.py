@@ -286,8 +286,9 @@ def test_only_the_edge_publishes_ports_and_only_where_it_is_told() -> None:
 
 
 def test_every_name_of_an_installation_carries_its_prefix() -> None:
-    state = replace(FULL, name_prefix="a1b2-")
+    state = replace(FULL, name_prefix="a1b2-", monitoring=True)
     names = [
+        *(lm.monitor_name(state, role) for role in lm.monitor_roles(state, None)),
         lm.network_name(state),
         *lm.volume_names(state),
         lm.database_name(state),

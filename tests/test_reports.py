@@ -240,13 +240,33 @@ vllm:num_requests_waiting_by_reason{engine="0",model_name="m",reason="capacity"}
 vllm:prompt_tokens_total{engine="0",model_name="m"} 1.5e+06
 vllm:prompt_tokens_created{engine="0",model_name="m"} 1.7952562138218098e+09
 vllm:prompt_tokens_by_source_total{engine="0",model_name="m",source="local_compute"} 9.0
+vllm:prompt_tokens_cached_total{engine="0",model_name="m"} 12.0
 vllm:generation_tokens_total{engine="0",model_name="m"} 30.0
 vllm:generation_tokens_total{engine="1",model_name="m"} 4.0
+vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.25
+vllm:kv_cache_usage_perc{engine="1",model_name="m"} 0.5
+vllm:time_to_first_token_seconds_bucket{engine="0",le="0.5",model_name="m"} 2.0
+vllm:time_to_first_token_seconds_bucket{engine="1",le="0.5",model_name="m"} 3.0
+vllm:time_to_first_token_seconds_bucket{engine="0",le="+Inf",model_name="m"} 4.0
+vllm:time_to_first_token_seconds_bucket{engine="1",le="+Inf",model_name="m"} 3.0
+vllm:time_to_first_token_seconds_count{engine="1",model_name="m"} 3.0
+vllm:request_success_total{engine="0",finished_reason="stop",model_name="m"} 6.0
+vllm:request_success_total{engine="0",finished_reason="abort",model_name="m"} 1.0
 """
 
 
 def test_the_load_is_summed_over_an_engines_ranks() -> None:
-    assert lm.parse_load(METRICS) == lm.EngineLoad(running=3, waiting=4, tokens=1500034)
+    load = lm.parse_load(METRICS)
+    assert load is not None
+    assert (load.running, load.waiting, load.tokens) == (3, 4, 1500034)
+    assert (load.ranks, load.cached, load.kv_cache_part) == (2, 0.75, 0.375)
+    wait, ended = "time_to_first_token_seconds_bucket", "request_success_total"
+    assert load.counts == {
+        ("prompt_tokens_cached_total", ""): 12, ("prompt_tokens_total", ""): 1.5e6,
+        ("generation_tokens_total", ""): 34,
+        (wait, "0.5"): 5, (wait, "+Inf"): 7, (ended, "stop"): 6, (ended, "abort"): 1,
+    }  # fmt: skip
+    assert load.used == lm.EngineCounts(prompt=1500000, completion=34, cached=12, requests=7)
 
 
 def test_metrics_without_tokens_are_no_load() -> None:

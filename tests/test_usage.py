@@ -48,7 +48,7 @@ def test_a_range_as_typed_has_usual_ends() -> None:
 @pytest.mark.parametrize(
     ("by", "first", "last", "said"),
     [
-        ("colour", "", "", "not added up by 'colour'"),
+        ("colour", "", "", "Nothing adds up by 'colour'"),
         ("key", "yesterday", "", "'yesterday' is no day"),
         ("key", "2026-11-31", "", "no day"),
         ("key", "2026-11-21", "2026-11-20", "2026-11-20 is before 2026-11-21"),
@@ -227,7 +227,8 @@ STATED = [
 
 
 def a_statement(prices: lm.Prices = PRICES) -> lm.Statement:
-    return lm.parse_statement(date(2026, 10, 1), STATED, prices)
+    energy = {("t1", "chat"): (1.25, 400.0), ("t1", "huge"): (0.25, None)}
+    return lm.parse_statement(date(2026, 10, 1), STATED, prices, energy)
 
 
 def test_a_statement_is_of_the_last_month_if_none_is_named() -> None:
@@ -258,8 +259,9 @@ def test_a_statement_sums_each_group_and_says_what_has_no_price() -> None:
         ["no group", "free"], ["no group", "in all"],
     ]  # fmt: skip
     assert rows[2][2:] == [
-        "11", "2,000,007", "500,000", "1,000,003", "3.00 EUR and what has no price",
+        "11", "2,000,007", "500,000", "1,000,003", "1.500", "400", "3.00 EUR and what has no price",
     ]  # fmt: skip
+    assert rows[4][6:] == ["", "", "0.00 EUR"], "no energy was recorded of what it used"
     assert (rows[1][-1], rows[3][-1]) == ("", "0.00 EUR")
 
 
@@ -276,6 +278,9 @@ def test_a_statements_csv_adds_up_by_itself() -> None:
     assert sum(int(row["prompt_tokens"]) for row in rows) == 2_000_016
     assert [row["cost_eur"] for row in rows] == ["3.0", "", "0.0"]
     assert {row["month"] for row in rows} == {"2026-10"}
+    assert [(row["kwh"], row["co2_grams"]) for row in rows] == [
+        ("1.25", "400.0"), ("0.25", ""), ("", ""),
+    ]  # fmt: skip
 
 
 def test_prices_are_set_replaced_and_removed() -> None:

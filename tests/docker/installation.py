@@ -263,6 +263,12 @@ def slow_engine(client: docker.DockerClient) -> contextlib.AbstractContextManage
     return built(client, name, path=str(Path(__file__).with_name("slow_engine")))
 
 
+def paced_engine(client: docker.DockerClient) -> contextlib.AbstractContextManager[str]:
+    """The image of an engine whose speed is known, with vLLM's own load generator."""
+    name = f"llm-manager-paced-engine:{uuid.uuid4().hex[:8]}"
+    return built(client, name, path=str(Path(__file__).with_name("paced_engine")))
+
+
 def copied_models(client: docker.DockerClient, folder: Path) -> Path:
     """The tiny models as directories of this host, copied out of the image that made them."""
     container = client.containers.create(ENGINE, network_mode="none")

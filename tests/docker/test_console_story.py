@@ -15,7 +15,10 @@ from playwright.sync_api import Page, Route, expect
 from test_story import ANSWER, ask
 
 pytestmark = pytest.mark.browser
-TABS = ("Overview", "Models", "Library", "Hardware", "Routes", "Keys", "System")
+TABS = (
+    "Overview", "Models", "Library", "Hardware", "Routes", "Keys", "Energy", "Benchmark",
+    "Monitoring", "System",
+)  # fmt: skip
 DEPLOY_SECONDS = 240
 
 

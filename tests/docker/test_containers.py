@@ -11,7 +11,7 @@ import subprocess
 import tarfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import docker
@@ -417,7 +417,7 @@ def start_edge(bench: Bench, state: lm.State, slot: lm.Slot) -> None:
     """Network, volume, file and container of the edge, as a plan orders them."""
     spec, text = lm.render_edge(state, site_of(bench)), lm.render_caddyfile(state, slot, ())
     bench.containers.create_network(lm.network_name(state))
-    for volume in lm.volume_names(state):
+    for volume in lm.volume_names(replace(state, endpoint="running")):
         bench.containers.create_volume(volume)
     bench.containers.check_caddyfile(spec, text)
     bench.tools.files.write_generated(lm.CADDYFILE, text)

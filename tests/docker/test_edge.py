@@ -144,7 +144,7 @@ def edge(
     state = an_edge_state(instance, tls)
     containers = lm.DockerContainers(DOCKER_URL, instance)
     containers.create_network(lm.network_name(state))
-    for volume in lm.volume_names(state):
+    for volume in lm.volume_names(replace(state, endpoint="running")):
         containers.create_volume(volume)
     names = [lm.gateway_name(state, "a"), *(f"{state.name_prefix}llm-model-{n}-0" for n in RIGHT)]
     upstreams = {}

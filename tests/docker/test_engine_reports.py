@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import re
+import resource
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +23,8 @@ import llm_manager as lm
 pytestmark = pytest.mark.docker
 CHAT = lm.ModelName("chat")
 ENGINE = lm.ContainerName("llm-model-chat-0")
-PHASE = r"^  \d+ s: (starting|loading weights.*|warming up|ready soon)$"
-LATER = r"^  \d+ s: .*(, ready in about \d+ s|, longer than last time \(.+\))$"
+AGE = r"(\d+ min ?)?(\d+ s)?"
+LATER = rf"^  {AGE}: .*(, ready in about {AGE}|, longer than last time \(.+\))$"
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def served(install_for_module: Install, tiny_models: Path) -> Installation:
     here.add("chat", tiny_models / "tiny-chat")
     with here.step("a first start"):
         said = here.cli("deploy", "chat")
-    assert re.search(PHASE, said, re.MULTILINE), said
+    assert "llm-model-chat-0 is ready after" in said
     return here
 
 
@@ -91,7 +92,13 @@ def test_every_token_of_the_engine_is_accounted_for_or_explained(  # noqa: PLR09
     def ask(client: openai.OpenAI = ada, **more: Any) -> Any:
         return client.chat.completions.create(**HELLO | more)
 
-    before = tally()
+    def counts() -> lm.EngineCounts:
+        seen = served.manager().observe().containers.values()
+        (load,) = served.manager().loads([c for c in seen if c.role == "engine"]).values()
+        assert load is not None
+        return load.used
+
+    before, at_first = tally(), counts()
     assert (before.accounted, before.broken_off) == (0, 0)
     assert before.difference > 0, "it was seen to be ready"
     with served.step("whole answers are accounted for to the token"):
@@ -110,6 +117,9 @@ def test_every_token_of_the_engine_is_accounted_for_or_explained(  # noqa: PLR09
         assert 0 < cached < again.prompt_tokens
         whole = 4 * said.total_tokens + said.prompt_tokens + 1000 + 2 * again.total_tokens
         until(lambda: counted_since(before) == (whole, whole, 0, 0), 120)
+        since = counts().since(at_first)
+        assert since.prompt + since.completion == whole
+        assert (since.cached, since.requests) == (cached, 7)
     with served.step("streams that are broken off"):
         before = tally()
         for _ in range(2):
@@ -134,6 +144,60 @@ def test_every_token_of_the_engine_is_accounted_for_or_explained(  # noqa: PLR09
     used = {row["name"]: row for row in json.loads(served.cli("usage", "--json"))}["Ada"]
     assert (used["failures"], used["cached_tokens"]) == (2, cached)
     assert used["prompt_tokens"] + used["completion_tokens"] >= now.accounted
+
+
+def cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def test_the_live_view_and_the_status_tell_what_the_engine_did(
+    served: Installation, show: Callable[[str], None]
+) -> None:
+    ada = served.openai(served.create_key("Eve"))
+    lookout = lm.Lookout(served.manager(), lm.RateWindow(seconds=3600))
+    until(lambda: lookout.look().traffic is not None)  # LiteLLM tells, and the engine
+    body = HELLO | {"messages": [{"role": "user", "content": "word " * 60}], "max_tokens": 20}
+    said = [ada.chat.completions.create(**body).usage for _ in range(6)]
+    until(lambda: (rise := lookout.look().traffic) and rise.total("successes") == len(said))
+    last = lookout.look()
+    assert last.observed is not None
+    (engine,) = [seen for seen in last.observed.containers.values() if seen.role == "engine"]
+    rise = lookout.window.rise([lm.run_key(engine)])
+    assert rise is not None
+    assert rise.total("generation_tokens_total") == sum(u.completion_tokens for u in said)
+    assert rise.total("prompt_tokens_total") == sum(u.prompt_tokens for u in said)
+    assert rise.total("request_success_total") == len(said)
+    rates = last.rates[CHAT]
+    assert rates == lm.engine_rates(rise)
+    assert 0 < (rates.prefix_hit_part or 0) < 1, "all but the first began with the same blocks"
+    assert (rates.first_token_p95 or 0) > 0
+    began = cpu_seconds()
+    for _ in range(5):
+        lookout.look()
+    show(f"top: {(cpu_seconds() - began) / 5 * 1000:.0f} ms of processor time a look")
+
+
+def test_the_live_view_and_the_status_outlive_what_hangs(served: Installation) -> None:
+    facts = json.loads(served.cli("status", "--json"))
+    assert (facts["health"], facts["attention"], facts["job"]) == ("ok", [], None)
+    assert facts["models"][0]["generated_tokens_per_second"] == 0
+    assert re.search(r"^chat +ready +0 +0 +0 +0 ", served.cli("top"), re.MULTILINE)
+    frozen = [each for name, each in served.containers().items()
+              if name == ENGINE or (each.status == "running" and "litellm" in name)]  # fmt: skip
+    assert len(frozen) == 2
+    for container in frozen:
+        container.pause()
+    try:
+        ill = json.loads(served.cli("status", "--json", status=lm.TO_DO))
+        assert ill["models"][0]["phase"] == "failed", "what is frozen does not run"
+        assert ill["models"][0]["requests_running"] is None
+        assert ill["attention"]
+        assert re.search(r"^chat +failed +- ", served.cli("top"), re.MULTILINE)
+    finally:
+        for container in frozen:
+            container.unpause()
+    until(lambda: served.run("status").returncode == lm.DONE)
 
 
 def test_the_next_start_says_when_it_will_be_done(served: Installation) -> None:

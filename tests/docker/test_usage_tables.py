@@ -182,6 +182,7 @@ def asked(address: str, tables: lm.UsageTables) -> Iterator[psycopg.Connection]:
         yield connection
         connection.execute("DELETE FROM \"LiteLLM_SpendLogs\" WHERE request_id ~ '^later-'")
         connection.execute("DELETE FROM llm_manager.hours WHERE hour >= %s", [LATER])
+        connection.execute("DELETE FROM llm_manager.uses WHERE hour >= %s", [LATER])
 
 
 def hours(tables: lm.UsageTables) -> dict[str, list[int]]:
@@ -203,6 +204,47 @@ def test_hours_keep_what_retention_prunes(
     assert hours(tables) == THEN
     asked.execute('DROP TRIGGER llm_manager_hours ON "LiteLLM_SpendLogs"')
     assert used(tables, "hour", 20) == before, "added up anew, but for what is not known any more"
+
+
+USED_BY = {"key": "api_key", "group": "coalesce(team_id, '')"}
+
+
+@pytest.mark.parametrize("by", USED_BY)
+def test_who_used_which_engine_is_told_by_the_hour(
+    address: str, tables: lm.UsageTables, by: Any
+) -> None:
+    told = {row[:3]: row[4:] for row in tables.rows(lm.uses_sql(LAST, by))}
+    with own_connection(address) as connection:
+        asked = f"""
+SELECT extract(epoch FROM date_trunc('hour', "startTime"))::bigint, api_base, {USED_BY[by]},
+       count(*), sum(prompt_tokens), sum(completion_tokens)
+  FROM "LiteLLM_SpendLogs" WHERE "startTime" >= %s AND "startTime" < %s GROUP BY 1, 2, 3"""  # noqa: S608
+        rows = connection.execute(asked.encode(), [LAST, LAST + timedelta(days=1)]).fetchall()
+    assert told == {row[:3]: row[3:] for row in rows}
+    assert len(told) > 100
+    names = {row[3] for row in tables.rows(lm.uses_sql(LAST, by))}
+    assert "key 1" in names or {"group 1", ""} <= names
+
+
+def test_who_used_an_engine_is_found_by_an_index(tables: lm.UsageTables) -> None:
+    asked = lm.uses_sql(LAST, "key")
+    plan = str(tables.rows(lm.Sql(f"EXPLAIN {asked.text}", asked.values)))
+    assert "uses_pkey" in plan
+    assert "Seq Scan on uses" not in plan
+
+
+def test_an_installation_that_knew_no_hours_by_key_adds_them_up(
+    asked: psycopg.Connection, tables: lm.UsageTables
+) -> None:
+    before = used(tables, "hour", 20), sorted(tables.rows(lm.uses_sql(LAST, "key")))
+    asked.execute("DROP TABLE llm_manager.uses")
+    again = used(tables, "hour", 20), sorted(tables.rows(lm.uses_sql(LAST, "key")))
+    assert again == before
+    more = ASKED.replace("later", "later-yet")
+    asked.execute(more.encode(), [LATER])
+    assert hours(tables) == {hour: [2 * n for n in row] for hour, row in THEN.items()}
+    by_key = [row[2:] for row in tables.rows(lm.uses_sql(LATER, "key"))]
+    assert sorted(by_key) == [("key", "", 2, 20, 2), ("key", "", 2, 40, 4), ("key", "", 4, 140, 14)]
 
 
 def test_sums_that_fail_lose_no_account(asked: psycopg.Connection, tables: lm.UsageTables) -> None:

@@ -85,7 +85,8 @@ def empty(connection: psycopg.Connection) -> None:
     """Take back all that was filled in, and what was added up of it."""
     connection.execute(
         'TRUNCATE "LiteLLM_TeamTable", "LiteLLM_VerificationToken", "LiteLLM_SpendLogs", '
-        '"LiteLLM_DailyUserSpend", "LiteLLM_DailyTeamSpend", llm_manager.hours CASCADE'
+        '"LiteLLM_DailyUserSpend", "LiteLLM_DailyTeamSpend", llm_manager.hours, '
+        "llm_manager.uses CASCADE"
     )
 
 

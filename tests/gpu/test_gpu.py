@@ -132,6 +132,65 @@ def test_the_energy_counter_only_grows_and_at_the_rate_of_the_power() -> None:
         assert 0 < other - one < 1.5 * float(most) * seconds
 
 
+SAMPLED = (
+    READ
+    + """
+import importlib.util, time
+from dataclasses import replace
+from itertools import pairwise
+zeus = None
+if importlib.util.find_spec("zeus"):
+    from zeus.monitor import ZeusMonitor
+    zeus = ZeusMonitor(approx_instant_energy=False)
+looks = [driver.look({})]
+if zeus:
+    zeus.begin_window("all", sync_execution=False)
+for _ in range(60):
+    time.sleep(0.25)
+    looks.append(driver.look({}))
+theirs = zeus.end_window("all", sync_execution=False).gpu_energy if zeus else {}
+found = []
+for number, gpu in enumerate(looks[0]):
+    seen = [look[gpu].reading for look in looks]
+    found.append({
+        "counter": [seen[0].counter_mj, seen[-1].counter_mj],
+        "ours": [lm.measure(a, b, 0.25).energy_mj for a, b in pairwise(seen)],
+        "by_power": [
+            lm.measure(replace(a, counter_mj=None), replace(b, counter_mj=None), 0.25).energy_mj
+            for a, b in pairwise(seen)
+        ],
+        "zeus_j": theirs.get(number),
+    })
+print(json.dumps(found))
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def sampled() -> list[dict[str, Any]]:
+    """Fifteen seconds of every GPU: by its counter, by its power, and by Zeus where that is."""
+    return list(in_its_own_process(SAMPLED))
+
+
+def test_the_samplers_joules_are_those_of_the_hardwares_counter(
+    sampled: list[dict[str, Any]],
+) -> None:
+    for gpu in sampled:
+        first, last = gpu["counter"]
+        if first is None:
+            pytest.skip("a GPU here has no energy counter")
+        assert sum(gpu["ours"]) == last - first > 0
+        # Its readings are averages of a second, or part-time ones: facts of the hardware.
+        assert sum(gpu["by_power"]) == pytest.approx(last - first, rel=0.15)
+
+
+def test_the_samplers_joules_are_those_of_zeus(sampled: list[dict[str, Any]]) -> None:
+    for gpu in sampled:
+        if gpu["zeus_j"] is None:
+            pytest.skip("the package zeus is not installed: `pip install zeus`")
+        assert sum(gpu["ours"]) / 1000 == pytest.approx(gpu["zeus_j"], rel=0.03)
+
+
 def test_the_topology_is_the_matrix_of_nvidia_smi(facts: lm.Json) -> None:
     if len(facts["gpus"]) == 1:
         pytest.skip("one GPU has no links")

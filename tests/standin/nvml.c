@@ -11,6 +11,7 @@
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -33,7 +34,7 @@ enum { /* what the driver's functions return */
     INSUFFICIENT_RESOURCES = 23, VERSION_MISMATCH = 25,
 };
 enum { AMPERE = 7, NODE = 40, SYSTEM = 50, P2P_OK = 0, P2P_NO_CHIPSET = 1, P2P_NO = 5, NO_INSTANCE = 0xffffffff };
-enum { GPUS = 8, INSTANCES = 8, COMPUTES = 8, PROFILES = 18, STARTS = 12, LINKS = 36, PROCESSES = 64, FAULTS = 32 };
+enum { GPUS = 64, INSTANCES = 8, COMPUTES = 8, PROFILES = 18, STARTS = 12, LINKS = 36, PROCESSES = 64, FAULTS = 32, CLIENTS = 16 };
 enum { NOBODY = -2, SWITCH = -1, PROCEED = -1, FOREVER = -1 };
 #define MIB ((u64)1024 * 1024)
 #define RESERVED (512 * MIB) /* what the driver keeps of a whole card */
@@ -68,7 +69,7 @@ typedef struct {
 /* --- the server ---------------------------------------------------------------------------------------------------- */
 
 typedef struct { u32 serial, id, start, slices, index; } Compute; /* absent where serial is 0, as below */
-typedef struct { u32 serial, id, profile, start; Compute computes[COMPUTES]; } Instance;
+typedef struct { u32 serial, id, profile, start, sm; Compute computes[COMPUTES]; } Instance; /* sm: percent at work */
 typedef struct {
     u32 card;
     char uuid[48];
@@ -80,16 +81,18 @@ typedef struct {
 typedef struct {
     u32 pid, gpu, instance, compute; /* the last two are serials, or 0 on the whole GPU */
     int graphics, hidden;
+    u32 sm;
     u64 used;
     char name[64];
 } Process;
 typedef struct { char symbol[64]; int code, after, times; } Fault;
 typedef struct {
     u32 size, count, last_serial;
-    long long stable_uuids, unprivileged, mismatch, skipped_ms;
+    long long stable_uuids, unprivileged, mismatch, skipped_ms, frozen_at_ms, gpm_samples; /* how many are not freed */
     int ancestor[GPUS][GPUS], p2p[GPUS][GPUS], links[GPUS][GPUS];
     Gpu gpus[GPUS];
     Process processes[PROCESSES];
+    pid_t clients[CLIENTS];
     Fault faults[FAULTS];
 } Server;
 
@@ -183,7 +186,8 @@ static int admit(const char *symbol, bool privileged) {
 static long long now_ms(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * 1000LL + now.tv_nsec / 1000000 + server->skipped_ms;
+    long long ms = now.tv_sec * 1000LL + now.tv_nsec / 1000000;
+    return (server->frozen_at_ms ? server->frozen_at_ms : ms) + server->skipped_ms;
 }
 
 static Gpu *settled(Gpu *gpu) { /* with its energy counter brought up to now */
@@ -311,7 +315,7 @@ static Instance *place(Gpu *gpu, const Profile *profile, u32 start, u32 serial) 
     Instance *i = gpu->instances;
     while (i->serial) i++;
     *i = (Instance){serial, card->memory_units / profile->size - 1 + start / profile->size, profile - card->profiles,
-                    start, {{0}}};
+                    start, 0, {{0}}};
     return i;
 }
 
@@ -370,6 +374,22 @@ static Compute *occupy(Target *t, u32 slices) { /* a new compute instance, or NU
 
 /* --- functions of the driver: the library -------------------------------------------------------------------------- */
 
+static bool others_look(void) { /* whether another process has the library open: it is a client of every GPU */
+    EACH(pid, server->clients)
+        if (*pid && *pid != getpid() && !kill(*pid, 0))
+            return true;
+    return false;
+}
+
+static void note_client(bool open) {
+    pid_t own = getpid();
+    EACH(pid, server->clients)
+        if (open ? !*pid || *pid == own || kill(*pid, 0) : *pid == own) {
+            *pid = open ? own : 0;
+            return;
+        }
+}
+
 static int initialize(const char *symbol) {
     __attribute__((cleanup(leave), unused)) bool held = lock();
     if (!references) {
@@ -379,6 +399,8 @@ static int initialize(const char *symbol) {
     int code = !server ? DRIVER_NOT_LOADED : server->mismatch ? LIB_RM_VERSION_MISMATCH : injected(symbol);
     if (code == PROCEED || code == SUCCESS)
         references++;
+    if (references == 1)
+        note_client(true);
     if (!references)
         detach(&client);
     return code == PROCEED ? SUCCESS : code;
@@ -389,8 +411,10 @@ int nvmlInitWithFlags(u32 flags) { (void)flags; return initialize(__func__); }
 
 int nvmlShutdown(void) {
     CALL(false);
-    if (!--references)
+    if (!--references) {
+        note_client(false);
         detach(&client);
+    }
     return SUCCESS;
 }
 
@@ -667,6 +691,75 @@ PROCESS_LIST(nvmlDeviceGetComputeRunningProcesses_v3, false)
 PROCESS_LIST(nvmlDeviceGetGraphicsRunningProcesses_v3, true)
 #endif
 
+typedef struct { u32 pid; u64 at; u32 sm, memory, encoder, decoder; } ProcessSample;
+
+/* One sample of each process that computes, newer than any that was seen before. */
+int nvmlDeviceGetProcessUtilization(Handle device, ProcessSample *out, u32 *count, u64 since) {
+    ASK(device, PHYSICAL, count);
+    u32 room = out ? *count : 0;
+    if (t.gpu->mig_current)
+        return NOT_SUPPORTED;
+    *count = 0;
+    EACH_PROCESS(p) {
+        if (p->gpu != t.number || p->hidden)
+            continue;
+        if (*count < room)
+            out[*count] = (ProcessSample){p->pid, since + 1, p->sm, 0, 0, 0};
+        ++*count;
+    }
+    return !*count ? NOT_FOUND : *count > room ? INSUFFICIENT_SIZE : SUCCESS;
+}
+
+#ifndef OLD_DRIVER
+typedef struct { u32 version, is_supported; } GpmSupport;
+typedef struct { u32 serial; } GpmSample; /* of which instance */
+typedef struct { u32 id; int code; double value; const char *names[3]; } GpmMetric;
+typedef struct { u32 version, count; GpmSample *before, *now; GpmMetric metrics[]; } GpmMetrics;
+
+int nvmlGpmQueryDeviceSupport(Handle device, GpmSupport *out) {
+    ASK(device, PHYSICAL, out);
+    out->is_supported = t.card->architecture > AMPERE + 1; /* Hopper and later */
+    return SUCCESS;
+}
+
+int nvmlGpmSampleAlloc(GpmSample **out) {
+    CALL(false);
+    *out = calloc(1, sizeof **out);
+    server->gpm_samples++;
+    return SUCCESS;
+}
+
+int nvmlGpmSampleFree(GpmSample *sample) {
+    CALL(false);
+    free(sample);
+    server->gpm_samples--;
+    return SUCCESS;
+}
+
+int nvmlGpmMigSampleGet(Handle device, u32 instance, GpmSample *out) {
+    ASK(device, PHYSICAL | CUT, out);
+    EACH_INSTANCE(i, t.gpu)
+        if (i->id == instance) {
+            out->serial = i->serial;
+            return SUCCESS;
+        }
+    return NOT_FOUND;
+}
+
+int nvmlGpmMetricsGet(GpmMetrics *asked) {
+    CALL(false);
+    NEED(asked->version == 1 && asked->count == 1 && asked->before->serial == asked->now->serial);
+    asked->metrics[0].code = NOT_FOUND;
+    EACH(gpu, server->gpus)
+        EACH_INSTANCE(i, gpu)
+            if (i->serial == asked->now->serial && asked->metrics[0].id == 2) { /* SM_UTIL */
+                asked->metrics[0].value = i->sm;
+                asked->metrics[0].code = SUCCESS;
+            }
+    return SUCCESS;
+}
+#endif
+
 /* --- how the GPUs are joined --------------------------------------------------------------------------------------- */
 
 int nvmlDeviceGetTopologyCommonAncestor(Handle one, Handle two, u32 *level) {
@@ -733,7 +826,7 @@ int nvmlDeviceSetMigMode(Handle device, u32 mode, u32 *activation) {
     CHANGE(device, PHYSICAL, activation && mode <= 1);
     if (!t.card->compute_slices)
         return NOT_SUPPORTED;
-    bool busy = occupied(t.number, 0);
+    bool busy = occupied(t.number, 0) || (t.card->architecture == AMPERE && others_look());
     EACH_INSTANCE(i, t.gpu)
         busy = true;
     t.gpu->mig_pending = mode;
@@ -1032,7 +1125,7 @@ static long long *setting(u32 gpu, const char *name) { /* of the whole server wh
 #define SETTING(of, field) if (!strcmp(name, #field)) return &(of)->field
     if (gpu >= server->count) {
         SETTING(server, stable_uuids); SETTING(server, unprivileged); SETTING(server, mismatch);
-        SETTING(server, skipped_ms);
+        SETTING(server, skipped_ms); SETTING(server, frozen_at_ms); SETTING(server, gpm_samples);
         return NULL;
     }
     Gpu *of = settled(&server->gpus[gpu]);
@@ -1118,6 +1211,21 @@ int standin_run(const char *path, u32 gpu, u32 pid, const char *name, int graphi
             return 0;
         }
     return -1;
+}
+
+/* How much of the multiprocessors it could use a process keeps at work. */
+int standin_work(const char *path, u32 pid, u32 percent) {
+    int found = -1;
+    HAND(path, pid);
+    EACH_PROCESS(p)
+        if (p->pid == pid) {
+            p->sm = percent;
+            EACH_INSTANCE(i, &server->gpus[p->gpu])
+                if (i->serial == p->instance)
+                    i->sm = percent;
+            found = 0;
+        }
+    return found;
 }
 
 int standin_end(const char *path, u32 pid) {
