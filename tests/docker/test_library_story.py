@@ -205,10 +205,13 @@ def test_a_model_from_the_hub_is_served_without_it_until_its_weights_are_removed
 
 
 def an_image_that_would_ask_a_hub(here: Installation) -> None:
-    """The engine image without its own HF_HUB_OFFLINE, as the official one has none."""
+    """The engine image as the official one is: not offline, and nothing found out before."""
     instance = here.state().instance
+    registry = "/opt/venv/lib/python3*/site-packages/vllm/model_executor/models/registry.py"
+    kept = 's#Path("/opt/modelinfos")#Path(envs.VLLM_CACHE_ROOT) / "modelinfos"#'
+    dockerfile = f"FROM {ENGINE}\nENV HF_HUB_OFFLINE=0\nRUN sed -i '{kept}' {registry}\n"
     image, _ = here.client.images.build(
-        fileobj=io.BytesIO(f"FROM {ENGINE}\nENV HF_HUB_OFFLINE=0\n".encode()),
+        fileobj=io.BytesIO(dockerfile.encode()),
         tag=f"llm-manager-online-{instance}:latest",
         labels={lm.LABEL_IMAGE_INSTANCE: instance},  # so that it goes with the installation
         network_mode="none",
