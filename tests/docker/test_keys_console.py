@@ -125,7 +125,7 @@ def test_what_would_happen_to_a_group_is_asked_before_it_does(
     assert {key.settings.expires_at for key in keys.all()} == {None}
     button(page, "Do it").click()
     expect(page.get_by_text("2 keys of ML end")).to_be_visible()
-    assert None not in {key.settings.expires_at for key in keys.all()}
+    assert until(lambda: None not in {key.settings.expires_at for key in keys.all()})
     button(page, "Block all").click()
     expect(page.get_by_text("Block the group ML with its 2 keys?")).to_be_visible()
     button(page, "Not now").click()
