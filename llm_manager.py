@@ -25686,7 +25686,10 @@ def _energy_shower(desk: Desk) -> Callable[..., tuple[Any, ...]]:
                 report = energy.report(query)
                 by_day = energy.parts(replace(query, by="day"))
                 used = session_rows(energy.sessions(query.first, query.last))
-                per_token = tokens_by_model(energy.report(replace(query, by="model")))
+                by_model = (
+                    report if query.by == "model" else energy.report(replace(query, by="model"))
+                )
+                per_token = tokens_by_model(by_model)
             except ManagerError as error:  # opening the tab must not shout
                 hidden = gr.update(visible=False)
                 return plain(str(error)), hidden, hidden, gr.update(value=[]), []
