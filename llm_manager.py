@@ -40,7 +40,8 @@ Outline (search for "§5"; tests/test_layout.py keeps it true):
   §36 Programs           effects  the REST API, and who may use it
   §37 Terminal           effects  a live view for an SSH session
   §38 Console            effects  one builder per tab, and who may open it
-  §39 Main               effects  arguments, wiring, systemd
+  §39 Simulation         effects  a server that is only imagined, for `demo` and the tests
+  §40 Main               effects  arguments, wiring, systemd
 """
 
 from __future__ import annotations
@@ -5870,7 +5871,7 @@ def replica_names(state: State, model: Model) -> tuple[ContainerName, ...]:
 # --- recipes -----------------------------------------------------------------
 
 # In recipes/ too, but nothing is built from them.
-NOT_BUILT: Final = frozenset({"vllm", "mig", "failures"})
+NOT_BUILT: Final = frozenset({"vllm", "mig", "failures", "demo"})
 
 EngineRole = Literal["vllm", "vllm_cpu", "vllm_omni"]
 # Every text ends up in a Dockerfile: a line break, an option or a continued line would change it.
@@ -26207,7 +26208,111 @@ def build_app(manager: Manager, watch: Watch) -> Guard:
 
 
 # =============================================================================
-# §39 Main — effects: arguments, wiring, systemd
+# §39 Simulation — effects: a server that is only imagined, for `demo` and the tests
+# =============================================================================
+
+
+# --- recipes/demo.yaml ----------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImaginedUse:
+    """What colleagues ask of a model on a working day: requests, and the tokens of one."""
+
+    requests: int
+    prompt: int
+    completion: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImaginedWeights:
+    """What a repository has, as far as its fit asks for it."""
+
+    gib: float
+    config: Json
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImaginedSlice:
+    """A place on a GPU that is cut, by the GPU's number."""
+
+    gpu: int
+    profile: str
+    start: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImaginedModel:
+    """A model of the imagined server; on neither GPUs nor a slice it is on the processor."""
+
+    name: str
+    type: ModelType
+    repository: str
+    weights: ImaginedWeights
+    gpus: tuple[int, ...] = ()
+    memory_fraction: float | None = None
+    slice: ImaginedSlice | None = None
+    use: ImaginedUse | None = None
+    watts: float = 0.0  # of each of its GPUs, under its usual load
+    wish: Wish = "running"
+    says: str = ""  # its last words: it cannot start
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImaginedGroup:
+    """Colleagues with a key each, and what all of them may."""
+
+    name: str
+    people: tuple[str, ...]
+    models: tuple[str, ...] = ()  # all
+    tokens_per_minute: int | None = None
+    requests_per_minute: int | None = None
+    days_left: int | None = None
+    blocked: int = 0  # people, from the end
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImaginedCards:
+    """GPUs of one kind, by its name in `recipes/mig.yaml`."""
+
+    card: str
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImaginedDisk:
+    """The disk that holds weights and images."""
+
+    total_gib: float
+    free_gib: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImaginedServer:
+    """What `recipes/demo.yaml` describes."""
+
+    gpus: tuple[ImaginedCards, ...]
+    idle_watts: float
+    slices: Mapping[int, str]
+    images_gib: Mapping[str, float]
+    disk: ImaginedDisk
+    start_seconds: float
+    days: int
+    seed: int
+    models: tuple[ImaginedModel, ...]
+    providers: tuple[Json, ...]
+    routes: tuple[Json, ...]
+    groups: tuple[ImaginedGroup, ...]
+
+
+def parse_imagined(text: str) -> ImaginedServer:
+    """The server of `recipes/demo.yaml`."""
+    loaded = yaml.load(text, YAML_LOADER)  # noqa: S506 - the safe one, in C
+    return pydantic.TypeAdapter(ImaginedServer).validate_python(loaded)
+
+
+# =============================================================================
+# §40 Main — effects: arguments, wiring, systemd
 # =============================================================================
 
 DONE, FAILED, WRONG_USAGE, TO_DO = range(4)
