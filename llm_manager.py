@@ -64,6 +64,7 @@ from typing import Final
 
 PROGRAM: Final = Path(__file__).resolve()
 REQUIREMENTS: Final = PROGRAM.with_name("requirements.txt")
+RECIPES: Final = PROGRAM.with_name("recipes")
 ENVIRONMENT: Final = PROGRAM.with_name(".venv")
 STAMP: Final = ENVIRONMENT / ".requirements.sha256"
 # An upgraded distribution changes the Python under an environment, whose packages stay behind.
@@ -16720,6 +16721,12 @@ def _body(asked: Json | None, audio: bytes | None) -> Json:
     return {"json": asked}
 
 
+class EdgeApi(Protocol):
+    """Requests to the published ports; see `EdgeClient`."""
+
+    def send(self, request: EdgeRequest, bearer: pydantic.SecretStr | None) -> EdgeReply: ...
+
+
 class EdgeClient:
     """Requests as anybody outside sends them, to the published ports of this server.
 
@@ -16868,6 +16875,21 @@ def provider_errors(provider: Provider) -> Iterator[None]:
         ) from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise connection_fault(provider, str(error)) from error
+
+
+class KeyApi(Protocol):
+    """Where keys and groups live; see `LiteLlmApi`."""
+
+    def create_key(self, request: Json) -> pydantic.SecretStr: ...
+    def update_key(self, key_hash: str, request: Json) -> None: ...
+    def list_keys(self) -> list[VirtualKey]: ...
+    def delete_keys(self, hashes: Sequence[str]) -> None: ...
+    def block_key(self, key_hash: str, *, blocked: bool) -> None: ...
+    def list_groups(self) -> list[KnownGroup]: ...
+    def create_group(self, request: Json) -> None: ...
+    def update_group(self, request: Json) -> None: ...
+    def block_group(self, name: str, *, blocked: bool) -> None: ...
+    def delete_group(self, name: str) -> None: ...
 
 
 class LiteLlmApi:
@@ -17233,6 +17255,12 @@ READER_TABLES: Final = (
     "LiteLLM_VerificationToken", "LiteLLM_DeletedVerificationToken",
     "LiteLLM_TeamTable", "LiteLLM_DeletedTeamTable",
 )  # fmt: skip
+
+
+class Tables(Protocol):
+    """Where use is added up; see `UsageTables`."""
+
+    def rows(self, query: Sql) -> list[tuple[Any, ...]]: ...
 
 
 class UsageTables:
@@ -19931,6 +19959,10 @@ class Tools:
     database: Database
     failures: tuple[KnownFailure, ...] = ()  # what engines say when they cannot start
     providers: ProviderApi = field(default_factory=HttpProviders)
+    # These are opened anew each time, at an address that may be another.
+    key_api: Callable[[str, pydantic.SecretStr, Callable[[Sql], list[Any]]], KeyApi] = LiteLlmApi
+    tables: Callable[[str, pydantic.SecretStr, pydantic.SecretStr], Tables] = UsageTables
+    edge_client: Callable[[Edge, str], EdgeApi] = EdgeClient
 
 
 class Control:
@@ -20989,9 +21021,7 @@ class Keys:
             api.delete_group(name)
         return len(keys)
 
-    def _found(
-        self, doing: str, name: str
-    ) -> tuple[LiteLlmApi, VirtualKey, *tuple[VirtualKey, ...]]:
+    def _found(self, doing: str, name: str) -> tuple[KeyApi, VirtualKey, *tuple[VirtualKey, ...]]:
         """What a change of a key begins with: that key, and what it replaced."""
         with self._refusal(f"{doing} {name}"):
             api = self._api()
@@ -21004,10 +21034,10 @@ class Keys:
         for settings in {settings.models: settings for settings in wished}.values():
             check_models(settings, state)
 
-    def _api(self) -> LiteLlmApi:
+    def _api(self) -> KeyApi:
         return self.gateway(self._store.load())
 
-    def gateway(self, state: State) -> LiteLlmApi:
+    def gateway(self, state: State) -> KeyApi:
         """The management API of the slot that serves; refused where none does."""
         observed = observe(self._tools)
         if is_database_down(state, observed):
@@ -21021,10 +21051,10 @@ class Keys:
                 continue
             # One that Caddy serves may be too busy to say that it is ready.
             if seen.ready or (seen.running and observed.edge):
-                return LiteLlmApi(
+                return self._tools.key_api(
                     seen.address,
                     state.secrets.master_key,
-                    lambda query: usage_tables(state, observed.containers).rows(query),
+                    lambda query: usage_tables(self._tools, state, observed.containers).rows(query),
                 )
         raise GatewayError(
             "The endpoint is not running, and keys live in its database.",
@@ -21036,7 +21066,7 @@ MAKING_KEYS: Final = "Create keys from a list"
 
 
 def _create_all(
-    wished: Sequence[KeySettings], gateway: Callable[[], LiteLlmApi], clock: Clock, control: Control
+    wished: Sequence[KeySettings], gateway: Callable[[], KeyApi], clock: Clock, control: Control
 ) -> pydantic.SecretStr:
     """All of these keys, as a CSV with their secrets; or none of them."""
     made: list[tuple[KeySettings, pydantic.SecretStr]] = []
@@ -21062,7 +21092,7 @@ def _create_all(
 
 def _take_back(
     made: Sequence[tuple[KeySettings, pydantic.SecretStr]],
-    gateway: Callable[[], LiteLlmApi],
+    gateway: Callable[[], KeyApi],
     clock: Clock,
 ) -> None:
     """LiteLLM is given two minutes to be back; raises GatewayError with whose keys may stay."""
@@ -21078,7 +21108,7 @@ def _take_back(
 
 def _take_rotation_back(
     key: VirtualKey, old: KeySettings, new_hash: str,
-    gateway: Callable[[], LiteLlmApi], clock: Clock,
+    gateway: Callable[[], KeyApi], clock: Clock,
 ) -> None:  # fmt: skip
     """The key as it was, however far its replacement came; raises GatewayError if it is not."""
     back = key_changes(old, key.settings, utc_now()) | {"metadata": _metadata(key.settings)}
@@ -21113,7 +21143,7 @@ def _last_fault(
     return fault
 
 
-def _delete_known(api: LiteLlmApi, hashes: Collection[str]) -> None:
+def _delete_known(api: KeyApi, hashes: Collection[str]) -> None:
     """Those of them that are there, which LiteLLM wants to be all."""
     there = [key.key_hash for key in api.list_keys() if key.key_hash in hashes]
     if there:
@@ -21123,7 +21153,7 @@ def _delete_known(api: LiteLlmApi, hashes: Collection[str]) -> None:
 TAKE_BACK_PAUSES: Final = (0, 2, 8, 20, 30, 60)  # seconds
 
 
-def _known_group(name: str, api: LiteLlmApi) -> KnownGroup:
+def _known_group(name: str, api: KeyApi) -> KnownGroup:
     found = [group for group in api.list_groups() if group.settings.name == name]
     if not found:
         raise UnknownError(
@@ -21132,12 +21162,12 @@ def _known_group(name: str, api: LiteLlmApi) -> KnownGroup:
     return found[0]
 
 
-def _check_groups(wished: Sequence[KeySettings], api: LiteLlmApi) -> None:
+def _check_groups(wished: Sequence[KeySettings], api: KeyApi) -> None:
     for group in sorted({settings.group for settings in wished if settings.group}):
         _known_group(group, api)
 
 
-def _keys_of(group: str, api: LiteLlmApi) -> list[VirtualKey]:
+def _keys_of(group: str, api: KeyApi) -> list[VirtualKey]:
     _known_group(group, api)
     return [key for key in api.list_keys() if key.settings.group == group]
 
@@ -21327,9 +21357,7 @@ class Proofs:
             PROVING, lambda control: self._prove(state, gateway, client, control), ""
         )
 
-    def _prove(
-        self, state: State, gateway: LiteLlmApi, client: EdgeClient, control: Control
-    ) -> None:
+    def _prove(self, state: State, gateway: KeyApi, client: EdgeApi, control: Control) -> None:
         began, run = self._tools.clock.monotonic(), secrets.token_hex(12)
         calls = canary_requests(state, run)
         with bearers(state, gateway, client) as keys:
@@ -21359,13 +21387,13 @@ class Proofs:
         self._files.keep("privacy", proof.taken_at, _PRIVACY.dump_json(proof, indent=2).decode())
         control.report(privacy_headline(proof))
 
-    def client(self, state: State) -> EdgeClient:
+    def client(self, state: State) -> EdgeApi:
         """Whoever speaks to the endpoint from outside."""
         root = ""
         if isinstance(state.edge.tls, InternalTls):
             archive = self._tools.containers.contents.archive(edge_name(state), CADDY_ROOT)
             root = read_from_tar(archive).decode()
-        return EdgeClient(state.edge, root)
+        return self._tools.edge_client(state.edge, root)
 
     def _await_row(self, state: State, call_id: str, control: Control) -> None:
         """Until the accounting of a request is in the database, and with it of those before."""
@@ -21399,7 +21427,7 @@ PROOF_KEY_MINUTES: Final = 30
 
 @contextlib.contextmanager
 def bearers(
-    state: State, gateway: LiteLlmApi, client: EdgeClient
+    state: State, gateway: KeyApi, client: EdgeApi
 ) -> Iterator[dict[str, pydantic.SecretStr]]:
     """Every kind of key by its title; LiteLLM's own expire soon, and are revoked in any case."""
     wrong = pydantic.SecretStr(f"sk-{secrets.token_urlsafe(24)}")
@@ -21412,7 +21440,7 @@ def bearers(
 
 
 @contextlib.contextmanager
-def _temporary_key(gateway: LiteLlmApi) -> Iterator[pydantic.SecretStr]:
+def _temporary_key(gateway: KeyApi) -> Iterator[pydantic.SecretStr]:
     key = gateway.create_key({
         "key_alias": f"proof {secrets.token_hex(4)}",
         "duration": f"{PROOF_KEY_MINUTES}m",
@@ -21426,7 +21454,7 @@ def _temporary_key(gateway: LiteLlmApi) -> Iterator[pydantic.SecretStr]:
 
 def _sent(
     calls: Sequence[EdgeRequest], keys: Mapping[str, pydantic.SecretStr],
-    client: EdgeClient, control: Control, clock: Clock,
+    client: EdgeApi, control: Control, clock: Clock,
 ) -> Iterator[EdgeReply]:  # fmt: skip
     """The answers one by one; where LiteLLM has set all replicas aside it is waited for."""
     for number, request in enumerate(calls):
@@ -22064,15 +22092,17 @@ class Usage:
             for name, accounted, broken_off, guessed in self._tables().rows(tally_sql(starts))
         ]  # fmt: skip
 
-    def _tables(self) -> UsageTables:
-        return usage_tables(self._store.load(), self._tools.containers.observe().containers)
+    def _tables(self) -> Tables:
+        return usage_tables(
+            self._tools, self._store.load(), self._tools.containers.observe().containers
+        )
 
 
 class Energy:
     """What GPUs took, and whose it was, out of energy.sqlite and LiteLLM's tables of use."""
 
     def __init__(
-        self, records: EnergyReader, tables: Callable[[], UsageTables],
+        self, records: EnergyReader, tables: Callable[[], Tables],
         settings: Callable[[], EnergySettings],
     ) -> None:  # fmt: skip
         self._records = records
@@ -22156,13 +22186,13 @@ def days_between(first: date, last: date) -> Iterator[date]:
 
 
 def usage_tables(
-    state: State, containers: Mapping[ContainerName, ObservedContainer]
-) -> UsageTables:
+    tools: Tools, state: State, containers: Mapping[ContainerName, ObservedContainer]
+) -> Tables:
     """Those of the database that runs. Raises DatabaseError."""
     seen = containers.get(database_name(state))
     if seen is None or not seen.running or seen.address is None:
         raise DatabaseError("PostgreSQL is down.", advice="Deploy a model, or run `apply`, first.")
-    return UsageTables(seen.address, state.secrets.database_password, reader_password(state))
+    return tools.tables(seen.address, state.secrets.database_password, reader_password(state))
 
 
 class JobKeeper:
@@ -26265,8 +26295,8 @@ class ImaginedGroup:
     name: str
     people: tuple[str, ...]
     models: tuple[str, ...] = ()  # all
-    tokens_per_minute: int | None = None
-    requests_per_minute: int | None = None
+    tpm_limit: int | None = None
+    rpm_limit: int | None = None
     days_left: int | None = None
     blocked: int = 0  # people, from the end
 
@@ -26299,6 +26329,8 @@ class ImaginedServer:
     start_seconds: float
     days: int
     seed: int
+    prices: tuple[Json, ...]
+    energy: Json
     models: tuple[ImaginedModel, ...]
     providers: tuple[Json, ...]
     routes: tuple[Json, ...]
@@ -26309,6 +26341,1439 @@ def parse_imagined(text: str) -> ImaginedServer:
     """The server of `recipes/demo.yaml`."""
     loaded = yaml.load(text, YAML_LOADER)  # noqa: S506 - the safe one, in C
     return pydantic.TypeAdapter(ImaginedServer).validate_python(loaded)
+
+
+# --- GPUs ------------------------------------------------------------------------
+
+SIMULATED_DRIVER: Final = "580.95.05"
+# The beginning of a card's name -> its architecture.
+CARD_ARCHITECTURES: Final = {
+    "A100": "Ampere", "A30": "Ampere", "H100": "Hopper", "H200": "Hopper", "GH200": "Hopper",
+    "B200": "Blackwell", "GB200": "Blackwell", "RTX PRO": "Blackwell",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedCard:
+    """A kind of GPU; without a geometry it cannot be cut."""
+
+    name: str
+    architecture: str
+    memory_mib: int
+    geometry: MigGeometry | None = None
+    pci_device: str | None = None
+
+    @property
+    def keeps_mode(self) -> bool:
+        """Whether MIG mode is written into the card: Ampere keeps it, and needs a reset for it."""
+        return self.architecture == "Ampere"
+
+
+@cache
+def _geometries() -> Mapping[str, MigGeometry]:
+    return parse_geometries((RECIPES / "mig.yaml").read_text())
+
+
+def simulated_card(name: str) -> SimulatedCard:
+    """A card of `recipes/mig.yaml`, by what that calls it."""
+    device, geometry = next(found for found in _geometries().items() if found[1].card == name)
+    largest = max(geometry.profiles, key=lambda profile: profile.usable_mib)
+    return SimulatedCard(
+        name=f"NVIDIA {name}",
+        architecture=next(
+            arch for start, arch in CARD_ARCHITECTURES.items() if name.startswith(start)
+        ),
+        memory_mib=largest.usable_mib,
+        geometry=geometry,
+        pci_device=device,
+    )
+
+
+class Interference(Protocol):
+    """What may happen to an effect; `around` yields whether the effect really takes place."""
+
+    def alive(self) -> None: ...
+    def around(self) -> contextlib.AbstractContextManager[bool]: ...
+
+
+class NoInterference:
+    def alive(self) -> None:
+        """Nobody dies here."""
+
+    def around(self) -> contextlib.AbstractContextManager[bool]:
+        return contextlib.nullcontext(enter_result=True)
+
+
+@dataclass
+class SimulatedGpu:
+    """One card in its place, with what the driver and the card remember."""
+
+    card: SimulatedCard
+    index: int
+    uuid: GpuUuid
+    mig: bool = False
+    pending: bool = False
+    lost: bool = False  # fallen off the bus
+    used_mib: int | None = None
+    slices: dict[Slice, str | None] = field(default_factory=dict)  # UUID, once it is complete
+    clients: list[tuple[str, GpuClient]] = field(default_factory=list)  # with their device
+
+    @property
+    def devices(self) -> set[str]:
+        """What a container could be given."""
+        return {self.uuid, *filter(None, self.slices.values())}
+
+    def seen_clients(self) -> tuple[GpuClient, ...]:
+        places = {device: place for place, device in self.slices.items()}
+        return tuple(replace(c, slice=places.get(device)) for device, c in self.clients)
+
+    def computing(self, place: Slice | None = None) -> bool:
+        """Whether somebody computes on a slice, or anywhere on the GPU."""
+        return any(c.computes and place in {None, c.slice} for c in self.seen_clients())
+
+    def view(self, *, is_root: bool) -> Gpu:
+        """This GPU as the driver shows it."""
+        cuttable = self.card.geometry is not None
+        return Gpu(
+            uuid=self.uuid,
+            index=self.index,
+            name=self.card.name,
+            memory_mib=self.card.memory_mib,
+            memory_used_mib=self.used_mib,
+            architecture=self.card.architecture,
+            pci_bus_id=f"00000000:{self.index + 1:02X}:00.0",
+            pci_device=self.card.pci_device,
+            mig_enabled=self.mig if cuttable else None,
+            mig_pending=self.pending if cuttable else None,
+            geometry=self.card.geometry,
+            slices=self._seen_slices() if is_root or not self.mig else None,
+            clients=self.seen_clients(),
+        )
+
+    def _seen_slices(self) -> tuple[MigDevice, ...]:
+        return tuple(
+            MigDevice(
+                profile=name, start=start, uuid=device, memory_mib=self.profile(name).memory_mib
+            )
+            for (name, start), device in sorted(self.slices.items(), key=lambda s: s[0][1])
+        )
+
+    def refuse_unless(self, *, mig: bool) -> None:
+        if self.card.geometry is None or self.mig != mig:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+    def profile(self, name: str) -> MigProfile:
+        if self.card.geometry is None:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return self.card.geometry.profile(name)
+
+    def fits(self, wanted: Slice) -> bool:
+        """As the driver decides it: a place of its own, compute and media engines that are left."""
+        geometry, joining = self.card.geometry, self.profile(wanted[0])
+        units = {*range(wanted[1], wanted[1] + joining.size)}
+        compute, same, media = int(wanted[0][0]), 1, [wanted[0].partition("gb")[2]]
+        for name, start in self.slices:
+            units -= {*range(start, start + self.profile(name).size)}
+            compute += int(name[0])
+            same += name == wanted[0]
+            media.append(name.partition("gb")[2])
+        takes_all = "+me.all" in media and sum(variant != "-me" for variant in media) > 1
+        return (
+            geometry is not None
+            and wanted[1] in joining.starts
+            and len(units) == joining.size
+            and compute <= geometry.compute_slices
+            and same <= joining.most
+            and media.count("+me") <= 1
+            and not takes_all
+        )
+
+
+class SimulatedGpus:
+    """The GPUs of one server; `around` of `trouble` surrounds every effect on them."""
+
+    def __init__(self, cards: Sequence[SimulatedCard] = ()) -> None:
+        self.gpus = [SimulatedGpu(card, n, simulated_uuid(n)) for n, card in enumerate(cards)]
+        self.links: dict[frozenset[GpuUuid], Link] = {}
+        self.stable_uuids = False  # whether a slice that is made again gets the UUID it had
+        self.is_root = True
+        self.fault: ManagerError | None = None
+        self.kernel_version = self.library_version = SIMULATED_DRIVER if cards else None
+        self.mig_manager = False
+        self.uses_cdi = False
+        self.listed: set[str] = {gpu.uuid for gpu in self.gpus}  # in the CDI specification
+        self.trouble: Interference = NoInterference()
+        self.looks: dict[GpuUuid, GpuLook] = {}  # what they tell a sampler
+        self._numbers = 0
+        self._lock = threading.RLock()
+
+    # --- what the manager asks and does -------------------------------------------------------
+
+    def read(self, *, fresh: bool = False) -> Hardware:  # noqa: ARG002 - it is always fresh
+        self.trouble.alive()
+        with self._lock:
+            hardware = Hardware(
+                kernel_version=self.kernel_version,
+                library_version=self.library_version,
+                uses_cdi=self.uses_cdi,
+                cdi_missing=frozenset(self._slice_uuids() - self.listed if self.uses_cdi else ()),
+                mig_manager=self.mig_manager,
+            )
+            if self.fault is not None:
+                return replace(hardware, fault=self.fault)
+            return replace(
+                hardware,
+                gpus=tuple(g.view(is_root=self.is_root) for g in self.gpus if not g.lost),
+                lost=tuple(
+                    f"GPU {g.index} does not answer: GPU is lost." for g in self.gpus if g.lost
+                ),
+                links={pair: self._link(pair, link) for pair, link in self.links.items()},
+                driver_version=self.kernel_version,
+                cuda_version="13.0" if self.gpus else None,
+            )
+
+    def _link(self, pair: frozenset[GpuUuid], link: Link) -> Link:
+        """MIG takes peer access away, and leaves the bus."""
+        cut = any(gpu.mig for gpu in self.gpus if gpu.uuid in pair)
+        return Link("NODE") if cut and link.lanes else link
+
+    def set_mig_mode(self, gpu: GpuUuid, *, enabled: bool) -> None:
+        with self._effect(gpu, f"turn MIG {'on' if enabled else 'off'}") as changed:
+            if changed is None:
+                return
+            changed.refuse_unless(mig=changed.mig)
+            in_the_way = changed.computing() or (changed.card.keeps_mode and changed.clients)
+            if changed.mig != enabled and (in_the_way or changed.slices):
+                if changed.card.keeps_mode and not changed.slices:
+                    changed.pending = enabled  # until somebody resets the card, or reboots
+                raise pynvml.NVMLError(pynvml.NVML_ERROR_IN_USE)
+            changed.mig = changed.pending = enabled
+
+    def create_slice(self, gpu: GpuUuid, wanted: Slice) -> None:
+        """Two effects, the GPU instance and its compute instance: one can be killed between.
+
+        An instance that is there without is filled.
+        """
+        action = f"create {wanted[0]} at {wanted[1]}"
+        known = self._gpu(gpu).slices
+        was_there = wanted in known and known[wanted] is None
+        with self._effect(gpu, action) as changed:
+            if changed is not None and not was_there:
+                changed.refuse_unless(mig=True)
+                if not changed.fits(wanted):
+                    raise pynvml.NVMLError(pynvml.NVML_ERROR_INSUFFICIENT_RESOURCES)
+                changed.slices[wanted] = None
+        try:
+            with self._effect(gpu, action) as changed:
+                if changed is not None:
+                    if wanted not in changed.slices:
+                        raise pynvml.NVMLError(pynvml.NVML_ERROR_INVALID_ARGUMENT)
+                    changed.slices[wanted] = self._new_uuid(changed, wanted)
+        except ManagerError:
+            if not was_there:
+                self._gpu(gpu).slices.pop(wanted, None)
+            raise
+
+    def _new_uuid(self, gpu: SimulatedGpu, wanted: Slice) -> str:
+        age = 0 if self.stable_uuids else self._number()
+        return f"MIG-{uuid.uuid5(uuid.NAMESPACE_OID, f'{gpu.uuid} {wanted} {age}')}"
+
+    def destroy_slice(self, gpu: GpuUuid, wanted: Slice) -> None:
+        """Two effects again: first its compute instance, which nobody may use, then the rest."""
+        action = f"remove {wanted[0]} at {wanted[1]}"
+        with self._effect(gpu, action) as changed:
+            if changed is not None:
+                changed.refuse_unless(mig=True)
+                if wanted not in changed.slices:
+                    return
+                if changed.computing(wanted):
+                    raise pynvml.NVMLError(pynvml.NVML_ERROR_IN_USE)
+                changed.slices[wanted] = None
+        with self._effect(gpu, action) as changed:
+            if changed is not None:
+                if changed.slices.get(wanted) is not None:
+                    raise pynvml.NVMLError(pynvml.NVML_ERROR_IN_USE)
+                changed.slices.pop(wanted, None)
+
+    def look(
+        self,
+        shared: Mapping[GpuUuid, Collection[str]],  # noqa: ARG002 - all is told
+    ) -> Mapping[GpuUuid, GpuLook]:
+        lost = {gpu.uuid for gpu in self.gpus if gpu.lost}
+        return {uuid: look for uuid, look in self.looks.items() if uuid not in lost}
+
+    def give_way(self) -> bool:
+        return False
+
+    def refresh_cdi(self) -> None:
+        if self.uses_cdi:
+            with self.trouble.around() as real:
+                if real:
+                    self.listed = self._devices()
+
+    @contextlib.contextmanager
+    def _effect(self, gpu: GpuUuid, action: str) -> Iterator[SimulatedGpu | None]:
+        """The card to change, or None where the driver will only say that it was done."""
+
+        def clients() -> Sequence[GpuClient]:
+            return self._gpu(gpu).seen_clients()
+
+        with self.trouble.around() as real, self._lock, nvml_errors(action, clients):
+            yield self._answering(gpu) if real else None
+
+    def _answering(self, gpu: GpuUuid) -> SimulatedGpu:
+        """That card, if this user may change it and it answers."""
+        if self.fault is not None:
+            raise self.fault
+        if not self.is_root:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NO_PERMISSION)
+        found = self._gpu(gpu)
+        if found.lost:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+        return found
+
+    def _gpu(self, gpu: GpuUuid) -> SimulatedGpu:
+        for found in self.gpus:
+            if found.uuid == gpu:
+                return found
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+
+    # --- what Docker and the container toolkit ask --------------------------------------------
+
+    def why_not(self, device: str) -> str:
+        """What the toolkit says against handing out a device; nothing where it can."""
+        if self.fault is not None or self.kernel_version != self.library_version:
+            return "nvidia-container-cli: nvml error: driver/library version mismatch"
+        if self.uses_cdi and device not in self.listed:
+            return f"CDI device injection failed: unresolvable CDI devices nvidia.com/gpu={device}"
+        if device not in self._devices():
+            return f"nvidia-container-cli: device error: {device}: unknown device"
+        return ""
+
+    def computes(self, device: str) -> bool:
+        """Whether CUDA finds something on it: of a GPU that is cut, only the slices."""
+        return device in self._devices() - {gpu.uuid for gpu in self.gpus if gpu.mig}
+
+    def _devices(self) -> set[str]:
+        return {device for gpu in self.gpus if not gpu.lost for device in gpu.devices}
+
+    def _slice_uuids(self) -> set[str]:
+        return self._devices() - {gpu.uuid for gpu in self.gpus}
+
+    def memory_mib(self, device: str) -> int:
+        """What a program on it can have; a slice of unknown size has none."""
+        for gpu in self.gpus:
+            for (profile, _), known in gpu.slices.items():
+                if known == device:
+                    return gpu.profile(profile).memory_mib or 0
+            if gpu.uuid == device:
+                return gpu.card.memory_mib
+        return 0
+
+    def exists(self, device: str) -> bool:
+        return device in self._devices()
+
+    # --- what happens to the server -----------------------------------------------------------
+
+    def open(
+        self, device: str, name: str, *, container_id: str | None = None, computes: bool = True
+    ) -> None:
+        """A process begins to use a GPU or a slice."""
+        client = GpuClient(
+            pid=4000 + self._number(), name=name, container_id=container_id, computes=computes
+        )
+        for gpu in self.gpus:
+            if device in gpu.devices:
+                gpu.clients.append((device, client))
+
+    def close(self, *, name: str | None = None, container_id: str | None = None) -> None:
+        """The processes of that name, or of that container, end."""
+        for gpu in self.gpus:
+            gpu.clients = [
+                (device, c)
+                for device, c in gpu.clients
+                if c.name != name and (container_id is None or c.container_id != container_id)
+            ]
+
+    def reboot(self) -> None:
+        """Every slice is gone; MIG mode is kept in Ampere cards alone."""
+        self.kernel_version = self.library_version
+        for gpu in self.gpus:
+            gpu.slices, gpu.clients = {}, []
+            gpu.mig = gpu.pending = gpu.pending and gpu.card.keeps_mode
+        self.listed = self._devices()
+
+    def _number(self) -> int:
+        with self._lock:
+            self._numbers += 1
+            return self._numbers
+
+
+def simulated_uuid(index: int) -> GpuUuid:
+    return GpuUuid(f"GPU-{str((index + 1) % 10) * 8}-aaaa-bbbb-cccc-{index:012d}")
+
+
+# --- Docker ----------------------------------------------------------------------
+
+
+class SimulatedClock:
+    """Time that passes only when somebody sleeps."""
+
+    def __init__(self, pace: float = 1.0) -> None:
+        self.began = utc_now()
+        self.now = 0.0
+        self.pace = pace  # a long wait in few looks
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds * self.pace
+
+    def utc_now(self) -> datetime:
+        return self.began + timedelta(seconds=self.now)
+
+
+# Docker gives every container an id of 64 hexadecimal digits, and none twice.
+SIMULATED_IDS: Final = (f"{number:064x}" for number in itertools.count(1))
+
+
+@dataclass
+class SimulatedContainer:
+    """A container as Docker holds it, with what its program read when it started."""
+
+    name: ContainerName
+    spec: ContainerSpec
+    running: bool = False
+    exit_code: int | None = None
+    started_at: datetime | None = None
+    loaded: str = ""
+    log: list[str] = field(default_factory=list)
+    runs_from: int = 0  # the line of its log where its last run begins
+    container_id: str = field(default_factory=lambda: next(SIMULATED_IDS))
+
+
+@dataclass
+class SimulatedHost:
+    """What Docker has: it outlives every connection, and so every crash of the manager."""
+
+    files: Files
+    gpus: SimulatedGpus = field(default_factory=SimulatedGpus)
+    clock: Clock = field(default_factory=SimulatedClock)
+    made_at: datetime = field(default_factory=utc_now)
+    containers: dict[ContainerName, SimulatedContainer] = field(default_factory=dict)
+    images: set[str] = field(default_factory=set)
+    image_bytes: Mapping[str, int] = field(default_factory=dict)
+    free_bytes: int = 2**40
+    last_words: dict[str, str] = field(default_factory=dict)  # by container: it cannot start
+    built: dict[str, dict[str, str]] = field(default_factory=dict)  # labels, by image
+    networks: set[str] = field(default_factory=set)
+    volumes: set[str] = field(default_factory=set)
+    absent_images: set[str] = field(default_factory=set)  # no registry has these
+    broken: set[str] = field(default_factory=set)  # an image or argument; such engines exit
+    deaf: set[str] = field(default_factory=set)  # containers that miss their health checks
+    blind: set[str] = field(default_factory=set)  # that lost their GPU, as by a daemon-reload
+    foreign_devices: dict[str, frozenset[str]] = field(default_factory=dict)
+    weights: dict[str, frozenset[str]] = field(default_factory=dict)
+    absent_weights: set[str] = field(default_factory=set)  # the hub does not have these
+    while_downloading: Callable[[], None] = lambda: None
+    repositories: dict[str, RepositoryFacts] = field(default_factory=dict)  # it tells of these
+    needs: dict[str, int] = field(default_factory=dict)  # MiB of a GPU, by container
+    rejected: str = "\0"  # Caddy rejects a Caddyfile with this in it
+    start_seconds: float = 0.0
+    says: str = ""  # what every container says when it starts
+    docker_answers: bool = True
+    loads: dict[str, EngineLoad] = field(default_factory=dict)  # of engines, by container
+    hung: set[str] = field(default_factory=set)  # engines that answer no request
+    figures: dict[str, GatewayFigures] = field(default_factory=dict)  # of gateways
+    watched: Watched | None = None  # what Prometheus sees
+    tables: str = "tables, keys"  # LiteLLM's database: its tables, then what is in them
+    loaded_dump: str | None = None  # the database beside it that a dump was loaded into
+    former: str | None = None  # the one that was LiteLLM's before
+    dumps: dict[str, str] = field(default_factory=dict)  # the tables, by file
+    migrations: dict[str, str] = field(default_factory=dict)  # the tables of a LiteLLM, by image
+
+    def boot(self, container: SimulatedContainer) -> None:
+        """Start it: it reads its files now, and ends at once if it is broken."""
+        spec = container.spec
+        self._refuse_to_start(container)
+        self.blind.discard(container.name)
+        container.running, container.exit_code = True, None
+        container.started_at = self.clock.utc_now()
+        container.loaded = self.file_of(spec)
+        container.runs_from = len(container.log)
+        container.log += [f"{container.name} starts", *self.says.splitlines()]
+        if spec.image in self.migrations:
+            self.tables = self.migrations[spec.image]
+        program = "dcgm-exporter" if spec.devices == ALL_GPUS else "VLLM::EngineCore"
+        for device in self.devices_of(spec):
+            self.gpus.open(device, program, container_id=container.container_id)
+        if container.name in self.last_words:
+            container.log += self.last_words[container.name].splitlines()
+            self.end(container.name, 1)
+        elif self.is_broken(spec) or self.finds_its_volume_taken(container):
+            container.log.append("ValueError: The model does not fit.")
+            self.end(container.name, 1)
+        elif spec.devices != ALL_GPUS and not all(map(self.gpus.computes, spec.devices)):
+            container.log.append("RuntimeError: No CUDA GPUs are available.")
+            self.end(container.name, 1)
+        elif self.is_too_large(container):
+            container.log.append("ValueError: No available memory for the cache blocks.")
+            self.end(container.name, 1)
+
+    def devices_of(self, spec: ContainerSpec) -> Collection[str]:
+        """What is visible inside; who has all GPUs has their slices, too."""
+        if spec.devices != ALL_GPUS:
+            return spec.devices
+        return {device for gpu in self.gpus.gpus for device in gpu.devices}
+
+    def is_too_large(self, container: SimulatedContainer) -> bool:
+        needed = self.needs.get(container.name, 0)
+        devices = self.devices_of(container.spec)
+        return any(self.gpus.memory_mib(device) < needed for device in devices)
+
+    def _refuse_to_start(self, container: SimulatedContainer) -> None:
+        """What Docker, the kernel and the container toolkit would say."""
+        spec = container.spec
+        for other in self.containers.values():
+            if other.running and other is not container and {*other.spec.ports} & {*spec.ports}:
+                raise ContainerFailedError(
+                    f"Docker could not start {container.name}: a port it publishes is taken.",
+                    advice="Free the port.",
+                )
+        if spec.network not in self.networks:
+            raise ContainerFailedError(
+                f"Docker could not start {container.name}: network {spec.network} not found.",
+                advice="Apply the plan.",
+            )
+        for said in filter(None, map(self.gpus.why_not, self.devices_of(spec))):
+            raise _docker_fault(f"start {container.name}", said)
+
+    def finds_its_volume_taken(self, container: SimulatedContainer) -> bool:
+        """Two servers on one database would destroy it; PostgreSQL refuses by its lock file."""
+        return container.spec.role == "database" and any(
+            other.running and other is not container and other.spec.role == "database"
+            for other in self.containers.values()
+        )
+
+    def is_broken(self, spec: ContainerSpec) -> bool:
+        return bool(self.broken & {spec.image, *spec.command})
+
+    def end(self, name: str, exit_code: int = 0) -> None:
+        container = self.containers[ContainerName(name)]
+        container.running, container.exit_code = False, exit_code
+        self.gpus.close(container_id=container.container_id)
+
+    def reboot(self) -> None:
+        """The server is switched off and on; Docker starts again what it may."""
+        again = [c for c in self.containers.values() if c.running and c.spec.restart != "no"]
+        for name in self.running():
+            self.end(name, 137)
+        self.gpus.reboot()
+        for container in again:
+            with contextlib.suppress(ContainerFailedError):
+                self.boot(container)
+
+    def file_of(self, spec: ContainerSpec) -> str:
+        paths = {"edge": CADDYFILE, "gateway": f"litellm-{spec.name[-1]}/config.yaml"}
+        return self.files.read_generated().get(paths.get(spec.role, ""), "")
+
+    def answers(self, container: SimulatedContainer) -> bool:
+        """Whether its program does its work now."""
+        if not container.running or container.name in self.deaf:
+            return False
+        if container.started_at and self.clock.utc_now() < container.started_at + self.takes:
+            return False
+        match container.spec.role:
+            case "gateway":
+                return bool(container.loaded) and any(
+                    other.spec.role == "database" and other.running
+                    for other in self.containers.values()
+                )
+            case "edge":
+                return caddyfile_hash(container.loaded) != ""
+            case _:
+                return True
+
+    @property
+    def takes(self) -> timedelta:
+        """How long a program needs until it answers."""
+        return timedelta(seconds=self.start_seconds)
+
+    def routed(self) -> set[str]:
+        """The names that a client gets an answer for, through the edge and its gateway."""
+        edges = [c for c in self.containers.values() if c.spec.role == "edge" and self.answers(c)]
+        found: set[str] = set()
+        for edge in edges:
+            for gateway in self.containers.values():
+                if f"reverse_proxy {gateway.name}:" in edge.loaded and self.answers(gateway):
+                    found |= {name for name, replica in entries_of(gateway.loaded)
+                              if self.serves(replica)}  # fmt: skip
+        return found
+
+    def serves(self, replica: str) -> bool:
+        container = self.containers.get(ContainerName(replica))
+        return container is not None and self.answers(container)
+
+    def instance(self) -> str:
+        """Which installation builds here."""
+        return self.files.load().instance if isinstance(self.files, StateStore) else ""
+
+    def running(self) -> set[str]:
+        return {c.name for c in self.containers.values() if c.running}
+
+
+def entries_of(litellm_config: str) -> set[tuple[str, str]]:
+    """(served name, replica) of every entry."""
+    loaded = yaml.load(litellm_config, YAML_LOADER)  # noqa: S506 - it is the safe one
+    listed = (loaded or {}).get("model_list", [])
+    ids = [(entry["model_name"], entry["model_info"]["id"]) for entry in listed]
+    return {(name, deployment.partition("@")[2]) for name, deployment in ids}
+
+
+class SimulatedContainers:
+    """The `Containers` protocol over a simulated host; trouble can strike at every effect."""
+
+    def __init__(self, host: SimulatedHost, trouble: Interference | None = None) -> None:
+        self.host = host
+        self.contents: Contents = SimulatedContents(host)
+        self.trouble: Interference = trouble or NoInterference()
+
+    def observe(self) -> Observed:
+        self._connected()
+        host = self.host
+        return Observed(
+            containers={name: self._seen(c) for name, c in host.containers.items()},
+            images=frozenset(host.images),
+            networks=frozenset(host.networks),
+            volumes=frozenset(host.volumes),
+        )
+
+    def look(self, name: ContainerName) -> ObservedContainer | None:
+        self._connected()
+        container = self.host.containers.get(name)
+        return None if container is None else self._seen(container)
+
+    def _seen(self, container: SimulatedContainer) -> ObservedContainer:
+        spec, host = container.spec, self.host
+        healthy = "healthy" if host.answers(container) else "starting"
+        return ObservedContainer(
+            name=container.name,
+            role=spec.role,
+            spec_hash=spec.hash,
+            running=container.running,
+            address="172.20.0.9" if container.running else None,
+            image=spec.image,
+            exit_code=None if container.running else container.exit_code,
+            started_at=container.started_at if container.running else None,
+            model_name=spec.labels.get(LABEL_MODEL_NAME),
+            model_type=spec.labels.get(LABEL_MODEL_TYPE),
+            served_model_name=spec.labels.get(LABEL_SERVED_NAME),
+            docker_health=healthy if spec.healthcheck and container.running else None,
+            container_id=container.container_id,
+            devices=spec.devices,
+        )
+
+    def _connected(self) -> None:
+        self.trouble.alive()
+        if not self.host.docker_answers:
+            raise DockerAbsentError("Docker does not answer.", advice="Start it.")
+
+    @contextlib.contextmanager
+    def _effect(self) -> Iterator[None]:
+        self._connected()
+        with self.trouble.around():
+            yield
+
+    def _known(self, name: ContainerName) -> SimulatedContainer:
+        self._connected()
+        if name not in self.host.containers:
+            raise ContainerGoneError(f"{name} is gone.", advice="Apply the plan.")
+        return self.host.containers[name]
+
+    def pull(self, image: str, report: Callable[[Json], None]) -> None:
+        self._connected()
+        if image in self.host.images:
+            return
+        with self._effect():
+            if image in self.host.absent_images:
+                raise ContainerFailedError(
+                    f"Docker could not pull {image}: there is no such image.",
+                    advice="Correct the image's name, or log in to its registry.",
+                )
+            for done in (10, 100):
+                detail = {"current": done, "total": 100}
+                report({"status": "Downloading", "id": "layer", "progressDetail": detail})
+            self.host.images.add(image)
+
+    def create_network(self, name: str) -> None:
+        with self._effect():
+            self.host.networks.add(name)
+
+    def create_volume(self, name: str) -> None:
+        with self._effect():
+            self.host.volumes.add(name)
+
+    def create(self, spec: ContainerSpec) -> None:
+        with self._effect():
+            self._refuse_impossible(spec)
+            self.host.containers[spec.name] = SimulatedContainer(spec.name, spec)
+        self.start(spec.name)
+
+    def _refuse_impossible(self, spec: ContainerSpec) -> None:
+        if spec.name in self.host.containers:
+            raise ContainerFailedError(
+                f"Docker could not start {spec.name}: another container has its name.",
+                advice="Give one of them a home of its own.",
+            )
+        if spec.image not in self.host.images:
+            raise ContainerFailedError(
+                f"Docker could not start {spec.name}: there is no such image.",
+                advice="Correct the image's name, or log in to its registry.",
+            )
+
+    def start(self, name: ContainerName) -> None:
+        container = self._known(name)
+        with self._effect():
+            if not container.running:
+                self.host.boot(container)
+
+    def stop(self, name: ContainerName, seconds: int) -> None:  # noqa: ARG002
+        container = self._known(name)
+        with self._effect():
+            if container.running:
+                self.host.end(name, 0)
+
+    def _rename(self, name: ContainerName, new: ContainerName) -> None:
+        container = self._known(name)
+        with self._effect():
+            if new in self.host.containers:
+                raise ContainerFailedError(
+                    f"Docker could not rename {name}: another container has its name.",
+                    advice="Give one of them a home of its own.",
+                )
+            del self.host.containers[name]
+            container.name = new
+            self.host.containers[new] = container
+
+    def set_aside(self, name: ContainerName, seconds: int) -> None:
+        self.stop(name, seconds)
+        self._rename(name, aside(name))
+
+    def bring_back(self, name: ContainerName) -> None:
+        self._rename(aside(name), name)
+        self.start(name)
+
+    def remove(self, name: ContainerName, seconds: int) -> None:
+        if name in self.host.containers:
+            self.stop(name, seconds)
+        with self._effect():
+            self.host.containers.pop(name, None)
+
+    def check_caddyfile(self, spec: ContainerSpec, text: str) -> None:  # noqa: ARG002
+        with self._effect():
+            if self.host.rejected in text:
+                raise ContainerFailedError(
+                    "Caddy rejects the generated Caddyfile: unrecognized directive.",
+                    advice="What ran before still runs. Correct the HTTPS settings.",
+                )
+
+    def check_files(
+        self,
+        spec: ContainerSpec,  # noqa: ARG002
+        command: Sequence[str],
+        texts: Mapping[str, str],
+    ) -> None:
+        with self._effect():
+            if any(self.host.rejected in text for text in texts.values()):
+                raise ContainerFailedError(
+                    f"{command[0]} rejects what was generated: unknown field.",
+                    advice="What ran before still runs.",
+                )
+
+    def reload_caddyfile(self, name: ContainerName) -> None:
+        container = self._known(name)
+        with self._effect():
+            if not container.running:
+                raise ContainerFailedError(
+                    f"Docker could not reload {name}: it is not running.", advice="Apply the plan."
+                )
+            container.loaded = self.host.file_of(container.spec)
+
+    def logs(self, name: ContainerName, tail: int, *, last_run: bool = False) -> str:
+        container = self._known(name)
+        return "\n".join(container.log[container.runs_from if last_run else 0 :][-tail:])
+
+    def follow(self, name: ContainerName) -> Iterator[str]:
+        yield from self._known(name).log
+
+    def visible_devices(self, seen: ObservedContainer) -> frozenset[str] | None:
+        container = self.host.containers.get(seen.name)
+        if container is None or not container.running:
+            return None
+        if seen.name in self.host.blind:
+            return frozenset()
+        devices = self.host.devices_of(container.spec)
+        return frozenset(filter(self.host.gpus.exists, devices))
+
+    def foreign_devices(self) -> dict[str, frozenset[str]]:
+        self._connected()
+        return {**self.host.foreign_devices}
+
+    def host_address(self) -> str:
+        self._connected()
+        return "127.0.0.1"
+
+
+class SimulatedContents:
+    """What is in simulated containers: what they said, and a load generator that makes it up."""
+
+    def __init__(self, host: SimulatedHost) -> None:
+        self.host = host
+
+    def log(self, name: ContainerName) -> Iterator[bytes]:
+        return (f"{line}\n".encode() for line in self.host.containers[name].log)
+
+    def volumes(self, name: ContainerName) -> tuple[str, ...]:  # noqa: ARG002
+        return ()
+
+    def changed(self, name: ContainerName) -> list[str]:  # noqa: ARG002
+        return []
+
+    def archive(self, name: ContainerName, path: str) -> Iterator[bytes]:
+        raise self._nothing_in(name, path)
+
+    def output(self, name: ContainerName, command: Sequence[str]) -> Iterator[bytes]:
+        raise self._nothing_in(name, command[0])
+
+    def put(self, name: ContainerName, source: Path, target: str) -> None:  # noqa: ARG002
+        raise self._nothing_in(name, target)
+
+    @staticmethod
+    def _nothing_in(name: ContainerName, what: str) -> ContainerFailedError:
+        return ContainerFailedError(
+            f"This server is only imagined: there is no {what} in {name}.",
+            advice="A real one shows this: start `llm_manager.py serve` there.",
+        )
+
+    def attended(
+        self, name: ContainerName, command: Sequence[str], check: Callable[[], None]
+    ) -> Iterator[bytes]:
+        """As if `vllm bench serve` ran: a rung of some seconds, slower the more come at once."""
+        if not any(part.startswith("--max-concurrency") for part in command):
+            raise self._nothing_in(name, command[0])
+        options = dict(itertools.pairwise(command))
+        at_once, asked = int(options["--max-concurrency"]), int(options["--num-prompts"])
+        yield f"{LOAD_BEGINS}\n".encode()
+        for _ in range(4):
+            check()
+            self.host.clock.sleep(1)
+        gap = 8.0 + 0.45 * at_once  # milliseconds from one token to the next
+        first, prompt, output = 40 + 11 * at_once, 512, 128
+        whole = first + gap * output
+        figures = {
+            f"p{percentile}_{what}_ms": value * factor
+            for what, value in {"ttft": first, "itl": gap, "e2el": whole}.items()
+            for percentile, factor in {50: 1.0, 95: 1.3, 99: 1.7}.items()
+        }
+        yield json.dumps({
+            "num_prompts": asked, "completed": asked, "errors": [],
+            "duration": whole / 1000 * asked / at_once, "total_input_tokens": asked * prompt,
+            "total_output_tokens": asked * output, **figures,
+        }).encode()  # fmt: skip
+
+
+class SimulatedImages:
+    """The `LocalImages` protocol over a host; a Dockerfile's `RUN exit N` fails as it would."""
+
+    def __init__(self, host: SimulatedHost, trouble: Interference) -> None:
+        self.host = host
+        self.trouble = trouble
+
+    def build(
+        self,
+        image: str,
+        dockerfile: str,
+        labels: Mapping[str, str],
+        report: Callable[[str], None],
+        check: Callable[[], None],
+    ) -> None:
+        if image in self.host.images:
+            return
+        commands = [line for line in dockerfile.splitlines() if not line.startswith("#")]
+        for number, command in enumerate(commands, 1):
+            check()
+            report(f"Step {number}/{len(commands)} : {command}\n ---> Running in 0123456789ab\n")
+            if match := re.fullmatch(r"RUN exit (\d+)", command):
+                said = f"The command '/bin/sh -c {command}' returned a non-zero code: {match[1]}"
+                report(f"{said}\n")
+                raise ContainerFailedError(f"Docker could not build {image}.", advice="Look.")
+        with self.trouble.around():
+            self.host.images.add(image)
+            self.host.built[image] = {**labels, LABEL_IMAGE_INSTANCE: self.host.instance()}
+
+    def observe(self) -> tuple[ObservedImage, ...]:
+        if not self.host.docker_answers:
+            raise DockerAbsentError("Docker does not answer.", advice="Start it.")
+        return tuple(map(self._seen, sorted(self.host.images)))
+
+    def _seen(self, image: str) -> ObservedImage:
+        base = Images().vllm_cpu
+        below = ("layer of a base",) if image in {base, *self.host.built} else ()
+        users = [c.name for c in self.host.containers.values() if c.spec.image == image]
+        return ObservedImage(
+            image_id=f"sha256:{sha256(image.encode()).hexdigest()}",
+            tags=() if "@" in image else (image,),
+            digests=(image,) if "@" in image else (),
+            size_bytes=self.host.image_bytes.get(image, 1000) + 24 * (image in self.host.built),
+            created_at=self.host.made_at,
+            layers=(*below, *((image,) if image != base else ())),
+            labels=self.host.built.get(image, {}),
+            used_by=tuple(users),
+        )
+
+    def remove(self, image: ObservedImage) -> None:
+        with self.trouble.around():
+            self.host.images -= {*image.tags}
+
+
+class SimulatedProbes:
+    """The `Probes` protocol over a simulated host: what answers is what the host says does."""
+
+    def __init__(self, host: SimulatedHost) -> None:
+        self.host = host
+
+    def fill(self, observed: Observed) -> Observed:
+        filled = {
+            name: replace(seen, ready=self._answers(name)) if seen.running else seen
+            for name, seen in observed.containers.items()
+        }
+        return replace(observed, containers=filled, edge=self._loaded())
+
+    def _answers(self, name: ContainerName) -> bool:
+        container = self.host.containers.get(name)
+        return container is not None and self.host.answers(container)
+
+    def _loaded(self) -> LoadedCaddyfile | None:
+        for container in self.host.containers.values():
+            if container.spec.role == "edge" and self.host.answers(container):
+                slot: Slot = "a" if "ok a " in container.loaded else "b"
+                return LoadedCaddyfile(slot, caddyfile_hash(container.loaded))
+        return None
+
+    def is_ready(self, spec: ContainerSpec, seen: ObservedContainer) -> bool:
+        container = self.host.containers[seen.name]
+        if not self.host.answers(container):
+            return False
+        match spec.readiness:
+            case GatewayServes(model_names=names):
+                return {name for name, _ in entries_of(container.loaded)} >= {*names}
+            case _:
+                return True
+
+    def load(self, seen: ObservedContainer) -> EngineLoad | None:
+        return self.host.loads.get(seen.name)
+
+    def figures(self, seen: ObservedContainer, key: pydantic.SecretStr) -> GatewayFigures | None:  # noqa: ARG002
+        told = self.host.figures.get(seen.name)
+        return replace(told) if told else None
+
+    def watched(self, seen: ObservedContainer) -> Watched | None:
+        empty = Watched(targets=(), alerts=())
+        return (self.host.watched or empty) if self._answers(seen.name) else None
+
+    def answers(
+        self,
+        seen: ObservedContainer,
+        wanted: EngineAnswers,
+        seconds: float,  # noqa: ARG002
+    ) -> bool:
+        load = self.host.loads.get(seen.name)
+        readiness_request(wanted.model_type, wanted.served_model_name)
+        if load is None or seen.name in self.host.hung:
+            return False
+        self.host.loads[seen.name] = replace(load, tokens=load.tokens + 3)
+        return True
+
+
+class SimulatedDatabase:
+    """The `Database` protocol over a simulated host: a dump is broken where the host says so."""
+
+    def __init__(self, host: SimulatedHost, trouble: Interference) -> None:
+        self.host = host
+        self.trouble = trouble
+
+    def dumps(self) -> list[Dump]:
+        return [
+            Dump(file=file, size_bytes=len(tables), taken_at=self.host.made_at)
+            for file, tables in sorted(self.host.dumps.items(), reverse=True)
+        ]
+
+    def find(self, name: str) -> Path:
+        for file in (name, f"{name}.dump"):
+            if Path(file).name in self.host.dumps:
+                return Path("/backups") / file
+        raise UnknownError(f"There is no dump {name!r}.", advice="See the list.")
+
+    def drop_dump(self, dump: Dump) -> None:
+        with self.trouble.around():
+            self.host.dumps.pop(dump.file, None)
+
+    @contextlib.contextmanager
+    def _running(self, server: ContainerName) -> Iterator[None]:
+        container = self.host.containers.get(server)
+        if container is None or not container.running:
+            raise ContainerFailedError(f"{server} is not running.", advice="Apply the plan.")
+        with self.trouble.around():
+            yield
+
+    def dump(self, server: ContainerName, file: str, tell: Callable[[int], None]) -> int:
+        with self._running(server):
+            tell(len(self.host.tables))
+            self.host.dumps[file] = self.host.tables
+        return len(self.host.tables)
+
+    def is_as_in(self, server: ContainerName, path: Path) -> bool:
+        with self._running(server):
+            then, now = self.host.dumps[path.name], self.host.tables
+            return then.partition(",")[0] == now.partition(",")[0]
+
+    def load(self, server: ContainerName, path: Path) -> None:
+        with self._running(server):
+            if path.name in self.host.broken:
+                raise RefusedError(f"{path.name} cannot be restored.", advice="Take another.")
+            self.host.loaded_dump, self.host.former = self.host.dumps[path.name], None
+
+    def turn(self, server: ContainerName) -> None:
+        host = self.host
+        with self._running(server):
+            if host.loaded_dump is None or host.former is not None:
+                raise ContainerFailedError("No database was loaded.", advice="Load one.")
+            host.tables, host.former, host.loaded_dump = host.loaded_dump, host.tables, None
+
+    def turn_back(self, server: ContainerName) -> None:
+        host = self.host
+        with self._running(server):
+            if host.former is not None:
+                host.tables, host.former, host.loaded_dump = host.former, None, host.tables
+
+    def drop_loaded(self, server: ContainerName) -> None:
+        with self._running(server):
+            self.host.loaded_dump = None
+
+    def drop_former(self, server: ContainerName) -> None:
+        with self._running(server):
+            self.host.former = None
+
+    def withhold_contents(self, server: ContainerName) -> None:
+        with self._running(server):
+            pass  # its tables here have no rows of requests
+
+    def size(self, server: ContainerName) -> DatabaseSize:
+        with self._running(server):
+            return DatabaseSize(
+                database_bytes=len(self.host.tables),
+                spend_log_bytes=0,
+                spend_log_rows=None,
+                oldest_row_at=None,
+                free_bytes=self.host.free_bytes,
+            )
+
+
+@dataclass
+class SimulatedShelf:
+    """The cache of weights of a simulated server: names alone, no files."""
+
+    host: SimulatedHost
+
+    def stored(self) -> dict[str, frozenset[str]]:
+        return {**self.host.weights}
+
+    def commit(self, repository: str, revision: str | None = None) -> str | None:  # noqa: ARG002
+        return None
+
+    def inspect(self, repository: str, revision: str | None = None) -> RepositoryFacts | None:
+        here = (revision or "main") in self.host.weights.get(repository, ())
+        return self.host.repositories.get(repository) if here else None
+
+    def read(self) -> WeightsCache:
+        known = {name: facts for name, facts in self.host.repositories.items()
+                 if name in self.host.weights}  # fmt: skip
+        return WeightsCache(
+            revisions=tuple(
+                CachedRevision(
+                    repository=name, commit=facts.commit or "f" * 40, refs=("main",),
+                    blobs={f"{name}/{file.path}": file.size_bytes for file in facts.files},
+                    files=len(facts.files), used_at=facts.updated_at,
+                )
+                for name, facts in sorted(known.items())
+            ),
+            free_bytes=self.host.free_bytes,
+        )  # fmt: skip
+
+    def remove(self, removal: Removal) -> None:
+        self.host.weights.pop(removal.repository, None)
+
+
+@dataclass
+class SimulatedHub:
+    """A hub that has whatever is not absent; it can be asked for what it was given."""
+
+    host: SimulatedHost
+    trouble: Interference
+
+    @property
+    def cache(self) -> SimulatedShelf:
+        return SimulatedShelf(self.host)
+
+    def _refuse(self, repository: str) -> None:
+        if repository in self.host.absent_weights:
+            raise HubError("absent", Wanted(endpoint="https://hub", repository=repository))
+
+    def search(self, text: str, *, kind: ModelType | None = None) -> Sequence[RepositoryHit]:
+        found = (facts for name, facts in self.host.repositories.items() if text in name)
+        return [RepositoryHit(repository=facts.repository) for facts in found
+                if kind in {None, guess_type(facts)}]  # fmt: skip
+
+    def inspect(self, repository: str, revision: str | None = None) -> RepositoryFacts:
+        self._refuse(repository)
+        return replace(self.host.repositories[repository], revision=revision)
+
+    def resolve(self, repository: str, revision: str | None = None) -> str:
+        self._refuse(repository)
+        raise HubError(
+            "offline",
+            Wanted(endpoint="https://hub", repository=repository, revision=revision or ""),
+        )
+
+    def download(
+        self, repository: str, revision: str | None = None, *,
+        kind: ModelType | None = None,  # noqa: ARG002
+        on_progress: Callable[[DownloadProgress], None], check: Callable[[], None],
+    ) -> str:  # fmt: skip
+        self._refuse(repository)
+        self.host.while_downloading()
+        facts = self.host.repositories.get(repository)
+        total = facts.download_bytes if facts else 8
+        for tenth in range(11):
+            check()
+            done = FileProgress(
+                path="model.safetensors", bytes_done=total * tenth // 10, bytes_total=total
+            )
+            on_progress(DownloadProgress(repository=repository, files=(done,)))
+            self.host.clock.sleep(1)
+        with self.trouble.around():
+            whole = self.host.weights.get(repository, frozenset())
+            self.host.weights[repository] = whole | {revision or "main"}
+        return "f" * 40
+
+
+class SimulatedGateway:
+    """The keys and groups that LiteLLM would have."""
+
+    def __init__(self) -> None:
+        self.keys: dict[str, Json] = {}  # by their hashes
+        self.groups: dict[str, Json] = {}
+
+    def _answer(self) -> None:
+        """Norequest keeps it from answering."""
+
+    def list_keys(self) -> list[VirtualKey]:
+        self._answer()
+        return [read_key(entry) for entry in self.keys.values()]
+
+    def create_key(self, request: Json) -> pydantic.SecretStr:
+        self._answer()
+        alias = request["key_alias"]
+        if any(known["key_alias"] == alias for known in self.keys.values()):
+            raise GatewayError("LiteLLM refuses that: it is there.", advice="Correct it.")
+        secret = request.get("key") or f"sk-{secrets.token_urlsafe(16)}"
+        token = sha256(secret.encode()).hexdigest()
+        self.keys[token] = {"token": token, "key_name": f"sk-...{secret[-4:]}"}
+        self._set(self.keys[token], request)
+        return pydantic.SecretStr(secret)
+
+    def _set(self, entry: Json, request: Json) -> None:
+        entry |= {name: value for name, value in request.items() if name != "key"}
+        if "duration" in request:
+            seconds = float((request["duration"] or "0").removesuffix("s"))
+            ends = utc_now() + timedelta(seconds=min(seconds, 1e9))
+            entry["expires"] = ends.isoformat() if seconds else None
+
+    def update_key(self, key_hash: str, request: Json) -> None:
+        self._answer()
+        self._set(self.keys[key_hash], request)
+
+    def block_key(self, key_hash: str, *, blocked: bool) -> None:
+        self._answer()
+        self.keys[key_hash]["blocked"] = blocked
+
+    def delete_keys(self, hashes: Sequence[str]) -> None:
+        self._answer()
+        for key_hash in hashes:
+            del self.keys[key_hash]
+
+    def list_groups(self) -> list[KnownGroup]:
+        self._answer()
+        return [read_group(entry) for entry in self.groups.values()]
+
+    def create_group(self, request: Json) -> None:
+        self._answer()
+        self.groups[request["team_id"]] = dict(request)
+
+    def update_group(self, request: Json) -> None:
+        self._answer()
+        self.groups[request["team_id"]] |= request
+
+    def block_group(self, name: str, *, blocked: bool) -> None:
+        self._answer()
+        self.groups[name]["blocked"] = blocked
+
+    def delete_group(self, name: str) -> None:
+        self._answer()
+        del self.groups[name]
+
+
+class SimulatedEdge:
+    """The published ports, as Caddy and LiteLLM would answer for the state of a simulated host."""
+
+    def __init__(self, host: SimulatedHost, state: Callable[[], State], keys: KeyApi) -> None:
+        self.host = host
+        self._state = state
+        self._keys = keys
+
+    def send(self, request: EdgeRequest, bearer: pydantic.SecretStr | None) -> EdgeReply:
+        began = self.host.clock.monotonic()
+        if request.method == "POST":
+            self.host.clock.sleep(0.4)
+        reply = self._answer(request, bearer)
+        return replace(reply, seconds=self.host.clock.monotonic() - began + 0.002)
+
+    def _answer(self, request: EdgeRequest, bearer: pydantic.SecretStr | None) -> EdgeReply:
+        if request.path == HEALTH_PATH:
+            return EdgeReply(status=200)
+        if request.plain_http:
+            return EdgeReply(status=308, location=f"https://{request.path}")
+        found = re.fullmatch(r"(?:/(models|open)/([^/]+))?(/v1/[a-z/-]+)", request.path)
+        if found is None or found[3] not in {"/v1/models", *map(_path_of, get_args(ModelType))}:
+            return EdgeReply(status=404)
+        secret = bearer.get_secret_value() if bearer else ""
+        match found[1]:
+            case "models":
+                return self._direct(found[2], secret)
+            case "open":
+                return self._open(found[2], secret)
+            case _:
+                return self._gateway(secret)
+
+    def _direct(self, name: str, secret: str) -> EdgeReply:
+        state = self._state()
+        running = {model.name for model in state.wished_models}
+        opens = [key for key in state.direct_keys if key.opens(ModelName(name))]
+        if secret not in {key.secret.get_secret_value() for key in opens}:
+            return EdgeReply(status=401)
+        return EdgeReply(status=200, by_edge=False) if name in running else EdgeReply(status=404)
+
+    def _open(self, name: str, secret: str) -> EdgeReply:
+        state = self._state()
+        if not any(model.name == name and state.edge.opens(model) for model in state.wished_models):
+            return EdgeReply(status=404)
+        return EdgeReply(status=200, by_edge=False) if secret else EdgeReply(status=401)
+
+    def _gateway(self, secret: str) -> EdgeReply:
+        state = self._state()
+        known = {state.secrets.master_key.get_secret_value()}
+        known |= {key.secret.get_secret_value() for key in state.direct_keys if key.emergency}
+        digest = sha256(secret.encode()).hexdigest()
+        able = any(key.key_hash == digest and not key.blocked for key in self._keys.list_keys())
+        return EdgeReply(status=200 if secret in known or able else 401, by_edge=False)
+
+
+def _path_of(kind: ModelType) -> str:
+    return readiness_request(kind, "any").path
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedProviders:
+    """Providers that answer, by their names, with the models they have."""
+
+    models: Mapping[str, tuple[str, ...]]
+
+    def look(self, provider: Provider, host_address: str | None) -> ProviderHealth:  # noqa: ARG002
+        if provider.name not in self.models:
+            return ProviderHealth(
+                provider=provider.name, verdict="fails", fault="This server is only imagined.",
+                advice="It reaches nobody.",
+            )  # fmt: skip
+        return ProviderHealth(
+            provider=provider.name, verdict="answers", models=self.models[provider.name],
+            latency_ms=12.0,
+        )  # fmt: skip
+
+
+def simulated_tools(host: SimulatedHost, trouble: Interference | None = None) -> Tools:
+    """Doors into a simulated host for one life of the manager; trouble strikes on all of them."""
+    trouble = trouble or NoInterference()
+    host.gpus.trouble = trouble
+    return Tools(
+        SimulatedContainers(host, trouble), SimulatedProbes(host), host.files, host.clock,
+        host.gpus, SimulatedHub(host, trouble), SimulatedImages(host, trouble),
+        SimulatedDatabase(host, trouble),
+    )  # fmt: skip
+
+
+# --- the server of recipes/demo.yaml -------------------------------------------
+
+
+def imagined_state(server: ImaginedServer, gpus: SimulatedGpus, state: State) -> State:
+    """What its operator wishes."""
+    uuids = [gpu.uuid for gpu in gpus.gpus]
+    wished = replace(
+        state,
+        endpoint="running",
+        models=tuple(_imagined_model(model, uuids) for model in server.models),
+        edge=Edge(hostnames=("llm.example.org",), tls=AcmeTls(email="operator@example.org")),
+        providers=tuple(
+            Provider(name=p["name"], kind=p["kind"], base_url=p["base_url"])
+            for p in server.providers
+        ),
+        routes=tuple(Route(**_as_tuples(route)) for route in server.routes),
+        prices=Prices(models=tuple(Price(**price) for price in server.prices)),
+        energy=parse_energy(server.energy),
+    )
+    for number, wish in server.slices.items():
+        gpu = gpus.read().named(str(number))
+        wished = cutting_as_typed(wished, gpu, wish).edit(wished)
+    return wished
+
+
+def _as_tuples(raw: Json) -> Json:
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in raw.items()}
+
+
+def _imagined_model(model: ImaginedModel, uuids: Sequence[GpuUuid]) -> Model:
+    placement: Placement = CpuPlacement()
+    if model.slice:
+        placement = MigPlacement(
+            gpu_uuid=uuids[model.slice.gpu], profile=model.slice.profile, start=model.slice.start
+        )
+    elif model.gpus:
+        placement = GpuPlacement(
+            gpu_uuids=tuple(uuids[n] for n in model.gpus), memory_fraction=model.memory_fraction
+        )
+    return Model(
+        name=ModelName(model.name), type=model.type, served_model_name=model.name,
+        source=HubSource(repository=model.repository), placement=placement, wish=model.wish,
+    )  # fmt: skip
+
+
+def imagined_repository(model: ImaginedModel) -> RepositoryFacts:
+    """What the hub would tell of it."""
+    size = int(model.weights.gib * 2**30)
+    return RepositoryFacts(
+        repository=model.repository,
+        commit=sha256(model.repository.encode()).hexdigest()[:40],
+        gated=False,
+        licence="apache-2.0",
+        pipeline_tag=next(p for p, kind in PIPELINES.items() if kind == model.type),
+        library="transformers",
+        files=(
+            RepositoryFile(path="config.json", size_bytes=1200),
+            RepositoryFile(path="model.safetensors", size_bytes=size),
+        ),
+        parameters={"BF16": size // 2},
+        config=model.weights.config,
+    )
+
+
+class ImaginedInstallation:
+    """A manager with a home of its own and the server of `recipes/demo.yaml` as its world."""
+
+    def __init__(self, server: ImaginedServer, home: Path) -> None:
+        self.server = server
+        self.store = StateStore(home, Actor(name="demo", channel="console"))
+        self.gateway = SimulatedGateway()
+        self.host = self._host()
+        state = self.store.ensure(fixed_names=True)
+        self.store.save(imagined_state(server, self.host.gpus, state))
+        self.manager = self._manager()
+        self._begin()
+
+    def _host(self) -> SimulatedHost:
+        server = self.server
+        cards = [simulated_card(c.card) for c in server.gpus for _ in range(c.count)]
+        refs = {role: getattr(Images(), role) for role in server.images_gib}
+        return SimulatedHost(
+            self.store,
+            SimulatedGpus(cards),
+            images={*refs.values()},
+            image_bytes={refs[r]: int(gib * 2**30) for r, gib in server.images_gib.items()},
+            free_bytes=int(server.disk.free_gib * 2**30),
+            weights={model.repository: frozenset({"main"}) for model in server.models},
+            repositories={m.repository: imagined_repository(m) for m in server.models},
+        )
+
+    def _manager(self) -> Manager:
+        home = self.store.home
+        tools = replace(
+            simulated_tools(self.host),
+            failures=parse_failures((RECIPES / "failures.yaml").read_text()),
+            providers=SimulatedProviders(
+                {p["name"]: tuple(p["models"]) for p in self.server.providers}
+            ),
+            key_api=lambda *_: self.gateway,
+            edge_client=lambda *_: SimulatedEdge(self.host, self.store.load, self.gateway),
+        )
+        return Manager(
+            self.store,
+            tools,
+            Site(
+                generated=str(self.store.generated),
+                hugging_face_home=str(home / "huggingface"),
+                compile_caches=str(home / "compiled"),
+            ),
+            engine_options=parse_engine_options((RECIPES / "vllm.yaml").read_text()),
+            recipes=lambda: parse_recipes(read_recipes(RECIPES, home / "recipes")),
+            enabled=lambda _: True,
+        )
+
+    def _begin(self) -> None:
+        """All that is wished runs, for some days already; from now on time takes its time."""
+        state, server = self.store.load(), self.server
+        self.host.last_words = {
+            replica: model.says
+            for model in server.models if model.says
+            for replica in replica_names(state, state.model(model.name))
+        }  # fmt: skip
+        with contextlib.suppress(ManagerError):  # not all of it can start
+            list(self.manager.start(restoring()).follow())
+        self._give_keys()
+        now = utc_now()
+        for number, container in enumerate(self.host.containers.values()):
+            container.started_at = now - timedelta(hours=5 + number * 37 % (24 * server.days))
+        self.host.clock, self.host.start_seconds = SystemClock(), server.start_seconds
+        self.manager = self._manager()  # as after a restart: what was is in the audit trail alone
+
+    def _give_keys(self) -> None:
+        now = utc_now()
+        for group in self.server.groups:
+            self.manager.keys.set_group({
+                "name": group.name, "models": list(group.models),
+                "rpm_limit": group.rpm_limit, "tpm_limit": group.tpm_limit,
+            })  # fmt: skip
+            ends = now + timedelta(days=group.days_left) if group.days_left else None
+            for number, person in enumerate(group.people):
+                self.manager.keys.create(
+                    KeySettings(
+                        alias=person, group=group.name, email=_address_of(person), expires_at=ends
+                    )
+                )
+                if number >= len(group.people) - group.blocked:
+                    self.manager.keys.block(person)
+
+
+def _address_of(person: str) -> str:
+    return f"{person.lower().replace(' ', '.')}@example.org"
 
 
 # =============================================================================
@@ -26423,6 +27888,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     serve = add("serve", command_serve, "the console (the default); restores first")
     serve.add_argument("--port", type=int, default=CONSOLE_PORT)
+    demo = add("demo", command_demo, "the console over an imagined server; touches nothing")
+    demo.add_argument("--port", type=int, default=CONSOLE_PORT)
     url = add("url", command_url, "the console's address with its access token")
     url.add_argument("--port", type=int, default=CONSOLE_PORT)
     _add_watching(add)
@@ -27052,12 +28519,11 @@ def open_manager(actor: Actor | None = None) -> Manager:
         with file_errors("make the weights' directory"):
             (cache / "hub").mkdir(parents=True, exist_ok=True)
     docker_url = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
-    recipes = PROGRAM.parent / "recipes"
     system = GpuSystem()
-    tables = parse_geometries((recipes / "mig.yaml").read_text())
+    tables = parse_geometries((RECIPES / "mig.yaml").read_text())
     gpus = NvmlGpus(tables, system, turn=store.home / "lock-gpus")
     containers = DockerContainers(docker_url, state.instance)
-    failures = parse_failures((recipes / "failures.yaml").read_text())
+    failures = parse_failures((RECIPES / "failures.yaml").read_text())
     images = DockerImages(docker_url, state.instance, build_arguments(os.environ))
     weights = HuggingFace(HubCache(cache), lambda: store.load().secrets.hugging_face_token)
     database = PostgresPrograms(containers.contents, store.home / "backups")
@@ -27072,8 +28538,8 @@ def open_manager(actor: Actor | None = None) -> Manager:
             hugging_face_home=str(cache),
             compile_caches=str(store.home / "compiled"),
         ),
-        engine_options=parse_engine_options((recipes / "vllm.yaml").read_text()),
-        recipes=lambda: parse_recipes(read_recipes(recipes, store.home / "recipes")),
+        engine_options=parse_engine_options((RECIPES / "vllm.yaml").read_text()),
+        recipes=lambda: parse_recipes(read_recipes(RECIPES, store.home / "recipes")),
         enabled=system.enabled,
     )
 
@@ -27133,22 +28599,46 @@ def follow(job: Job, *, quiet: bool = False) -> int:
 
 def command_serve(arguments: argparse.Namespace) -> int:
     """Restore, then serve the console until told to stop."""
-    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    logging.getLogger("llm_manager").setLevel(logging.INFO)
     manager = open_manager(Actor(name="console", channel="console"))
     listener = listen(arguments.port)
-    state = manager.state()
-    if state.wishes_anything:
+    if manager.state().wishes_anything:
         try:
             with manager.audit.acting_as(ITSELF):
                 manager.start(restoring())
         except BusyError as error:
             log.warning("%s", error)
+    watch = serve_console(manager, listener, arguments, show_url=sys.stdout.isatty())
+    # A job may wait an hour for an engine; systemd must not. The next plan heals it, but no plan
+    # knows of keys whose secrets nobody was told.
+    manager.break_off(MAKING_KEYS, BREAK_OFF_SECONDS)
+    watch.close()
+    logging.shutdown()
+    os._exit(DONE)
+
+
+def command_demo(arguments: argparse.Namespace) -> int:
+    """The console over a server that is only imagined; its home is gone in the end."""
+    listener = listen(arguments.port)
+    imagined = parse_imagined((RECIPES / "demo.yaml").read_text())
+    with tempfile.TemporaryDirectory(prefix="llm-manager-demo-") as home:
+        manager = ImaginedInstallation(imagined, Path(home)).manager
+        serve_console(manager, listener, arguments, show_url=True).close()
+    logging.shutdown()
+    os._exit(DONE)
+
+
+def serve_console(
+    manager: Manager, listener: socket.socket, arguments: argparse.Namespace, *, show_url: bool
+) -> Watch:
+    """Serve it until told to stop; what looked at the server goes on until it is closed."""
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    logging.getLogger("llm_manager").setLevel(logging.INFO)
+    state = manager.state()
     watch = Watch(manager, records=manager.energy_records)
     app = build_app(manager, watch)
     MetricsServer(manager, watch)
     config = uvicorn.Config(app, log_level="warning", log_config=None, timeout_graceful_shutdown=3)
-    if sys.stdout.isatty():  # the journal must not hold the token
+    if show_url:  # the journal must not hold the token
         out(f"LLM Manager: {console_url(state, arguments.port)}")
     else:
         say = log.info if arguments.log_json else out
@@ -27157,12 +28647,7 @@ def command_serve(arguments: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listener])
-    # A job may wait an hour for an engine; systemd must not. The next plan heals it, but no plan
-    # knows of keys whose secrets nobody was told.
-    manager.break_off(MAKING_KEYS, BREAK_OFF_SECONDS)
-    watch.close()
-    logging.shutdown()
-    os._exit(DONE)
+    return watch
 
 
 class MetricsServer:

@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 from builders import GPU_0, NOW, a_model
-from fake_gpus import Card, SimulatedGpus
 from fakes import Server
 from hypothesis import given
 from hypothesis import strategies as st
@@ -308,7 +307,7 @@ class Generator:
 @pytest.fixture
 def server(tmp_path: Path) -> Server:
     """It serves chat, on a GPU."""
-    made = Server(tmp_path / "home", SimulatedGpus([Card("H200", "Hopper", 143771)]))
+    made = Server(tmp_path / "home", lm.SimulatedGpus([lm.SimulatedCard("H200", "Hopper", 143771)]))
     made.manager.register(
         {"name": "chat", "type": "chat", "source": {"kind": "local", "path": "/srv/chat"},
          "placement": {"kind": "gpu", "gpu_uuids": [GPU_0]}}

@@ -29,7 +29,6 @@ from builders import (
     seen,
     the,
 )
-from fake_gpus import Card, SimulatedGpus
 from fakes import a_world, some_tools
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -200,7 +199,7 @@ def manager(tmp_path_factory: pytest.TempPathFactory) -> lm.Manager:
     store.ensure(fixed_names=True)
     store.save(a_state(a_model(), hugging_face_home="/hub", secrets=a_state().secrets))
     site = lm.Site(generated=str(store.generated), hugging_face_home="/hub", compile_caches="/c")
-    gpus = SimulatedGpus([Card("<b>H200</b>", "Hopper", 143771)])
+    gpus = lm.SimulatedGpus([lm.SimulatedCard("<b>H200</b>", "Hopper", 143771)])
     return lm.Manager(store, some_tools(a_world(store, gpus)), site, engine_options={})
 
 

@@ -18,7 +18,6 @@ import nvml_standin
 import pynvml
 import pytest
 from builders import GPU_0
-from fake_gpus import SimulatedGpus, a_card
 
 import llm_manager as lm
 
@@ -73,7 +72,9 @@ class Bench:
 def bench(request: pytest.FixtureRequest) -> Bench:
     """Two A100 and an H100, behind either driver."""
     if request.param == "the simulation":
-        simulated = SimulatedGpus([a_card(A100), a_card(A100), a_card(H100)])
+        simulated = lm.SimulatedGpus(
+            [lm.simulated_card(A100), lm.simulated_card(A100), lm.simulated_card(H100)]
+        )
 
         def open_on(index: int, wanted: lm.Slice | None) -> None:
             gpu = simulated.gpus[index]

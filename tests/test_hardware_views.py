@@ -6,16 +6,15 @@ import re
 from dataclasses import replace
 
 from builders import GPU_0, GPU_1, NOW, a_model, a_state, as_wished, but, ended, on_gpus, the
-from fake_gpus import SimulatedGpus, a_card
 
 import llm_manager as lm
 
 SLICES: tuple[lm.Slice, ...] = (("1g.5gb", 0), ("3g.20gb", 4))
 
 
-def some_gpus() -> SimulatedGpus:
+def some_gpus() -> lm.SimulatedGpus:
     """An A100 that is cut, and one that is whole."""
-    gpus = SimulatedGpus([a_card("A100 40 GB"), a_card("A100 40 GB")])
+    gpus = lm.SimulatedGpus([lm.simulated_card("A100 40 GB"), lm.simulated_card("A100 40 GB")])
     gpus.set_mig_mode(GPU_0, enabled=True)
     for wanted in SLICES:
         gpus.create_slice(GPU_0, wanted)

@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 from builders import GPU_0, GPU_1, NOW, SECRET_MARK, a_site, on_gpus
-from fake_gpus import Card, SimulatedGpus, a_card
 from fakes import Server, some_tools, until
 
 import llm_manager as lm
 
-L40S = Card("NVIDIA L40S", "Ada", 46068)
+L40S = lm.SimulatedCard("NVIDIA L40S", "Ada", 46068)
 CHAT = {"name": "chat", "type": "chat", "source": {"kind": "hub", "repository": "a/b"}}
 
 
@@ -34,7 +33,7 @@ def server(tmp_path: Path) -> Server:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Callable[..., Server]:
-    return lambda *cards: Server(tmp_path, SimulatedGpus(cards))
+    return lambda *cards: Server(tmp_path, lm.SimulatedGpus(cards))
 
 
 # --- from registering to removing ---------------------------------------------------------------
@@ -627,7 +626,7 @@ def test_what_litellm_counts_and_what_engines_are_at_reach_the_page(server: Serv
 
 
 def test_the_doctor_warns_of_whoever_would_undo_a_layout(start: Callable[..., Server]) -> None:
-    server = start(a_card("H100 80 GB"))
+    server = start(lm.simulated_card("H100 80 GB"))
     server.world.gpus.mig_manager = True
     assert all(check.ok for check in server.manager.doctor() if "mig" in check.name)
     server.do(lm.cutting("Cut GPU 0", {GPU_0: [("3g.40gb", 0)]}))

@@ -27,7 +27,6 @@ from builders import (
     on_gpus,
     the,
 )
-from fake_gpus import SimulatedGpus, a_card
 from fakes import Server, Trouble
 from starlette.testclient import TestClient
 
@@ -46,7 +45,7 @@ A_GPU = lm.Hardware(gpus=(lm.Gpu(uuid=GPU_0),))
 @pytest.fixture
 def server_of_one(tmp_path: Path) -> Server:
     """A server with one card, all of it watched."""
-    server = Server(tmp_path, SimulatedGpus([a_card("A100 40 GB")]))
+    server = Server(tmp_path, lm.SimulatedGpus([lm.simulated_card("A100 40 GB")]))
     server.do(lm.switching_monitoring(on=True))
     return server
 
