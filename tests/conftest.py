@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, settings
 # No test asks the real hub, not even by mistake: this one refuses at once.
 os.environ.setdefault("HF_ENDPOINT", "http://127.0.0.1:9")
 
-pytest_plugins = ["reporting"]
+pytest_plugins = ["browsing", "reporting"]
 GOLDEN = Path(__file__).parent / "golden"
 DOCKER_SOCKET = "unix:///var/run/docker.sock"
 

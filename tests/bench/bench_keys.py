@@ -25,17 +25,8 @@ sys.path[:0] = [str(ROOT.parent), str(ROOT), str(ROOT / "docker")]
 
 import docker
 from bench_usage import TARGET_SECONDS, say
-from browsing import (
-    FLAGS,
-    cell,
-    choose,
-    open_console,
-    open_tab,
-    resident_mib,
-    serving,
-    shown,
-    sort_by,
-)
+from browsing import FLAGS, cell, choose, open_console, open_tab, shown, sort_by
+from consoles import resident_mib, serving
 from installation import DOCKER_URL, Installation
 from playwright.sync_api import Page, expect, sync_playwright
 from usage_rows import database_of, empty, fill

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import nvml_standin
 import pytest
-from browsing import button, cell, choose, open_console, open_tab, serving, without_docker
+from browsing import button, cell, choose, open_console, open_tab
+from consoles import serving, without_docker
 from fake_hub import FakeHub
 from installation import CHEAP, Install, Installation
 from playwright.sync_api import Page, Route, expect

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browsing import button, cell, choose, open_console, open_tab, serving, without_docker
+from browsing import button, cell, choose, open_console, open_tab
+from consoles import serving, without_docker
 from fake_hub import FakeHub, a_safetensors, an_index
 from installation import Installation
 from playwright.sync_api import Page, expect

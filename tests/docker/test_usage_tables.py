@@ -15,7 +15,8 @@ import docker
 import openai
 import psycopg
 import pytest
-from browsing import button, cell, open_console, open_tab, resident_mib, serving, sort_by
+from browsing import button, cell, open_console, open_tab, sort_by
+from consoles import resident_mib, serving
 from installation import Install, Installation
 from playwright.sync_api import Page, expect
 from pydantic import SecretStr
