@@ -166,6 +166,7 @@ import math
 import operator
 import platform
 import pwd
+import random
 import re
 import secrets
 import select
@@ -27774,6 +27775,620 @@ class ImaginedInstallation:
 
 def _address_of(person: str) -> str:
     return f"{person.lower().replace(' ', '.')}@example.org"
+
+
+# --- a month before now ---------------------------------------------------------
+
+# What all imagined energy was worth; the state of the demo says the same.
+IMAGINED_ENERGY: Final = EnergySettings(
+    price_per_kwh=0.24, co2_grams_per_kwh=380.0, overhead=1.2
+)  # fmt: skip
+# How busy each hour of a working day is, in the server's zone, beside the busiest.
+_DAY: Final = (
+    *(0.03, 0.02, 0.02, 0.02, 0.02, 0.03, 0.08, 0.3), *(0.75, 0.95, 1.0, 0.95, 0.55, 0.75),
+    *(0.95, 1.0, 0.9, 0.6), *(0.3, 0.2, 0.16, 0.13, 0.09, 0.05),
+)  # fmt: skip
+_WEEKEND: Final = 0.2
+_BUSIEST: Final = 1 / math.fsum(_DAY)  # part of a working day's requests in its busiest hour
+_FAILED: Final = 0.004
+_BURST: Final = 10  # times the mean of its hour has the busiest minute
+_SPOKEN_MS: Final = {"speech-to-text": 2300, "text-to-speech": 3400}  # of a request
+_WRITTEN_LATE: Final = 15.0  # seconds until LiteLLM has written a request down
+
+Work = tuple[float, ...]  # whole figures where it is told: see `_REQUESTS` and the rest
+_REQUESTS, _FAILURES, _PROMPT, _CACHED, _COMPLETION, _TOOK_MS = range(6)
+_NOTHING: Final[Work] = (0,) * 6
+_Pair = tuple[str, str]  # a model's name and a person's
+
+
+def _add(a: Work, b: Work) -> Work:
+    return tuple(map(operator.add, a, b))
+
+
+def _in_all(works: Iterable[Work]) -> Work:
+    return reduce(_add, works, _NOTHING)
+
+
+class ImaginedWork:
+    """What colleagues asked of models, hour by hour until now.
+
+    What an hour has follows from the seed and the hour alone. The present one is had in part, and
+    never less at a later moment; how fast it comes swings within minutes.
+    """
+
+    def __init__(self, server: ImaginedServer, now: datetime) -> None:
+        self._seed = server.seed
+        self._uses = {model.name: (model, model.use) for model in server.models if model.use}
+        self._turns = {name: 11 + 4 * n for n, name in enumerate(self._uses)}  # of its pace, hourly
+        self._shares = _shares(server)
+        begin = now.replace(minute=0, second=0, microsecond=0) - timedelta(days=server.days)
+        self.start, self.now = int(begin.timestamp()), begin.timestamp()
+        self._hours: list[Mapping[_Pair, Work]] = []
+        self._totals: list[Work] = []
+        self._days: dict[date, dict[_Pair, Work]] = {}  # of hours that are over
+        self._sums = {name: [_NOTHING] for name in self._uses}  # before each hour
+        self._add_hour()
+        self.advance(now)
+
+    def advance(self, now: datetime) -> None:
+        """What came until now; a clock that was set back changes nothing."""
+        while now.timestamp() >= self.start + len(self._hours) * HOUR_SECONDS:
+            day = self._days.setdefault(self.moment(len(self._hours) - 1).date(), {})
+            for pair, work in self._hours[-1].items():
+                day[pair] = _add(day.get(pair, _NOTHING), work)
+            self._add_hour()
+        self.now = max(self.now, now.timestamp())
+
+    def moment(self, hour: int) -> datetime:
+        """When an hour begins."""
+        return datetime.fromtimestamp(self.start + hour * HOUR_SECONDS, UTC)
+
+    def _add_hour(self) -> None:
+        begin = self.moment(len(self._hours))  # of the first that is not there yet
+        chance = random.Random(f"{self._seed} {begin}")  # noqa: S311 - nothing to guard
+        local = begin.astimezone()
+        mood = random.Random(f"{self._seed} {local:%Y-%m-%d}")  # noqa: S311 - nothing to guard
+        moods = {name: mood.uniform(0.65, 1.3) for name in self._uses}  # of the day
+        busy = _BUSIEST * _DAY[local.hour] * (_WEEKEND if local.isoweekday() > FRIDAY else 1)
+        found: dict[_Pair, Work] = {}
+        for (name, person), share in self._shares.items():
+            model, use = self._uses[name]
+            mean = use.requests * share * busy * moods[name] * chance.uniform(0.6, 1.4)
+            if asked := int(mean + chance.random()):
+                found[name, person] = _asked(model, use, asked, chance)
+        self._hours.append(found)
+        self._totals.append(_in_all(found.values()))
+        for name, sums in self._sums.items():
+            done = (work for (asked_of, _), work in found.items() if asked_of == name)
+            sums.append(reduce(_add, done, sums[-1]))
+
+    def hours_of(self, day: date) -> range:
+        """Which of its hours have begun, of a day of UTC."""
+        midnight = int(datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp())
+        first = (midnight - self.start) // HOUR_SECONDS
+        return range(max(first, 0), min(first + 24, len(self._hours)))
+
+    def hour(self, hour: int) -> Mapping[_Pair, Work]:
+        """What it has until now, in whole requests and tokens."""
+        if hour < len(self._hours) - 1:
+            return self._hours[hour]
+        seconds = self.now - self.start - hour * HOUR_SECONDS
+        parts = {name: self._part(name, seconds) for name in self._uses}
+        return {
+            (name, person): tuple(int(figure * parts[name]) for figure in work)
+            for (name, person), work in self._hours[hour].items()
+        }
+
+    def hour_total(self, hour: int) -> Work:
+        if hour < len(self._hours) - 1:
+            return self._totals[hour]
+        return _in_all(self.hour(hour).values())
+
+    def day(self, day: date) -> Mapping[_Pair, Work]:
+        """What a day of UTC has until now."""
+        over, present = self._days.get(day, {}), len(self._hours) - 1
+        if present not in self.hours_of(day):
+            return over
+        now = self.hour(present)
+        both = over.keys() | now.keys()
+        return {pair: _add(over.get(pair, _NOTHING), now.get(pair, _NOTHING)) for pair in both}
+
+    def _part(self, model: str, seconds: float) -> float:
+        """How much of an hour's work is done so many seconds into it: from nothing to all."""
+        phase, turns = self._turns[model], 2 * math.pi * self._turns[model]
+        at = seconds / HOUR_SECONDS
+        return at + 0.7 * (math.sin(turns * at + phase) - math.sin(phase)) / turns
+
+    def until(self, model: str, at: float) -> Work:
+        """What a model was asked from the beginning until a moment, which is at the latest now."""
+        if model not in self._sums:
+            return _NOTHING
+        hour, seconds = divmod(min(max(at, self.start), self.now) - self.start, HOUR_SECONDS)
+        before, after = self._sums[model][int(hour) : int(hour) + 2]
+        part = self._part(model, seconds)
+        return tuple(a + (b - a) * part for a, b in zip(before, after, strict=True))
+
+    def between(self, model: str, start: float, end: float) -> Work:
+        return tuple(map(operator.sub, self.until(model, end), self.until(model, start)))
+
+    def activity(self, model: str, start: float, end: float) -> float:
+        """How busy a model was, beside the busiest hour of its working day."""
+        if model not in self._uses or end <= start:
+            return 0.0
+        usual = self._uses[model][1].requests * _BUSIEST / HOUR_SECONDS
+        return min(1.2, self.between(model, start, end)[_REQUESTS] / (end - start) / usual)
+
+
+FRIDAY: Final = 5
+
+
+def _shares(server: ImaginedServer) -> dict[_Pair, float]:
+    """Which part of a model's requests is whose; who is blocked has none."""
+    chance = random.Random(f"{server.seed} people")  # noqa: S311 - nothing to guard
+    eager: dict[_Pair, float] = {}
+    for group in server.groups:
+        for person in group.people[: len(group.people) - group.blocked]:
+            much = chance.lognormvariate(0, 0.7)
+            for model in server.models:
+                if model.use and (not group.models or model.name in group.models):
+                    eager[model.name, person] = much * chance.uniform(0.2, 1.0)
+    sums = {
+        model.name: math.fsum(part for (name, _), part in eager.items() if name == model.name)
+        for model in server.models
+    }
+    return {pair: part / sums[pair[0]] for pair, part in eager.items()}
+
+
+def _asked(model: ImaginedModel, use: ImaginedUse, asked: int, chance: random.Random) -> Work:
+    """So many requests of an hour; what failed has neither tokens nor a time."""
+    failed = int(asked * _FAILED + chance.random())
+    answered = asked - failed
+    prompt = int(answered * use.prompt * chance.uniform(0.7, 1.3))
+    completion = int(answered * use.completion * chance.uniform(0.7, 1.3))
+    cached = int(prompt * chance.uniform(0.15, 0.5)) if completion else 0
+    took_ms = answered * _SPOKEN_MS.get(model.type, 40) + prompt // 8 + completion * 24
+    return asked, failed, prompt, cached, completion, took_ms
+
+
+class SimulatedUse:
+    """What LiteLLM's tables and counters, and those of engines, tell of imagined work.
+
+    The alias of a key is its person's name; nobody asks anything of models that are not described.
+    """
+
+    def __init__(self, server: ImaginedServer, work: ImaginedWork, keys: Mapping[str, str]) -> None:
+        self.work = work
+        self._server = server
+        self._keys = keys
+        self._groups = {person: g.name for g in server.groups for person in g.people}
+        self._lock = threading.Lock()
+        day = date(2000, 1, 1)
+        self._answers: dict[str, Callable[[Mapping[str, Any]], list[tuple[Any, ...]]]] = {
+            STANDINGS_SQL.text: lambda _: self._standings(),
+            tally_sql({}).text: self._tallies,
+            statement_sql(day).text: self._statement,
+            uses_sql(day, "key").text: partial(self._used, by="key"),
+            uses_sql(day, "group").text: partial(self._used, by="group"),
+        }
+        for by in get_args(Grouping):
+            text = usage_sql(UsageQuery(first=day, last=day, by=by)).text
+            self._answers[text] = partial(self._usage, by=by)
+
+    def advance(self, now: datetime) -> None:
+        """What colleagues did since the last call."""
+        with self._lock:
+            self.work.advance(now)
+
+    def rows(self, query: Sql) -> list[tuple[Any, ...]]:
+        """As `UsageTables.rows`, for the statements of this program alone. Raises DatabaseError."""
+        if query.text not in self._answers:
+            raise DatabaseError(
+                "The simulated database does not know this statement.",
+                advice="Teach it to `SimulatedUse`.",
+            )
+        with self._lock:
+            return self._answers[query.text](query.values)
+
+    # --- LiteLLM's tables ------------------------------------------------------------
+
+    def _subject(self, pair: _Pair, by: Grouping) -> tuple[str, str]:
+        """As LiteLLM accounts for it, and its name."""
+        model, person = pair
+        match by:
+            case "key":
+                return self._keys[person], person
+            case "group":
+                return self._groups[person], self._groups[person]
+            case _:
+                return f"hosted_vllm/{model}", model
+
+    def _usage(self, values: Mapping[str, Any], by: Grouping) -> list[tuple[Any, ...]]:
+        sums: dict[tuple[str, str], Work] = {}
+        days = days_between(*(date.fromisoformat(values[end]) for end in ("first", "last")))
+        for subject, work in self._each(days, by):
+            sums[subject] = _add(sums.get(subject, _NOTHING), work)
+        if by in ("day", "hour"):
+            found = sorted(sums.items())
+        else:
+            found = sorted(sums.items(), key=lambda item: (*_most_first(item[1]), item[0]))
+        rows = [(("", ""), _in_all(sums.values())), *found[: values["limit"]]]
+        return [
+            (*subject, *work[:_TOOK_MS], _latency_ms(work), len(sums)) for subject, work in rows
+        ]
+
+    def _each(self, days: Iterable[date], by: Grouping) -> Iterator[tuple[tuple[str, str], Work]]:
+        for day in days:
+            if by == "hour":
+                for hour in self.work.hours_of(day):
+                    subject = f"{self.work.moment(hour):%Y-%m-%d %H:%M:%S}"
+                    yield (subject, subject), self.work.hour_total(hour)
+            else:
+                for pair, work in self.work.day(day).items():
+                    yield (str(day),) * 2 if by == "day" else self._subject(pair, by), work
+
+    def _statement(self, values: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+        sums: dict[_Pair, Work] = {}  # by group and model
+        for day in days_between(*(date.fromisoformat(values[end]) for end in ("first", "last"))):
+            for (model, person), work in self.work.day(day).items():
+                key = self._groups[person], model
+                sums[key] = _add(sums.get(key, _NOTHING), work)
+        return [
+            (group, group, model, work[_REQUESTS], *work[_PROMPT:_TOOK_MS])
+            for (group, model), work in sorted(sums.items())
+        ]
+
+    def _used(self, values: Mapping[str, Any], by: Literal["key", "group"]) -> list[Any]:
+        sums: dict[tuple[int, str, tuple[str, str]], Work] = {}
+        for hour in self.work.hours_of(date.fromisoformat(values["day"])):
+            start = int(self.work.moment(hour).timestamp())
+            for pair, work in self.work.hour(hour).items():
+                key = start, engine_url(engine_of(pair[0])), self._subject(pair, by)
+                sums[key] = _add(sums.get(key, _NOTHING), work)
+        return [
+            (hour, engine, *subject, work[_REQUESTS], work[_PROMPT], work[_COMPLETION])
+            for (hour, engine, subject), work in sums.items()
+            if work[_PROMPT] + work[_COMPLETION]
+        ]
+
+    def _tallies(self, values: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+        rows = []
+        for engine, start in zip(values["engines"], values["starts"], strict=True):
+            model, late = model_of(engine), self.work.now - _WRITTEN_LATE
+            work = self.work.between(model, start.timestamp(), max(late, start.timestamp()))
+            broken_off = int(work[_REQUESTS] * _FAILED)
+            guessed = int(work[_COMPLETION] * _FAILED / 2)
+            rows.append((engine, int(work[_PROMPT]) + int(work[_COMPLETION]), broken_off, guessed))
+        return rows
+
+    def _standings(self) -> list[tuple[Any, ...]]:
+        made_at = self.made_at.replace(tzinfo=None)
+        rows = []
+        for group in self._server.groups:
+            limits = group.requests_per_minute, group.tokens_per_minute
+            rows.append(("group", group.name, made_at, None, *self._busiest(group.people, *limits)))
+            rows += [
+                (
+                    "key",
+                    who,
+                    made_at,
+                    _unzoned(self.used_at(who)),
+                    *self._busiest((who,), None, None),
+                )
+                for who in group.people
+            ]
+        return sorted(rows, key=operator.itemgetter(0, 1))
+
+    @property
+    def made_at(self) -> datetime:
+        """Since when keys and groups are there."""
+        return self.work.moment(0) - timedelta(days=5)
+
+    def used_at(self, person: str) -> datetime | None:
+        """The end of the last hour in which somebody asked something; None: never."""
+        last = self.work.hours_of(datetime.fromtimestamp(self.work.now, UTC).date())[-1]
+        for hour in range(last, -1, -1):
+            asked = (w[_REQUESTS] for (_, who), w in self.work.hour(hour).items() if who == person)
+            if any(asked):
+                end = min(self.work.moment(hour + 1).timestamp(), self.work.now)
+                return datetime.fromtimestamp(end, UTC)
+        return None
+
+    def _busiest(
+        self, people: Collection[str], requests_limit: int | None, tokens_limit: int | None
+    ) -> tuple[Any, ...]:
+        """A budget that nobody has, and the busiest minute of the last day beside its limits."""
+        present = int(self.work.now - self.work.start) // HOUR_SECONDS
+        most = _NOTHING
+        for hour in range(max(present - 23, 0), present + 1):
+            found = (work for (_, who), work in self.work.hour(hour).items() if who in people)
+            most = tuple(map(max, most, _in_all(found)))
+        asked = math.ceil(most[_REQUESTS] * _BURST / 60)
+        tokens = math.ceil((most[_PROMPT] + most[_COMPLETION]) * _BURST / 60)
+        return (
+            0.0, None, min(asked, requests_limit or asked), requests_limit,
+            min(tokens, tokens_limit or tokens), tokens_limit,
+        )  # fmt: skip
+
+    # --- what engines and the gateway count ------------------------------------------------
+
+    def load(self, engine: ContainerName, since: datetime) -> EngineLoad:
+        """What an engine is at, and has counted since it started."""
+        with self._lock:
+            model, now = model_of(engine), self.work.now
+            work = self.work.between(model, since.timestamp(), now)
+            recent = self.work.between(model, now - _LOOK_BACK, now)
+        return engine_load(model, work, recent, now)
+
+    def figures(self) -> GatewayFigures:
+        """What LiteLLM has counted: of a model that a route leads to, a part through that."""
+        routed = {
+            target: route["name"] for route in self._server.routes for target in route["members"]
+        }
+        found: dict[str, DeploymentFigures] = {}
+        with self._lock:
+            for model in (model.name for model in self._server.models if model.use):
+                asked, failed, *_ = map(int, self.work.until(model, self.work.now))
+                parts = {routed[model]: 0.4, model: 0.6} if model in routed else {model: 1.0}
+                for name, part in parts.items():
+                    found[f"{name}@{engine_of(model)}"] = DeploymentFigures(
+                        successes=int((asked - failed) * part),
+                        failures={failure_reason("400"): int(failed * part)},
+                    )
+            fallbacks = {
+                (route["name"], target): int(self.work.until(target, self.work.now)[_FAILURES])
+                for route in self._server.routes
+                for target in route.get("fallbacks", ())
+            }
+        return GatewayFigures(deployments=found, fallbacks=fallbacks)
+
+
+_LOOK_BACK: Final = 20.0  # seconds over which an engine's present load is told
+
+
+def _unzoned(moment: datetime | None) -> datetime | None:
+    """As LiteLLM's tables have it."""
+    return moment and moment.replace(tzinfo=None)
+
+
+def _most_first(work: Work) -> tuple[float, float]:
+    return -work[_PROMPT] - work[_COMPLETION], -work[_REQUESTS]
+
+
+def _latency_ms(work: Work) -> float | None:
+    timed = work[_REQUESTS] - work[_FAILURES]
+    return work[_TOOK_MS] / timed if timed else None
+
+
+def engine_of(model: str) -> ContainerName:
+    return ContainerName(f"llm-model-{model}-0")
+
+
+def model_of(engine: ContainerName) -> str:
+    found = _ENGINE_URL.match(engine_url(engine))
+    return found[1] if found else ""
+
+
+def engine_load(model: str, work: Work, recent: Work, now: float) -> EngineLoad:
+    """As `parse_load` would read it; `recent` is what was asked lately, `work` all."""
+    answered = work[_REQUESTS] - work[_FAILURES]
+    read, made = int(work[_PROMPT]), int(work[_COMPLETION])
+    # By Little's law so many are at it at a time; whole ones come and go.
+    at_once = 1.5 * recent[_TOOK_MS] / 1000 / _LOOK_BACK
+    running = int(at_once + random.Random(f"{model} {now // 4}").random())  # noqa: S311
+    each = (work[_PROMPT] + work[_COMPLETION]) / answered if answered else 0.0
+    counts = {
+        ("prompt_tokens_total", ""): float(read),
+        ("generation_tokens_total", ""): float(made),
+        ("prompt_tokens_cached_total", ""): float(int(work[_CACHED])),
+        ("prefix_cache_queries_total", ""): float(read),
+        ("prefix_cache_hits_total", ""): float(int(work[_CACHED])),
+        ("request_success_total", "stop"): float(int(answered)),
+    }
+    if made:
+        median = 0.03 + 1e-4 * work[_PROMPT] / answered
+        counts |= {
+            ("time_to_first_token_seconds_bucket", bound): float(
+                int(answered * (1 - 0.5 ** (float(bound) / median)))
+            )
+            for bound in ("0.02", "0.04", "0.08", "0.1", "0.25", "0.5", "1.0", "2.5", "+Inf")
+        }
+    return EngineLoad(
+        running=running,
+        waiting=max(0, running - 12),
+        tokens=read + made,
+        cached=min(0.97, running * each * 2 / 60_000),
+        counts=counts,
+    )
+
+
+def imagine_use(server: ImaginedServer, now: datetime, keys: Mapping[str, str]) -> SimulatedUse:
+    """The use of the month before now; `keys` are hashes of keys, by person."""
+    return SimulatedUse(server, ImaginedWork(server, now), keys)
+
+
+# --- and its energy ------------------------------------------------------------------
+
+
+class SimulatedPower:
+    """What GPUs take while models are at imagined work, by the GPUs' numbers."""
+
+    def __init__(self, server: ImaginedServer, work: ImaginedWork) -> None:
+        self._idle = server.idle_watts
+        self._work = work
+        self._on = {
+            gpu: [model for model in server.models if model.use and gpu in _gpus_of(model)]
+            for gpu in range(sum(cards.count for cards in server.gpus))
+        }
+        self._last: dict[int, EnergyReading] = {}
+
+    def watts(self, gpu: int, serving: Collection[str]) -> float:
+        """What it takes now, with these models in service."""
+        now = self._work.now
+        models = [model for model in self._on[gpu] if model.name in serving]
+        busy = math.fsum(
+            model.watts * self._work.activity(model.name, now - 5, now) for model in models
+        )
+        return (self._idle + busy) * (1 + 0.02 * math.sin(now / 7 + gpu))
+
+    def look(self, gpu: int, serving: Collection[str]) -> EnergyReading:
+        """The same as a GPU tells it, with a counter of what it took between the looks."""
+        at, watts = self._work.now, self.watts(gpu, serving)
+        last = self._last.get(gpu, EnergyReading(at=at, counter_mj=0, power_w=watts))
+        taken = (at - last.at) * (watts + (last.power_w or 0.0)) / 2
+        counter = (last.counter_mj or 0) + round(1000 * taken)
+        self._last[gpu] = EnergyReading(at=at, counter_mj=counter, power_w=watts)
+        return self._last[gpu]
+
+    def activities(self, gpu: int, start: float, end: float) -> dict[int | str, float]:
+        """How busy models had their part of a GPU, in percent, as its driver would tell it."""
+        return {
+            model.name: min(
+                100.0,
+                100 * self._work.activity(model.name, start, end)
+                * model.watts / (_FULL_WATTS * _tenant(model).part),
+            )
+            for model in self._on[gpu]
+        }  # fmt: skip
+
+    def shares(self, gpu: int, uuid: str, start: float, end: float) -> list[EnergyShare]:
+        """What it took between two moments of the past, as `EnergyMeter` would have told."""
+        on = self._on[gpu]
+        busy = math.fsum(m.watts * self._work.activity(m.name, start, end) for m in on)
+        taken = round(1000 * (end - start) * (self._idle + busy))
+        whole = Interval(seconds=end - start, energy_mj=taken, method="counter")
+        tenants, activities = [*map(_tenant, on)], self.activities(gpu, start, end)
+        return attribute(whole, start, uuid, tenants, activities, self._idle)
+
+
+_FULL_WATTS: Final = 400.0  # above its rest, of a whole GPU
+
+
+def _gpus_of(model: ImaginedModel) -> tuple[int, ...]:
+    return (model.slice.gpu,) if model.slice else model.gpus
+
+
+def _tenant(model: ImaginedModel) -> GpuTenant:
+    """Known by its name, as if each had a slice: nobody looks at whose activity it was."""
+    part = int(model.slice.profile[0]) / 7 if model.slice else 1.0
+    return GpuTenant(model=model.name, part=part, device=model.name)
+
+
+_STEPS: Final = (1800, 300)  # seconds of a share, of the month and of its last days
+_FINE_DAYS: Final = 2
+
+
+def imagine_energy(
+    server: ImaginedServer, use: SimulatedUse, gpus: Sequence[str], path: Path
+) -> None:  # fmt: skip
+    """Record the energy of the month until now, of these GPUs; what is there already stays."""
+    if path.exists():
+        return
+    work, power = use.work, SimulatedPower(server, use.work)
+    rates = energy_rates(None, IMAGINED_ENERGY)
+    records = EnergyRecords(path, lambda: work.now)
+    hours = range(math.ceil((work.now - work.start) / HOUR_SECONDS))
+    models = [model for model in server.models if model.use]
+    sessions: dict[str, tuple[str, float]] = {}  # containers, and when they were ready
+    for hour in hours:
+        begin = work.moment(hour).timestamp()
+        for n, model in enumerate(models):
+            if hour in (0, (37 + 97 * n) % len(hours)):  # deployed, and later once more
+                container = sha256(f"{model.name} {hour}".encode()).hexdigest()
+                uuids = [gpus[gpu] for gpu in _gpus_of(model)]
+                records.open_session(model.name, 0, container, uuids, begin)
+                sessions[model.name] = container, begin
+        *steps, last = _steps(begin, work.now)
+        looked = hour != len(hours) * 2 // 3  # else the server was being updated
+        for step in steps:
+            records.add(_shares_of(power, gpus, *step, looked=looked), rates)
+        # Now, because after the last look they would belong to the next hour.
+        for name, (container, since) in sessions.items():
+            _count_tokens(records, container, work.between(name, since, last[1]))
+        records.add(_shares_of(power, gpus, *last, looked=looked), rates)
+    records.close()
+
+
+def _count_tokens(records: EnergyRecords, container: str, work: Work) -> None:
+    asked, failed, prompt, cached, completion, _ = map(int, work)
+    records.count_tokens(container, prompt, completion, cached, asked - failed)
+
+
+def _shares_of(
+    power: SimulatedPower, gpus: Sequence[str], start: float, end: float, *, looked: bool
+) -> list[EnergyShare]:
+    if looked:
+        each = (power.shares(n, uuid, start, end) for n, uuid in enumerate(gpus))
+    else:
+        lost = Interval(seconds=end - start, energy_mj=None, method="unmeasured")
+        each = (attribute(lost, start, uuid, ()) for uuid in gpus)
+    return [*itertools.chain.from_iterable(each)]
+
+
+def _steps(hour: float, now: float) -> Iterator[tuple[float, float]]:
+    """The parts of an hour that is over, or of the present one until now."""
+    seconds = _STEPS[hour > now - _FINE_DAYS * DAY_SECONDS]
+    until = min(hour + HOUR_SECONDS, now)
+    while hour < until:
+        yield hour, min(hour + seconds, until)
+        hour += seconds
+
+
+# --- and its benchmarks ----------------------------------------------------------------
+
+_LADDER: Final = (1, 2, 4, 8, 16, 32, 64)
+# Days ago, of what, with which load; ms of a token alone, requests at once that double it, and ms
+# that a token of a prompt takes.
+_CLIMBS: Final[tuple[tuple[int, str, LoadProfile, float, float, float], ...]] = (
+    (16, "qwen3-14b", "chat", 11.8, 26.0, 0.085),
+    (9, "gpt-oss-20b", "chat", 6.4, 21.0, 0.052),
+    (9, "gpt-oss-20b", "document", 7.1, 13.0, 0.052),
+)
+
+
+def imagine_benchmarks(server: ImaginedServer, home: Path, now: datetime) -> None:
+    """Keep a few benchmarks that nobody ran, which their image says, unless some are kept."""
+    files = BenchmarkFiles(home / "benchmarks")
+    known = {model.name: model for model in server.models}
+    for hour, (days, name, profile, *speeds) in enumerate([] if files.read() else _CLIMBS):
+        if model := known.get(name):
+            started_at = now.replace(minute=4, second=11, microsecond=0) - timedelta(days=days)
+            result = Benchmark(
+                model=ModelName(name), type=model.type, container=engine_of(name),
+                image="imagined, not measured", started_at=started_at + timedelta(hours=hour),
+                load=LOADS[profile], ladder=_LADDER,
+            )  # fmt: skip
+            files.keep(replace(result, rungs=_rungs(result, model.watts, *speeds)))
+
+
+def _rungs(
+    result: Benchmark, watts: float, token_ms: float, crowd: float, prompt_ms: float
+) -> tuple[Rung, ...]:  # fmt: skip
+    """A plausible climb: more at once make more, and each of them waits longer."""
+    rungs: list[Rung] = []
+    for at_once in result.ladder:
+        requests = BenchmarkWish(models=()).requests_at(at_once)
+        made = requests * result.load.output_tokens
+        ttft = 18 + result.load.prompt_tokens * prompt_ms * (1 + at_once / 9)
+        each = token_ms * (1 + at_once / crowd)
+        whole = ttft + each * result.load.output_tokens
+        seconds = requests / at_once * whole / 1000
+        taken = seconds * (70 / 7 * 3 + watts * (0.5 + 0.5 * at_once / (at_once + 5)))
+        begun = rungs[-1].started_at + timedelta(seconds=rungs[-1].seconds + 9) if rungs else None
+        rungs.append(
+            Rung(
+                concurrency=at_once, started_at=begun or result.started_at, seconds=seconds,
+                requests=requests, failed=0, prompt_tokens=requests * result.load.prompt_tokens,
+                output_tokens=made, ttft=_spread(ttft, 1.6), inter_token=_spread(each, 1.25),
+                end_to_end=_spread(whole, 1.4), others=0, energy_mj=round(1000 * taken),
+            )
+        )  # fmt: skip
+    return tuple(rungs)
+
+
+def _spread(median: float, wide: float) -> Milliseconds:
+    slowest = (median, median * wide, median * wide * 1.3)
+    p50, p95, p99 = (round(ms, 2) for ms in slowest)
+    return Milliseconds(p50=p50, p95=p95, p99=p99)
 
 
 # =============================================================================
