@@ -26416,6 +26416,7 @@ class SimulatedGpu:
     pending: bool = False
     lost: bool = False  # fallen off the bus
     used_mib: int | None = None
+    told: Mapping[str, Any] = field(default_factory=dict)  # more fields of `Gpu`
     slices: dict[Slice, str | None] = field(default_factory=dict)  # UUID, once it is complete
     clients: list[tuple[str, GpuClient]] = field(default_factory=list)  # with their device
 
@@ -26449,6 +26450,7 @@ class SimulatedGpu:
             geometry=self.card.geometry,
             slices=self._seen_slices() if is_root or not self.mig else None,
             clients=self.seen_clients(),
+            **self.told,
         )
 
     def _seen_slices(self) -> tuple[MigDevice, ...]:
@@ -27687,96 +27689,6 @@ def imagined_repository(model: ImaginedModel) -> RepositoryFacts:
     )
 
 
-class ImaginedInstallation:
-    """A manager with a home of its own and the server of `recipes/demo.yaml` as its world."""
-
-    def __init__(self, server: ImaginedServer, home: Path) -> None:
-        self.server = server
-        self.store = StateStore(home, Actor(name="demo", channel="console"))
-        self.gateway = SimulatedGateway()
-        self.host = self._host()
-        state = self.store.ensure(fixed_names=True)
-        self.store.save(imagined_state(server, self.host.gpus, state))
-        self.manager = self._manager()
-        self._begin()
-
-    def _host(self) -> SimulatedHost:
-        server = self.server
-        cards = [simulated_card(c.card) for c in server.gpus for _ in range(c.count)]
-        refs = {role: getattr(Images(), role) for role in server.images_gib}
-        return SimulatedHost(
-            self.store,
-            SimulatedGpus(cards),
-            images={*refs.values()},
-            image_bytes={refs[r]: int(gib * 2**30) for r, gib in server.images_gib.items()},
-            free_bytes=int(server.disk.free_gib * 2**30),
-            weights={model.repository: frozenset({"main"}) for model in server.models},
-            repositories={m.repository: imagined_repository(m) for m in server.models},
-        )
-
-    def _manager(self) -> Manager:
-        home = self.store.home
-        tools = replace(
-            simulated_tools(self.host),
-            failures=parse_failures((RECIPES / "failures.yaml").read_text()),
-            providers=SimulatedProviders(
-                {p["name"]: tuple(p["models"]) for p in self.server.providers}
-            ),
-            key_api=lambda *_: self.gateway,
-            edge_client=lambda *_: SimulatedEdge(self.host, self.store.load, self.gateway),
-        )
-        return Manager(
-            self.store,
-            tools,
-            Site(
-                generated=str(self.store.generated),
-                hugging_face_home=str(home / "huggingface"),
-                compile_caches=str(home / "compiled"),
-            ),
-            engine_options=parse_engine_options((RECIPES / "vllm.yaml").read_text()),
-            recipes=lambda: parse_recipes(read_recipes(RECIPES, home / "recipes")),
-            enabled=lambda _: True,
-        )
-
-    def _begin(self) -> None:
-        """All that is wished runs, for some days already; from now on time takes its time."""
-        state, server = self.store.load(), self.server
-        self.host.last_words = {
-            replica: model.says
-            for model in server.models if model.says
-            for replica in replica_names(state, state.model(model.name))
-        }  # fmt: skip
-        with contextlib.suppress(ManagerError):  # not all of it can start
-            list(self.manager.start(restoring()).follow())
-        self._give_keys()
-        now = utc_now()
-        for number, container in enumerate(self.host.containers.values()):
-            container.started_at = now - timedelta(hours=5 + number * 37 % (24 * server.days))
-        self.host.clock, self.host.start_seconds = SystemClock(), server.start_seconds
-        self.manager = self._manager()  # as after a restart: what was is in the audit trail alone
-
-    def _give_keys(self) -> None:
-        now = utc_now()
-        for group in self.server.groups:
-            self.manager.keys.set_group({
-                "name": group.name, "models": list(group.models),
-                "rpm_limit": group.rpm_limit, "tpm_limit": group.tpm_limit,
-            })  # fmt: skip
-            ends = now + timedelta(days=group.days_left) if group.days_left else None
-            for number, person in enumerate(group.people):
-                self.manager.keys.create(
-                    KeySettings(
-                        alias=person, group=group.name, email=_address_of(person), expires_at=ends
-                    )
-                )
-                if number >= len(group.people) - group.blocked:
-                    self.manager.keys.block(person)
-
-
-def _address_of(person: str) -> str:
-    return f"{person.lower().replace(' ', '.')}@example.org"
-
-
 # --- a month before now ---------------------------------------------------------
 
 # What all imagined energy was worth; the state of the demo says the same.
@@ -28064,7 +27976,7 @@ class SimulatedUse:
         made_at = self.made_at.replace(tzinfo=None)
         rows = []
         for group in self._server.groups:
-            limits = group.requests_per_minute, group.tokens_per_minute
+            limits = group.rpm_limit, group.tpm_limit
             rows.append(("group", group.name, made_at, None, *self._busiest(group.people, *limits)))
             rows += [
                 (
@@ -28389,6 +28301,166 @@ def _spread(median: float, wide: float) -> Milliseconds:
     slowest = (median, median * wide, median * wide * 1.3)
     p50, p95, p99 = (round(ms, 2) for ms in slowest)
     return Milliseconds(p50=p50, p95=p95, p99=p99)
+
+
+# --- from now on -----------------------------------------------------------------
+
+
+class ImaginedInstallation:
+    """A manager with a home of its own and the server of `recipes/demo.yaml` as its world."""
+
+    def __init__(self, server: ImaginedServer, home: Path) -> None:
+        self.server = server
+        self.store = StateStore(home, Actor(name="operator", channel="console"))
+        self.gateway = SimulatedGateway()
+        self.host = self._host()
+        state = self.store.ensure(fixed_names=True)
+        self.store.save(imagined_state(server, self.host.gpus, state))
+        self._start()
+        now = utc_now()
+        self.use = imagine_use(server, now, self._give_keys(now))
+        self._remember(now)
+        # As after a restart of it, what was before is in the audit trail alone.
+        self.manager = self._manager()
+        self._power = SimulatedPower(server, self.use.work)
+
+    def _host(self) -> SimulatedHost:
+        server = self.server
+        cards = [simulated_card(c.card) for c in server.gpus for _ in range(c.count)]
+        refs = {role: getattr(Images(), role) for role in server.images_gib}
+        return SimulatedHost(
+            self.store,
+            SimulatedGpus(cards),
+            images={*refs.values()},
+            image_bytes={refs[r]: int(gib * 2**30) for r, gib in server.images_gib.items()},
+            free_bytes=int(server.disk.free_gib * 2**30),
+            weights={model.repository: frozenset({"main"}) for model in server.models},
+            repositories={m.repository: imagined_repository(m) for m in server.models},
+        )
+
+    def _manager(self) -> Manager:
+        home, provided = self.store.home, self.server.providers
+        tools = replace(
+            simulated_tools(self.host),
+            failures=parse_failures((RECIPES / "failures.yaml").read_text()),
+            providers=SimulatedProviders({p["name"]: tuple(p["models"]) for p in provided}),
+            key_api=lambda *_: self.gateway,
+            tables=lambda *_: self.use,
+            edge_client=lambda *_: SimulatedEdge(self.host, self.store.load, self.gateway),
+        )
+        return Manager(
+            self.store,
+            tools,
+            Site(
+                generated=str(self.store.generated),
+                hugging_face_home=str(home / "huggingface"),
+                compile_caches=str(home / "compiled"),
+            ),
+            engine_options=parse_engine_options((RECIPES / "vllm.yaml").read_text()),
+            recipes=lambda: parse_recipes(read_recipes(RECIPES, home / "recipes")),
+            enabled=lambda _: True,
+        )
+
+    def _start(self) -> None:
+        """All that is wished is started, in no time; from then on time takes its time."""
+        state = self.store.load()
+        self.host.last_words = {
+            replica: model.says
+            for model in self.server.models if model.says
+            for replica in replica_names(state, state.model(model.name))
+        }  # fmt: skip
+        with contextlib.suppress(ManagerError):  # not all of it can start
+            list(self._manager().start(restoring()).follow())
+        self.host.clock, self.host.start_seconds = SystemClock(), self.server.start_seconds
+
+    def _give_keys(self, now: datetime) -> dict[str, str]:
+        """Each colleague has a key; their hashes."""
+        for group in self.server.groups:
+            allowed = Group(
+                name=group.name, models=group.models, rpm_limit=group.rpm_limit,
+                tpm_limit=group.tpm_limit,
+            )  # fmt: skip
+            self.gateway.create_group(group_body(allowed))
+            ends = now + timedelta(days=group.days_left) if group.days_left else None
+            for number, person in enumerate(group.people):
+                mail = f"{person.lower().replace(' ', '.')}@example.org"
+                settings = KeySettings(alias=person, group=group.name, email=mail, expires_at=ends)
+                self.gateway.create_key(key_body(settings, now))
+                *_, key_hash = self.gateway.keys
+                if number >= len(group.people) - group.blocked:
+                    self.gateway.block_key(key_hash, blocked=True)
+        return {entry["key_alias"]: key_hash for key_hash, entry in self.gateway.keys.items()}
+
+    def _remember(self, now: datetime) -> None:
+        """The month before now: what was started when, used, measured, and taken of energy."""
+        home, gpus = self.store.home, [gpu.uuid for gpu in self.host.gpus.gpus]
+        self.store.note_idle_watts(dict.fromkeys(gpus, self.server.idle_watts))
+        imagine_energy(self.server, self.use, gpus, home / ENERGY_FILE)
+        imagine_benchmarks(self.server, home, now)
+        for entry in self.gateway.keys.values():
+            used_at = self.use.used_at(entry["key_alias"])
+            entry["created_at"] = self.use.made_at.isoformat()
+            entry["last_active"] = used_at and used_at.isoformat()
+        for number, container in enumerate(self.host.containers.values()):
+            ago = timedelta(hours=5 + number * 37 % (24 * self.server.days))
+            container.started_at = now - ago
+
+    def go_on(self, now: datetime) -> None:
+        """What engines, the gateway and GPUs tell at a moment."""
+        self.use.advance(now)
+        host = self.host
+        running = [c for c in [*host.containers.values()] if host.answers(c)]
+        engines = {c.spec.labels.get(LABEL_MODEL_NAME, ""): c for c in running
+                   if c.spec.role == "engine"}  # fmt: skip
+        host.loads = {
+            c.name: self.use.load(c.name, c.started_at) for c in engines.values() if c.started_at
+        }
+        host.figures = {c.name: self.use.figures() for c in running if c.spec.role == "gateway"}
+        for gpu in host.gpus.gpus:
+            self._tell(gpu, engines, now.timestamp())
+
+    def _tell(
+        self, gpu: SimulatedGpu, engines: Mapping[str, SimulatedContainer], now: float
+    ) -> None:
+        """What the driver says of one GPU."""
+        serving = [name for name, c in engines.items() if {*c.spec.devices} & gpu.devices]
+        reading = self._power.look(gpu.index, serving)
+        of = {client.container_id: (device, client.pid) for device, client in gpu.clients}
+        busy = self._power.activities(gpu.index, now - 5, now)
+        places = {name: of[engines[name].container_id] for name in serving
+                  if engines[name].container_id in of}  # fmt: skip
+        self.host.gpus.looks[gpu.uuid] = GpuLook(
+            reading=reading,
+            activities={
+                device if gpu.mig else pid: busy.get(name, 0.0)
+                for name, (device, pid) in places.items()
+            },
+        )
+        watts = reading.power_w or 0.0
+        gpu.used_mib = sum(self._taken_mib(engines[name], device)
+                           for name, (device, _) in places.items())  # fmt: skip
+        gpu.told = {
+            "power_w": round(watts, 1),
+            "power_limit_w": 700.0,
+            "temperature_c": round(29 + watts / 11),
+            "utilisation_percent": None if gpu.mig else min(100, round(sum(busy.values()))),
+        }
+
+    def _taken_mib(self, engine: SimulatedContainer, device: str) -> int:
+        model = self.store.load().model(engine.spec.labels[LABEL_MODEL_NAME])
+        part = getattr(model.placement, "memory_fraction", None) or DEFAULT_FRACTION
+        return int(part * self.host.gpus.memory_mib(device))
+
+    def live(self) -> None:
+        """Let time pass, until the program ends."""
+
+        def run() -> None:
+            while True:
+                self.go_on(utc_now())
+                time.sleep(1)
+
+        self.go_on(utc_now())
+        threading.Thread(target=run, name="imagination", daemon=True).start()
 
 
 # =============================================================================
@@ -29236,8 +29308,9 @@ def command_demo(arguments: argparse.Namespace) -> int:
     listener = listen(arguments.port)
     imagined = parse_imagined((RECIPES / "demo.yaml").read_text())
     with tempfile.TemporaryDirectory(prefix="llm-manager-demo-") as home:
-        manager = ImaginedInstallation(imagined, Path(home)).manager
-        serve_console(manager, listener, arguments, show_url=True).close()
+        installation = ImaginedInstallation(imagined, Path(home))
+        installation.live()
+        serve_console(installation.manager, listener, arguments, show_url=True).close()
     logging.shutdown()
     os._exit(DONE)
 
