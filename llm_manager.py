@@ -28457,7 +28457,7 @@ class ImaginedInstallation:
         def run() -> None:
             while True:
                 self.go_on(utc_now())
-                time.sleep(1)
+                time.sleep(0.5)  # whoever looks each second finds something new
 
         self.go_on(utc_now())
         threading.Thread(target=run, name="imagination", daemon=True).start()
