@@ -27691,10 +27691,6 @@ def imagined_repository(model: ImaginedModel) -> RepositoryFacts:
 
 # --- a month before now ---------------------------------------------------------
 
-# What all imagined energy was worth; the state of the demo says the same.
-IMAGINED_ENERGY: Final = EnergySettings(
-    price_per_kwh=0.24, co2_grams_per_kwh=380.0, overhead=1.2
-)  # fmt: skip
 # How busy each hour of a working day is, in the server's zone, beside the busiest.
 _DAY: Final = (
     *(0.03, 0.02, 0.02, 0.02, 0.02, 0.03, 0.08, 0.3), *(0.75, 0.95, 1.0, 0.95, 0.55, 0.75),
@@ -27978,16 +27974,9 @@ class SimulatedUse:
         for group in self._server.groups:
             limits = group.rpm_limit, group.tpm_limit
             rows.append(("group", group.name, made_at, None, *self._busiest(group.people, *limits)))
-            rows += [
-                (
-                    "key",
-                    who,
-                    made_at,
-                    _unzoned(self.used_at(who)),
-                    *self._busiest((who,), None, None),
-                )
-                for who in group.people
-            ]
+            for who in group.people:
+                used_at = _unzoned(self.used_at(who))
+                rows.append(("key", who, made_at, used_at, *self._busiest((who,))))
         return sorted(rows, key=operator.itemgetter(0, 1))
 
     @property
@@ -28006,7 +27995,7 @@ class SimulatedUse:
         return None
 
     def _busiest(
-        self, people: Collection[str], requests_limit: int | None, tokens_limit: int | None
+        self, people: Collection[str], rpm_limit: int | None = None, tpm_limit: int | None = None
     ) -> tuple[Any, ...]:
         """A budget that nobody has, and the busiest minute of the last day beside its limits."""
         present = int(self.work.now - self.work.start) // HOUR_SECONDS
@@ -28017,8 +28006,8 @@ class SimulatedUse:
         asked = math.ceil(most[_REQUESTS] * _BURST / 60)
         tokens = math.ceil((most[_PROMPT] + most[_COMPLETION]) * _BURST / 60)
         return (
-            0.0, None, min(asked, requests_limit or asked), requests_limit,
-            min(tokens, tokens_limit or tokens), tokens_limit,
+            0.0, None, min(asked, rpm_limit or asked), rpm_limit,
+            min(tokens, tpm_limit or tokens), tpm_limit,
         )  # fmt: skip
 
     # --- what engines and the gateway count ------------------------------------------------
@@ -28151,25 +28140,32 @@ class SimulatedPower:
         self._last[gpu] = EnergyReading(at=at, counter_mj=counter, power_w=watts)
         return self._last[gpu]
 
-    def activities(self, gpu: int, start: float, end: float) -> dict[int | str, float]:
+    def activities(self, gpu: int, start: float, end: float) -> dict[str, float]:
         """How busy models had their part of a GPU, in percent, as its driver would tell it."""
         return {
             model.name: min(
                 100.0,
                 100 * self._work.activity(model.name, start, end)
-                * model.watts / (_FULL_WATTS * _tenant(model).part),
+                * model.watts / (_FULL_WATTS * _part_of(model)),
             )
             for model in self._on[gpu]
         }  # fmt: skip
 
     def shares(self, gpu: int, uuid: str, start: float, end: float) -> list[EnergyShare]:
         """What it took between two moments of the past, as `EnergyMeter` would have told."""
-        on = self._on[gpu]
+        on, active = self._on[gpu], self.activities(gpu, start, end)
         busy = math.fsum(m.watts * self._work.activity(m.name, start, end) for m in on)
         taken = round(1000 * (end - start) * (self._idle + busy))
-        whole = Interval(seconds=end - start, energy_mj=taken, method="counter")
-        tenants, activities = [*map(_tenant, on)], self.activities(gpu, start, end)
-        return attribute(whole, start, uuid, tenants, activities, self._idle)
+        return attribute(
+            Interval(seconds=end - start, energy_mj=taken, method="counter"), start, uuid,
+            [
+                GpuTenant(model=model.name, part=_part_of(model),
+                          device=model.name if model.slice else "", pids=frozenset({n}))
+                for n, model in enumerate(on)
+            ],
+            {m.name if m.slice else n: active[m.name] for n, m in enumerate(on)},
+            self._idle,
+        )  # fmt: skip
 
 
 _FULL_WATTS: Final = 400.0  # above its rest, of a whole GPU
@@ -28179,10 +28175,8 @@ def _gpus_of(model: ImaginedModel) -> tuple[int, ...]:
     return (model.slice.gpu,) if model.slice else model.gpus
 
 
-def _tenant(model: ImaginedModel) -> GpuTenant:
-    """Known by its name, as if each had a slice: nobody looks at whose activity it was."""
-    part = int(model.slice.profile[0]) / 7 if model.slice else 1.0
-    return GpuTenant(model=model.name, part=part, device=model.name)
+def _part_of(model: ImaginedModel) -> float:
+    return int(model.slice.profile[0]) / 7 if model.slice else 1.0
 
 
 _STEPS: Final = (1800, 300)  # seconds of a share, of the month and of its last days
@@ -28196,7 +28190,7 @@ def imagine_energy(
     if path.exists():
         return
     work, power = use.work, SimulatedPower(server, use.work)
-    rates = energy_rates(None, IMAGINED_ENERGY)
+    rates = energy_rates(None, parse_energy(server.energy))
     records = EnergyRecords(path, lambda: work.now)
     hours = range(math.ceil((work.now - work.start) / HOUR_SECONDS))
     models = [model for model in server.models if model.use]
@@ -28278,20 +28272,20 @@ def _rungs(
     """A plausible climb: more at once make more, and each of them waits longer."""
     rungs: list[Rung] = []
     for at_once in result.ladder:
-        requests = BenchmarkWish(models=()).requests_at(at_once)
-        made = requests * result.load.output_tokens
+        asked = BenchmarkWish(models=()).requests_at(at_once)
         ttft = 18 + result.load.prompt_tokens * prompt_ms * (1 + at_once / 9)
         each = token_ms * (1 + at_once / crowd)
         whole = ttft + each * result.load.output_tokens
-        seconds = requests / at_once * whole / 1000
-        taken = seconds * (70 / 7 * 3 + watts * (0.5 + 0.5 * at_once / (at_once + 5)))
+        seconds = asked / at_once * whole / 1000
+        taken = seconds * (30 + watts * (0.5 + 0.5 * at_once / (at_once + 5)))
         begun = rungs[-1].started_at + timedelta(seconds=rungs[-1].seconds + 9) if rungs else None
         rungs.append(
             Rung(
                 concurrency=at_once, started_at=begun or result.started_at, seconds=seconds,
-                requests=requests, failed=0, prompt_tokens=requests * result.load.prompt_tokens,
-                output_tokens=made, ttft=_spread(ttft, 1.6), inter_token=_spread(each, 1.25),
-                end_to_end=_spread(whole, 1.4), others=0, energy_mj=round(1000 * taken),
+                requests=asked, failed=0, prompt_tokens=asked * result.load.prompt_tokens,
+                output_tokens=asked * result.load.output_tokens, ttft=_spread(ttft, 1.6),
+                inter_token=_spread(each, 1.25), end_to_end=_spread(whole, 1.4), others=0,
+                energy_mj=round(1000 * taken),
             )
         )  # fmt: skip
     return tuple(rungs)
