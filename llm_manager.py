@@ -27697,6 +27697,7 @@ _DAY: Final = (
     *(0.95, 1.0, 0.9, 0.6), *(0.3, 0.2, 0.16, 0.13, 0.09, 0.05),
 )  # fmt: skip
 _WEEKEND: Final = 0.2
+_AWAKE: Final = 0.6  # at least, while the demo is open: it is opened at night, too
 _BUSIEST: Final = 1 / math.fsum(_DAY)  # part of a working day's requests in its busiest hour
 _FAILED: Final = 0.004
 _BURST: Final = 10  # times the mean of its hour has the busiest minute
@@ -27720,8 +27721,9 @@ def _in_all(works: Iterable[Work]) -> Work:
 class ImaginedWork:
     """What colleagues asked of models, hour by hour until now.
 
-    What an hour has follows from the seed and the hour alone. The present one is had in part, and
-    never less at a later moment; how fast it comes swings within minutes.
+    What an hour of the past has follows from the seed and the hour alone; from the present one on
+    somebody is always at work. That one is had in part, and never less at a later moment; how fast
+    it comes swings within minutes.
     """
 
     def __init__(self, server: ImaginedServer, now: datetime) -> None:
@@ -27729,7 +27731,8 @@ class ImaginedWork:
         self._uses = {model.name: (model, model.use) for model in server.models if model.use}
         self._turns = {name: 11 + 4 * n for n, name in enumerate(self._uses)}  # of its pace, hourly
         self._shares = _shares(server)
-        begin = now.replace(minute=0, second=0, microsecond=0) - timedelta(days=server.days)
+        self._opened = now.replace(minute=0, second=0, microsecond=0)
+        begin = self._opened - timedelta(days=server.days)
         self.start, self.now = int(begin.timestamp()), begin.timestamp()
         self._hours: list[Mapping[_Pair, Work]] = []
         self._totals: list[Work] = []
@@ -27757,7 +27760,8 @@ class ImaginedWork:
         local = begin.astimezone()
         mood = random.Random(f"{self._seed} {local:%Y-%m-%d}")  # noqa: S311 - nothing to guard
         moods = {name: mood.uniform(0.65, 1.3) for name in self._uses}  # of the day
-        busy = _BUSIEST * _DAY[local.hour] * (_WEEKEND if local.isoweekday() > FRIDAY else 1)
+        busy = _DAY[local.hour] * (_WEEKEND if local.isoweekday() > FRIDAY else 1)
+        busy = _BUSIEST * (busy if begin < self._opened else max(busy, _AWAKE))
         found: dict[_Pair, Work] = {}
         for (name, person), share in self._shares.items():
             model, use = self._uses[name]

@@ -193,12 +193,21 @@ def test_use_grows_while_the_demo_runs_and_never_shrinks() -> None:
     assert figures(report(use, "key").total) == before
 
 
-def test_advancing_tells_what_was_imagined_from_the_start() -> None:
-    later = NOW + timedelta(hours=30)
-    use, whole = anew(), anew(later)
-    use.advance(later)
-    day = TODAY + timedelta(days=1)
-    assert report(use, "key", TODAY, day) == report(whole, "key", TODAY, day)
+def test_advancing_changes_nothing_of_the_past(use: lm.SimulatedUse) -> None:
+    later, yesterday = anew(), (TODAY - timedelta(days=1),) * 2
+    later.advance(NOW + timedelta(hours=30))
+    assert report(later, "key", *yesterday) == report(use, "key", *yesterday)
+    hours = [report(one, "hour", TODAY, TODAY).rows[: NOW.hour] for one in (later, use)]
+    assert hours[0] == hours[1]
+
+
+@pytest.mark.parametrize("now", [NOW.replace(hour=3), datetime(2026, 11, 22, 4, 59, tzinfo=UTC)])
+def test_whoever_opens_the_demo_finds_somebody_at_work(now: datetime) -> None:
+    use = anew(now)
+    use.advance(now + timedelta(hours=1))
+    rows = report(use, "hour", now.date(), now.date()).rows
+    present = next(row for row in rows if row.subject == f"{now:%Y-%m-%d %H}:00:00")
+    assert present.requests > 0.4 * max(row.requests for row in report(use, "hour").rows)
 
 
 # --- what is counted -------------------------------------------------------------------------
