@@ -24202,7 +24202,12 @@ class LiveLook:
         self._seconds = seconds
         self.latest: Snapshot | None = None
         self.fault = ""
+        self._closed = threading.Event()
         threading.Thread(target=self._run, name="look", daemon=True).start()
+
+    def close(self) -> None:
+        """A look under way may end, and no other begins."""
+        self._closed.set()
 
     def _run(self) -> None:
         while True:
@@ -24210,7 +24215,8 @@ class LiveLook:
                 self.latest, self.fault = self._lookout.look(), ""
             except Exception as error:  # noqa: BLE001 - boundary: shown, and the next look may do
                 self.fault = f"The last look failed: {error}"
-            time.sleep(self._seconds)
+            if self._closed.wait(self._seconds):
+                return
 
     def shown(self) -> Snapshot | None:
         """The last look, as old as it is now."""
@@ -24271,7 +24277,7 @@ def show_board(manager: Manager, seconds: float) -> None:
             )
         return draw(board(snapshot, console.width, console.height - len(notes)), *notes)
 
-    with terminal_restored():
+    with contextlib.closing(look), terminal_restored():
         if console.is_dumb_terminal:
             while not key_pressed("q", seconds):
                 console.print(drawn())

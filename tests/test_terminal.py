@@ -527,10 +527,10 @@ def test_a_look_that_fails_is_said_and_the_next_one_may_do(
         return whole()
 
     monkeypatch.setattr(server.manager, "snapshot", snapshot)
-    look = lm.LiveLook(server.manager, 0.2)
-    assert until(lambda: look.fault == "The last look failed: by zero")
-    assert look.shown() is None
-    assert until(lambda: look.latest is not None)
+    with contextlib.closing(lm.LiveLook(server.manager, 0.2)) as look:
+        assert until(lambda: look.fault == "The last look failed: by zero")
+        assert look.shown() is None
+        assert until(lambda: look.latest is not None)
     assert look.fault == ""
 
 
