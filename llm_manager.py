@@ -24450,30 +24450,84 @@ class Desk:
 
 
 def live(desk: Desk, component: Any, view: View) -> Any:
-    """Keep a component equal to a view of the snapshot, from the next `wire_live` on."""
+    """Keep a component equal to a view of the snapshot, while its tab is in front."""
     desk.views.append((component, view))
     return component
 
 
-def wire_live(desk: Desk, app: gr.Blocks) -> None:
-    """One tick of the page refreshes all that is live; what did not change is not sent."""
-    components = [component for component, _ in desk.views]
+class News:
+    """What live views show, computed at most once a second however many pages look.
 
-    def on_tick(shown: list[Any]) -> list[Any]:
-        snapshot = desk.watch.latest()
-        fresh = [view(snapshot) for _, view in desk.views]
-        updates = [
-            gr.skip() if new == old else _update(new)
-            for new, old in zip(fresh, shown or [None] * len(fresh), strict=True)
-        ]
-        return [*updates, fresh]
+    Looks are numbered, and each view bears the number of the look that changed it last: a page
+    that says which number it knows is sent what changed since, and nothing of other tabs.
+    """
 
-    shown = gr.State(None)
-    app.load(on_tick, shown, [*components, shown], **QUIET)
-    gr.Timer(REFRESH_SECONDS).tick(on_tick, shown, [*components, shown], **QUIET)
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+        self._views: dict[str, list[View]] = {}
+        self._shown: dict[str, list[tuple[int, Any]]] = {}
+        self._seen_at: dict[str, int] = {}  # the number of a tab's last look
+        self._number, self._looked_at = 0, 0.0
+        self._snapshot: Snapshot | None = None
+        self._lock = threading.Lock()
+
+    def add(self, tab: str, views: Sequence[View]) -> None:
+        self._views[tab] = [*views]
+        self._shown[tab] = [(0, self)] * len(views)  # equal to nothing that a view returns
+
+    def of(self, tab: str) -> list[tuple[int, Any]]:
+        """What a tab shows now, each view with its number."""
+        with self._lock:
+            if time.monotonic() - self._looked_at >= FRESH_SECONDS or self._snapshot is None:
+                self._snapshot, self._number = self._watch.latest(), self._number + 1
+                self._looked_at = time.monotonic()
+            if self._seen_at.get(tab) != self._number:
+                self._seen_at[tab] = self._number
+                self._shown[tab] = [
+                    old if (new := view(self._snapshot)) == old[1] else (self._number, new)
+                    for old, view in zip(self._shown[tab], self._views[tab], strict=True)
+                ]
+            return self._shown[tab]
+
+    def newest(self, tab: str) -> Json:
+        """The tab and its newest number, as the page's script reads them."""
+        if tab not in self._views:  # the page has none yet
+            return {"tab": None, "number": 0}
+        return {"tab": [*self._views].index(tab), "number": max(n for n, _ in self.of(tab))}
 
 
+NEWS_PATH: Final = "/news"
+FRESH_SECONDS: Final = 1.0
 REFRESH_SECONDS: Final = 1.5
+
+
+def wire_live(desk: Desk, app: gr.Blocks, tabs: gr.Tabs) -> News:
+    """For each tab a hidden button, which the page's script presses when there is news for it."""
+    news = News(desk.watch)
+    everywhere = [pair for pair in desk.views if not _is_within(pair[0], tabs)]
+    for number, tab in enumerate(cast("list[Any]", tabs.children)):
+        shown = everywhere + [pair for pair in desk.views if _is_within(pair[0], tab)]
+        news.add(tab.label, [view for _, view in shown])
+        known = gr.Number(0, precision=0, visible="hidden", elem_id=f"known-{number}")
+        press = gr.Button(visible="hidden", elem_id=f"news-{number}")
+        wanted = (partial(tell_news, news, tab.label), known, [*(c for c, _ in shown), known])
+        press.click(*wanted, queue=False, **QUIET)
+        if number == 0:
+            app.load(*wanted, queue=False, **QUIET)
+    return news
+
+
+def tell_news(news: News, tab: str, known: int) -> list[Any]:
+    """Updates of what changed since the look that a page knows, and the number of the newest."""
+    shown = news.of(tab)
+    told = [_update(value) if number > known else gr.skip() for number, value in shown]
+    return [*told, max(number for number, _ in shown)]
+
+
+def _is_within(component: Any, container: Any) -> bool:
+    while component is not None and component is not container:
+        component = component.parent
+    return component is container
 
 
 def _update(fresh: Any) -> Any:
@@ -26129,6 +26183,9 @@ button.lg { align-self: flex-start; flex-grow: 0 !important; min-width: 130px; }
 .plan-card pre { max-height: 32em; overflow: auto; white-space: pre-wrap; }
 #job textarea, #new-key textarea, .log textarea { font-family: var(--font-mono); font-size: 12px; }
 footer { display: none !important; }
+#notice { position: fixed; z-index: 99; top: 0; left: 50%; transform: translateX(-50%);
+  padding: 8px 20px; border-radius: 0 0 8px 8px; background: #92400e; color: #fff; }
+#notice button { margin-left: 16px; text-decoration: underline; }
 .gpu-card { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 10px 14px;
   margin-bottom: 10px; background: var(--background-fill-primary); }
 .card-head { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 4px 24px;
@@ -26159,18 +26216,71 @@ MONOSPACE_FONTS: Final = ("ui-monospace", "monospace")
 
 # Gradio never finishes a page of which a component's file did not arrive, as happens in Chromium
 # whenever a network interface comes or goes: it says "Loading..." for good. Vite tells of it.
-RELOAD: Final = """<script>
+#
+# Gradio (6.31) also gives a page up when one request of it fails: it says so in red, and reloads
+# once it is answered again, whatever was typed. So nothing is sent while nobody answers.
+PAGE_SCRIPT: Final = """<script>
 addEventListener("vite:preloadError", () => {
   const tried = Number(sessionStorage.getItem("reloads"));
   sessionStorage.setItem("reloads", tried + 1);
   if (tried < 5) setTimeout(() => location.reload(), 500 * tried);
 }, {once: true});
 setTimeout(() => sessionStorage.removeItem("reloads"), 30000);
+{
+  let answered = Date.now(), failures = 0, typed = false, over = false, timer;
+  const send = window.fetch.bind(window);
+  const say = (text, offer) => {
+    const old = document.getElementById("notice");
+    if (text === (old?.dataset.text ?? "")) return;
+    old?.remove();
+    if (!text) return;
+    const notice = document.createElement("div");
+    Object.assign(notice, {id: "notice", role: "status", textContent: text});
+    notice.dataset.text = text;
+    notice.append(...offer ? [Object.assign(document.createElement("button"),
+      {textContent: "Reload", onclick: () => location.reload()})] : []);
+    document.body.append(notice);
+  };
+  const look = async () => {
+    let wait = 1500;
+    if (!document.hidden && !over) try {
+      const front = document.querySelector('[role="tab"][aria-selected="true"]');
+      const tab = encodeURIComponent(front?.textContent.trim() ?? "");
+      const answer = await send("/news?tab=" + tab, {signal: AbortSignal.timeout(5000)});
+      if (!answer.ok) throw answer.status;
+      const news = await answer.json();
+      over = news.start !== "START";
+      if (over && !typed) return location.reload();
+      say(over ? "The console was started anew. What you typed can still be copied." : "", over);
+      answered = Date.now();
+      failures = 0;
+      const known = document.querySelector(`#known-${news.tab} input`);
+      if (!known) wait = 50;
+      else if (known.value < news.number) document.getElementById(`news-${news.tab}`).click();
+    } catch (fault) {
+      failures += 1;
+      if (fault === 401) say("This session has ended. `llm_manager.py url` prints a new address.");
+      else if (failures > 1) say("The console does not answer. Trying again; what is typed stays.");
+    }
+    clearTimeout(timer);
+    timer = setTimeout(look, wait);
+  };
+  window.fetch = async (what, how) => {
+    while (how?.method === "POST" && (over || failures || Date.now() - answered > 5000))
+      await new Promise(done => setTimeout(done, 100));
+    return send(what, how);
+  };
+  addEventListener("input", event => { typed ||= event.isTrusted; }, true);
+  addEventListener("visibilitychange", look, true);
+  new MutationObserver(changes => changes.some(change => change.target.role === "tab") && look())
+    .observe(document, {subtree: true, attributeFilter: ["aria-selected"]});
+  look();
+}
 </script>"""
 
 
-def build_console(manager: Manager, watch: Watch) -> gr.Blocks:
-    """The whole page."""
+def build_console(manager: Manager, watch: Watch) -> tuple[gr.Blocks, News]:
+    """The whole page, and what its script asks for."""
     app = gr.Blocks(title="LLM Manager", analytics_enabled=False, fill_width=True)
     with app:
         desk = Desk(manager, watch)
@@ -26188,8 +26298,8 @@ def build_console(manager: Manager, watch: Watch) -> gr.Blocks:
             build_benchmark_tab(desk)
             build_monitoring_tab(desk)
             build_system_tab(desk)
-        wire_live(desk, app)
-    return app
+        news = wire_live(desk, app, tabs)
+    return app, news
 
 
 def build_app(manager: Manager, watch: Watch) -> Guard:
@@ -26197,7 +26307,13 @@ def build_app(manager: Manager, watch: Watch) -> Guard:
     state = manager.state()
     app = fastapi.FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     programs = build_api(manager, watch)
+    page, news = build_console(manager, watch)
+    start = secrets.token_hex(8)
     guard = Guard(app, TokenGate(programs, manager), state.secrets.console_key, state.instance)
+
+    @app.get(NEWS_PATH)
+    def tell_newest(tab: str) -> Json:
+        return {"start": start, **news.newest(tab)}
 
     @app.get(AUDIT_CSV_PATH)
     def export_audit() -> fastapi.Response:
@@ -26228,12 +26344,12 @@ def build_app(manager: Manager, watch: Watch) -> Guard:
 
     gr.mount_gradio_app(
         app,
-        build_console(manager, watch),
+        page,
         path="/",
         auth_dependency=operator,
         app_kwargs={"openapi_url": None, "docs_url": None, "redoc_url": None},
         css=STYLE + FIT_STYLE + ROUTE_STYLE + WATTS_STYLE,
-        head=RELOAD,
+        head=PAGE_SCRIPT.replace("START", start),
         theme=gr.themes.Default(primary_hue="blue", font=FONTS, font_mono=MONOSPACE_FONTS),
         footer_links=[],
         run_history=False,
