@@ -23620,35 +23620,94 @@ def build_metrics(manager: Manager, watch: Watch) -> fastapi.FastAPI:
     return app
 
 
+class Guesses:
+    """At most ten different wrong tokens a minute from each account of this server.
+
+    Who guesses shuts out nobody else, and itself for no more than a minute. The same wrong token
+    once more is no guess: a program with a revoked one does not shut out its neighbours.
+    """
+
+    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._monotonic = monotonic
+        self._wrong: dict[int | None, dict[str, float]] = {}  # when, by account and digest
+
+    def wait(self, scope: Json, digest: str) -> int:
+        """The seconds for which no other token is looked at from there; 0 where it is."""
+        wrong = self._recent(scope)
+        if len(wrong) < GUESSES or digest in wrong:
+            return 0
+        return math.ceil(min(wrong.values()) + GUESS_SECONDS - self._monotonic())
+
+    def note(self, scope: Json, digest: str) -> None:
+        """This token was wrong."""
+        wrong = {digest: self._monotonic()} | self._recent(scope)
+        self._wrong[account_of(scope["client"])] = wrong
+
+    def _recent(self, scope: Json) -> dict[str, float]:
+        since = self._monotonic() - GUESS_SECONDS
+        recent = {account: kept for account, wrong in self._wrong.items()
+                  if (kept := {each: at for each, at in wrong.items() if at > since})}  # fmt: skip
+        self._wrong = recent
+        return recent.get(account_of(scope["client"]), {}) if recent else {}
+
+
+GUESSES: Final = 10
+GUESS_SECONDS: Final = 60.0
+
+
+def account_of(client: Sequence[Any] | None) -> int | None:
+    """The user id of who holds the other end of a connection over loopback; None: unknown."""
+    if not client or client[0] != "127.0.0.1":
+        return None
+    wanted = f"0100007F:{client[1]:04X}"
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/net/tcp").read_text().splitlines():
+            _, local, _, _, _, _, _, user, *_ = line.split()
+            if local == wanted:
+                return int(user)
+    return None
+
+
 class TokenGate:
     """ASGI gate of the API: nothing is answered, nor a body read, without an admin token."""
 
-    def __init__(self, app: Any, manager: Manager) -> None:
+    def __init__(self, app: Any, manager: Manager, guesses: Guesses | None = None) -> None:
         self._app = app
         self._manager = manager
+        self._guesses = guesses or Guesses()
 
     async def __call__(self, scope: Json, receive: Any, send: Any) -> None:
         scheme, _, shown = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
         digest = sha256(shown if scheme.lower() == b"bearer" else b"").hexdigest()
         try:
-            token = await fastapi.concurrency.run_in_threadpool(self._token, digest)
+            found = await fastapi.concurrency.run_in_threadpool(self._judge, scope, digest)
         except ManagerError as error:
-            answer = problem(error)
+            found = problem(error)
+        if isinstance(found, AdminToken):
+            with self._manager.audit.acting_as(Actor(name=found.name, channel="API")):
+                await self._app(scope, receive, send)
         else:
-            if token is not None:
-                with self._manager.audit.acting_as(Actor(name=token.name, channel="API")):
-                    await self._app(scope, receive, send)
-                return
-            answer = fastapi.responses.JSONResponse(
-                asdict(NO_TOKEN), status_code=401, headers={"www-authenticate": "Bearer"}
+            await found(scope, receive, send)
+
+    def _judge(self, scope: Json, digest: str) -> AdminToken | fastapi.Response:
+        """The token that was shown, or the answer to who shows none that is known."""
+        if wait := self._guesses.wait(scope, digest):
+            return fastapi.responses.JSONResponse(
+                asdict(TOO_MANY), status_code=429, headers={"retry-after": str(wait)}
             )
-        await answer(scope, receive, send)
+        for token in self._manager.state().admin_tokens:
+            if hmac.compare_digest(token.sha256, digest):
+                return token
+        self._guesses.note(scope, digest)
+        return fastapi.responses.JSONResponse(
+            asdict(NO_TOKEN), status_code=401, headers={"www-authenticate": "Bearer"}
+        )
 
-    def _token(self, digest: str) -> AdminToken | None:
-        known = self._manager.state().admin_tokens
-        return next((t for t in known if hmac.compare_digest(t.sha256, digest)), None)
 
-
+TOO_MANY: Final = Problem(
+    fact="Too many wrong tokens came from this account of the server.",
+    advice="Wait a minute, then show the right one.",
+)
 NO_TOKEN: Final = Problem(
     fact="This request shows no admin token that is known here.",
     advice="Make one with `llm_manager.py token create NAME`; send it as a bearer.",
@@ -23684,7 +23743,7 @@ def refuse_unknown_parameters(request: fastapi.Request) -> None:
 def build_api(manager: Manager, watch: Watch) -> fastapi.FastAPI:
     """The API without its gate."""
     faults: dict[int | str, Json] = {
-        code: {"model": Problem} for code in (400, 401, 404, 405, 409, 422, 503)
+        code: {"model": Problem} for code in (400, 401, 404, 405, 409, 422, 429, 503)
     }
     app = fastapi.FastAPI(
         title="LLM Manager", version="1", description=ABOUT_API, responses=faults,
@@ -24331,45 +24390,73 @@ def terminal_restored() -> Iterator[None]:
 # =============================================================================
 
 LOOPBACK_HOSTS: Final = frozenset({"127.0.0.1", "localhost", "[::1]"})
+# Gradio's page (6.31) has scripts and styles inline, and its HTML and its plots make functions of
+# text. They can load nothing from elsewhere, though, and tell nobody.
+CONTENT_POLICY: Final = (
+    b"default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
+    b"style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
+    b"object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 SECURITY_HEADERS: Final = (
+    (b"content-security-policy", CONTENT_POLICY),
+    (b"cross-origin-opener-policy", b"same-origin"),
+    (b"cross-origin-resource-policy", b"same-origin"),
     (b"x-frame-options", b"DENY"),
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
 )
+# What the page asks of Gradio, and the console's own. Gradio has more (uploads, files, a proxy,
+# deep links, recordings, named handlers), which no tab needs: it is shut.
+PAGE_PATHS: Final = re.compile(
+    r"/|/config|/theme\.css|/favicon\.ico|/manifest\.json|/assets/.+|/static/.+|/gradio_api/"
+    r"(info|app_id|startup-events|theme\.css|run/predict|queue/(join|data)|cancel|heartbeat/\w+)|"
+    rf"/news|/audit\.csv|{ENERGY_FILES}/\w+\.csv|{API_PAGE}"
+)
 
 
 class Guard:
-    """ASGI gate: only the operator's own browser passes, and only from this console's pages.
+    """ASGI gate: only the operator's own browser passes, and only to what its pages need.
 
     Gradio trusts any Origin behind a foreign Host and hides handlers without closing them
     (6.31), so every request is judged here, before Gradio sees it. What is below the API's path
     never comes to the console, and no cookie counts there: programs show tokens at their own gate.
     """
 
-    def __init__(self, app: Any, programs: Any, key: pydantic.SecretStr, instance: str) -> None:
+    def __init__(
+        self,
+        app: Any,
+        programs: Any,
+        key: pydantic.SecretStr,
+        instance: str,
+        guesses: Guesses | None = None,
+    ) -> None:
         self._app = app
         self._programs = programs
         self._key = key.get_secret_value().encode()
         self._cookie = f"llm-manager-{instance}"
+        self._guesses = guesses or Guesses()
 
     async def __call__(self, scope: Json, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
-            return
-        headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
-        refused = foreign_request(headers)
-        if refused:
-            answer = _plain(403, refused)
-        elif scope["path"].startswith(f"{API}/") and scope["path"] != API_PAGE:
-            answer = self._programs
-        elif scope["path"] == "/" and (token := _query_token(scope["query_string"])):
-            answer = self._exchange(token)
-        elif not self.admits(headers.get("cookie", "")):
-            answer = _plain(401, "Open the address that `llm_manager.py url` prints.")
+        elif scope["type"] != "http":  # nothing here speaks over a WebSocket
+            await send({"type": "websocket.close", "code": 1008})
         else:
-            await self._app(scope, receive, _with_headers(send))
-            return
-        await answer(scope, receive, _with_headers(send))
+            await self._answer(scope)(scope, receive, _with_headers(send, scope["path"]))
+
+    def _answer(self, scope: Json) -> Any:
+        """The application that may answer this request, or the answer that refuses it."""
+        headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
+        path = scope["path"]
+        if refused := foreign_request(headers):
+            return _plain(403, refused)
+        if path.startswith(f"{API}/") and path != API_PAGE:
+            return self._programs
+        if path == "/" and (token := _query_token(scope["query_string"])):
+            return self._exchange(scope, token)
+        if not self.admits(headers.get("cookie", "")):
+            return _plain(401, "Open the address that `llm_manager.py url` prints.")
+        return self._app if PAGE_PATHS.fullmatch(path) else _plain(404, "There is nothing here.")
 
     def admits(self, cookies: str) -> bool:
         """Whether a Cookie header carries this console's session."""
@@ -24380,10 +24467,16 @@ class Guard:
     def _session(self) -> str:
         return hmac.new(self._key, b"console session", sha256).hexdigest()
 
-    def _exchange(self, token: str) -> fastapi.Response:
+    def _exchange(self, scope: Json, token: str) -> fastapi.Response:
+        digest = sha256(token.encode()).hexdigest()
+        if wait := self._guesses.wait(scope, digest):
+            answer = _plain(429, f"{TOO_MANY.fact} {TOO_MANY.advice}")
+            answer.headers["retry-after"] = str(wait)
+            return answer
         if not hmac.compare_digest(token.encode(), self._key):
+            self._guesses.note(scope, digest)
             return _plain(401, "That token is wrong. `llm_manager.py url` prints the right one.")
-        answer = fastapi.responses.RedirectResponse("/", status_code=303)
+        answer = fastapi.responses.Response(status_code=303, headers={"location": "/"})
         month = 30 * 24 * 3600
         answer.set_cookie(
             self._cookie, self._session(), max_age=month, httponly=True, samesite="strict"
@@ -24411,10 +24504,19 @@ def _plain(status: int, text: str) -> fastapi.Response:
     return fastapi.responses.PlainTextResponse(text + "\n", status_code=status)
 
 
-def _with_headers(send: Any) -> Any:
+def _with_headers(send: Any, path: str) -> Any:
     async def sending(message: Json) -> None:
         if message["type"] == "http.response.start":
-            message["headers"] = [*message.get("headers", ()), *SECURITY_HEADERS]
+            # The address of these has a hash of what they are; all else may change.
+            lasts = (
+                path.startswith(("/assets/", "/theme.css")) and message["status"] == HTTPStatus.OK
+            )
+            kept = b"private, max-age=31536000, immutable" if lasts else b"no-store"
+            message["headers"] = [
+                *(pair for pair in message.get("headers", ()) if pair[0] != b"cache-control"),
+                (b"cache-control", kept),
+                *SECURITY_HEADERS,
+            ]
         await send(message)
 
     return sending
@@ -24462,8 +24564,9 @@ class News:
     that says which number it knows is sent what changed since, and nothing of other tabs.
     """
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: Watch, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._watch = watch
+        self._monotonic = monotonic
         self._views: dict[str, list[View]] = {}
         self._shown: dict[str, list[tuple[int, Any]]] = {}
         self._seen_at: dict[str, int] = {}  # the number of a tab's last look
@@ -24478,9 +24581,10 @@ class News:
     def of(self, tab: str) -> list[tuple[int, Any]]:
         """What a tab shows now, each view with its number."""
         with self._lock:
-            if time.monotonic() - self._looked_at >= FRESH_SECONDS or self._snapshot is None:
-                self._snapshot, self._number = self._watch.latest(), self._number + 1
-                self._looked_at = time.monotonic()
+            now = self._monotonic()
+            if self._snapshot is None or now - self._looked_at >= FRESH_SECONDS:
+                self._snapshot, self._looked_at = self._watch.latest(), now
+                self._number += 1
             if self._seen_at.get(tab) != self._number:
                 self._seen_at[tab] = self._number
                 self._shown[tab] = [
@@ -24581,7 +24685,7 @@ def build_plan_card(desk: Desk, changes: Mapping[str, Callable[[Any], Change]]) 
 
     def on_confirm(pending: tuple[str, Any]) -> tuple[Any, None]:
         with shown_to_operator():
-            verb, subject = pending
+            verb, subject = still_pending(pending)
             desk.manager.start(changes[verb](subject))
             return gr.update(visible=False), None
 
@@ -24626,6 +24730,13 @@ def planned(desk: Desk, verb: str, subject: Any, wished: Change) -> tuple[Any, .
     return gr.update(visible=True), shown, text, (verb, subject)
 
 
+def still_pending(asked: Any) -> Any:
+    """What was asked about; a page that is open for long is forgotten, and its questions too."""
+    if asked is None:
+        raise RefusedError("This question is too old.", advice="Ask for it again.")
+    return asked
+
+
 def build_question(
     label: str, act: Callable[[Any], str], said: gr.Markdown | None = None
 ) -> tuple[list[Any], gr.Markdown]:
@@ -24633,7 +24744,7 @@ def build_question(
 
     def on_confirm(pending: Any) -> tuple[Any, str]:
         with shown_to_operator():
-            return gr.update(visible=False), act(pending)
+            return gr.update(visible=False), act(still_pending(pending))
 
     with gr.Group(visible=False, elem_classes="plan-card") as group:
         text = gr.Markdown(padding=True)
@@ -26279,9 +26390,14 @@ setTimeout(() => sessionStorage.removeItem("reloads"), 30000);
 </script>"""
 
 
+# Gradio (6.31) keeps a copy of all that a page consists of, for the last 10,000 pages opened.
+PAGES: Final = 64
+
+
 def build_console(manager: Manager, watch: Watch) -> tuple[gr.Blocks, News]:
     """The whole page, and what its script asks for."""
     app = gr.Blocks(title="LLM Manager", analytics_enabled=False, fill_width=True)
+    app.state_session_capacity = PAGES
     with app:
         desk = Desk(manager, watch)
         gr.Markdown("# LLM Manager")
@@ -26310,6 +26426,12 @@ def build_app(manager: Manager, watch: Watch) -> Guard:
     page, news = build_console(manager, watch)
     start = secrets.token_hex(8)
     guard = Guard(app, TokenGate(programs, manager), state.secrets.console_key, state.instance)
+
+    # Gradio would hold a stream open here for each page, to know when it is closed. Browsers open
+    # six connections to a server at most: the seventh page would stay blank.
+    @app.get("/gradio_api/heartbeat/{session}")
+    def stay_alive(session: str) -> str:
+        return session
 
     @app.get(NEWS_PATH)
     def tell_newest(tab: str) -> Json:

@@ -558,6 +558,14 @@ def test_what_is_not_there_is_told_alike(
     assert (status == 405) == ("allow" in answer.headers)
 
 
+def test_who_guesses_tokens_must_wait(program: Program) -> None:
+    for guess in range(10):
+        assert program.get("status", authorization=f"Bearer {guess}").status_code == 401
+    answer = program.get("status")
+    assert "Too many wrong tokens" in problem(answer, 429)
+    assert 0 < int(answer.headers["retry-after"]) <= 60
+
+
 def test_a_state_of_before_has_no_tokens(settled: Program) -> None:
     raw = json.loads(lm.render_state(replace(settled.manager.state(), admin_tokens=())))
     del raw["admin_tokens"]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
+import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import gradio as gr
 import httpx
@@ -182,12 +184,88 @@ def test_the_operators_own_page_passes_through_any_tunnel(headers: dict[str, str
     assert ask(cookie=session(), **headers).text == "inside"
 
 
+@pytest.mark.parametrize("path", ["/", "/none", f"/?token={TOKEN}", "/?token=x", "/api/v1/status"])
 @pytest.mark.parametrize("cookie", ["", "good"])
-def test_every_answer_forbids_frames_and_referrers(cookie: str) -> None:
-    answer = ask(cookie=session() if cookie else "")
+def test_every_answer_forbids_frames_referrers_and_other_servers(path: str, cookie: str) -> None:
+    answer = ask(path, cookie=session() if cookie else "")
     assert answer.headers["x-frame-options"] == "DENY"
     assert answer.headers["referrer-policy"] == "no-referrer"
     assert answer.headers["x-content-type-options"] == "nosniff"
+    assert answer.headers["cross-origin-resource-policy"] == "same-origin"
+    policy = dict(
+        part.split(" ", 1) for part in answer.headers["content-security-policy"].split("; ")
+    )
+    assert policy["default-src"] == "'self'"
+    assert policy["frame-ancestors"] == policy["object-src"] == policy["base-uri"] == "'none'"
+    assert "connect-src" not in policy, "so that default-src holds for it"
+    assert "//" not in answer.headers["content-security-policy"]
+
+
+def test_a_websocket_is_refused_whoever_opens_it() -> None:
+    said: list[Any] = []
+
+    async def send(message: Any) -> None:
+        said.append(message)
+
+    headers = [(b"host", HOST.encode()), (b"cookie", session().encode())]
+    asyncio.run(GUARD({"type": "websocket", "path": "/", "headers": headers}, None, send))
+    assert said == [{"type": "websocket.close", "code": 1008}]
+
+
+class Hands:
+    """A clock that is set by hand."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_who_guesses_must_wait_and_no_page_that_is_open_does() -> None:
+    clock = Hands()
+    guard = lm.Guard(behind, behind, KEY, "a1b2c3", lm.Guesses(clock))
+    cookie = session()
+    for guess in range(10):
+        assert ask(f"/?token={guess}", guard).status_code == 401
+        clock.now += 1
+    for token in ("another", TOKEN):
+        answer = ask(f"/?token={token}", guard)
+        assert answer.status_code == 429
+        assert answer.headers["retry-after"] == "50"
+        assert "set-cookie" not in answer.headers
+    assert ask(cookie=cookie, app=guard).text == "inside"
+    clock.now += 50
+    assert ask(f"/?token={TOKEN}", guard).status_code == 303, "no minute is longer than a minute"
+
+
+def test_the_same_wrong_token_is_one_guess_however_often_it_comes() -> None:
+    guard = lm.Guard(behind, behind, KEY, "a1b2c3", lm.Guesses(Hands()))
+    for _ in range(50):
+        assert ask("/?token=of-last-year", guard).status_code == 401
+    assert ask(f"/?token={TOKEN}", guard).status_code == 303
+
+
+def test_guesses_are_forgotten_and_kept_in_bounds() -> None:
+    clock = Hands()
+    guesses = lm.Guesses(clock)
+    guard = lm.Guard(behind, behind, KEY, "a1b2c3", guesses)
+    for guess in range(500):
+        ask(f"/?token={guess}", guard)
+    assert [len(wrong) for wrong in guesses._wrong.values()] == [10]
+    clock.now = 60
+    ask(f"/?token={TOKEN}", guard)
+    assert guesses._wrong == {}
+
+
+def test_one_account_of_the_server_shuts_out_no_other() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname()) as client,
+    ):
+        assert lm.account_of(client.getsockname()) == os.getuid()
+    for stranger in (("127.0.0.1", 0), ("192.0.2.1", 7860), None):
+        assert lm.account_of(stranger) is None
 
 
 # --- the page, as Gradio builds it ------------------------------------------------------------
@@ -233,6 +311,87 @@ def test_the_pages_of_fastapi_itself_are_off(app: lm.Guard) -> None:
     cookie = ask(f"/?token={TOKEN}", app).headers["set-cookie"].split(";")[0]
     for path in ("/docs", "/redoc", "/openapi.json", "/monitoring"):
         assert ask(path, app, cookie=cookie).status_code in {404, 403}, path
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("upload", "upload_progress", "file=/etc/hostname", "file/etc/hostname", "deep_link"),
+        *("proxy=http://127.0.0.1/", "run/on_register", "api/on_register", "call/on_register"),
+        *("call/v2/on_register", "stream/x", "component_server", "process_recording", "reset"),
+        *("vibe-code", "vibe-edit", "openapi.json", "dev/reload", "runs", "user", "token"),
+        *("profiling/traces", "custom_component/1/client/component/x.js", "queue/status"),
+    ],
+)
+def test_what_gradio_has_and_no_tab_needs_is_shut(app: lm.Guard, path: str) -> None:
+    cookie = ask(f"/?token={TOKEN}", app).headers["set-cookie"].split(";")[0]
+    assert ask(f"/gradio_api/{path}", app).status_code == 401
+    answer = ask(f"/gradio_api/{path}", app, cookie=cookie)
+    assert (answer.status_code, answer.text) == (404, "There is nothing here.\n")
+
+
+@pytest.mark.parametrize(
+    "path", ["login", "logout", "monitoring/summary", "pwa_icon", "robots.txt"]
+)
+def test_no_page_of_gradios_but_the_one_is_open(app: lm.Guard, path: str) -> None:
+    cookie = ask(f"/?token={TOKEN}", app).headers["set-cookie"].split(";")[0]
+    assert ask(f"/{path}", app, cookie=cookie).text == "There is nothing here.\n"
+
+
+def test_every_path_of_our_own_is_open_to_the_page(app: lm.Guard) -> None:
+    own = [route.path for route in app._app.routes if getattr(route, "endpoint", None)]
+    assert len(own) >= 5
+    assert [path for path in own if not lm.PAGE_PATHS.fullmatch(re.sub(r"{.+}", "x", path))] == []
+
+
+def test_only_what_bears_its_hash_in_its_name_is_kept_by_browsers(app: lm.Guard) -> None:
+    cookie = ask(f"/?token={TOKEN}", app).headers["set-cookie"].split(";")[0]
+    page = ask("/", app, cookie=cookie)
+    (script, *_) = re.findall(r"/assets/[\w.-]+\.js", page.text)
+    assert "immutable" in ask(script, app, cookie=cookie).headers["cache-control"]
+    for path in ("/", "/config", "/assets/none.js", "/news?tab=Overview", "/audit.csv"):
+        assert ask(path, app, cookie=cookie).headers["cache-control"] == "no-store", path
+
+
+def test_the_page_is_told_once_what_changed_in_its_tab(app: lm.Guard) -> None:
+    cookie = ask(f"/?token={TOKEN}", app).headers["set-cookie"].split(";")[0]
+    first = ask("/news?tab=Energy", app, cookie=cookie).json()
+    assert first == ask("/news?tab=Energy", app, cookie=cookie).json()
+    assert ask("/news?tab=", app, cookie=cookie).json() | {"start": ""} == {
+        "start": "", "tab": None, "number": 0
+    }  # fmt: skip
+    assert ask("/news?tab=Energy", app).status_code == 401
+
+
+class Looked:
+    """A watch that counts how often it is asked."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    def latest(self) -> lm.Snapshot:
+        self.looks += 1
+        return a_snapshot()
+
+
+def test_a_refresh_is_one_look_however_many_pages_there_are() -> None:
+    clock, watch, words = Hands(), Looked(), ["one"]
+    news = lm.News(cast("lm.Watch", watch), clock)
+    news.add("A", [lambda _: words[0], lm.summary_line])
+    news.add("B", [lm.summary_line])
+    for _ in range(10):
+        *shown, known = lm.tell_news(news, "A", 0)
+        assert shown == ["one", lm.summary_line(a_snapshot())]
+        lm.tell_news(news, "B", 0)
+    assert watch.looks == 1
+    clock.now += 2
+    assert lm.tell_news(news, "A", known) == [gr.skip(), gr.skip(), known]
+    assert watch.looks == 2
+    words[0], clock.now = "two", 4
+    told, kept, newer = lm.tell_news(news, "A", known)
+    assert (told, kept) == ("two", gr.skip())
+    assert newer > known
+    assert lm.tell_news(news, "A", 0)[:2] == ["two", lm.summary_line(a_snapshot())]
 
 
 def test_the_audit_and_the_page_of_the_api_are_for_the_operator_alone(
