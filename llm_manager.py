@@ -23641,14 +23641,14 @@ class Guesses:
     def note(self, scope: Json, digest: str) -> None:
         """This token was wrong."""
         wrong = {digest: self._monotonic()} | self._recent(scope)
-        self._wrong[account_of(scope["client"])] = wrong
+        self._wrong[account_of(scope.get("client"))] = wrong
 
     def _recent(self, scope: Json) -> dict[str, float]:
         since = self._monotonic() - GUESS_SECONDS
         recent = {account: kept for account, wrong in self._wrong.items()
                   if (kept := {each: at for each, at in wrong.items() if at > since})}  # fmt: skip
         self._wrong = recent
-        return recent.get(account_of(scope["client"]), {}) if recent else {}
+        return recent.get(account_of(scope.get("client")), {}) if recent else {}
 
 
 GUESSES: Final = 10
@@ -24395,7 +24395,7 @@ LOOPBACK_HOSTS: Final = frozenset({"127.0.0.1", "localhost", "[::1]"})
 CONTENT_POLICY: Final = (
     b"default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
     b"style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
-    b"object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    b"object-src 'none'; base-uri 'self'; form-action 'none'; frame-ancestors 'none'"
 )
 SECURITY_HEADERS: Final = (
     (b"content-security-policy", CONTENT_POLICY),
@@ -24605,7 +24605,7 @@ FRESH_SECONDS: Final = 1.0
 REFRESH_SECONDS: Final = 1.5
 
 
-def wire_live(desk: Desk, app: gr.Blocks, tabs: gr.Tabs) -> News:
+def wire_live(desk: Desk, tabs: gr.Tabs) -> News:
     """For each tab a hidden button, which the page's script presses when there is news for it."""
     news = News(desk.watch)
     everywhere = [pair for pair in desk.views if not _is_within(pair[0], tabs)]
@@ -24614,10 +24614,10 @@ def wire_live(desk: Desk, app: gr.Blocks, tabs: gr.Tabs) -> News:
         news.add(tab.label, [view for _, view in shown])
         known = gr.Number(0, precision=0, visible="hidden", elem_id=f"known-{number}")
         press = gr.Button(visible="hidden", elem_id=f"news-{number}")
-        wanted = (partial(tell_news, news, tab.label), known, [*(c for c, _ in shown), known])
-        press.click(*wanted, queue=False, **QUIET)
-        if number == 0:
-            app.load(*wanted, queue=False, **QUIET)
+        told = partial(tell_news, news, tab.label)
+        press.click(
+            told, known, [*(component for component, _ in shown), known], queue=False, **QUIET
+        )
     return news
 
 
@@ -26414,7 +26414,7 @@ def build_console(manager: Manager, watch: Watch) -> tuple[gr.Blocks, News]:
             build_benchmark_tab(desk)
             build_monitoring_tab(desk)
             build_system_tab(desk)
-        news = wire_live(desk, app, tabs)
+        news = wire_live(desk, tabs)
     return app, news
 
 

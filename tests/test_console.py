@@ -196,7 +196,7 @@ def test_every_answer_forbids_frames_referrers_and_other_servers(path: str, cook
         part.split(" ", 1) for part in answer.headers["content-security-policy"].split("; ")
     )
     assert policy["default-src"] == "'self'"
-    assert policy["frame-ancestors"] == policy["object-src"] == policy["base-uri"] == "'none'"
+    assert policy["frame-ancestors"] == policy["object-src"] == policy["form-action"] == "'none'"
     assert "connect-src" not in policy, "so that default-src holds for it"
     assert "//" not in answer.headers["content-security-policy"]
 
