@@ -184,10 +184,11 @@ import time
 import tty
 import uuid
 import wave
+import zoneinfo
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta, tzinfo
 from functools import cache, partial, reduce
 from getpass import getpass
 from http import HTTPStatus
@@ -397,6 +398,11 @@ def format_duration(seconds: float) -> str:
             rest = whole % size // lesser_size
             return f"{whole // size} {unit}" + (f" {rest} {lesser}" if rest else "")
     return f"{whole} s"
+
+
+def format_time(at: datetime, zone: tzinfo = UTC) -> str:
+    """To the minute, in a reader's zone, which it names: 2026-03-31 14:05 CEST."""
+    return f"{at.astimezone(zone):%Y-%m-%d %H:%M %Z}"
 
 
 def format_size(size: float) -> str:
@@ -11320,6 +11326,7 @@ class Snapshot:
     traffic: Rise | None = None  # at the gateway: "successes", and "failures" by reason
     providers: tuple[ProviderHealth, ...] = ()
     failed: tuple[AuditEntry, ...] = ()  # changes, the newest first
+    zone: tzinfo = UTC  # of who reads it
 
     @property
     def seconds_old(self) -> float:
@@ -24561,43 +24568,47 @@ class News:
     """What live views show, computed at most once a second however many pages look.
 
     Looks are numbered, and each view bears the number of the look that changed it last: a page
-    that says which number it knows is sent what changed since, and nothing of other tabs.
+    that says which number it knows is sent what changed since, and nothing of other tabs. Pages
+    in other zones see other times.
     """
 
     def __init__(self, watch: Watch, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._watch = watch
         self._monotonic = monotonic
         self._views: dict[str, list[View]] = {}
-        self._shown: dict[str, list[tuple[int, Any]]] = {}
-        self._seen_at: dict[str, int] = {}  # the number of a tab's last look
+        # By tab and zone: the number of the last look, and each view's.
+        self._shown: dict[tuple[str, tzinfo], tuple[int, list[tuple[int, Any]]]] = {}
         self._number, self._looked_at = 0, 0.0
         self._snapshot: Snapshot | None = None
         self._lock = threading.Lock()
 
     def add(self, tab: str, views: Sequence[View]) -> None:
         self._views[tab] = [*views]
-        self._shown[tab] = [(0, self)] * len(views)  # equal to nothing that a view returns
 
-    def of(self, tab: str) -> list[tuple[int, Any]]:
+    def of(self, tab: str, zone: tzinfo = UTC) -> list[tuple[int, Any]]:
         """What a tab shows now, each view with its number."""
         with self._lock:
             now = self._monotonic()
             if self._snapshot is None or now - self._looked_at >= FRESH_SECONDS:
                 self._snapshot, self._looked_at = self._watch.latest(), now
                 self._number += 1
-            if self._seen_at.get(tab) != self._number:
-                self._seen_at[tab] = self._number
-                self._shown[tab] = [
-                    old if (new := view(self._snapshot)) == old[1] else (self._number, new)
-                    for old, view in zip(self._shown[tab], self._views[tab], strict=True)
+            views = self._views[tab]
+            nothing = [(0, self)] * len(views)  # equal to nothing that a view returns
+            number, shown = self._shown.get((tab, zone), (0, nothing))
+            if number != self._number:
+                snapshot = replace(self._snapshot, zone=zone)
+                shown = [
+                    old if (new := view(snapshot)) == old[1] else (self._number, new)
+                    for old, view in zip(shown, views, strict=True)
                 ]
-            return self._shown[tab]
+                self._shown[tab, zone] = self._number, shown
+            return shown
 
-    def newest(self, tab: str) -> Json:
+    def newest(self, tab: str, zone: tzinfo = UTC) -> Json:
         """The tab and its newest number, as the page's script reads them."""
         if tab not in self._views:  # the page has none yet
             return {"tab": None, "number": 0}
-        return {"tab": [*self._views].index(tab), "number": max(n for n, _ in self.of(tab))}
+        return {"tab": [*self._views].index(tab), "number": max(n for n, _ in self.of(tab, zone))}
 
 
 NEWS_PATH: Final = "/news"
@@ -24614,16 +24625,24 @@ def wire_live(desk: Desk, tabs: gr.Tabs) -> News:
         news.add(tab.label, [view for _, view in shown])
         known = gr.Number(0, precision=0, visible="hidden", elem_id=f"known-{number}")
         press = gr.Button(visible="hidden", elem_id=f"news-{number}")
-        told = partial(tell_news, news, tab.label)
         press.click(
-            told, known, [*(component for component, _ in shown), known], queue=False, **QUIET
-        )
+            _teller(news, tab.label), known, [*(component for component, _ in shown), known],
+            queue=False, **QUIET,
+        )  # fmt: skip
     return news
 
 
-def tell_news(news: News, tab: str, known: int) -> list[Any]:
+def _teller(news: News, tab: str) -> Callable[..., list[Any]]:
+    # Gradio hands the request to a function with this annotation, and to no `partial` of one.
+    def tell(known: int, request: gr.Request) -> list[Any]:
+        return tell_news(news, tab, known, zone_of(request))
+
+    return tell
+
+
+def tell_news(news: News, tab: str, known: int, zone: tzinfo = UTC) -> list[Any]:
     """Updates of what changed since the look that a page knows, and the number of the newest."""
-    shown = news.of(tab)
+    shown = news.of(tab, zone)
     told = [_update(value) if number > known else gr.skip() for number, value in shown]
     return [*told, max(number for number, _ in shown)]
 
@@ -24632,6 +24651,25 @@ def _is_within(component: Any, container: Any) -> bool:
     while component is not None and component is not container:
         component = component.parent
     return component is container
+
+
+def zone_of(request: gr.Request | fastapi.Request) -> tzinfo:
+    """The zone of the browser that asks; UTC where it tells none that this server knows.
+
+    Any handler gets it: Gradio passes a `request: gr.Request` beside the inputs.
+    """
+    told = re.search(rf"(?:^|; *){ZONE_COOKIE}=([^;]*)", request.headers.get("cookie", ""))
+    try:
+        return zoneinfo.ZoneInfo(told[1]) if told else UTC
+    except (ValueError, KeyError, OSError):  # no zone has this name, or the system has none
+        return UTC
+
+
+ZONE_COOKIE: Final = "llm-manager-zone"
+TELL_ZONE: Final = f"""<script>
+document.cookie = "{ZONE_COOKIE}=" + Intl.DateTimeFormat().resolvedOptions().timeZone
+  + "; path=/; samesite=strict";
+</script>"""
 
 
 def _update(fresh: Any) -> Any:
@@ -26434,8 +26472,8 @@ def build_app(manager: Manager, watch: Watch) -> Guard:
         return session
 
     @app.get(NEWS_PATH)
-    def tell_newest(tab: str) -> Json:
-        return {"start": start, **news.newest(tab)}
+    def tell_newest(tab: str, request: fastapi.Request) -> Json:
+        return {"start": start, **news.newest(tab, zone_of(request))}
 
     @app.get(AUDIT_CSV_PATH)
     def export_audit() -> fastapi.Response:
@@ -26471,7 +26509,7 @@ def build_app(manager: Manager, watch: Watch) -> Guard:
         auth_dependency=operator,
         app_kwargs={"openapi_url": None, "docs_url": None, "redoc_url": None},
         css=STYLE + FIT_STYLE + ROUTE_STYLE + WATTS_STYLE,
-        head=PAGE_SCRIPT.replace("START", start),
+        head=TELL_ZONE + PAGE_SCRIPT.replace("START", start),
         theme=gr.themes.Default(primary_hue="blue", font=FONTS, font_mono=MONOSPACE_FONTS),
         footer_links=[],
         run_history=False,

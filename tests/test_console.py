@@ -8,7 +8,7 @@ import re
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
 import gradio as gr
@@ -407,6 +407,24 @@ def test_the_audit_and_the_page_of_the_api_are_for_the_operator_alone(
     assert "hf_x" not in exported.text
     assert "POST /api/v1/jobs" in ask("/api/v1/docs", app, cookie=cookie).text
     assert ask("/api/v1/status", app, cookie=cookie).status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("cookie", "shown"),
+    [
+        ("a=b; llm-manager-zone=Europe/Berlin; c=d", "2026-07-01 14:05 CEST"),
+        ("llm-manager-zone=America/New_York", "2026-07-01 08:05 EDT"),
+        ("llm-manager-zone=Mars/Olympus", "2026-07-01 12:05 UTC"),
+        ("llm-manager-zone=../../etc/passwd", "2026-07-01 12:05 UTC"),
+        ("llm-manager-zone=Europe", "2026-07-01 12:05 UTC"),
+        ("another-llm-manager-zone=Europe/Berlin", "2026-07-01 12:05 UTC"),
+        ("", "2026-07-01 12:05 UTC"),
+    ],
+)
+def test_times_are_shown_in_the_zone_that_the_browser_tells(cookie: str, shown: str) -> None:
+    request = gr.Request(headers={"cookie": cookie})
+    noon = datetime(2026, 7, 1, 12, 5, tzinfo=UTC)
+    assert lm.format_time(noon, lm.zone_of(request)) == shown
 
 
 def test_an_error_is_shown_as_text_and_a_bug_only_by_its_number() -> None:
