@@ -11302,6 +11302,13 @@ def audit_csv(entries: Sequence[AuditEntry]) -> str:
     return render_csv([f.name for f in fields(AuditEntry)], (each.values() for each in plain))
 
 
+@dataclass(frozen=True, slots=True)
+class FirstRun:
+    """What a newcomer has done that neither the state nor the server tells."""
+
+    has_key: bool = False
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Snapshot:
     """All that a page shows, taken once for every open tab."""
@@ -11326,6 +11333,11 @@ class Snapshot:
     traffic: Rise | None = None  # at the gateway: "successes", and "failures" by reason
     providers: tuple[ProviderHealth, ...] = ()
     failed: tuple[AuditEntry, ...] = ()  # changes, the newest first
+    changes: tuple[AuditEntry, ...] = ()  # the last ones, oldest first
+    alerts: tuple[Alert, ...] = ()  # of Prometheus
+    disk_free_bytes: int | None = None  # where the state lies
+    first_run: FirstRun | None = None  # None: the first steps are done
+    dismissed: frozenset[str] = frozenset()  # ended jobs that the operator has done with
     zone: tzinfo = UTC  # of who reads it
 
     @property
@@ -11490,51 +11502,101 @@ def curl_example(edge: Edge, served_model_name: str, key: str) -> str:
     )
 
 
+AttentionVerb = Literal["open", "free", "log", "deploy", "restart", "apply"]
+
+
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """One thing that needs the operator, and where to act."""
+    """One thing that needs the operator, where to act, and what its one button does."""
 
     text: str
     tab: str
+    verb: AttentionVerb = "open"
+    subject: str = ""  # the model that it is about
+
+    @property
+    def button(self) -> str:
+        return ATTENTION_BUTTONS.get(self.verb, f"Open {self.tab}")
+
+
+ATTENTION_BUTTONS: Final[Mapping[AttentionVerb, str]] = {
+    "free": "Free space", "log": "Show log", "deploy": "Deploy again", "restart": "Restart",
+    "apply": "Review and apply",
+}  # fmt: skip
 
 
 def attention(snapshot: Snapshot) -> list[Attention]:
-    """What needs the operator now; empty when all is well."""
+    """What needs the operator now, the worst first; empty when all is well."""
+    state, observed = snapshot.state, snapshot.observed
     found = [Attention(str(fault), "System") for fault in snapshot.faults]
     if snapshot.seconds_old > OLD_SECONDS:
         age = format_duration(snapshot.seconds_old)
         found.append(Attention(f"This page shows the server of {age} ago: it hangs.", "System"))
+    if state and observed and running_job(snapshot) is None and is_database_down(state, observed):
+        found.insert(0, Attention(DATABASE_DOWN, "System"))
     found += [Attention(text, "Hardware") for text in hardware_matters(snapshot.hardware)]
+    if state is not None and observed is not None:
+        found += model_matters(snapshot, state, observed)
+        found += [Attention(text, "Routes") for text in provider_matters(snapshot, state)]
+        found += [Attention(text, "Monitoring") for text in alert_matters(snapshot.alerts)]
+        found += [Attention(text, "Routes") for text in hollow_routes(state)]
+        found += [Attention(t, "System") for t in certificate_matters(observed, snapshot.taken_at)]
+    if snapshot.disk_free_bytes is not None and snapshot.disk_free_bytes < LOW_DISK_BYTES:
+        free = format_size(snapshot.disk_free_bytes)
+        found.append(Attention(f"Only {free} are free on this server's disk.", "Library", "free"))
+    found += [Attention(text, "System") for text in database_matters(snapshot.database)]
     if snapshot.energy.trouble:
         found.append(Attention(snapshot.energy.trouble, "Energy"))
-    state, observed = snapshot.state, snapshot.observed
-    if state is None or observed is None:
-        return found
-    failed = [
-        m for m in state.models
-        if phase_of(state, m, observed, is_busy(snapshot, m)) == "failed"
-    ]  # fmt: skip
-    unknown = "should run and does not. Read its log, then deploy it again."
-    found += [
-        Attention(snapshot.fates.get(m.name, f"{m.name} {unknown}"), "Models") for m in failed
+    return [*found, *plan_matters(snapshot)]
+
+
+LOW_DISK_BYTES: Final = 20 * 1024**3
+
+
+def model_matters(snapshot: Snapshot, state: State, observed: Observed) -> Iterator[Attention]:
+    """Models that are down, then those that work on nothing."""
+    for model in state.models:
+        if phase_of(state, model, observed, is_busy(snapshot, model)) == "failed":
+            unknown = f"{model.name} should run and does not. Read its log, then deploy it again."
+            # Its fate tells what its log said.
+            verb: AttentionVerb = "deploy" if model.name in snapshot.fates else "log"
+            yield Attention(snapshot.fates.get(model.name, unknown), "Models", verb, model.name)
+    for name, text in snapshot.hung.items():
+        yield Attention(text, "Models", "restart", name)
+
+
+def provider_matters(snapshot: Snapshot, state: State) -> list[str]:
+    """Providers that LiteLLM leaves out, or tries again after it did."""
+    names = {provider.name for provider in state.providers}
+    out = {
+        target: circuit.reason or "it gives no reason"
+        for key, circuit in sorted(snapshot.health.circuits.items())
+        if (target := key.partition("@")[2]).partition("/")[0] in names
+        and circuit.state in {"unavailable", "cool-down"}
+    }
+    return [f"{target} does not answer: {reason.rstrip('.')}." for target, reason in out.items()]
+
+
+def alert_matters(alerts: Sequence[Alert]) -> list[str]:
+    """The alerts that fire, one line for all of a kind."""
+    firing: dict[str, list[str]] = {}
+    for alert in alerts:
+        if alert.state == "firing":
+            firing.setdefault(alert.name, []).append(alert.text)
+    return [
+        f"Alert {name}{f', {len(texts)} times' * (len(texts) > 1)}: {texts[0]}"
+        for name, texts in sorted(firing.items())
     ]
-    found += [Attention(text, "Models") for text in snapshot.hung.values()]
-    found += [Attention(text, "Routes") for text in hollow_routes(state)]
-    found += [Attention(t, "System") for t in certificate_matters(observed, snapshot.taken_at)]
-    if running_job(snapshot) is None and is_database_down(state, observed):
-        found.insert(0, Attention(DATABASE_DOWN, "System"))
-    found += [Attention(text, "System") for text in database_matters(snapshot.database)]
+
+
+def plan_matters(snapshot: Snapshot) -> list[Attention]:
+    """How far the server is from what is wished, unless somebody is at it."""
     fetching = any(job.fetching for job in snapshot.jobs)
-    if snapshot.plan and running_job(snapshot) is None and not fetching:
-        count = sum(len(stage.steps) for stage in snapshot.plan.stages)
-        found.append(
-            Attention(
-                f"{count} step{'s' * (count > 1)} away from what is wished. "
-                "Review and apply the plan.",
-                "System",
-            )
-        )
-    return found
+    if not snapshot.plan or running_job(snapshot) is not None or fetching:
+        return []
+    count = sum(len(stage.steps) for stage in snapshot.plan.stages)
+    text = f"{count} step{'s' * (count > 1)} away from what is wished. Review and apply the plan."
+    return [Attention(text, "System", "apply")]
 
 
 OLD_SECONDS: Final = 30.0
@@ -11631,18 +11693,6 @@ def hardware_matters(hardware: Hardware) -> list[str]:
             "No container that needs a GPU is made anew until then."
         )
     return [*found, *hardware.lost]
-
-
-def next_step(snapshot: Snapshot) -> Attention | None:
-    """What a newcomer does next, until the first model serves."""
-    state, observed = snapshot.state, snapshot.observed
-    if state is None or observed is None or snapshot.faults:
-        return None
-    if not state.models:
-        return Attention("Register your first model.", "Models")
-    if not state.wished_models:
-        return Attention(f"Deploy {state.models[0].name}.", "Models")
-    return None
 
 
 def summary_line(snapshot: Snapshot) -> str:
@@ -12012,15 +12062,6 @@ def keyed(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Json]:
     return [dict(zip(keys, row, strict=True)) for row in rows]
 
 
-def overview_text(snapshot: Snapshot) -> str:
-    """What needs the operator, or the newcomer's next step; silent when all is well."""
-    matters = attention(snapshot)
-    if matters:
-        return "\n".join(f"- ⚠️ {plain(m.text)} → tab **{m.tab}**" for m in matters)
-    step = next_step(snapshot)
-    return f"**Next:** {plain(step.text)} → tab **{step.tab}**" if step else ""
-
-
 def plain(text: str) -> str:
     """User text that Markdown and HTML leave alone."""
     return re.sub(r"([\\`*_{}\[\]()#+!|<>~&])", r"\\\1", " ".join(text.split()))
@@ -12196,12 +12237,13 @@ def is_busy(snapshot: Snapshot, model: Model) -> bool:
 
 
 def shown_job(snapshot: Snapshot) -> JobView | None:
-    """The change that is under way, else the newest job."""
-    return running_job(snapshot) or next(iter(snapshot.jobs), None)
+    """The change that is under way, else the newest job that nobody has done with."""
+    others = (job for job in snapshot.jobs if job.id not in snapshot.dismissed)
+    return running_job(snapshot) or next(others, None)
 
 
 def job_group(snapshot: Snapshot) -> Json:
-    return {"visible": bool(snapshot.jobs)}
+    return {"visible": shown_job(snapshot) is not None}
 
 
 def job_title(snapshot: Snapshot) -> str:
@@ -12220,13 +12262,15 @@ def job_title(snapshot: Snapshot) -> str:
     return f"**{plain(job.title)}** · done in {took}. {job.hint}"
 
 
-def job_log(snapshot: Snapshot) -> Json:
-    """The shown job's lines, while they matter: it runs, or it failed."""
+def job_log(snapshot: Snapshot) -> str:
     job = shown_job(snapshot)
-    if job is None:
-        return {"visible": False}
-    matters = job.finished_at is None or job.fault is not None
-    return {"value": "\n".join(job.lines), "visible": matters}
+    return "\n".join(job.lines) if job else ""
+
+
+def job_fold(snapshot: Snapshot) -> Json:
+    """Opened where the lines may tell why it failed."""
+    job = shown_job(snapshot)
+    return {"open": bool(job and job.fault and not job.cancelled)}
 
 
 def offering_job(snapshot: Snapshot) -> JobView | None:
@@ -12249,9 +12293,16 @@ def offer_text(snapshot: Snapshot) -> str:
     )
 
 
-def job_cancel(snapshot: Snapshot) -> Json:
-    job = shown_job(snapshot)
-    return {"visible": job is not None and job.finished_at is None}
+def bar_html(job: JobView) -> str:
+    """How far a job is, where it tells."""
+    if job.done_part is None:
+        return ""
+    name = html.escape(job.title, quote=True)
+    return (
+        f'<div class="task-bar" role="progressbar" aria-label="{name}" aria-valuemin="0" '
+        f'aria-valuemax="100" aria-valuenow="{job.done_part * 100:.0f}">'
+        f'<div style="width:{job.done_part:.1%}"></div></div>'
+    )
 
 
 ORIGINS: Final = ("Hugging Face hub", "a directory of this server")
@@ -12934,6 +12985,103 @@ def cards_html(snapshot: Snapshot) -> str:
     )
 
 
+def gpu_tiles_html(snapshot: Snapshot) -> str:
+    """Every GPU in little room, with what sits on it, and the models on the processor."""
+    state, observed = snapshot.state, snapshot.observed
+    if state is None:
+        return ""
+    tiles = "".join(
+        _tile_html(
+            # What the sampler measured over a while says more than one look.
+            replace(gpu, power_w=snapshot.energy.gpu_watts.get(gpu.uuid) or gpu.power_w),
+            card_blocks(gpu, state, observed),
+            card_note(gpu, state, observed),
+        )
+        for gpu in snapshot.hardware.gpus
+    )
+    grid = f'<div class="gpu-tiles" role="list" aria-label="GPUs">{tiles}</div>' if tiles else ""
+    return f"{grid}{_processor_html(state, observed)}"
+
+
+def _tile_html(gpu: Gpu, blocks: Sequence[Block], note: str) -> str:
+    parts = "".join(
+        f'<div class="slice {block.look}" style="left:{block.start:.2%};width:{block.size:.2%}" '
+        f'title="{html.escape(f"{block.title} {block.text}".strip(), quote=True)}">'
+        f"<b>{html.escape(block.text or block.title)}</b></div>"
+        for block in blocks
+    )
+    # A name needs about a third of a tile to be read in it.
+    narrow = [b for b in blocks if b.size < TILE_NAME_PART and b.look not in {"empty", "free"}]
+    named = ", ".join(f"{block.text} on {block.title}" for block in narrow)
+    heat = "" if gpu.temperature_c is None else _known(gpu.temperature_c, "°C")
+    lines = "".join(
+        f'<div class="tile-note">{html.escape(text)}</div>' for text in (named, note) if text
+    )
+    name = (gpu.name or UNKNOWN).removeprefix("NVIDIA ")
+    return (
+        f'<div role="listitem"><div class="gpu-tile" role="img" '
+        f'aria-label="{html.escape(card_text(gpu, blocks, note), quote=True)}">'
+        f'<div class="tile-head"><b>{html.escape(gpu.title)}</b><span>{html.escape(name)}</span>'
+        f'<span class="tile-heat">{heat}</span></div><div class="card-bar">{parts}</div>'
+        + _meter_html("Memory", memory_text(gpu), _part(gpu.memory_used_mib, gpu.memory_mib))
+        + _meter_html("Power", power_text(gpu), _part(gpu.power_w, gpu.power_limit_w))
+        + f"{lines}</div></div>"
+    )
+
+
+TILE_NAME_PART: Final = 0.34
+
+
+def card_text(gpu: Gpu, blocks: Sequence[Block], note: str) -> str:
+    """A card in words, for who does not see its picture."""
+    on_it = "; ".join(f"{block.title} {block.text}".strip() for block in blocks)
+    facts = (
+        f"{gpu.title}, {gpu.name or UNKNOWN}", f"memory {memory_text(gpu)}",
+        f"power {power_text(gpu)}", f"temperature {_known(gpu.temperature_c, '°C')}",
+    )  # fmt: skip
+    return ". ".join(filter(None, (", ".join(facts), f"On it: {on_it}", note)))
+
+
+def _part(value: float | None, whole: float | None) -> float | None:
+    return None if value is None or not whole else min(value / whole, 1.0)
+
+
+def _meter_html(title: str, text: str, part: float | None) -> str:
+    bar = "" if part is None else f'<div style="width:{part:.1%}"></div>'
+    return (
+        f'<div class="tile-meter"><span>{title}</span><div class="meter">{bar}</div>'
+        f"<span>{html.escape(text)}</span></div>"
+    )
+
+
+def _processor_html(state: State, observed: Observed | None) -> str:
+    """The models that need no GPU, in one line."""
+    told = [
+        f"{html.escape(model.name)} {phase_html(phase_of(state, model, observed, busy=False))}"
+        if observed else html.escape(model.name)
+        for model in state.models if isinstance(model.placement, CpuPlacement)
+    ]  # fmt: skip
+    more = f" and {len(told) - TOLD_MODELS} more" if len(told) > TOLD_MODELS else ""
+    line = f"{' · '.join(told[:TOLD_MODELS])}{more}"
+    return f'<p class="on-processor"><b>On the processor:</b> {line}</p>' if told else ""
+
+
+TOLD_MODELS: Final = 8
+
+
+def phase_html(phase: Phase | Literal["hung", "unknown"]) -> str:
+    """A phase by its word and a sign; its colour says nothing more."""
+    sign, look = PHASE_SIGNS[phase]
+    return f'<span class="phase {look}"><span aria-hidden="true">{sign}</span> {phase}</span>'
+
+
+PHASE_SIGNS: Final[Mapping[Phase | Literal["hung", "unknown"], tuple[str, str]]] = {
+    "failed": ("✕", "bad"), "hung": ("✕", "bad"), "unknown": ("?", "bad"),
+    "pending": ("◌", "busy"), "starting": ("◌", "busy"), "stopping": ("◌", "busy"),
+    "ready": ("✓", "good"), "stopped": ("■", "calm"),
+}  # fmt: skip
+
+
 def card_note(gpu: Gpu, state: State, observed: Observed | None) -> str:
     """What the picture does not show: drift from the wish, foreign clients, trouble."""
     wish = state.layout_of(gpu.uuid)
@@ -13428,12 +13576,9 @@ def running_tasks(snapshot: Snapshot) -> list[JobView]:
 def _task_html(job: JobView, snapshot: Snapshot) -> str:
     elapsed = format_age(snapshot.taken_at - job.started_at)
     far = html.escape(job.progress or (job.lines[-1].strip() if job.lines else ""))
-    part = job.done_part or 0.0
     return (
         f'<div class="fit-card"><div class="fit-head"><b>{html.escape(job.title)}</b>'
-        f"<span>{elapsed}</span></div>"
-        f'<div class="task-bar" role="progressbar" aria-valuenow="{part:.0%}">'
-        f'<div style="width:{part:.1%}"></div></div><div>{far}</div></div>'
+        f"<span>{elapsed}</span></div>{bar_html(job)}<div>{far}</div></div>"
     )
 
 
@@ -15082,6 +15227,328 @@ def rung_line(rung: Rung) -> str:
     )
 
 
+# --- the Overview -----------------------------------------------------------------
+
+
+def button_html(label: str, verb: str, subject: str = "", look: str = "") -> str:
+    """A button in a picture, whose click tells the verb and the subject."""
+    return (
+        f'<button type="button" class="act {look}" data-verb="{verb}" '
+        f'data-subject="{html.escape(subject, quote=True)}">{html.escape(label)}</button>'
+    )
+
+
+def matters_html(snapshot: Snapshot) -> str:
+    """One line and one button per matter, the worst first; else that all is well."""
+    matters = attention(snapshot)
+    if not matters:
+        return f'<p class="all-well" role="status">{_calm_text(snapshot)}</p>'
+    lines = "".join(
+        f'<li class="{matter.verb}"><span><span class="sign" aria-hidden="true">!</span> '
+        f"{html.escape(matter.text)}</span>{_matter_button(matter)}</li>"
+        for matter in matters[:SHOWN_MATTERS]
+    )
+    more = len(matters) - SHOWN_MATTERS
+    rest = f"<li>and {more} more, once these are done</li>" if more > 0 else ""
+    return f'<ul class="matters" role="list" aria-label="What needs you">{lines}{rest}</ul>'
+
+
+SHOWN_MATTERS: Final = 8
+
+
+def _matter_button(matter: Attention) -> str:
+    opens = matter.verb in {"open", "free"}
+    subject = matter.tab.lower() if opens else matter.subject
+    look = "" if opens or matter.verb == "log" else "first"
+    return button_html(matter.button, "open" if opens else matter.verb, subject, look)
+
+
+def _calm_text(snapshot: Snapshot) -> str:
+    """What it means that all is well, in figures."""
+    state, observed = snapshot.state, snapshot.observed
+    if state is None or observed is None or not state.wished_models:
+        return f"<b>All is well.</b> No model is wished to run. {_looked(snapshot)}"
+    phases = [phase_of(state, m, observed, is_busy(snapshot, m)) for m in state.wished_models]
+    watts = [w for w in snapshot.energy.gpu_watts.values() if w is not None]
+    busy = sum(load.running for m in state.models if (load := model_load(snapshot, m)))
+    facts = [
+        f"{phases.count('ready')} of {len(phases)} models that should run are ready",
+        *([f"{html.escape(base_url(state.edge))} answers"] if endpoint_answers(snapshot) else []),
+        f"{busy} request{'s' * (busy != 1)} running",
+        *([f"{format_count(math.fsum(watts))} W on {len(watts)} GPUs"] if watts else []),
+        _looked(snapshot),
+    ]
+    return f"<b>{'All is well.' if running_job(snapshot) is None else 'Under way.'}</b> " + (
+        " · ".join(facts)
+    )
+
+
+def _looked(snapshot: Snapshot) -> str:
+    return f"looked at {format_time(snapshot.taken_at, snapshot.zone)}"
+
+
+LIVE_HEADERS: Final = (
+    "Model", "State", "Running", "Waiting", "KV cache", "Tokens/s in", "Tokens/s out", "Power",
+    "Placement", "Since",
+)  # fmt: skip
+
+
+def live_rows(snapshot: Snapshot) -> list[list[str]]:
+    """A row per model, those that need somebody first; the state is HTML."""
+    models = snapshot.state.models if snapshot.state else ()
+    rows = zip(keyed(MODEL_HEADERS, model_rows(snapshot)), models, strict=True)
+    shown = [
+        (_shown_phase(snapshot, model, row["phase"]), row, model) for row, model in rows
+    ]  # fmt: skip
+    order = list(PHASE_SIGNS)
+    return [
+        [
+            model.name, phase_html(phase), *_load_cells(snapshot, model),
+            row["placement"], row["since"],
+        ]
+        for phase, row, model in sorted(shown, key=lambda one: order.index(one[0]))
+    ]  # fmt: skip
+
+
+def _shown_phase(snapshot: Snapshot, model: Model, phase: Any) -> Any:
+    return "hung" if model.name in snapshot.hung else phase
+
+
+def _load_cells(snapshot: Snapshot, model: Model) -> list[str]:
+    load, rates = model_load(snapshot, model), snapshot.rates.get(model.name, EngineRates())
+    watts = snapshot.energy.model_watts.get(model.name)
+    return [
+        str(load.running) if load else NOTHING,
+        str(load.waiting) if load else NOTHING,
+        _percent(load.kv_cache_part if load else None),
+        _shown(rates.prompt_tokens),
+        _shown(rates.generated_tokens),
+        NOTHING if watts is None else f"{watts:.0f} W",
+    ]
+
+
+def jobs_html(snapshot: Snapshot) -> str:
+    """All that is under way anywhere, with a bar where it tells how far it is."""
+    going = [job for job in snapshot.jobs if job.finished_at is None]
+    return "".join(_job_html(job, snapshot) for job in going) or (
+        '<p class="calm">Nothing is under way. Changes, downloads and benchmarks show here.</p>'
+    )
+
+
+def _job_html(job: JobView, snapshot: Snapshot) -> str:
+    elapsed = format_age(snapshot.taken_at - job.started_at)
+    said = job.progress or (job.lines[-1].strip() if job.lines else "")
+    far = said if job.id else "Another process of LLM Manager does it."
+    cancel = button_html("Cancel", "cancel", job.id) if job.id else ""
+    return (
+        f'<div class="job-line"><div><b>{html.escape(job.title)}</b> · {elapsed}<br>'
+        f"{html.escape(far)}</div>{cancel}{bar_html(job)}</div>"
+    )
+
+
+def job_bar_html(snapshot: Snapshot) -> str:
+    """What the shown job does now and how far it is, with its one button."""
+    job = shown_job(snapshot)
+    if job is None:
+        return ""
+    if job.finished_at is not None:
+        return f'<div class="job-line"><div></div>{button_html("Dismiss", "dismiss")}</div>'
+    last = job.lines[-1].strip() if job.lines else ""
+    cancel = button_html("Cancel", "cancel", job.id) if job.id else ""
+    return f'<div class="job-line"><div>{html.escape(last)}</div>{cancel}{bar_html(job)}</div>'
+
+
+CHANGE_HEADERS: Final = ("When", "What", "Who", "Result")
+
+
+def change_rows(snapshot: Snapshot) -> list[list[str]]:
+    """The last changes, the newest first, in the reader's zone."""
+    return [
+        [
+            format_time(entry.started_at, snapshot.zone),
+            entry.what,
+            entry.who if entry.channel == "itself" else f"{entry.who}, {entry.channel}",
+            _result_text(entry),
+        ]
+        for entry in reversed(snapshot.changes)
+    ]
+
+
+def _result_text(entry: AuditEntry) -> str:
+    if entry.finished_at is None:
+        return "under way, or broken off"
+    took = format_duration((entry.finished_at - entry.started_at).total_seconds())
+    return f"{entry.result} in {took}" + f": {entry.fault}" * bool(entry.fault)
+
+
+# --- a newcomer's first steps ---------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Suggestion:
+    """A model to begin with, and what it takes to run it well."""
+
+    repository: str
+    text: str
+    needed_gib: float
+
+
+# The largest first; weights in bfloat16, a cache for some thousand tokens, and overhead.
+SUGGESTIONS: Final = (
+    Suggestion(repository="Qwen/Qwen3-32B", text="a strong chat model", needed_gib=72),
+    Suggestion(repository="Qwen/Qwen3-8B", text="a good chat model", needed_gib=21),
+    Suggestion(repository="Qwen/Qwen3-0.6B", text="a small chat model", needed_gib=4),
+    Suggestion(repository="BAAI/bge-m3", text="an embedding model", needed_gib=4),
+)
+SLOW_GIB: Final = 8.0  # what is larger is no pleasure on a processor
+
+
+def suggestions(hardware: Hardware) -> list[Suggestion]:
+    """The two largest chat models that fit the largest GPU, else a processor, and one more."""
+    known = [gpu.memory_mib for gpu in hardware.gpus if gpu.memory_mib is not None]
+    room = max(known) / 1024 if known else SLOW_GIB
+    *chat, embedding = [each for each in SUGGESTIONS if each.needed_gib <= room] or SUGGESTIONS[-2:]
+    return [*chat[:2], embedding]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FirstStep:
+    """One step on the way to the first answer; its body is HTML."""
+
+    title: str
+    done: bool
+    body: str
+    stays: bool = False  # to be read also once it is done
+
+
+def first_run_view(snapshot: Snapshot) -> Json:
+    shown = first_run_html(snapshot)
+    return {"value": shown, "visible": bool(shown)}
+
+
+def first_run_html(snapshot: Snapshot) -> str:
+    """The way from an empty server to the first answered request; empty once it is gone."""
+    state = snapshot.state
+    if snapshot.first_run is None or state is None:
+        return ""
+    steps = first_steps(snapshot, state, snapshot.first_run)
+    now = next((step for step in steps if not step.done), None)
+    lines = "".join(_step_html(step, is_now=step is now) for step in steps)
+    hide = button_html("Hide this", "hide")
+    return (
+        f'<section class="first-run" aria-label="First steps"><div class="first-head">'
+        f"<b>From an empty server to the first answer</b>{hide}</div><ol>{lines}</ol></section>"
+    )
+
+
+def _step_html(step: FirstStep, *, is_now: bool) -> str:
+    look = "done" if step.done else "now" if is_now else "later"
+    current = ' aria-current="step"' if is_now else ""
+    tick = ' <span class="tick">✓ done</span>' if step.done else ""
+    body = f"<div>{step.body}</div>" if is_now or step.stays else ""
+    return f'<li class="{look}"{current}><b>{step.title}</b>{tick}{body}</li>'
+
+
+def first_steps(snapshot: Snapshot, state: State, known: FirstRun) -> list[FirstStep]:
+    figures = snapshot.health.figures.deployments.values()
+    observed = snapshot.observed
+    ready = observed is not None and any(
+        phase_of(state, model, observed, busy=False) == "ready" for model in state.models
+    )
+    return [
+        FirstStep(
+            title="What this server has", done=observed is not None, body=_found(snapshot),
+            stays=True,
+        ),
+        FirstStep(
+            title="Pick a model that fits", done=bool(state.models), body=_picks(snapshot.hardware)
+        ),
+        FirstStep(title="Deploy it", done=ready, body=_deploying(snapshot, state)),
+        FirstStep(
+            title="Make a key", done=known.has_key or bool(state.direct_keys),
+            body="Each colleague gets a key of their own, with limits if you like. "
+            + button_html("Make a key", "open", "keys", "first"),
+        ),
+        FirstStep(
+            title="Send the first request", done=any(each.successes for each in figures),
+            body=_asking(state),
+        ),
+    ]  # fmt: skip
+
+
+def _found(snapshot: Snapshot) -> str:
+    """What a newcomer should know of the server, a line each."""
+    hardware, free = snapshot.hardware, snapshot.disk_free_bytes
+    names = Counter((gpu.name or UNKNOWN, memory_total(gpu)) for gpu in hardware.gpus)
+    gpus = [f"{count} times {name}, {memory}" for (name, memory), count in names.items()]
+    is_low = free is not None and free < LOW_DISK_BYTES
+    lines = [
+        (snapshot.observed is not None, "Docker answers." if snapshot.observed is not None else
+         "Docker does not answer: see above."),
+        *((True, f"{each}, driver {hardware.driver_version or UNKNOWN}.") for each in gpus),
+        *([] if gpus else [(not hardware_matters(hardware), driver_text(hardware))]),
+        *([] if free is None else [(not is_low, f"{format_size(free)} free for images and weights."
+          + " A model of 8 billion parameters takes 16 GiB, its engine 20 GiB." * is_low)]),
+    ]  # fmt: skip
+    return "".join(
+        f"<div>{'✓' if good else '✕'} {html.escape(plain_words(text))}</div>"
+        for good, text in lines
+    )
+
+
+def plain_words(text: str) -> str:
+    """Markdown of ours without its stars, in one line."""
+    return " ".join(text.replace("**", "").split())
+
+
+def memory_total(gpu: Gpu) -> str:
+    return memory_text(replace(gpu, memory_used_mib=None))
+
+
+def _picks(hardware: Hardware) -> str:
+    where = f"{short_title(hardware.gpus[0])}" if hardware.gpus else "this server's processor"
+    picks = "".join(
+        f"<div>{button_html(each.repository, 'pick', each.repository, 'first')} "
+        f"{html.escape(each.text)}, about {each.needed_gib:.0f} GiB</div>"
+        for each in suggestions(hardware)
+    )
+    return (
+        f"These fit {html.escape(where)}; a click fills in the form.{picks}"
+        f"<div>{button_html('Find another', 'open', 'library')} on the Hugging Face hub, or "
+        f"{button_html('register a directory', 'open', 'models')} of this server.</div>"
+    )
+
+
+def _deploying(snapshot: Snapshot, state: State) -> str:
+    if running_job(snapshot) is not None:
+        return "It is being done; the bar below tells how far it is."
+    if not state.models:
+        return ""
+    name = (state.wished_models or state.models)[0].name
+    return (
+        "The plan is shown first: the weights are downloaded, an engine starts, and the HTTPS "
+        f"endpoint with its database. {button_html(f'Deploy {name}', 'deploy', name, 'first')}"
+    )
+
+
+def _asking(state: State) -> str:
+    if not state.wished_models:
+        return ""
+    served = state.wished_models[0].served_model_name
+    example = html.escape(curl_example(state.edge, served, "YOUR KEY"))
+    return (
+        f"<pre>{example}</pre>From another computer, with the key of the step before; or from "
+        f"here, without one: {button_html('Send it', 'try', served, 'first')}"
+    )
+
+
+def trial_text(trial: Trial) -> str:
+    """What came of a request that was tried, in Markdown."""
+    *hops, (_, took, said) = hop_rows(trial)
+    way = ", ".join(f"{plain(hop)} {lasted}" for hop, lasted, _ in hops)
+    return f"**{plain(said)}** after {took}: {way}."
+
+
 # =============================================================================
 # §26 Home — effects: time, and the state and files on the disk
 # =============================================================================
@@ -15230,8 +15697,8 @@ class StateStore:
 
         return release
 
-    def under_way(self) -> tuple[JobView, ...]:
-        """The changes and tasks of every process, by the locks that the kernel knows of.
+    def under_way(self, *, elsewhere: bool = False) -> tuple[JobView, ...]:
+        """The changes and tasks of every process, or other ones, by the kernel's list of locks.
 
         What a change fetches beforehand, without the lock, is not among them.
         """
@@ -15246,6 +15713,7 @@ class StateStore:
                 for path in sorted(self.home.glob("lock*"))
                 if (told := re.fullmatch(r"(.*), since \S+ UTC, process (\d+)", path.read_text()))
                 and (told[2], str(path.stat().st_ino)) in held
+                and not (elsewhere and told[2] == str(os.getpid()))
             )  # fmt: skip
         return ()
 
@@ -15485,11 +15953,12 @@ class AuditTrail:
     def newest(self, count: int) -> list[AuditEntry]:
         """The last ones, oldest first, out of no more than the ends of the files."""
         with file_errors("read the audit"):
-            lines = self._lines(self._path, AUDIT_TAIL_BYTES)
+            ends = min(count * AUDIT_ENTRY_BYTES, AUDIT_TAIL_BYTES)
+            lines = self._lines(self._path, ends)
             for path in reversed(self._full()):
                 if len(lines) > 2 * count:
                     break
-                lines = self._lines(path, AUDIT_TAIL_BYTES) + lines
+                lines = self._lines(path, ends) + lines
         return parse_audit(lines)[-count:]
 
     def _full(self) -> list[Path]:
@@ -15538,6 +16007,7 @@ class AuditTrail:
 
 AUDIT_FILE: Final = "audit-%Y%m%d-%H%M%S.jsonl"
 AUDIT_TAIL_BYTES: Final = 1024**2
+AUDIT_ENTRY_BYTES: Final = 8192  # more than a change ever takes: its beginning and its end
 MOST_PROOFS: Final = 20
 _MEASURED: Final = pydantic.TypeAdapter(dict[str, Measured])
 MOST_MEASURED: Final = 500
@@ -20829,9 +21299,6 @@ def container_checks(state: State, observed: Observed) -> list[Check]:
     return checks
 
 
-LOW_DISK_BYTES: Final = 20 * 1024**3
-
-
 def disk_check(home: Path) -> Check:
     free = free_bytes(home)
     return Check(
@@ -22219,9 +22686,9 @@ class JobKeeper:
         """Newest first."""
         return [job.view() for job in reversed(list(self._jobs))]
 
-    def under_way(self) -> tuple[JobView, ...]:
+    def under_way(self, *, elsewhere: bool = False) -> tuple[JobView, ...]:
         """What this and other processes work on; see `StateStore.under_way`."""
-        return self._store.under_way()
+        return self._store.under_way(elsewhere=elsewhere)
 
     def job(self, job_id: str) -> JobView:
         return self._job(job_id).view()
@@ -22794,21 +23261,24 @@ class Meter:
 
 
 class Gauge:
-    """A thread of its own that now and then asks the database for its size."""
+    """A thread of its own for what is asked now and then: the database's size, the alerts."""
 
     def __init__(self, manager: Manager, latest: Callable[[], Snapshot]) -> None:
         self._manager = manager
         self._latest = latest
         self.size: DatabaseSize | None = None
+        self.alerts: tuple[Alert, ...] = ()
         threading.Thread(target=self._run, name="gauge", daemon=True).start()
 
     def _run(self) -> None:
-        while True:
+        for turn in itertools.count():
             try:
-                self.size = self._look()
+                self.alerts = self._firing()
+                if self.size is None or turn % GAUGE_TURNS == 0:
+                    self.size = self._look()
             except Exception:  # boundary: one look must not end all of them
-                log.exception("the database could not be measured")
-            time.sleep(GAUGE_SECONDS if self.size else GAUGE_SECONDS / 10)
+                log.exception("the database or the alerts could not be read")
+            time.sleep(GAUGE_SECONDS)
 
     def _look(self) -> DatabaseSize | None:
         state, observed = self._latest().state, self._latest().observed
@@ -22818,8 +23288,19 @@ class Gauge:
                 return self._manager.database.size()
         return None
 
+    def _firing(self) -> tuple[Alert, ...]:
+        """None where monitoring is off, or does not answer: the Monitoring tab tells of that."""
+        state, observed = self._latest().state, self._latest().observed
+        name = monitor_name(state, "prometheus") if state and state.monitoring else None
+        seen = observed.containers.get(name) if observed and name else None
+        if seen is not None and seen.ready:
+            with contextlib.suppress(ManagerError):
+                return self._manager.monitoring.look().alerts
+        return ()
 
-GAUGE_SECONDS: Final = 300.0
+
+GAUGE_SECONDS: Final = 30.0
+GAUGE_TURNS: Final = 10  # until the size is asked for again
 
 
 class EnergySink(Protocol):
@@ -23118,6 +23599,34 @@ COUNT_SECONDS: Final = 30.0
 ENDING_SECONDS: Final = 3.0
 
 
+class Newcomer:
+    """Whether an installation still has its first steps before it; once over, that is for good."""
+
+    def __init__(self, home: Path, snapshot: Snapshot) -> None:
+        self._over = home / FIRST_RUN_OVER
+        self.steps = None if self._over.exists() else FirstRun()
+        if snapshot.state is not None and snapshot.state.wished_models:
+            self.end()
+
+    def look(self, snapshot: Snapshot) -> None:
+        """Tick off what was done meanwhile."""
+        if self.steps is None or snapshot.state is None:
+            return
+        made = any(e.result == "done" and e.what.startswith(KEY_CREATED) for e in snapshot.changes)
+        self.steps = FirstRun(has_key=self.steps.has_key or made)
+        if all(step.done for step in first_steps(snapshot, snapshot.state, self.steps)):
+            self.end()
+
+    def end(self) -> None:
+        self.steps = None
+        with contextlib.suppress(OSError):  # then it is shown again after the next start
+            self._over.touch(mode=0o600)
+
+
+FIRST_RUN_OVER: Final = "first-run-over"
+KEY_CREATED: Final = "Create the key"  # and the keys
+
+
 class Watch:
     """One thread that takes the snapshot which every open tab reads."""
 
@@ -23135,6 +23644,10 @@ class Watch:
         self._causes: dict[ModelName, str] = {}  # of models that are down: read once per end
         self._fates: dict[ModelName, str] = {}
         self._latest = manager.snapshot()
+        self._changes: tuple[AuditEntry, ...] = ()
+        self._elsewhere: tuple[JobView, ...] = ()
+        self.dismissed: frozenset[str] = frozenset()
+        self.newcomer = Newcomer(manager.home, self._latest)
         self._repaired: set[ModelName] = set()
         self._renewed = ""  # the certificate that was last tried
         self._pulse = Pulse(manager, lambda: self._latest, stalls or Stalls())
@@ -23145,6 +23658,7 @@ class Watch:
             if records is not None
             else None
         )
+        self._look_around()
         watching = manager.audit.acting_as(ITSELF)(self._run)
         threading.Thread(target=watching, name="watch", daemon=True).start()
 
@@ -23155,7 +23669,7 @@ class Watch:
 
     def latest(self) -> Snapshot:
         """The last look at the world, with the jobs as they are now."""
-        latest, jobs = self._latest, tuple(self._manager.jobs())
+        latest, jobs = self._latest, (*self._manager.jobs(), *self._elsewhere)
         return replace(
             latest,
             jobs=jobs,
@@ -23173,13 +23687,32 @@ class Watch:
             if latest.state and latest.observed
             else {},
             traffic=self._meter.traffic,
+            changes=self._changes,
+            alerts=self._gauge.alerts,
+            disk_free_bytes=self._free_bytes,
+            first_run=self.newcomer.steps,
+            dismissed=self.dismissed,
         )
+
+    def dismiss(self) -> None:
+        """Show no more what has ended so far, on any page."""
+        ended = (job.id for job in self._manager.jobs() if job.finished_at is not None)
+        self.dismissed = frozenset(ended)
+
+    def _look_around(self) -> None:
+        """What other processes do, what was changed lately, and how much room there is."""
+        self._elsewhere = self._manager.under_way(elsewhere=True)
+        with contextlib.suppress(ManagerError):
+            self._changes = tuple(self._manager.audit.newest(SHOWN_CHANGES))
+        self._free_bytes = free_bytes(self._manager.home)
+        self.newcomer.look(self.latest())
 
     def _run(self) -> None:
         while True:
             time.sleep(self._seconds)
             try:
                 before, self._latest = self._latest, self._manager.snapshot()
+                self._look_around()
                 absent = any(isinstance(fault, DockerAbsentError) for fault in before.faults)
                 if absent and self._latest.observed is not None:
                     self._restore()
@@ -23236,6 +23769,9 @@ class Watch:
             with contextlib.suppress(ManagerError):
                 self._manager.start(reviving(name))
                 del self._revivals.waiting[name], self._causes[name]
+
+
+SHOWN_CHANGES: Final = 8
 
 
 # =============================================================================
@@ -24677,6 +25213,20 @@ def _update(fresh: Any) -> Any:
     return gr.update(**fresh) if isinstance(fresh, dict) else fresh
 
 
+TELL_CLICK: Final = """
+element.addEventListener("click", event => {
+  const button = event.target.closest("button.act");
+  if (button) trigger("click", {verb: button.dataset.verb, subject: button.dataset.subject});
+});
+"""
+
+
+def picture(desk: Desk, view: View) -> gr.HTML:
+    """A view as HTML; a click on a button of `button_html` in it is a `gr.EventData`."""
+    shown = gr.HTML(js_on_load=TELL_CLICK, elem_classes="picture")
+    return cast("gr.HTML", live(desk, shown, view))
+
+
 def table(
     headers: Sequence[str],
     widths: Sequence[str] | None = None,
@@ -24690,17 +25240,6 @@ def table(
         column_widths=list(widths) if widths else None, label=label, show_label=bool(label),
         visible=visible, show_search="filter" if search else "none",
     )  # fmt: skip
-
-
-def build_overview_tab(desk: Desk) -> None:
-    """Is all well, and if not, what to do."""
-    with gr.Tab("Overview"):
-        live(desk, gr.Markdown(), overview_text)
-        live(desk, gr.HTML(), cards_html)
-        gr.Markdown("### Models")
-        live(desk, table(MODEL_HEADERS), model_rows)
-        gr.Markdown("### Containers")
-        live(desk, table(COMPONENT_HEADERS), component_rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24801,6 +25340,105 @@ def deletion_question(lines: Sequence[str], pending: Any) -> tuple[Any, ...]:
     return gr.update(visible=True), text, pending
 
 
+def build_overview(desk: Desk, tabs: gr.Tabs, models: ModelsTab) -> None:
+    """Is all well, and if not, what to do; what the server does now; what was done to it."""
+    matters = picture(desk, matters_html)
+    plans = {"apply": lambda _: applying(), "deploy": deploying, "restart": restarting}
+    card = build_plan_card(desk, plans)
+    build_first_run(desk, tabs, models.form, card)
+    picture(desk, gpu_tiles_html)
+    rows = live(desk, live_table(), live_rows)
+    with gr.Row():
+        with gr.Column(scale=2, min_width=320):
+            gr.Markdown("### Under way")
+            jobs = picture(desk, jobs_html)
+        with gr.Column(scale=3, min_width=480):
+            gr.Markdown("### Last changes")
+            live(desk, table(CHANGE_HEADERS, ("30%", "32%", "18%", "20%")), change_rows)
+    with gr.Accordion("Containers", open=False):
+        live(desk, table(COMPONENT_HEADERS), component_rows)
+
+    def on_matter(event: gr.EventData) -> dict[Any, Any]:
+        with shown_to_operator():
+            if event.verb in plans:
+                return planned_on(desk, card, event.verb, event.subject, plans)
+            if event.verb == "log":
+                return {tabs: gr.Tabs(selected="models"), **models.opened(desk, event.subject)}
+            return {tabs: gr.Tabs(selected=event.subject)}
+
+    def on_model(event: gr.SelectData) -> dict[Any, Any]:
+        return {tabs: gr.Tabs(selected="models"), models.chosen: str(event.row_value[0])}
+
+    places = [tabs, models.chosen, models.log_fold, models.log]
+    matters.click(on_matter, None, [*places, *card.outputs], **PRIVATE)
+    rows.select(on_model, None, places[:2], **PRIVATE)
+    wire_jobs(desk, jobs)
+
+
+def live_table() -> Any:
+    """The models as they are now: the state is HTML of ours, all else is text."""
+    shown = table(LIVE_HEADERS, search=True, label="Models")
+    shown.datatype = ["html" if header == "State" else "str" for header in LIVE_HEADERS]
+    return shown
+
+
+def planned_on(
+    desk: Desk,
+    card: PlanCard,
+    verb: str,
+    subject: str,
+    plans: Mapping[str, Callable[[Any], Change]],
+) -> dict[Any, Any]:
+    """What opens the card, for a handler that has other outputs, too."""
+    shown = planned(desk, verb, subject, plans[verb](subject))
+    return dict(zip(card.outputs, shown, strict=True))
+
+
+def wire_jobs(desk: Desk, shown: gr.HTML) -> None:
+    """The buttons of jobs."""
+
+    def on_job(event: gr.EventData) -> None:
+        with shown_to_operator():
+            if event.verb == "dismiss":
+                desk.watch.dismiss()
+            else:
+                desk.manager.cancel_job(event.subject)
+
+    shown.click(on_job, None, None, **PRIVATE)
+
+
+def build_first_run(desk: Desk, tabs: gr.Tabs, form: ModelForm, card: PlanCard) -> None:
+    """A newcomer's way to the first answer, until it is done or hidden."""
+    steps = picture(desk, first_run_view)
+    said = gr.Markdown(visible=False)
+
+    def on_step(event: gr.EventData) -> dict[Any, Any]:
+        with shown_to_operator():
+            match event.verb:
+                case "pick":
+                    filled = form_of(desk.manager, event.subject, None)
+                    return {
+                        tabs: gr.Tabs(selected="models"),
+                        **dict(zip(fields_of, filled, strict=True)),
+                    }
+                case "deploy":
+                    return planned_on(desk, card, event.verb, event.subject, {"deploy": deploying})
+                case "try":
+                    tried = desk.manager.traffic.try_out(event.subject, "Hello")
+                    return {said: gr.Markdown(trial_text(tried), visible=True)}
+                case "hide":
+                    desk.watch.newcomer.end()
+                    return {said: gr.Markdown(visible=False)}
+                case _:
+                    return {tabs: gr.Tabs(selected=event.subject)}
+
+    fields_of = [form.fold, form.facts, form.gpus, *form.known]
+    outputs = [tabs, said, *card.outputs, *fields_of]
+    clicked = steps.click(on_step, None, outputs, **PRIVATE)
+    described = [*form.inputs, form.at_once]
+    clicked.success(partial(preview, desk.manager), described, [form.fit, form.command], **QUIET)
+
+
 MODEL_VERBS: Final[Mapping[str, tuple[str, Literal["primary", "secondary", "stop"]]]] = {
     "deploy": ("Deploy", "primary"),
     "stop": ("Stop", "secondary"),
@@ -24809,7 +25447,25 @@ MODEL_VERBS: Final[Mapping[str, tuple[str, Literal["primary", "secondary", "stop
 }
 
 
-def build_models_tab(desk: Desk) -> ModelForm:
+@dataclass(frozen=True, slots=True)
+class ModelsTab:
+    """What other tabs fill in on the Models tab."""
+
+    form: ModelForm
+    chosen: gr.Dropdown
+    log_fold: gr.Accordion
+    log: gr.Textbox
+
+    def opened(self, desk: Desk, name: str) -> dict[Any, Any]:
+        """A model chosen, with its log."""
+        return {
+            self.chosen: name,
+            self.log_fold: gr.Accordion(open=True),
+            self.log: desk.manager.logs.of(name),
+        }
+
+
+def build_models_tab(desk: Desk) -> ModelsTab:
     """The registered models, what can be done with one, its log, and a form for a new one."""
     changes = {"deploy": deploying, "stop": stopping, "restart": restarting, "remove": removing}
 
@@ -24826,11 +25482,11 @@ def build_models_tab(desk: Desk) -> ModelForm:
             }
         card = build_plan_card(desk, changes)
         form = build_registration_form(desk, chosen, card)
-        build_log_view(desk, chosen)
+        log_fold, log_text = build_log_view(desk, chosen)
     rows.select(first_cell, None, chosen, **PRIVATE)
     for verb, button in buttons.items():
         wire_plan(desk, button, chosen, card, verb, changes[verb])
-    return form
+    return ModelsTab(form, chosen, log_fold, log_text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24979,7 +25635,7 @@ def build_placement_fields(desk: Desk) -> tuple[gr.CheckboxGroup, gr.Dropdown, g
     return gpus, mig_slice, fraction
 
 
-def build_log_view(desk: Desk, chosen: gr.Dropdown) -> None:
+def build_log_view(desk: Desk, chosen: gr.Dropdown) -> tuple[gr.Accordion, gr.Textbox]:
     """The chosen model's log, live while it is followed; what was kept of it when it is gone."""
 
     def on_show(name: str | None, wanted: str | None, which: str) -> str:
@@ -24994,7 +25650,7 @@ def build_log_view(desk: Desk, chosen: gr.Dropdown) -> None:
             return on_show(name, wanted, which)
         return gr.skip()
 
-    with gr.Accordion("Log", open=False):
+    with gr.Accordion("Log", open=False) as fold:
         with gr.Row(elem_classes="actions"):
             wanted = gr.Textbox(label="Only lines with", placeholder="error", scale=2)
             which = gr.Radio(list(RUNS), value=RUNS[0], label="Of", scale=2)
@@ -25013,6 +25669,7 @@ def build_log_view(desk: Desk, chosen: gr.Dropdown) -> None:
         asked(on_show, inputs, text, **PRIVATE)
     # Its own autoscroll (6.31) stays at the top when a page shows a log for the first time.
     text.change(None, js=SCROLL_LOG, **QUIET)
+    return fold, text
 
 
 SCROLL_LOG: Final = (
@@ -25238,7 +25895,7 @@ def build_image_pruning(desk: Desk) -> gr.Markdown:
 
 def build_hardware_tab(desk: Desk) -> None:
     """The GPUs as pictures, how to cut them, how they are joined, and what a reboot would do."""
-    with gr.Tab("Hardware"):
+    with gr.Tab("Hardware", id="hardware"):
         live(desk, gr.Markdown(), driver_view)
         live(desk, gr.HTML(), cards_html)
         build_mig_planner(desk)
@@ -25534,7 +26191,7 @@ def build_keys_tab(desk: Desk) -> None:
             group_rows(groups, keys, now), *[gr.Dropdown(choices=names)] * 3,
         )  # fmt: skip
 
-    with gr.Tab("Keys") as tab:
+    with gr.Tab("Keys", id="keys") as tab:
         live(desk, gr.Markdown(), endpoint_text)
         rows = table(KEY_HEADERS, search=True)
         said = gr.Markdown()
@@ -25886,7 +26543,7 @@ def build_key_doctor(desk: Desk) -> None:
 
 def build_energy_tab(desk: Desk) -> None:
     """What GPUs take now, what any range took and whose it was, as files too, and its price."""
-    with gr.Tab("Energy") as tab:
+    with gr.Tab("Energy", id="energy") as tab:
         live(desk, gr.HTML(), live_energy_html)
         with gr.Row(elem_classes="actions"):
             by = gr.Dropdown(list(get_args(EnergyGrouping)), value="model", label="Added up by")
@@ -25998,7 +26655,7 @@ def build_benchmark_tab(desk: Desk) -> None:
         desk.manager.benchmarks.start(wish)
         return done_at("It is under way, as a job.")
 
-    with gr.Tab("Benchmark") as tab:
+    with gr.Tab("Benchmark", id="benchmark") as tab:
         gr.Markdown("Requests straight to a model's engine, so many at once, rung by rung.")
         with gr.Row(elem_classes="actions"):
             models = gr.Dropdown(label="Measure", multiselect=True, info="one after the other")
@@ -26079,7 +26736,7 @@ def build_monitoring_tab(desk: Desk) -> None:
     def switch(wished: str) -> Change:
         return switching_monitoring(on=wished == "on")
 
-    with gr.Tab("Monitoring") as tab:
+    with gr.Tab("Monitoring", id="monitoring") as tab:
         live(desk, gr.Markdown(), monitoring_text)
         with gr.Row(elem_classes="actions"):
             buttons = [gr.Button(f"Switch {wished}", scale=0, min_width=140)
@@ -26159,7 +26816,7 @@ def monitoring_changes(manager: Manager, *typed: Any) -> Json:
 
 def build_system_tab(desk: Desk) -> None:
     """The plan, the server's health, the endpoint's settings, the way back."""
-    with gr.Tab("System") as tab:
+    with gr.Tab("System", id="system") as tab:
         gr.Markdown("### What is planned")
         live(desk, gr.Markdown(), pending_plan_text)
         apply_button = gr.Button("Apply the plan", variant="primary")
@@ -26304,19 +26961,15 @@ def build_endpoint_form(desk: Desk) -> None:
 def build_job_panel(desk: Desk) -> None:
     """The newest job, on every tab; any page that opens later shows the same lines."""
 
-    def on_cancel() -> None:
-        job = shown_job(desk.watch.latest())
-        if job is not None:
-            desk.manager.cancel_job(job.id)
-
     with live(desk, gr.Group(visible=False, elem_id="job"), job_group):
-        live(desk, gr.Markdown(padding=True), job_title)
-        log_lines = gr.Textbox(
-            label="Progress", lines=8, max_lines=12, interactive=False, buttons=["copy"]
-        )
-        live(desk, log_lines, job_log)
-        cancel = live(desk, gr.Button("Cancel", size="sm"), job_cancel)
-    cancel.click(on_cancel, None, None, **PRIVATE)
+        live(desk, gr.Markdown(elem_classes="job-title"), job_title)
+        bar = picture(desk, job_bar_html)
+        with live(desk, gr.Accordion("What it did", open=False), job_fold):
+            lines = gr.Textbox(
+                show_label=False, lines=8, max_lines=8, interactive=False, buttons=["copy"]
+            )
+        live(desk, lines, job_log)
+    wire_jobs(desk, bar)
 
 
 STYLE: Final = """
@@ -26357,6 +27010,68 @@ footer { display: none !important; }
   background: var(--border-color-primary); }
 .task-bar div { height: 100%; background: var(--color-accent); }
 .card-foot { margin-top: 6px; font-size: 13px; color: var(--body-text-color-subdued); }
+"""
+OVERVIEW_STYLE: Final = """
+button.act { border: 1px solid var(--button-secondary-border-color); border-radius: 6px;
+  padding: 4px 12px; white-space: nowrap; cursor: pointer; font-weight: 600; font-size: 14px;
+  background: var(--button-secondary-background-fill);
+  color: var(--button-secondary-text-color); }
+button.act:hover { background: var(--button-secondary-background-fill-hover); }
+button.act:focus-visible { outline: 3px solid var(--color-accent); outline-offset: 1px; }
+button.act.first { background: #1d4ed8; border-color: #1d4ed8; color: #fff; }
+button.act.first:hover { background: #1e40af; }
+p.all-well { margin: 0; padding: 10px 14px; border-radius: 8px; border-left: 4px solid #15803d;
+  background: var(--background-fill-secondary); }
+ul.matters { list-style: none; margin: 0; padding: 0; }
+ul.matters li { display: flex; justify-content: space-between; align-items: center; gap: 16px;
+  margin: 0 0 6px; padding: 8px 12px; border-radius: 8px; border-left: 4px solid #b91c1c;
+  background: var(--background-fill-secondary); }
+ul.matters .sign { display: inline-block; width: 20px; height: 20px; border-radius: 50%;
+  text-align: center; line-height: 20px; font-weight: 700; background: #b91c1c; color: #fff;
+  margin-right: 6px; }
+ul.matters li.apply { border-color: #b45309; } ul.matters .apply .sign { background: #b45309; }
+.gpu-tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(max(270px, 22%), 1fr));
+  gap: 10px; }
+.gpu-tile { height: 100%; box-sizing: border-box; padding: 8px 12px; border-radius: 8px;
+  border: 1px solid var(--border-color-primary); font-size: 13px; }
+.tile-head { display: flex; gap: 8px; margin-bottom: 6px; white-space: nowrap; }
+.tile-head span { overflow: hidden; text-overflow: ellipsis;
+  color: var(--body-text-color-subdued); }
+.tile-head .tile-heat { margin-left: auto; }
+.gpu-tile .card-bar { height: 32px; margin-bottom: 6px; }
+.gpu-tile .card-bar .slice { padding: 2px 6px; }
+.tile-meter { display: grid; grid-template-columns: 58px 1fr auto; align-items: center; gap: 8px; }
+.meter { height: 6px; border-radius: 3px; background: var(--border-color-primary);
+  overflow: hidden; }
+.meter div { height: 100%; background: var(--color-accent); }
+.tile-note { color: var(--body-text-color-subdued); }
+.on-processor { margin: 8px 0 0; }
+.phase { font-weight: 600; white-space: nowrap; }
+.phase.good { color: #15803d; } .phase.busy { color: #1d4ed8; } .phase.bad { color: #b91c1c; }
+.dark .phase.good { color: #4ade80; } .dark .phase.busy { color: #93c5fd; }
+.dark .phase.bad { color: #fca5a5; }
+.job-line { display: grid; grid-template-columns: 1fr auto; gap: 4px 16px; align-items: center;
+  margin-bottom: 6px; overflow-wrap: anywhere; }
+.job-line .task-bar { grid-column: 1 / -1; }
+.calm { color: var(--body-text-color-subdued); }
+#job { position: fixed; left: 0; right: 0; bottom: 0; z-index: 40; max-height: 60vh;
+  overflow: auto; border-top: 2px solid var(--color-accent) !important; border-radius: 0;
+  background: var(--background-fill-primary); box-shadow: 0 -4px 16px #0003; }
+#job .styler { display: flex; flex-wrap: wrap; align-items: center; gap: 0 16px; background: none;
+  padding: 6px 32px; }
+#job .block.job-title { flex: 0 1 auto; width: auto; } #job .block.picture { flex: 1 1 320px; }
+#job .gr-accordion { flex-basis: 100%; padding: 2px 0; }
+#job .label-wrap { margin: 0; font-size: 13px; justify-content: start; gap: 8px; }
+.picture .html-container { padding: 0 !important; }
+.gradio-container { padding-bottom: 96px !important; }
+.first-run { padding: 12px 16px; border: 2px solid var(--color-accent); border-radius: 8px; }
+.first-head { display: flex; justify-content: space-between; align-items: center; gap: 16px; }
+.first-run ol { margin: 8px 0 0; padding-left: 24px; }
+.first-run li { margin: 6px 0; } .first-run li.later { color: var(--body-text-color-subdued); }
+.first-run li div { margin: 4px 0; font-weight: 400; }
+.first-run .tick { color: #15803d; } .dark .first-run .tick { color: #4ade80; }
+.first-run pre { white-space: pre-wrap; padding: 8px; border-radius: 6px;
+  background: var(--background-fill-secondary); }
 """
 # Fonts of the operator's own machine: the console must not ask the internet for any.
 FONTS: Final = ("system-ui", "sans-serif")
@@ -26442,9 +27157,9 @@ def build_console(manager: Manager, watch: Watch) -> tuple[gr.Blocks, News]:
         live(desk, gr.Markdown(), summary_line)
         build_job_panel(desk)
         with gr.Tabs() as tabs:
-            build_overview_tab(desk)
-            form = build_models_tab(desk)
-            build_library_tab(desk, tabs, form)
+            overview = gr.Tab("Overview", id="overview")
+            models = build_models_tab(desk)
+            build_library_tab(desk, tabs, models.form)
             build_hardware_tab(desk)
             build_routes_tab(desk)
             build_keys_tab(desk)
@@ -26452,6 +27167,8 @@ def build_console(manager: Manager, watch: Watch) -> tuple[gr.Blocks, News]:
             build_benchmark_tab(desk)
             build_monitoring_tab(desk)
             build_system_tab(desk)
+        with overview:  # last, because it leads to what the others have
+            build_overview(desk, tabs, models)
         news = wire_live(desk, tabs)
     return app, news
 
@@ -26508,9 +27225,13 @@ def build_app(manager: Manager, watch: Watch) -> Guard:
         path="/",
         auth_dependency=operator,
         app_kwargs={"openapi_url": None, "docs_url": None, "redoc_url": None},
-        css=STYLE + FIT_STYLE + ROUTE_STYLE + WATTS_STYLE,
+        css=STYLE + OVERVIEW_STYLE + FIT_STYLE + ROUTE_STYLE + WATTS_STYLE,
         head=TELL_ZONE + PAGE_SCRIPT.replace("START", start),
-        theme=gr.themes.Default(primary_hue="blue", font=FONTS, font_mono=MONOSPACE_FONTS),
+        theme=gr.themes.Default(primary_hue="blue", font=FONTS, font_mono=MONOSPACE_FONTS).set(
+            # Its own grey is too light to be read on white.
+            body_text_color_subdued="*neutral_600",
+            body_text_color_subdued_dark="*neutral_300",
+        ),
         footer_links=[],
         run_history=False,
         enable_monitoring=False,

@@ -481,7 +481,7 @@ def test_hostile_text_stays_text_wherever_it_is_shown() -> None:
     )
     plan = lm.plan_state(a_state(a_model()), lm.Observed(), a_site())
     shown = [
-        lm.overview_text(snapshot),
+        lm.matters_html(snapshot),
         lm.job_title(snapshot),
         lm.job_title(replace(snapshot, jobs=(a_job(title=HOSTILE),))),
         lm.revoke_question(HOSTILE),
@@ -559,7 +559,6 @@ def test_containers_are_rows_in_the_order_of_their_names() -> None:
 
 
 def test_the_overview_is_silent_when_all_is_well() -> None:
-    assert lm.overview_text(a_snapshot()) == ""
     assert lm.attention(a_snapshot()) == []
 
 
@@ -601,13 +600,6 @@ def test_the_overview_names_a_route_that_nobody_is_to_answer() -> None:
     assert lm.hollow_routes(replace(state, endpoint="stopped")) == []
 
 
-def test_a_newcomer_is_told_the_next_step() -> None:
-    empty = a_state(endpoint="stopped")
-    assert "Register your first model" in lm.overview_text(a_snapshot(empty))
-    registered = a_state(a_model(wish="stopped"), endpoint="stopped")
-    assert "Deploy chat" in lm.overview_text(a_snapshot(registered))
-
-
 def test_the_summary_counts_and_names_the_endpoint() -> None:
     state = a_state(a_model(), a_model("off", wish="stopped"))
     line = lm.summary_line(a_snapshot(state))
@@ -637,7 +629,7 @@ def test_a_task_hides_no_fault_and_no_change() -> None:
     assert lm.running_job(down) is None
     assert "chat should run" in lm.attention(down)[0].text
     assert "Download a/b" in lm.job_title(down)
-    assert lm.job_cancel(down) == {"visible": True}
+    assert "Cancel" in lm.job_bar_html(down)
     both = replace(down, jobs=(task, a_job()))
     assert "Deploy chat" in lm.job_title(both)
 

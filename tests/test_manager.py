@@ -583,7 +583,7 @@ def test_an_engine_that_hangs_is_reported_and_not_restarted_until_it_makes_token
     manager = watched(server)
     watch = lm.Watch(manager, seconds=0.001, stalls=lm.Stalls(**STALLS))
     assert until(lambda: watch.latest().hung == {lm.ModelName("chat"): REPORT})
-    assert lm.Attention(REPORT, "Models") in lm.attention(watch.latest())
+    assert lm.Attention(REPORT, "Models", "restart", "chat") in lm.attention(watch.latest())
     server.world.hung.clear()
     server.world.loads["llm-model-chat-0"] = replace(busy, tokens=71)
     assert until(lambda: watch.latest().hung == {})
