@@ -27057,10 +27057,10 @@ ul.matters li.apply { border-color: #b45309; } ul.matters .apply .sign { backgro
 #job { position: fixed; left: 0; right: 0; bottom: 0; z-index: 40; max-height: 60vh;
   overflow: auto; border-top: 2px solid var(--color-accent) !important; border-radius: 0;
   background: var(--background-fill-primary); box-shadow: 0 -4px 16px #0003; }
-#job .styler { display: flex; flex-wrap: wrap; align-items: center; gap: 0 16px; background: none;
-  padding: 6px 32px; }
-#job .block.job-title { flex: 0 1 auto; width: auto; } #job .block.picture { flex: 1 1 320px; }
-#job .gr-accordion { flex-basis: 100%; padding: 2px 0; }
+#job .styler { display: grid; grid-template-columns: fit-content(60%) 1fr; align-items: center;
+  gap: 0 24px; padding: 6px 32px; background: none; }
+#job .block { min-width: 0; width: auto; margin: 0; }
+#job .gr-accordion { grid-column: 1 / -1; padding: 2px 0; background: none; }
 #job .label-wrap { margin: 0; font-size: 13px; justify-content: start; gap: 8px; }
 .picture .html-container { padding: 0 !important; }
 .gradio-container { padding-bottom: 96px !important; }
