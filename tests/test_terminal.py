@@ -360,7 +360,7 @@ def names_in(schema: Any) -> set[str]:
             return set()
 
 
-def test_the_status_is_as_its_schema_and_the_readme_names_all_of_it() -> None:
+def test_the_status_is_as_its_schema_and_the_reference_names_all_of_it() -> None:
     facts = json.loads(json.dumps(lm.status_facts(a_busy_server())))
     check(SCHEMA, facts)
     assert facts["models"][0]["generated_tokens_per_second"] == 341.6
@@ -368,8 +368,8 @@ def test_the_status_is_as_its_schema_and_the_readme_names_all_of_it() -> None:
     assert facts["gpus"][1]["power_w"] is None
     assert facts["endpoint"]["successes_per_second"] == 3.1
     assert (facts["job"]["title"], facts["job"]["progress"]) == ("Download big", "3 of 9 GiB")
-    readme = lm.PROGRAM.with_name("README.md").read_text()
-    part = readme[readme.index("`llm status --json` and") :].partition("\n## ")[0]
+    page = (lm.PROGRAM.parent / "docs" / "reference.md").read_text()
+    part = page[page.index("`llm status --json` and") :].partition("\n## ")[0]
     assert names_in(SCHEMA) <= set(re.findall(r"`(\w+)`", part))
 
 
