@@ -22635,7 +22635,7 @@ class Energy:
     def export(
         self, what: EnergyTable, first: date, last: date, style: CsvStyle
     ) -> Iterator[bytes]:
-        """A CSV in pieces, however long it is; README says what its columns are."""
+        """A CSV in pieces, however long it is; docs/reference.md says what its columns are."""
         match what:
             case "samples":
                 return self._records.samples(first, last, style)
@@ -29472,7 +29472,7 @@ DONE, FAILED, WRONG_USAGE, TO_DO = range(4)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; exit status as in the README."""
+    """Run one command; exit status as in FIRST_STEPS."""
     if argv is None and sys.argv[1:] == [FETCH_WEIGHTS]:
         return command_fetch_weights()
     arguments = build_parser().parse_args(join_values(sys.argv[1:] if argv is None else argv))
@@ -29558,9 +29558,12 @@ def join_values(argv: Sequence[str]) -> list[str]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Every command; tests compare this with the README."""
+    """Every command; tests compare this with docs/reference.md."""
     parser = argparse.ArgumentParser(
-        prog="llm_manager.py", description="The operator console of a shared GPU server."
+        prog="llm_manager.py",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="The operator console of a shared GPU server.",
+        epilog=FIRST_STEPS,
     )
     parser.set_defaults(command=command_serve, port=CONSOLE_PORT)
     parser.add_argument(
@@ -29569,17 +29572,18 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND")
 
     def add(name: str, command: Callable[[argparse.Namespace], int], text: str) -> Any:
-        sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(command=command)
+        sub = _verb(commands, name, command, text)
         sub.add_argument("--json", action="store_true", help="print facts as JSON")
         return sub
 
     serve = add("serve", command_serve, "the console (the default); restores first")
-    serve.add_argument("--port", type=int, default=CONSOLE_PORT)
     demo = add("demo", command_demo, "the console over an imagined server; touches nothing")
-    demo.add_argument("--port", type=int, default=CONSOLE_PORT)
     url = add("url", command_url, "the console's address with its access token")
-    url.add_argument("--port", type=int, default=CONSOLE_PORT)
+    for sub in (serve, demo, url):
+        sub.add_argument(
+            "--port", type=int, default=CONSOLE_PORT,
+            help=f"of {CONSOLE_HOST}; default: {CONSOLE_PORT}",
+        )  # fmt: skip
     _add_watching(add)
     add("plan", command_plan, "what would be done; exit status 3 if anything")
     apply = add("apply", _changes(_applying), "do what is planned")
@@ -29612,10 +29616,40 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+FIRST_STEPS: Final = """first steps:
+  llm_manager.py demo                        look at it; touches nothing
+  llm_manager.py                             the console, for a browser
+  llm_manager.py model add chat --repository Qwen/Qwen3-0.6B
+  llm_manager.py deploy chat --plan          what would happen; without --plan it does
+  llm_manager.py key create "Ada Lovelace"   what a colleague needs
+
+exit status: 0 done, 1 failed, 2 wrong usage, 3 there is something to do"""
+
+
+def _group(commands: Any, name: str, text: str) -> Any:
+    """A command that has verbs of its own."""
+    sub = commands.add_parser(name, help=text, description=text)
+    return sub.add_subparsers(required=True, metavar="COMMAND")
+
+
+def _verb(
+    group: Any, name: str, command: Callable[[argparse.Namespace], int], text: str, **settings: Any
+) -> Any:
+    sub = group.add_parser(name, help=text, description=text, **settings)
+    sub.set_defaults(command=command)
+    return sub
+
+
 def _add_watching(add: Callable[..., Any]) -> None:
     add("status", command_status, "models and containers as they are; exit status 3 if not well")
     top = add("top", command_top, "the whole server, live in this terminal; q quits")
-    top.add_argument("--interval", type=interval, default=2.0, metavar="SECONDS")
+    top.add_argument(
+        "--interval",
+        type=interval,
+        default=2.0,
+        metavar="SECONDS",
+        help="between looks; default: 2",
+    )
 
 
 def _applying(_: Manager, arguments: argparse.Namespace) -> Change:
@@ -29632,28 +29666,31 @@ def add_model_commands(commands: Any, add: Callable[..., Any]) -> None:
         _add_named_change(add(name, command_serve, text), make)
     logs = add("logs", command_logs, "a model's log, or what was kept of its last start")
     logs.add_argument("name")
-    logs.add_argument("-f", "--follow", action="store_true")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on as it grows")
     logs.add_argument("--search", default="", help="only the lines that have this text")
     logs.add_argument("--previous", action="store_true", help="of the run or failed start before")
-    group = commands.add_parser("model", help="register and change models").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
-    for verb, command in (("add", command_model_add), ("set", command_model_set)):
-        sub = group.add_parser(verb)
-        sub.set_defaults(command=command)
+    group = _group(commands, "model", "register and change models")
+    for verb, command, text in (
+        ("add", command_model_add, "register a model; nothing starts"),
+        ("set", command_model_set, "change what is named; the rest stays"),
+    ):
+        sub = _verb(group, verb, command, text)
         sub.add_argument("name")
         _add_model_options(sub, required=verb == "add")
-    for verb, command in (("list", command_model_list), ("show", command_model_show)):
-        sub = group.add_parser(verb)
-        sub.set_defaults(command=command)
+    for verb, command, text in (
+        ("list", command_model_list, "the registered models, and how they are"),
+        ("show", command_model_show, "all settings of one"),
+    ):
+        sub = _verb(group, verb, command, text)
         sub.add_argument("--json", action="store_true")
         if verb == "show":
             sub.add_argument("name")
-    fit = group.add_parser("fit", help="whether it fits its place, and where else it would")
-    fit.set_defaults(command=command_model_fit)
+    fit = _verb(
+        group, "fit", command_model_fit, "whether it fits its place, and where else it would"
+    )
     fit.add_argument("name")
     fit.add_argument("--at-once", type=positive, default=1, help="requests at a time")
-    _add_named_change(group.add_parser("remove"), removing)
+    _add_named_change(group.add_parser("remove", help="stop a model and forget it"), removing)
 
 
 def _add_named_change(sub: argparse.ArgumentParser, make: Callable[[str], Change]) -> None:
@@ -29666,13 +29703,13 @@ def _add_model_options(sub: argparse.ArgumentParser, *, required: bool) -> None:
     source = sub.add_mutually_exclusive_group(required=required)
     source.add_argument("--repository", help="on the Hugging Face hub")
     source.add_argument("--path", help="a directory of this server")
-    sub.add_argument("--revision")
-    sub.add_argument("--type", default="chat" if required else None)
+    sub.add_argument("--revision", help="branch, tag or commit; default: today's commit")
+    sub.add_argument("--type", default="chat" if required else None, help=", ".join(MODEL_TYPES))
     sub.add_argument("--served-as", help="what clients ask for; default: the name")
     sub.add_argument("--arguments", help='for the engine: "--max-model-len 8192"')
     sub.add_argument("--image", help="instead of the pinned engine image")
     sub.add_argument("--recipe", help="whose image is built here; empty for none")
-    sub.add_argument("--replicas", type=int)
+    sub.add_argument("--replicas", type=int, help="engines that share its requests; default: 1")
     sub.add_argument(
         "--open-route", choices=YES_OR_NO, help="any key at /open/NAME, while those are open"
     )
@@ -29714,7 +29751,7 @@ def add_weights_commands(commands: Any, add: Callable[..., Any]) -> None:
     """`search`, `inspect`, `pull`, `cache …`."""
     search = add("search", command_search, "find models on the Hugging Face hub")
     search.add_argument("text")
-    search.add_argument("--type", choices=MODEL_TYPES)
+    search.add_argument("--type", choices=MODEL_TYPES, help="these alone")
     look = add(
         "inspect", command_inspect, "what a repository or directory holds, and where it fits"
     )
@@ -29725,40 +29762,31 @@ def add_weights_commands(commands: Any, add: Callable[..., Any]) -> None:
         sub.add_argument("--type", choices=MODEL_TYPES, help="default: guessed")
     look.add_argument("--arguments", default="", help='for the engine: "--max-model-len 8192"')
     look.add_argument("--at-once", type=positive, default=1, help="requests at a time")
-    cache = commands.add_parser("cache", help="the weights on this server").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
-    listing = cache.add_parser("list", help="what is stored, and which models use it")
-    listing.set_defaults(command=command_cache_list)
+    cache = _group(commands, "cache", "the weights on this server")
+    listing = _verb(cache, "list", command_cache_list, "what is stored, and which models use it")
     listing.add_argument("--json", action="store_true")
-    remove = cache.add_parser("remove", help="delete weights that no model uses")
-    remove.set_defaults(command=command_cache_remove)
+    remove = _verb(cache, "remove", command_cache_remove, "delete weights that no model uses")
     remove.add_argument("repository")
     remove.add_argument("--revision", help="default: all of them")
     remove.add_argument("--despite-use", action="store_true", help="models that use it fail then")
-    prune = cache.add_parser("prune", help="delete all that no registered model uses")
-    prune.set_defaults(command=command_cache_prune)
+    prune = _verb(cache, "prune", command_cache_prune, "delete all that no registered model uses")
     for sub in (remove, prune):
         sub.add_argument("--plan", action="store_true", help="show what would go")
 
 
 def add_gpu_commands(commands: Any) -> None:
     """`gpu …` and `mig …`."""
-    group = commands.add_parser("gpu", help="the GPUs of this server").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
-    for verb, command in (("list", command_gpu_list), ("topology", command_gpu_topology)):
-        sub = group.add_parser(verb)
-        sub.set_defaults(command=command)
+    group = _group(commands, "gpu", "the GPUs of this server")
+    for verb, command, text in (
+        ("list", command_gpu_list, "memory, load, heat, watts, slices, and what sits on each"),
+        ("topology", command_gpu_topology, "how they are joined"),
+    ):
+        sub = _verb(group, verb, command, text)
         sub.add_argument("--json", action="store_true")
-    mig = commands.add_parser("mig", help="cut GPUs into slices").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
-    show = mig.add_parser("show", help="slices as they are and as they are wished")
-    show.set_defaults(command=command_mig_show)
+    mig = _group(commands, "mig", "cut GPUs into slices")
+    show = _verb(mig, "show", command_mig_show, "slices as they are and as they are wished")
     show.add_argument("--json", action="store_true")
-    choices = mig.add_parser("layouts", help="every way to cut a GPU")
-    choices.set_defaults(command=command_mig_layouts)
+    choices = _verb(mig, "layouts", command_mig_layouts, "every way to cut a GPU")
     choices.add_argument("gpu", help="index or UUID")
     for verb, text in (("plan", "what a cut would do"), ("apply", "cut a GPU; all or nothing")):
         sub = mig.add_parser(verb, help=text)
@@ -29780,9 +29808,8 @@ def _add_layout_files(mig: Any) -> None:
     taking.add_argument("file", type=Path)
     taking.add_argument("--label", help="which of its configurations")
     taking.add_argument("--plan", action="store_true", help="show the plan only")
-    export = mig.add_parser("export", help="the wished layouts in mig-parted's format")
-    export.set_defaults(command=command_mig_export)
-    export.add_argument("--label", default="llm-manager")
+    export = _verb(mig, "export", command_mig_export, "the wished layouts in mig-parted's format")
+    export.add_argument("--label", default="llm-manager", help="of the configuration in it")
 
 
 def _importing(manager: Manager, arguments: argparse.Namespace) -> Change:
@@ -29793,46 +29820,46 @@ def _importing(manager: Manager, arguments: argparse.Namespace) -> Change:
 
 def add_key_commands(commands: Any) -> None:
     """`key …` and `group …`."""
-    verbs = commands.add_parser("key", help="virtual keys for colleagues").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
-    for verb, command in (("create", command_key_create), ("set", command_key_set)):
-        sub = verbs.add_parser(verb)
-        sub.set_defaults(command=command)
+    verbs = _group(commands, "key", "virtual keys for colleagues")
+    for verb, command, text in (
+        ("create", command_key_create, "a new key; its secret is shown this once"),
+        ("set", command_key_set, "change what is named; the rest stays"),
+    ):
+        sub = _verb(verbs, verb, command, text)
         sub.add_argument("name")
         _add_key_options(sub)
         sub.add_argument("--json", action="store_true")
-    many = verbs.add_parser("import", help="a key per line of a CSV: name,email,group")
-    many.set_defaults(command=command_key_import)
+    many = _verb(verbs, "import", command_key_import, "a key per line of a CSV: name,email,group")
     many.add_argument("file", type=Path)
     _add_key_options(many)
-    listing = verbs.add_parser("list")
-    listing.set_defaults(command=command_key_list)
+    listing = _verb(verbs, "list", command_key_list, "all keys, with limits, use and last use")
     listing.add_argument("--json", action="store_true")
-    rotate = verbs.add_parser("rotate", help="another secret for the same key")
-    rotate.set_defaults(command=command_key_rotate)
+    rotate = _verb(verbs, "rotate", command_key_rotate, "another secret for the same key")
     rotate.add_argument("name")
     rotate.add_argument("--grace-hours", type=float, default=24.0, help="the old one works on")
     rotate.add_argument("--json", action="store_true")
-    why = verbs.add_parser("why", help="why a key works or fails")
-    why.set_defaults(command=command_key_why)
+    why = _verb(verbs, "why", command_key_why, "why a key works or fails")
     why.add_argument("name", nargs="?", help="whose it is; else its secret is asked for")
-    why.add_argument("--model", default="")
+    why.add_argument("--model", default="", help="whether it may ask for this one")
     _add_blocking(verbs, command_key_verb)
     _add_group_commands(commands)
 
 
 def _add_blocking(verbs: Any, command: Callable[[argparse.Namespace], int]) -> None:
-    for verb, done in (("block", "Blocked"), ("unblock", "Unblocked"), ("revoke", "Revoked")):
-        sub = verbs.add_parser(verb)
-        sub.set_defaults(command=command, verb=verb, done=done)
+    for verb, done, text in (
+        ("block", "Blocked", "refuse its requests until it is unblocked"),
+        ("unblock", "Unblocked", "take its requests again"),
+        ("revoke", "Revoked", "end it for good; what it used stays accounted for"),
+    ):
+        sub = _verb(verbs, verb, command, text)
+        sub.set_defaults(verb=verb, done=done)
         sub.add_argument("name")
 
 
 def _add_key_options(parser: Any) -> None:
-    parser.add_argument("--email")
+    parser.add_argument("--email", help="of the colleague; '' for none")
     parser.add_argument("--group", help="its name; '' for none")
-    parser.add_argument("--note")
+    parser.add_argument("--note", help="for yourself")
     parser.add_argument("--days", type=int, help="valid for; 0: for ever")
     _add_allowance_options(parser)
     parser.add_argument("--parallel", type=int, help="requests at a time; 0: any number")
@@ -29849,19 +29876,14 @@ def _add_allowance_options(parser: Any) -> None:
 
 
 def _add_group_commands(commands: Any) -> None:
-    verbs = commands.add_parser("group", help="keys that share limits").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
-    change = verbs.add_parser("set", help="make one, or change it")
-    change.set_defaults(command=command_group_set)
+    verbs = _group(commands, "group", "keys that share limits")
+    change = _verb(verbs, "set", command_group_set, "make one, or change it")
     change.add_argument("name")
-    change.add_argument("--note")
+    change.add_argument("--note", help="for yourself")
     _add_allowance_options(change)
-    listing = verbs.add_parser("list")
-    listing.set_defaults(command=command_group_list)
+    listing = _verb(verbs, "list", command_group_list, "all groups, with limits and use")
     listing.add_argument("--json", action="store_true")
-    extend = verbs.add_parser("extend", help="another end for all its keys")
-    extend.set_defaults(command=command_group_extend)
+    extend = _verb(verbs, "extend", command_group_extend, "another end for all its keys")
     extend.add_argument("name")
     extend.add_argument("--days", type=int, required=True, help="from now; 0: for ever")
     _add_blocking(verbs, command_group_verb)
@@ -29869,15 +29891,13 @@ def _add_group_commands(commands: Any) -> None:
 
 def add_token_commands(commands: Any) -> None:
     """`token …`."""
-    group = commands.add_parser("token", help="admin tokens, for programs that use the API")
-    verbs = group.add_subparsers(required=True, metavar="COMMAND")
-    for verb, command in (
-        ("create", command_token_create),
-        ("list", command_token_list),
-        ("revoke", command_token_revoke),
+    verbs = _group(commands, "token", "admin tokens, for programs that use the API")
+    for verb, command, text in (
+        ("create", command_token_create, "a new token, shown this once"),
+        ("list", command_token_list, "whose there are"),
+        ("revoke", command_token_revoke, "it opens nothing any more"),
     ):
-        sub = verbs.add_parser(verb)
-        sub.set_defaults(command=command)
+        sub = _verb(verbs, verb, command, text)
         if verb != "list":
             sub.add_argument("name", help="the program's; the audit shows it")
         if verb != "revoke":
@@ -29886,15 +29906,17 @@ def add_token_commands(commands: Any) -> None:
 
 def add_energy_commands(commands: Any) -> None:
     """`energy show | export`."""
-    group = commands.add_parser("energy", help="what GPUs took, and whose it was")
-    verbs = group.add_subparsers(required=True, metavar="COMMAND")
-    show = verbs.add_parser("show", help="kWh, money, CO2 and joules per token")
-    show.set_defaults(command=command_energy_show)
+    verbs = _group(commands, "energy", "what GPUs took, and whose it was")
+    show = _verb(verbs, "show", command_energy_show, "kWh, money, CO2 and joules per token")
     grouping = (*get_args(EnergyGrouping), "session")
-    show.add_argument("--by", choices=grouping, default="model")
+    show.add_argument("--by", choices=grouping, default="model", help="default: model")
     show.add_argument("--json", action="store_true")
-    export = verbs.add_parser("export", help="a CSV, however long; README lists the columns")
-    export.set_defaults(command=command_energy_export)
+    export = _verb(
+        verbs,
+        "export",
+        command_energy_export,
+        "a CSV, however long; docs/reference.md lists its columns",
+    )
     export.add_argument("what", choices=get_args(EnergyTable))
     export.add_argument("--separator", default=",", help="; for a German spreadsheet")
     export.add_argument("--decimal", default=".", metavar="MARK", help=", for a German spreadsheet")
@@ -29907,7 +29929,7 @@ def add_energy_commands(commands: Any) -> None:
 def add_usage_commands(commands: Any, add: Callable[..., Any]) -> None:
     """`usage`, `statement`, `price …`."""
     usage = add("usage", command_usage, "requests and tokens, out of LiteLLM's database")
-    usage.add_argument("--by", choices=get_args(Grouping), default="key")
+    usage.add_argument("--by", choices=get_args(Grouping), default="key", help="default: key")
     usage.add_argument("--from", dest="first", metavar="DAY", default="", help="such as 2026-11-21")
     usage.add_argument("--to", dest="last", metavar="DAY", default="", help="included; else today")
     other = usage.add_mutually_exclusive_group()
@@ -29922,38 +29944,33 @@ def add_usage_commands(commands: Any, add: Callable[..., Any]) -> None:
     shown = statement.add_mutually_exclusive_group()
     shown.add_argument("--csv", action="store_true", help="every line, for other programs")
     shown.add_argument("--html", action="store_true", help="a page to print")
-    price = commands.add_parser("price", help="of a million tokens, on statements alone")
-    verbs = price.add_subparsers(required=True, metavar="COMMAND")
-    named = verbs.add_parser("set")
-    named.set_defaults(command=command_price_set)
+    verbs = _group(commands, "price", "of a million tokens, on statements alone")
+    named = _verb(verbs, "set", command_price_set, "the price of a model, or of all others")
     named.add_argument("model", help="as in `usage --by model`, or * for all others")
-    named.add_argument("--prompt", type=float, required=True)
-    named.add_argument("--completion", type=float, required=True)
+    named.add_argument("--prompt", type=float, required=True, help="of a million tokens")
+    named.add_argument("--completion", type=float, required=True, help="of a million tokens")
     named.add_argument("--currency", help="of all prices: three letters")
-    removed = verbs.add_parser("remove")
-    removed.set_defaults(command=command_price_remove)
+    removed = _verb(verbs, "remove", command_price_remove, "no price any more for that model")
     removed.add_argument("model")
-    listed = verbs.add_parser("list")
-    listed.set_defaults(command=command_price_list)
+    listed = _verb(verbs, "list", command_price_list, "what a million tokens cost")
     listed.add_argument("--json", action="store_true")
 
 
 def add_direct_commands(commands: Any) -> None:
     """`direct …`."""
-    group = commands.add_parser("direct", help="keys past the gateway, straight to engines")
-    verbs = group.add_subparsers(required=True, metavar="COMMAND")
-    create = verbs.add_parser("create", help="a new key, or another one in its namesake's place")
-    create.set_defaults(command=command_direct_create)
+    verbs = _group(commands, "direct", "keys past the gateway, straight to engines")
+    create = _verb(
+        verbs, "create", command_direct_create, "a new key, or another one in its namesake's place"
+    )
     create.add_argument("name")
     create.add_argument("--model", action="append", default=[], help="repeat; none: all of them")
     create.add_argument(
         "--emergency", action="store_true", help="opens /v1 too, and needs no PostgreSQL"
     )
-    listing = verbs.add_parser("list")
-    listing.set_defaults(command=command_direct_list)
+    listing = _verb(verbs, "list", command_direct_list, "whose there are, and what they open")
     for sub in (create, listing):
         sub.add_argument("--json", action="store_true")
-    _add_named_change(verbs.add_parser("revoke"), revoking_direct)
+    _add_named_change(verbs.add_parser("revoke", help="it opens nothing any more"), revoking_direct)
 
 
 def _add_looks(add: Callable[..., Any]) -> None:
@@ -29966,38 +29983,37 @@ def _add_looks(add: Callable[..., Any]) -> None:
 def add_route_commands(commands: Any, add: Callable[..., Any]) -> None:
     """`routes`, `try`, `provider …` and `route …`."""
     _add_looks(add)
-    group = commands.add_parser("provider", help="servers of models elsewhere").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
+    group = _group(commands, "provider", "servers of models elsewhere")
     # Not even a key that is given by mistake, as `--key sk-…`, may pass for a file's name.
-    provider = group.add_parser("add", help="a new one, or a known one anew", allow_abbrev=False)
-    provider.set_defaults(command=command_provider_add)
+    provider = _verb(
+        group, "add", command_provider_add, "a new one, or a known one anew", allow_abbrev=False
+    )
     provider.add_argument("name")
-    provider.add_argument("--kind", required=True, choices=PROVIDER_KINDS)
+    provider.add_argument(
+        "--kind", required=True, choices=PROVIDER_KINDS, help="openai: any compatible address"
+    )
     provider.add_argument("--url", help=f"like http://10.0.0.7:11434; this server: {HOST_NAME}")
     provider.add_argument("--vendor", help="LiteLLM's name of a cloud; default: the name")
     key = provider.add_mutually_exclusive_group()
     key.add_argument("--ask-key", action="store_true", help="from the keyboard or standard input")
     key.add_argument("--key-file", type=Path, help="an empty one forgets the key")
-    listing = group.add_parser("list", help="the providers, asked for their health")
-    listing.set_defaults(command=command_provider_list)
-    models = group.add_parser("models", help="what it has, as routes name it")
-    models.set_defaults(command=command_provider_models)
+    listing = _verb(group, "list", command_provider_list, "the providers, asked for their health")
+    models = _verb(group, "models", command_provider_models, "what it has, as routes name it")
     models.add_argument("name")
     for sub in (listing, models):
         sub.add_argument("--json", action="store_true")
-    _add_named_change(group.add_parser("remove"), unproviding)
-    routes = commands.add_parser("route", help="public names, and who answers").add_subparsers(
-        required=True, metavar="COMMAND"
+    _add_named_change(group.add_parser("remove", help="forget it, with its key"), unproviding)
+    routes = _group(commands, "route", "public names, and who answers")
+    change = _verb(
+        routes, "set", command_route_set, "make or change a route; what is not named stays"
     )
-    change = routes.add_parser("set", help="make or change a route; what is not named stays")
-    change.set_defaults(command=command_route_set)
     change.add_argument("name", help="a new public name, a model's own, or a pattern like lab/*")
     _add_route_options(change)
-    every = routes.add_parser("list", help="every public name, and who answers for it")
-    every.set_defaults(command=command_route_list)
+    every = _verb(routes, "list", command_route_list, "every public name, and who answers for it")
     every.add_argument("--json", action="store_true")
-    _add_named_change(routes.add_parser("remove"), unrouting)
+    _add_named_change(
+        routes.add_parser("remove", help="that name is no way in any more"), unrouting
+    )
 
 
 def _add_route_options(sub: argparse.ArgumentParser) -> None:
@@ -30015,7 +30031,9 @@ def _add_route_options(sub: argparse.ArgumentParser) -> None:
         "--weight", dest="weights", action="append", type=positive, metavar="N",
         help="of each member, in their order; sets the strategy",
     )  # fmt: skip
-    sub.add_argument("--strategy", choices=STRATEGIES)
+    sub.add_argument(
+        "--strategy", choices=STRATEGIES, help="who gets a request; default: least-busy"
+    )
     for option, field_name, metavar, text in (
         ("--timeout", "timeout_seconds", "SECONDS", "for a whole answer"),
         ("--retries", "retries", "N", "before the fallbacks"),
@@ -30063,24 +30081,20 @@ def add_benchmark_command(add: Callable[..., Any]) -> None:
 
 def add_database_commands(commands: Any) -> None:
     """`database …`."""
-    group = commands.add_parser("database", help="keys and usage on the disk").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
-    show = group.add_parser("show", help="its size, and how long requests are kept")
-    show.set_defaults(command=command_database_show)
-    listing = group.add_parser("list", help="its dumps, newest first")
-    listing.set_defaults(command=command_database_list)
+    group = _group(commands, "database", "keys and usage on the disk")
+    show = _verb(group, "show", command_database_show, "its size, and how long requests are kept")
+    listing = _verb(group, "list", command_database_list, "its dumps, newest first")
     for sub in (show, listing):
         sub.add_argument("--json", action="store_true")
-    dump = group.add_parser("dump", help="a new dump, read back whole before it counts")
-    dump.set_defaults(command=command_database_dump)
+    dump = _verb(
+        group, "dump", command_database_dump, "a new dump, read back whole before it counts"
+    )
     dump.add_argument("file", nargs="?", default="", help="a name of your own; it never makes way")
     back = group.add_parser("restore", help="return to a dump; all or nothing")
     back.set_defaults(command=_changes(lambda m, a: m.database.restoring(a.file)))
     back.add_argument("file", help="from `database list`, or an absolute path")
     back.add_argument("--plan", action="store_true", help="show the plan only")
-    keep = group.add_parser("set", help="what is kept, and for how long")
-    keep.set_defaults(command=command_database_set)
+    keep = _verb(group, "set", command_database_set, "what is kept, and for how long")
     keep.add_argument(
         "--retention", type=number_or_off, metavar="DAYS", help="of single requests, or off"
     )
@@ -30089,45 +30103,44 @@ def add_database_commands(commands: Any) -> None:
 
 def add_monitoring_commands(commands: Any) -> None:
     """`monitoring …`; the switch is `config set --monitoring`."""
-    group = commands.add_parser("monitoring", help="Prometheus and Grafana").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
-    show = group.add_parser("show", help="what is scraped, and which alerts hold")
-    show.set_defaults(command=command_monitoring_show)
+    group = _group(commands, "monitoring", "Prometheus and Grafana")
+    show = _verb(group, "show", command_monitoring_show, "what is scraped, and which alerts hold")
     show.add_argument("--json", action="store_true")
-    password = group.add_parser("password", help="of Grafana's admin")
-    password.set_defaults(command=command_monitoring_password)
-    change = group.add_parser("set", help="how much is kept, and who is told of alerts")
-    change.set_defaults(command=command_monitoring_set)
-    change.add_argument("--retention-days", type=positive, metavar="DAYS")
+    _verb(group, "password", command_monitoring_password, "of Grafana's admin")
+    change = _verb(
+        group, "set", command_monitoring_set, "how much is kept, and who is told of alerts"
+    )
+    change.add_argument("--retention-days", type=positive, metavar="DAYS", help="of figures")
     change.add_argument("--retention-gb", type=positive, metavar="GB", help="the lower one counts")
     change.add_argument("--metrics-port", type=positive, metavar="PORT", help="for our own figures")
     change.add_argument("--webhook", choices=ON_OR_OFF, help="on asks for its address")
     change.add_argument("--mail", choices=ON_OR_OFF, help="on asks for the password, if any")
-    change.add_argument("--mail-to", default="", metavar="ADDRESS")
-    change.add_argument("--mail-from", default="", metavar="ADDRESS")
-    change.add_argument("--mail-server", default="", metavar="HOST:PORT")
-    change.add_argument("--mail-user", default="", metavar="NAME")
-    change.add_argument("--mail-starttls", choices=YES_OR_NO, default="yes")
+    change.add_argument("--mail-to", default="", metavar="ADDRESS", help="who is told")
+    change.add_argument("--mail-from", default="", metavar="ADDRESS", help="the sender")
+    change.add_argument("--mail-server", default="", metavar="HOST:PORT", help="who sends it")
+    change.add_argument(
+        "--mail-user", default="", metavar="NAME", help="there; asks for the password"
+    )
+    change.add_argument("--mail-starttls", choices=YES_OR_NO, default="yes", help="default: yes")
 
 
 def add_config_commands(commands: Any) -> None:
     """`config …`."""
-    config = commands.add_parser("config", help="the stored state").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
-    config.add_parser("show").set_defaults(command=command_config_show)
-    config.add_parser("check").set_defaults(command=command_config_check)
-    edge = config.add_parser("set", help="the HTTPS endpoint, energy, and monitoring")
-    edge.set_defaults(command=command_config_set)
-    edge.add_argument("--hostname", action="append")
+    config = _group(commands, "config", "the stored state")
+    _verb(config, "show", command_config_show, "all settings; secrets are stars")
+    _verb(config, "check", command_config_check, "whether config.json can be read")
+    edge = _verb(config, "set", command_config_set, "the HTTPS endpoint, energy, and monitoring")
+    edge.add_argument("--hostname", action="append", help="of the endpoint; repeatable")
     edge.add_argument("--address", help="to listen on")
-    edge.add_argument("--https-port", type=int)
-    edge.add_argument("--http-port", type=int)
-    edge.add_argument("--tls", choices=TLS_CHOICES)
-    edge.add_argument("--certificate", default="")
-    edge.add_argument("--key", default="")
-    edge.add_argument("--email", default="")
+    edge.add_argument("--https-port", type=int, help="default: 443")
+    edge.add_argument("--http-port", type=int, help="leads to HTTPS; default: 80")
+    edge.add_argument(
+        "--tls", choices=TLS_CHOICES,
+        help="Caddy's own authority, files of this server, or Let's Encrypt",
+    )  # fmt: skip
+    edge.add_argument("--certificate", default="", metavar="FILE", help="of own: the chain")
+    edge.add_argument("--key", default="", metavar="FILE", help="of own: its private key")
+    edge.add_argument("--email", default="", help="of acme: who is told of trouble")
     edge.add_argument("--acme-directory", default="", help="a company's own ACME server")
     edge.add_argument("--open-routes", choices=YES_OR_NO, help="no closes all of them at once")
     edge.add_argument("--max-request-mib", type=positive, metavar="MIB", help="larger ones: 413")
@@ -30138,8 +30151,7 @@ def add_config_commands(commands: Any) -> None:
         "--overhead", type=float, metavar="N", help="what the room takes beside (PUE)"
     )
     edge.add_argument("--monitoring", choices=ON_OR_OFF, help="Prometheus and Grafana")
-    token = config.add_parser("token", help="the Hugging Face token, from standard input")
-    token.set_defaults(command=command_config_token)
+    _verb(config, "token", command_config_token, "the Hugging Face token, from standard input")
 
 
 def add_system_commands(commands: Any, add: Callable[..., Any]) -> None:
@@ -30154,20 +30166,13 @@ def add_system_commands(commands: Any, add: Callable[..., Any]) -> None:
     audit.add_argument("--since", metavar="DATE", help="like 2026-03-31, in UTC")
     install = add("install", command_install, "install and start the systemd service")
     install.add_argument("--root", type=Path, default=Path("/"), help="for packagers")
-    install.add_argument("--no-start", action="store_true")
+    install.add_argument("--no-start", action="store_true", help="write the unit only")
 
 
 def add_image_commands(commands: Any) -> None:
     """`image …`."""
-    image = commands.add_parser("image", help="the images, pulled and built").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
-
-    def add(verb: str, command: Callable[[argparse.Namespace], int], text: str) -> Any:
-        sub = image.add_parser(verb, help=text, description=text)
-        sub.set_defaults(command=command)
-        return sub
-
+    image = _group(commands, "image", "the images, pulled and built")
+    add = partial(_verb, image)
     listing = add("list", command_image_list, "what is pinned, and what of it is here")
     listing.add_argument("--json", action="store_true")
     build = add("build", command_image_build, "build and pin the image of a recipe")

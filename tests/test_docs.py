@@ -75,6 +75,24 @@ def test_the_reference_lists_every_command_and_no_other() -> None:
     assert found == {*COMMANDS}
 
 
+def test_every_command_and_option_says_in_the_help_what_it_does() -> None:
+    silent = [
+        f"{name} {action.option_strings}"
+        for name, sub in COMMANDS.items()
+        for action in sub._actions
+        if action.option_strings and not action.help and action.dest != "json"
+    ]
+    groups = [lm.build_parser()]
+    for parser in groups:
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                groups += action.choices.values()
+                told = {choice.dest for choice in action._choices_actions if choice.help}
+                silent += [f"{parser.prog} {verb}" for verb in action.choices.keys() - told]
+    assert len(groups) > len(COMMANDS)
+    assert not silent
+
+
 def commands_in_blocks() -> Iterator[tuple[str, list[str]]]:
     """Each call of the program in a block of shell, with its page."""
     for page, text in PAGES.items():
@@ -129,9 +147,10 @@ def test_every_option_that_a_page_names_is_one_of_the_program_or_of_an_engine() 
     assert not {(page, option) for page, option in named if option not in known}
 
 
-def test_the_exit_statuses_are_those_of_the_reference() -> None:
+def test_the_exit_statuses_are_those_of_the_reference_and_of_the_help() -> None:
     text = " ".join(REFERENCE.split())
     assert "0 done, 1 failed, 2 wrong usage, 3 there is something to do" in text
+    assert "0 done, 1 failed, 2 wrong usage, 3 there is something to do" in lm.FIRST_STEPS
     assert (lm.DONE, lm.FAILED, lm.WRONG_USAGE, lm.TO_DO) == (0, 1, 2, 3)
 
 
