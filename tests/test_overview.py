@@ -25,7 +25,6 @@ from builders import (
     on_slice,
     the,
 )
-from fake_gpus import SimulatedGpus, a_card
 from fakes import Server, until
 
 import llm_manager as lm
@@ -184,7 +183,7 @@ def test_hostile_names_stay_text_in_every_picture() -> None:
 
 
 def test_a_gpu_is_drawn_with_what_sits_on_it_and_told_in_words() -> None:
-    gpus = SimulatedGpus([a_card("H100 80 GB")])
+    gpus = lm.SimulatedGpus([lm.simulated_card("H100 80 GB")])
     gpus.set_mig_mode(GPU_0, enabled=True)
     wish = (("3g.40gb", 0), ("1g.10gb", 4))
     for place in wish:
