@@ -28976,15 +28976,26 @@ class SimulatedUse:
         return rows
 
     def _standings(self) -> list[tuple[Any, ...]]:
-        made_at = self.made_at.replace(tzinfo=None)
-        rows = []
+        made_at, spent = _unzoned(self.made_at), self.spent()
+        rows: list[tuple[Any, ...]] = []
         for group in self._server.groups:
             limits = group.rpm_limit, group.tpm_limit
-            rows.append(("group", group.name, made_at, None, *self._busiest(group.people, *limits)))
+            busiest = self._busiest(group.people, *limits)
+            of_all = math.fsum(spent.get(person, 0.0) for person in group.people)
+            rows.append(("group", group.name, made_at, None, of_all, None, *busiest))
             for who in group.people:
-                used_at = _unzoned(self.used_at(who))
-                rows.append(("key", who, made_at, used_at, *self._busiest((who,))))
+                used_at, busiest = _unzoned(self.used_at(who)), self._busiest((who,))
+                rows.append(("key", who, made_at, used_at, spent.get(who, 0.0), None, *busiest))
         return sorted(rows, key=operator.itemgetter(0, 1))
+
+    def spent(self) -> dict[str, float]:
+        """What people used, in millions of tokens, as budgets are told."""
+        tokens: Counter[str] = Counter()
+        last = datetime.fromtimestamp(self.work.now, UTC).date()
+        for day in days_between(self.work.moment(0).date(), last):
+            for (_, person), work in self.work.day(day).items():
+                tokens[person] += int(work[_PROMPT] + work[_COMPLETION])
+        return {person: count / 1e6 for person, count in tokens.items()}
 
     @property
     def made_at(self) -> datetime:
@@ -29004,7 +29015,7 @@ class SimulatedUse:
     def _busiest(
         self, people: Collection[str], rpm_limit: int | None = None, tpm_limit: int | None = None
     ) -> tuple[Any, ...]:
-        """A budget that nobody has, and the busiest minute of the last day beside its limits."""
+        """The busiest minute of the last day, beside its limits."""
         present = int(self.work.now - self.work.start) // HOUR_SECONDS
         most = _NOTHING
         for hour in range(max(present - 23, 0), present + 1):
@@ -29013,7 +29024,7 @@ class SimulatedUse:
         asked = math.ceil(most[_REQUESTS] * _BURST / 60)
         tokens = math.ceil((most[_PROMPT] + most[_COMPLETION]) * _BURST / 60)
         return (
-            0.0, None, min(asked, rpm_limit or asked), rpm_limit,
+            min(asked, rpm_limit or asked), rpm_limit,
             min(tokens, tpm_limit or tokens), tpm_limit,
         )  # fmt: skip
 
@@ -29398,9 +29409,11 @@ class ImaginedInstallation:
         self.store.note_idle_watts(dict.fromkeys(gpus, self.server.idle_watts))
         imagine_energy(self.server, self.use, gpus, home / ENERGY_FILE)
         imagine_benchmarks(self.server, home, now)
+        spent = self.use.spent()
         for entry in self.gateway.keys.values():
             used_at = self.use.used_at(entry["key_alias"])
             entry["created_at"] = self.use.made_at.isoformat()
+            entry["spend"] = spent.get(entry["key_alias"], 0.0)
             entry["last_active"] = used_at and used_at.isoformat()
         for number, container in enumerate(self.host.containers.values()):
             ago = timedelta(hours=5 + number * 37 % (24 * self.server.days))

@@ -168,6 +168,15 @@ def test_who_is_blocked_has_used_nothing_and_is_told_of(use: lm.SimulatedUse) ->
     assert {s.name for s in standings if s.kind == "group"} == {g.name for g in SERVER.groups}
 
 
+def test_what_people_have_used_of_a_budget_is_their_tokens(use: lm.SimulatedUse) -> None:
+    rows = report(use, "key").rows
+    assert use.spent() == {row.name: row.tokens / 1e6 for row in rows}
+    told = {(s.kind, s.name): s.budget for s in lm.parse_standings(use.rows(lm.STANDINGS_SQL))}
+    assert told["key", "Ada Lovelace"] == (use.spent()["Ada Lovelace"], None)
+    groups = {row.name: row.tokens / 1e6 for row in report(use, "group").rows}
+    assert told["group", "physics"] == (pytest.approx(groups["physics"]), None)
+
+
 def test_a_weekend_is_quieter_and_so_is_a_night(use: lm.SimulatedUse) -> None:
     asked = {row.name: row.requests for row in report(use, "day").rows}
     days = {date.fromisoformat(day): n for day, n in asked.items()}
