@@ -29323,7 +29323,7 @@ class ImaginedInstallation:
 
     def __init__(self, server: ImaginedServer, home: Path) -> None:
         self.server = server
-        self.store = StateStore(home, Actor(name="operator", channel="console"))
+        self.store = StateStore(home, Actor(name="you", channel="console"))
         self.gateway = SimulatedGateway()
         self.host = self._host()
         state = self.store.ensure(fixed_names=True)
@@ -29415,9 +29415,17 @@ class ImaginedInstallation:
             entry["created_at"] = self.use.made_at.isoformat()
             entry["spend"] = spent.get(entry["key_alias"], 0.0)
             entry["last_active"] = used_at and used_at.isoformat()
+        changes: list[AuditEntry] = []
         for number, container in enumerate(self.host.containers.values()):
-            ago = timedelta(hours=5 + number * 37 % (24 * self.server.days))
-            container.started_at = now - ago
+            started_at = now - timedelta(hours=5 + number * 37 % (24 * self.server.days))
+            container.started_at = started_at
+            if model := container.spec.labels.get(LABEL_MODEL_NAME):
+                begun = AuditEntry(
+                    who="operator", channel="console", what=deploying(model).title,
+                    started_at=started_at - timedelta(seconds=4),
+                )  # fmt: skip
+                changes.append(begun.ended(None, started_at + timedelta(seconds=71)))
+        keep_changes(home, changes)
 
     def go_on(self, now: datetime) -> None:
         """What engines, the gateway and GPUs tell at a moment."""
@@ -29430,13 +29438,16 @@ class ImaginedInstallation:
             c.name: self.use.load(c.name, c.started_at) for c in engines.values() if c.started_at
         }
         host.figures = {c.name: self.use.figures() for c in running if c.spec.role == "gateway"}
+        models = {model.name: model for model in self.store.load().models}
+        taken = {name: _taken_part(models.get(ModelName(name))) for name in engines}
         for gpu in host.gpus.gpus:
-            self._tell(gpu, engines, now.timestamp())
+            self._tell(gpu, engines, taken, now.timestamp())
 
     def _tell(
-        self, gpu: SimulatedGpu, engines: Mapping[str, SimulatedContainer], now: float
-    ) -> None:
-        """What the driver says of one GPU."""
+        self, gpu: SimulatedGpu, engines: Mapping[str, SimulatedContainer],
+        taken: Mapping[str, float], now: float,
+    ) -> None:  # fmt: skip
+        """What the driver says of one GPU, of whose memory each model has its part."""
         serving = [name for name, c in engines.items() if {*c.spec.devices} & gpu.devices]
         reading = self._power.look(gpu.index, serving)
         of = {client.container_id: (device, client.pid) for device, client in gpu.clients}
@@ -29451,19 +29462,14 @@ class ImaginedInstallation:
             },
         )
         watts = reading.power_w or 0.0
-        gpu.used_mib = sum(self._taken_mib(engines[name], device)
-                           for name, (device, _) in places.items())  # fmt: skip
+        memory = self.host.gpus.memory_mib
+        gpu.used_mib = int(sum(taken[name] * memory(of) for name, (of, _) in places.items()))
         gpu.told = {
             "power_w": round(watts, 1),
             "power_limit_w": 700.0,
             "temperature_c": round(29 + watts / 11),
             "utilisation_percent": None if gpu.mig else min(100, round(sum(busy.values()))),
         }
-
-    def _taken_mib(self, engine: SimulatedContainer, device: str) -> int:
-        model = self.store.load().model(engine.spec.labels[LABEL_MODEL_NAME])
-        part = getattr(model.placement, "memory_fraction", None) or DEFAULT_FRACTION
-        return int(part * self.host.gpus.memory_mib(device))
 
     def live(self) -> None:
         """Let time pass, until the program ends."""
@@ -29475,6 +29481,18 @@ class ImaginedInstallation:
 
         self.go_on(utc_now())
         threading.Thread(target=run, name="imagination", daemon=True).start()
+
+
+def keep_changes(home: Path, changes: Iterable[AuditEntry]) -> None:
+    """Nothing but these is in the audit trail, the oldest first."""
+    lines = (_AUDIT_ENTRY.dump_json(each) for each in sorted(changes, key=lambda c: c.started_at))
+    (home / "audit.jsonl").write_bytes(b"\n".join([*lines, b""]))
+
+
+def _taken_part(model: Model | None) -> float:
+    """What part of its place an engine of a model takes."""
+    given = getattr(model.placement, "memory_fraction", None) if model else None
+    return given or DEFAULT_FRACTION
 
 
 # =============================================================================

@@ -1,0 +1,100 @@
+"""Every tab of the console over an imagined server: what is seen, by whom, and how it is used."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from browsing import button, choose, open_console, open_tab
+from conftest import Demo, demonstrating
+from playwright.sync_api import Browser, Page, expect
+
+pytestmark = pytest.mark.browser
+TABS = (
+    "Overview", "Models", "Library", "Hardware", "Routes", "Keys", "Energy", "Benchmark",
+    "Monitoring", "System",
+)  # fmt: skip
+LOOKS = [(1280, "light"), (1280, "dark"), (1920, "light"), (1920, "dark")]
+
+
+@pytest.fixture(params=LOOKS, ids=lambda look: f"{look[0]}-{look[1]}")
+def seen(request: pytest.FixtureRequest, browser: Browser, demo: Demo) -> Iterator[Page]:
+    """A page of that width and scheme, whose console and network are watched."""
+    width, scheme = request.param
+    context = browser.new_context(
+        viewport={"width": width, "height": 1000}, color_scheme=scheme, reduced_motion="reduce"
+    )
+    page = context.new_page()
+    faults: list[str] = []
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on("console", lambda m: faults.append(m.text) if m.type == "error" else None)
+    asked: set[str] = set()
+    page.on("request", lambda r: asked.add("/".join(r.url.split("/")[:3])))
+    open_console(page, demo.url)
+    yield page
+    context.close()
+    assert not faults
+    assert {origin for origin in asked if origin.startswith("http")} == {demo.origin}
+
+
+def test_every_tab_has_something_to_say_and_fits_its_page(seen: Page) -> None:
+    too_wide: dict[str, list[str]] = {}
+    for tab in TABS:
+        open_tab(seen, tab)
+        panel = seen.get_by_role("tabpanel").filter(visible=True)
+        expect(panel).not_to_have_text(re.compile(r"^\s*$"))
+        seen.wait_for_timeout(500)  # what is drawn last may be what is too wide
+        expect(seen.locator(".toast-body.error")).to_have_count(0)
+        too_wide |= {tab: cut} if (cut := seen.evaluate(TOO_WIDE)) else {}
+    assert not too_wide
+
+
+# The page, and visible tables, that can be pushed to the side: something of them is not seen.
+TOO_WIDE = """() => [document.documentElement,
+                     ...document.querySelectorAll('.table-wrap, .table-container')]
+  .filter(box => (box.offsetParent || box === document.documentElement)
+                 && box.scrollWidth > box.clientWidth + 1)
+  .map(box => box.innerText.split('\\n').slice(0, 3).join(' '))"""
+
+
+def test_nobody_is_kept_out_by_a_serious_fault(seen: Page) -> None:
+    axe, found = Axe(), {}
+    for tab in TABS:
+        open_tab(seen, tab)
+        seen.wait_for_timeout(300)
+        result = axe.run(seen)
+        serious = {
+            fault["id"]: [node["html"][:200] for node in fault["nodes"][:4]]
+            for fault in result.response["violations"]
+            if fault["impact"] in {"serious", "critical"}
+        }
+        if serious:
+            found[tab] = serious
+    assert not found, json.dumps(found, indent=1)
+
+
+def test_a_model_is_deployed_with_a_reload_in_the_middle(page: Page, demo: Demo) -> None:
+    open_console(page, demo.url)
+    open_tab(page, "Models")
+    choose(page, "Model", "qwen-image")
+    button(page, "Deploy").click()
+    expect(page.locator(".plan-card").filter(visible=True)).to_contain_text(
+        "llm-model-qwen-image-0"
+    )
+    button(page, "Do it").click()
+    expect(page.locator("#job").first).to_contain_text("qwen-image")
+    page.reload()
+    expect(page.locator("#job").first).to_contain_text("qwen-image")
+
+
+def test_it_leaves_nothing_behind(tmp_path: Path) -> None:
+    with demonstrating(tmp_path) as running:
+        (home,) = (tmp_path / "tmp").iterdir()
+        assert (home / "config.json").exists()
+    assert running.process.returncode == 0
+    assert not [*(tmp_path / "tmp").iterdir()]
+    assert "Traceback" not in running.said.read_text()
