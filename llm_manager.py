@@ -13012,7 +13012,7 @@ def _tile_html(gpu: Gpu, blocks: Sequence[Block], note: str) -> str:
     )
     # A name needs about a third of a tile to be read in it.
     narrow = [b for b in blocks if b.size < TILE_NAME_PART and b.look not in {"empty", "free"}]
-    named = ", ".join(f"{block.text} on {block.title}" for block in narrow)
+    named = ", ".join(f"{block.text} ({block.title})" for block in narrow)
     heat = "" if gpu.temperature_c is None else _known(gpu.temperature_c, "°C")
     lines = "".join(
         f'<div class="tile-note">{html.escape(text)}</div>' for text in (named, note) if text
@@ -13056,17 +13056,20 @@ def _meter_html(title: str, text: str, part: float | None) -> str:
 
 def _processor_html(state: State, observed: Observed | None) -> str:
     """The models that need no GPU, in one line."""
-    told = [
-        f"{html.escape(model.name)} {phase_html(phase_of(state, model, observed, busy=False))}"
-        if observed else html.escape(model.name)
-        for model in state.models if isinstance(model.placement, CpuPlacement)
-    ]  # fmt: skip
-    more = f" and {len(told) - TOLD_MODELS} more" if len(told) > TOLD_MODELS else ""
-    line = f"{' · '.join(told[:TOLD_MODELS])}{more}"
-    return f'<p class="on-processor"><b>On the processor:</b> {line}</p>' if told else ""
+    here = [model for model in state.models if isinstance(model.placement, CpuPlacement)]
+    if not here:
+        return ""
+    phases = Counter(
+        phase_of(state, m, observed, busy=False) if observed else "unknown" for m in here
+    )
+    counts = ", ".join(f"{phases[p]} {phase_html(p)}" for p in PHASE_SIGNS if phases[p])
+    names = [html.escape(model.name) for model in here[:TOLD_MODELS]]
+    more = f" and {len(here) - TOLD_MODELS} more" if len(here) > TOLD_MODELS else ""
+    told = f"{', '.join(names)}{more}"
+    return f'<p class="on-processor"><b>On the processor:</b> {counts}: {told}</p>'
 
 
-TOLD_MODELS: Final = 8
+TOLD_MODELS: Final = 6
 
 
 def phase_html(phase: Phase | Literal["hung", "unknown"]) -> str:
@@ -15242,7 +15245,7 @@ def matters_html(snapshot: Snapshot) -> str:
     """One line and one button per matter, the worst first; else that all is well."""
     matters = attention(snapshot)
     if not matters:
-        return f'<p class="all-well" role="status">{_calm_text(snapshot)}</p>'
+        return f'<p class="all-well">{_calm_text(snapshot)}</p>'
     lines = "".join(
         f'<li class="{matter.verb}"><span><span class="sign" aria-hidden="true">!</span> '
         f"{html.escape(matter.text)}</span>{_matter_button(matter)}</li>"
@@ -15266,8 +15269,9 @@ def _matter_button(matter: Attention) -> str:
 def _calm_text(snapshot: Snapshot) -> str:
     """What it means that all is well, in figures."""
     state, observed = snapshot.state, snapshot.observed
-    if state is None or observed is None or not state.wished_models:
-        return f"<b>All is well.</b> No model is wished to run. {_looked(snapshot)}"
+    if state is None or observed is None or not state.models:
+        register = button_html("Register a model", "open", "models")
+        return f"<b>All is well.</b> No model is registered · {_looked(snapshot)} {register}"
     phases = [phase_of(state, m, observed, is_busy(snapshot, m)) for m in state.wished_models]
     watts = [w for w in snapshot.energy.gpu_watts.values() if w is not None]
     busy = sum(load.running for m in state.models if (load := model_load(snapshot, m)))
@@ -15291,6 +15295,12 @@ LIVE_HEADERS: Final = (
     "Model", "State", "Running", "Waiting", "KV cache", "Tokens/s in", "Tokens/s out", "Power",
     "Placement", "Since",
 )  # fmt: skip
+
+
+def live_models(snapshot: Snapshot) -> Json:
+    """The table of models; without any it would only be a line of headers."""
+    rows = live_rows(snapshot)
+    return {"value": rows, "visible": bool(rows)}
 
 
 def live_rows(snapshot: Snapshot) -> list[list[str]]:
@@ -15480,7 +15490,10 @@ def _found(snapshot: Snapshot) -> str:
     """What a newcomer should know of the server, a line each."""
     hardware, free = snapshot.hardware, snapshot.disk_free_bytes
     names = Counter((gpu.name or UNKNOWN, memory_total(gpu)) for gpu in hardware.gpus)
-    gpus = [f"{count} times {name}, {memory}" for (name, memory), count in names.items()]
+    gpus = [
+        f"{count} GPU{'s' * (count > 1)}: {name}, {memory}{' each' * (count > 1)}"
+        for (name, memory), count in names.items()
+    ]
     is_low = free is not None and free < LOW_DISK_BYTES
     lines = [
         (snapshot.observed is not None, "Docker answers." if snapshot.observed is not None else
@@ -25347,7 +25360,7 @@ def build_overview(desk: Desk, tabs: gr.Tabs, models: ModelsTab) -> None:
     card = build_plan_card(desk, plans)
     build_first_run(desk, tabs, models.form, card)
     picture(desk, gpu_tiles_html)
-    rows = live(desk, live_table(), live_rows)
+    rows = live(desk, live_table(), live_models)
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
             gr.Markdown("### Under way")

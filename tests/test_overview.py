@@ -206,7 +206,7 @@ def test_a_gpu_is_drawn_with_what_sits_on_it_and_told_in_words() -> None:
         assert part in told[0]
     widths = [a["style"] for _, a in shown.tags if "style" in a]
     assert "width:50.0%" in widths, "350 of 700 watts"
-    assert "On the processor: small ✓ ready" in shown.text
+    assert "On the processor: 1 ✓ ready: small" in shown.text
 
 
 def test_without_a_gpu_and_without_models_nothing_is_drawn() -> None:
