@@ -11490,16 +11490,24 @@ def direct_rows(state: State) -> list[list[str]]:
     ]
 
 
-def curl_example(edge: Edge, served_model_name: str, key: str) -> str:
+def curl_example(edge: Edge, served_model_name: str, key: str, kind: ModelType = "chat") -> str:
     """A request that a colleague can paste; Caddy's own authority needs `-k` or its root."""
     insecure = "-k " if isinstance(edge.tls, InternalTls) else ""
-    body = {"model": served_model_name, "messages": [{"role": "user", "content": "Hello"}]}
-    return (
-        f"curl {insecure}{base_url(edge)}/chat/completions \\\n"
-        f"  -H 'Authorization: Bearer {key}' \\\n"
-        "  -H 'Content-Type: application/json' \\\n"
-        f"  -d '{json.dumps(body)}'"
+    asked = readiness_request(kind, served_model_name, "Hello")
+    body = asked.fields
+    if kind in {"chat", "vision"}:
+        body = {"model": served_model_name, "messages": [{"role": "user", "content": "Hello"}]}
+    sent = (
+        [f"-F model={served_model_name}", "-F file=@speech.wav"]
+        if asked.audio
+        else ["-H 'Content-Type: application/json'", f"-d '{json.dumps(body)}'"]
     )
+    kept = ["-o speech.wav"] if kind == "text-to-speech" else []
+    lines = [
+        f"curl {insecure}{base_url(edge)}{asked.path.removeprefix('/v1')}",
+        f"-H 'Authorization: Bearer {key}'", *sent, *kept,
+    ]  # fmt: skip
+    return " \\\n  ".join(lines)
 
 
 AttentionVerb = Literal["open", "free", "log", "deploy", "restart", "apply"]
@@ -13072,13 +13080,16 @@ def _processor_html(state: State, observed: Observed | None) -> str:
 TOLD_MODELS: Final = 6
 
 
-def phase_html(phase: Phase | Literal["hung", "unknown"]) -> str:
+ShownPhase = Phase | Literal["hung", "unknown"]
+
+
+def phase_html(phase: ShownPhase) -> str:
     """A phase by its word and a sign; its colour says nothing more."""
     sign, look = PHASE_SIGNS[phase]
     return f'<span class="phase {look}"><span aria-hidden="true">{sign}</span> {phase}</span>'
 
 
-PHASE_SIGNS: Final[Mapping[Phase | Literal["hung", "unknown"], tuple[str, str]]] = {
+PHASE_SIGNS: Final[Mapping[ShownPhase, tuple[str, str]]] = {
     "failed": ("✕", "bad"), "hung": ("✕", "bad"), "unknown": ("?", "bad"),
     "pending": ("◌", "busy"), "starting": ("◌", "busy"), "stopping": ("◌", "busy"),
     "ready": ("✓", "good"), "stopped": ("■", "calm"),
@@ -15005,6 +15016,120 @@ def _percent(part: float | None) -> str:
     return NOTHING if part is None else f"{part:.0%}"
 
 
+# --- the models -----------------------------------------------------------------
+
+
+def standing(snapshot: Snapshot, model: Model) -> ShownPhase:
+    """How a model stands, for eyes: its phase, unless nobody knows it or it works on nothing."""
+    if snapshot.state is None or snapshot.observed is None:
+        return "unknown"
+    if model.name in snapshot.hung:
+        return "hung"
+    return phase_of(snapshot.state, model, snapshot.observed, is_busy(snapshot, model))
+
+
+FLEET_HEADERS: Final = ("Model", "State", "Type", "Placement", "Load", "Since")
+
+
+def fleet_rows(snapshot: Snapshot) -> list[list[str]]:
+    """A row per model, those that need somebody first; the state is HTML of ours."""
+    return [
+        [
+            model.name, phase_html(phase), model.type, row["placement"],
+            work_text(snapshot, model), row["since"],
+        ]
+        for phase, row, model in by_standing(snapshot)
+    ]  # fmt: skip
+
+
+def by_standing(snapshot: Snapshot) -> list[tuple[ShownPhase, Json, Model]]:
+    """The models with their rows, those that need somebody first."""
+    models = snapshot.state.models if snapshot.state else ()
+    rows = zip(keyed(MODEL_HEADERS, model_rows(snapshot)), models, strict=True)
+    shown = [(standing(snapshot, model), row, model) for row, model in rows]
+    return sorted(shown, key=lambda one: [*PHASE_SIGNS].index(one[0]))
+
+
+def work_text(snapshot: Snapshot, model: Model) -> str:
+    """What a model is at, and how fast; nothing where nobody tells."""
+    load, made = model_load(snapshot, model), snapshot.rates.get(model.name, EngineRates())
+    speed = f"{format_count(made.generated_tokens)} tokens/s" if made.generated_tokens else ""
+    return " · ".join(filter(None, (_load_text(load) if load else "", speed)))
+
+
+ModelVerb = Literal["deploy", "stop", "restart", "remove"]
+
+
+def why_not(snapshot: Snapshot, name: str | None) -> dict[ModelVerb, str]:
+    """For each verb why it makes no sense for a model now; empty where it does."""
+    state = snapshot.state
+    model = next((m for m in state.models if m.name == name), None) if state else None
+    if model is None:
+        return dict.fromkeys(get_args(ModelVerb), "choose a model first")
+    stand, changed = standing(snapshot, model), False
+    if snapshot.plan:
+        changed = any(stage_model(stage) == name for stage in snapshot.plan.models)
+    served = stand == "ready" and not changed
+    stopped = "it is stopped" if stand == "stopped" else ""
+    return {
+        "deploy": "it serves as it should" if served else "",
+        "stop": stopped, "restart": f"{stopped}: deploy it" * bool(stopped), "remove": "",
+    }  # fmt: skip
+
+
+def model_card(snapshot: Snapshot, name: str | None) -> str:
+    """All about the chosen model, with a request that can be pasted; else how to choose one."""
+    state = snapshot.state
+    model = next((m for m in state.models if m.name == name), None) if state else None
+    if state is None or model is None:
+        return f'<p class="calm">{NO_MODEL_CHOSEN if state and state.models else NO_MODEL_YET}</p>'
+    told = snapshot.fates.get(model.name, "") or snapshot.hung.get(model.name, "")
+    why = f'<p class="said bad">{html.escape(told)}</p>' if told else ""
+    facts = "".join(
+        f"<dt>{html.escape(title)}</dt><dd>{html.escape(text)}</dd>"
+        for title, text in model_facts(snapshot, state, model)
+        if text
+    )
+    example = curl_example(state.edge, model.served_model_name, "YOUR-KEY", model.type)
+    return (
+        f'<section class="model-card" aria-label="{html.escape(model.name, quote=True)}">'
+        f"<h3>{html.escape(model.name)} {phase_html(standing(snapshot, model))}</h3>{why}"
+        f"<dl>{facts}</dl><h4>Ask it, with a key of the tab Keys</h4>"
+        f"<pre>{html.escape(example)}</pre></section>"
+    )
+
+
+NO_MODEL_YET: Final = (
+    "No model is registered yet. Find one in the tab <b>Library</b>, or name one below: "
+    "<b>Register and deploy</b> shows what would be done before it is done."
+)
+NO_MODEL_CHOSEN: Final = (
+    "Click a row to see a model's address, a request to paste, its settings and its log."
+)
+
+
+def model_facts(snapshot: Snapshot, state: State, model: Model) -> list[tuple[str, str]]:
+    """What the table has no room for; texts may be empty."""
+    routed = [r.name for r in state.routes if model.name in r.members]
+    names = [model.served_model_name, *(n for n in routed if n != model.served_model_name)]
+    took = last_starts(state, snapshot.observed).get(model.name) if snapshot.observed else None
+    actions = why_not(snapshot, model.name)
+    unable = [f"{verb}: {why}" for verb, why in actions.items() if why]
+    return [
+        ("Base URL", base_url(state.edge)),
+        ("Asked for as", ", ".join(names)),
+        ("Weights", format_source(model.source)),
+        ("Placement", format_placement(model.placement, snapshot.hardware)),
+        ("Replicas", str(model.replicas) if model.replicas > 1 else ""),
+        ("Arguments", shlex.join(model.engine_arguments)),
+        ("Recipe", model.recipe or ""),
+        ("Image", model.image or ""),
+        ("Load", work_text(snapshot, model)),
+        ("Last start took", format_duration(took) if took else ""),
+        ("Not now", "; ".join(unable)),
+    ]
+
+
 def gpu_table(snapshot: Snapshot, *, wide: bool) -> tuple[Sequence[str], list[list[str]]]:
     """A row per GPU: what it does, and who sits on it, strangers by their processes."""
     rows = keyed(GPU_HEADERS, gpu_rows(snapshot.state, snapshot.hardware))
@@ -15305,23 +15430,13 @@ def live_models(snapshot: Snapshot) -> Json:
 
 def live_rows(snapshot: Snapshot) -> list[list[str]]:
     """A row per model, those that need somebody first; the state is HTML."""
-    models = snapshot.state.models if snapshot.state else ()
-    rows = zip(keyed(MODEL_HEADERS, model_rows(snapshot)), models, strict=True)
-    shown = [
-        (_shown_phase(snapshot, model, row["phase"]), row, model) for row, model in rows
-    ]  # fmt: skip
-    order = list(PHASE_SIGNS)
     return [
         [
             model.name, phase_html(phase), *_load_cells(snapshot, model),
             row["placement"], row["since"],
         ]
-        for phase, row, model in sorted(shown, key=lambda one: order.index(one[0]))
+        for phase, row, model in by_standing(snapshot)
     ]  # fmt: skip
-
-
-def _shown_phase(snapshot: Snapshot, model: Model, phase: Any) -> Any:
-    return "hung" if model.name in snapshot.hung else phase
 
 
 def _load_cells(snapshot: Snapshot, model: Model) -> list[str]:
@@ -22794,6 +22909,10 @@ class ChangeRunner(JobKeeper):
         """What the change would do; nothing is saved."""
         return self._planned(change, self._edited(change, self._store.load()))
 
+    def check(self, change: Change) -> None:
+        """Refuses what saving the change would refuse; nothing is saved."""
+        self._edited(change, self._store.load())
+
     def _planned(self, change: Change, state: State) -> Plan:
         return plan_state(
             state, self.observe(state), self._site, scope=change.scope, restart=change.restart,
@@ -25308,6 +25427,26 @@ def wire_plan(
     button.click(on_click, subject, card.outputs, **PRIVATE)
 
 
+def wire_rules(desk: Desk, fields: Sequence[Any], described: Callable[..., Change | None]) -> None:
+    """A line, made here, that says what a change would be refused for, while it is typed.
+
+    `described` makes the change of the fields' values, or None while there is too little of it.
+    """
+
+    def on_typed(*values: Any) -> str:
+        try:
+            change = described(*values)
+            if change is not None:
+                desk.manager.check(change)
+        except ManagerError as error:
+            return f"⚠️ {plain(str(error))}"
+        return ""
+
+    said = gr.Markdown(elem_classes="rules")
+    for typed_in in fields:
+        typed_in.change(on_typed, [*fields], said, trigger_mode="always_last", **QUIET)
+
+
 def planned(desk: Desk, verb: str, subject: Any, wished: Change) -> tuple[Any, ...]:
     """What opens the card: the fit of what would be deployed, the plan, and how to confirm it."""
     text = plan_markdown(wished.title, desk.manager.plan(wished))
@@ -25452,7 +25591,7 @@ def build_first_run(desk: Desk, tabs: gr.Tabs, form: ModelForm, card: PlanCard) 
     clicked.success(partial(preview, desk.manager), described, [form.fit, form.command], **QUIET)
 
 
-MODEL_VERBS: Final[Mapping[str, tuple[str, Literal["primary", "secondary", "stop"]]]] = {
+MODEL_VERBS: Final[Mapping[ModelVerb, tuple[str, Literal["primary", "secondary", "stop"]]]] = {
     "deploy": ("Deploy", "primary"),
     "stop": ("Stop", "secondary"),
     "restart": ("Restart", "secondary"),
@@ -25483,23 +25622,42 @@ def build_models_tab(desk: Desk) -> ModelsTab:
     changes = {"deploy": deploying, "stop": stopping, "restart": restarting, "remove": removing}
 
     with gr.Tab("Models", id="models"):
-        rows = live(desk, table(MODEL_HEADERS), model_rows)
+        rows = live(desk, fleet_table(), fleet_rows)
         with gr.Row(elem_classes="actions"):
             chosen = gr.Dropdown(
                 label="Model", info="choose here, or click a row above", scale=2, min_width=240
             )
             live(desk, chosen, model_choices)
             buttons = {
-                verb: gr.Button(label, variant=variant, scale=0, min_width=110)
+                verb: gr.Button(label, variant=variant, scale=0, min_width=110, interactive=False)
                 for verb, (label, variant) in MODEL_VERBS.items()
             }
         card = build_plan_card(desk, changes)
-        form = build_registration_form(desk, chosen, card)
+        details = gr.HTML(NO_MODEL_CHOSEN)
         log_fold, log_text = build_log_view(desk, chosen)
+        form = build_registration_form(desk, chosen, card)
     rows.select(first_cell, None, chosen, **PRIVATE)
+    # The card is one page's own; the rows tell whenever something about a model is new.
+    for changed in (chosen.change, rows.change):
+        changed(partial(describe_model, desk), chosen, [details, *buttons.values()], **QUIET)
     for verb, button in buttons.items():
         wire_plan(desk, button, chosen, card, verb, changes[verb])
     return ModelsTab(form, chosen, log_fold, log_text)
+
+
+def fleet_table() -> Any:
+    """The models: the state is HTML of ours, all else is text."""
+    shown = table(FLEET_HEADERS, ("21%", "12%", "14%", "25%", "18%", "10%"), search=True)
+    shown.datatype = ["html" if header == "State" else "str" for header in FLEET_HEADERS]
+    return shown
+
+
+def describe_model(desk: Desk, name: str | None) -> tuple[Any, ...]:
+    """The card of a model, and which of the buttons make sense for it."""
+    snapshot = desk.watch.latest()
+    unable = why_not(snapshot, name)
+    able = (gr.update(interactive=not unable[verb]) for verb in MODEL_VERBS)
+    return model_card(snapshot, name), *able
 
 
 @dataclass(frozen=True, slots=True)
@@ -25538,8 +25696,16 @@ def build_registration_form(desk: Desk, chosen: gr.Dropdown, card: PlanCard) -> 
         with shown_to_operator():
             return planned(desk, "deploy", typed(name), deploying(typed(name)))
 
+    def described(*values: Any) -> Change | None:
+        raw = registration(*values)
+        place = "repository" if raw["source"]["kind"] == "hub" else "path"
+        if not raw["name"] or not raw["source"][place]:
+            return None
+        return registering(desk.manager.draft(raw), desk.manager.images.recipes())
+
     form = build_model_form(desk)
     with form.fold:
+        wire_rules(desk, form.inputs, described)
         with gr.Row():
             both = gr.Button("Register and deploy", variant="primary", scale=0, min_width=200)
             register = gr.Button("Register", scale=0, min_width=130)
@@ -25557,7 +25723,10 @@ def build_model_form(desk: Desk) -> ModelForm:
     with gr.Accordion("Register a model", open=not desk.watch.latest().state_has_models) as fold:
         with gr.Row():
             name = gr.Textbox(
-                label="Name", placeholder="chat", info="lower-case letters, digits, -"
+                label="Name",
+                placeholder="chat",
+                max_length=32,
+                info="lower-case letters, digits and inner hyphens",
             )
             kind = gr.Dropdown(list(MODEL_TYPES), value="chat", label="Type")
             origin = gr.Radio(list(ORIGINS), value=ORIGINS[0], label="Weights come from")
@@ -25946,6 +26115,7 @@ def build_mig_planner(desk: Desk) -> None:
                 info="choose, or type 3g.20gb, 2x 1g.5gb, or GiB by model: chat=15, embed=4",
             )  # fmt: skip
             plan = gr.Button("Plan", variant="primary", scale=0, min_width=110)
+        wire_rules(desk, [gpu, wish], lambda *cut: desk.manager.cutting(*cut) if all(cut) else None)
         card = build_plan_card(desk, {"cut": change})
     gpu.change(on_gpu, gpu, wish, **PRIVATE)
     plan.click(on_plan, [gpu, wish], card.outputs, **PRIVATE)
@@ -25999,6 +26169,9 @@ def build_route_form(desk: Desk) -> None:
         known = next((r for r in desk.manager.state().routes if r.name == typed(name)), None)
         return route_fields(known) if known else tuple(gr.skip() for _ in fields_below)
 
+    def described(*values: Any) -> Change | None:
+        return routing(route_settings(*values)) if typed(values[0]) and values[1] else None
+
     with gr.Accordion("Change a route, or make one", open=False):
         with gr.Row():
             name = gr.Dropdown(
@@ -26021,8 +26194,9 @@ def build_route_form(desk: Desk) -> None:
         with gr.Row(elem_classes="actions"):
             plan = gr.Button("Plan the route", variant="primary", scale=0, min_width=150)
             remove = gr.Button("Remove the route", variant="stop", scale=0, min_width=200)
+        fields_below = [members, aliases, strategy, weights, fallbacks, context, *limits]
+        wire_rules(desk, [name, *fields_below], described)
         card = build_plan_card(desk, {"route": routing, "unroute": unrouting})
-    fields_below = [members, aliases, strategy, weights, fallbacks, context, *limits]
     name.input(on_name, name, fields_below, **QUIET)
     on_plan = plan_of(desk, "route", routing, route_settings)
     plan.click(on_plan, [name, *fields_below], card.outputs, **PRIVATE)
@@ -26045,6 +26219,10 @@ def build_provider_form(desk: Desk) -> None:
             rows = provider_rows(desk.manager.state().providers, found)
             return rows, gr.update(value=found_models(found), visible=True)
 
+    def described(*values: Any) -> Change | None:
+        name, _, *address, _ = map(typed, values)
+        return providing(provider_settings(*values)) if name and any(address) else None
+
     with gr.Accordion("Providers", open=False):
         rows = live(desk, table(PROVIDER_HEADERS), known_providers)
         look = gr.Button("Look at them", scale=0, min_width=150)
@@ -26064,6 +26242,7 @@ def build_provider_form(desk: Desk) -> None:
         with gr.Row(elem_classes="actions"):
             plan = gr.Button("Plan the provider", variant="primary", scale=0, min_width=190)
             remove = gr.Button("Remove the provider", variant="stop", scale=0, min_width=220)
+        wire_rules(desk, [name, kind, url, vendor, key], described)
         card = build_plan_card(desk, {"provide": providing, "unprovide": unproviding})
     look.click(on_look, None, [rows, models], **PRIVATE)
     on_plan = plan_of(desk, "provide", providing, provider_settings)
@@ -26083,6 +26262,12 @@ def build_direct_keys(desk: Desk) -> None:
         text = hand_out_direct(desk.manager.state(), key) if key else ""
         return gr.update(value=text, visible=key is not None), None
 
+    def described(*values: Any) -> Change | None:
+        name, models, emergency = values
+        if not typed(name):
+            return None
+        return granting_direct(new_direct_key(typed(name), models or (), emergency=emergency))
+
     with gr.Accordion("Direct keys, past LiteLLM", open=False):
         live(
             desk, table(DIRECT_HEADERS), lambda seen: direct_rows(seen.state) if seen.state else []
@@ -26096,6 +26281,7 @@ def build_direct_keys(desk: Desk) -> None:
             )
             plan = gr.Button("Plan the key", variant="primary", scale=0, min_width=130)
             revoke = gr.Button("Revoke", variant="stop", scale=0, min_width=110)
+        wire_rules(desk, [name, models, emergency], described)
         card = build_plan_card(desk, {"grant": granting_direct, "revoke": revoking_direct})
         secret = gr.Textbox(
             label="Hand this over now: it is shown only once", lines=4, interactive=False,
@@ -27019,6 +27205,17 @@ footer { display: none !important; }
 .card-bar .empty { background: var(--background-fill-secondary);
   border-color: var(--border-color-primary); }
 .card-bar .free { border: none; opacity: 0.75; }
+.said.bad { color: #b91c1c; margin: 0 0 8px; } .dark .said.bad { color: #fca5a5; }
+.model-card { border: 1px solid var(--border-color-primary); border-radius: 8px;
+  padding: 10px 14px; color: var(--body-text-color); }
+.model-card h3 { font-size: 16px; margin: 0 0 8px; } .model-card h4 { margin: 12px 0 4px; }
+.model-card h3 .phase { margin-left: 12px; }
+.model-card dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 3px 20px;
+  margin: 0; }
+.model-card dt { color: var(--body-text-color-subdued); }
+.model-card dd { margin: 0; overflow-wrap: anywhere; }
+.model-card pre { margin: 0; padding: 8px 10px; font-size: 12px; overflow-x: auto;
+  border-radius: 6px; background: var(--background-fill-secondary); }
 .task-bar { height: 10px; border-radius: 5px; overflow: hidden; margin-bottom: 6px;
   background: var(--border-color-primary); }
 .task-bar div { height: 100%; background: var(--color-accent); }

@@ -492,6 +492,74 @@ def test_hostile_text_stays_text_wherever_it_is_shown() -> None:
         assert not {"a", "b", "img"} & {*tags_in(text)}, text
 
 
+# --- the tab Models ------------------------------------------------------------
+
+
+def a_fleet() -> lm.Snapshot:
+    """One model that ended, one that is stopped, one that serves."""
+    state = a_state(*(a_model(name, wish=wish) for name, wish in FLEET))
+    wished = as_wished(state)
+    observed = but(wished, ended(the(wished, "llm-model-bad-0"), 1))
+    load = lm.EngineLoad(running=2, waiting=1, tokens=9, cached=0.1)
+    loads = {lm.ContainerName("llm-model-good-0"): load}
+    return a_snapshot(
+        state, observed=observed, plan=None, health=lm.RouteHealth(loads=loads),
+        rates={"good": lm.EngineRates(generated_tokens=312.0)},
+        fates={"bad": f"{HOSTILE} ran out of memory."},
+    )  # fmt: skip
+
+
+FLEET = (("calm", "stopped"), ("good", "running"), ("bad", "running"))
+
+
+def test_the_models_that_need_somebody_are_first_and_say_what_they_are_at() -> None:
+    rows = lm.fleet_rows(a_fleet())
+    assert [row[0] for row in rows] == ["bad", "good", "calm"]
+    assert all(len(row) == len(lm.FLEET_HEADERS) for row in rows)
+    assert [re.sub("<[^>]*>", "", row[1]) for row in rows] == ["✕ failed", "✓ ready", "■ stopped"]
+    assert rows[1][4] == "2 running, 1 waiting · 312 tokens/s"
+
+
+def test_a_button_is_off_only_with_a_reason() -> None:
+    able = {
+        name: {verb for verb, why in lm.why_not(a_fleet(), name).items() if not why}
+        for name in ("bad", "good", "calm", "gone", None)
+    }
+    assert able["bad"] == {"deploy", "stop", "restart", "remove"}
+    assert able["good"] == {"stop", "restart", "remove"}
+    assert able["calm"] == {"deploy", "remove"}
+    assert able["gone"] == able[None] == set()
+
+
+def test_a_model_that_serves_can_be_deployed_where_the_plan_would_change_it() -> None:
+    state = a_state(a_model(engine_arguments=("--seed", "1")))
+    before = as_wished(a_state(a_model()))
+    plan = lm.plan_state(state, before, a_site())
+    assert not lm.why_not(a_snapshot(state, observed=before, plan=plan), "chat")["deploy"]
+
+
+def test_the_card_of_a_model_has_its_address_a_request_and_its_fate_as_text() -> None:
+    card = lm.model_card(a_fleet(), "bad")
+    assert "&lt;b&gt;x&lt;/b&gt;" in card
+    assert "<b>x</b>" not in card
+    assert "https://" in card
+    assert "/chat/completions" in card
+    assert "Register and deploy" in lm.model_card(a_snapshot(a_state()), None)
+    assert "Click a row" in lm.model_card(a_fleet(), None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("chat", "/v1/chat/completions"), ("vision", '"content": "Hello"'), ("embedding", '"input"'),
+     ("rerank", "/v1/rerank"), ("speech-to-text", "-F file=@speech.wav"),
+     ("text-to-speech", "-o speech.wav"), ("image", "/v1/images/generations")],
+)  # fmt: skip
+def test_a_request_to_paste_is_of_the_models_own_kind(kind: lm.ModelType, said: str) -> None:
+    request = lm.curl_example(lm.Edge(), "name", "sk-x", kind)
+    assert said in request
+    assert "'Authorization: Bearer sk-x'" in request
+
+
 # --- what is shown ------------------------------------------------------------
 
 
