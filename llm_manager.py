@@ -12969,10 +12969,13 @@ def card_html(gpu: Gpu, blocks: Sequence[Block], note: str = "") -> str:
         f"<b>{html.escape(block.title)}</b><span>{html.escape(block.text)}</span></div>"
         for block in blocks
     )
-    facts = " · ".join(
-        (memory_text(gpu), f"load {_known(gpu.utilisation_percent, '%')}",
-         _known(gpu.temperature_c, "°C"), power_text(gpu))
+    told = (
+        memory_text(gpu), f"load {_known(gpu.utilisation_percent, '%')}",
+        _known(gpu.temperature_c, "°C"), power_text(gpu),
     )  # fmt: skip
+    facts = (
+        " · ".join(text for text in told if UNKNOWN not in text) or "the driver tells no figures"
+    )
     head = f"<b>{html.escape(gpu.title)}</b> {html.escape(gpu.name or UNKNOWN)}"
     foot = f'<div class="card-foot">{html.escape(note)}</div>' if note else ""
     return (
@@ -13116,12 +13119,13 @@ def card_note(gpu: Gpu, state: State, observed: Observed | None) -> str:
 
 
 def planned_card(change: Change, state: State, hardware: Hardware) -> str:
-    """The cards as they would be after a change of layouts."""
+    """The cards that a change of layouts is about, as they are and as they would be."""
     after = change.edit(state)
     pictures = []
     for gpu in hardware.gpus:
         wish = after.layout_of(gpu.uuid)
         if change.scope.gpus is not None and gpu.uuid in change.scope.gpus and wish is not None:
+            pictures.append(card_html(gpu, card_blocks(gpu, state, None), "now"))
             slices = tuple(MigDevice(profile=p, start=s, uuid=None) for p, s in wish.slices)
             cut = replace(gpu, mig_enabled=bool(slices), slices=slices)
             pictures.append(card_html(cut, card_blocks(cut, after, None), "after the change"))
@@ -13148,8 +13152,19 @@ def topology_text(snapshot: Snapshot) -> str:
 
 def gpu_choices(snapshot: Snapshot) -> Json:
     """The GPUs that can be cut, as a dropdown takes them."""
-    cuttable = [gpu for gpu in snapshot.hardware.gpus if gpu.geometry is not None]
-    return {"choices": [(short_title(gpu), gpu.uuid) for gpu in cuttable]}
+    return {"choices": [(short_title(gpu), gpu.uuid) for gpu in cuttable(snapshot.hardware)]}
+
+
+def cuttable(hardware: Hardware) -> list[Gpu]:
+    return [gpu for gpu in hardware.gpus if gpu.geometry is not None]
+
+
+def planner_view(snapshot: Snapshot) -> Json:
+    return {"visible": bool(cuttable(snapshot.hardware))}
+
+
+def topology_view(snapshot: Snapshot) -> Json:
+    return {"visible": len(snapshot.hardware.gpus) > 1}
 
 
 def placement_note(model: Model, hardware: Hardware) -> str:
@@ -13168,6 +13183,19 @@ def layout_choices(gpu: Gpu | None) -> list[str]:
         return []
     full = [format_profiles(names).replace(" + ", ", ") for names in full_layouts(gpu.geometry)]
     return ["keep", *full, "off"]
+
+
+def gpu_boxes(snapshot: Snapshot) -> Json:
+    """The GPUs with who has them, and the processor, as a form offers them."""
+    models = snapshot.state.models if snapshot.state else ()
+
+    def label(gpu: Gpu) -> str:
+        on_it = [model.name for model in models if gpu.uuid in gpus_of(model)]
+        cut = "in slices" if gpu.mig_enabled else "free"
+        return f"{short_title(gpu)} · {', '.join(on_it) or cut}"
+
+    offered = [(label(gpu), gpu.uuid) for gpu in snapshot.hardware.gpus]
+    return {"choices": [*offered, ("the processor", PROCESSOR)]}
 
 
 def slice_choices(snapshot: Snapshot) -> Json:
@@ -13299,6 +13327,35 @@ def hit_rows(hits: Sequence[RepositoryHit]) -> list[list[str]]:
     ]
 
 
+FOUND_HEADERS: Final = (
+    "Repository", "Type", "Downloads", "Weights", "Fits here, about", "Updated", "Access",
+)  # fmt: skip
+
+
+def found_rows(hits: Sequence[RepositoryHit], hardware: Hardware) -> list[list[str]]:
+    """Search results with the room that each would take of this server."""
+    return [
+        [*row[:3], row[4], room_text(hit.weights_bytes, hardware), *row[5:]]
+        for hit, row in zip(hits, hit_rows(hits), strict=True)
+    ]
+
+
+def room_text(weights_bytes: float | None, hardware: Hardware) -> str:
+    """How many GPUs like the largest one hold such weights; the sum for one place is exact."""
+    known = [gpu.memory_mib for gpu in hardware.gpus if gpu.memory_mib is not None]
+    if weights_bytes is None or not known:
+        return UNKNOWN if known else "the processor"
+    alike = [memory for memory in known if memory > max(known) * 0.95]
+    needed = math.ceil(weights_bytes * WITH_ITS_CACHE / MIB / max(known))
+    count = 2 ** (needed - 1).bit_length()  # as tensor parallelism splits it
+    if count > len(alike):
+        return "no: too large"
+    return "one GPU" if count == 1 else f"{count} GPUs together"
+
+
+WITH_ITS_CACHE: Final = 1.35  # a little KV cache, and what vLLM leaves free
+
+
 def facts_rows(facts: RepositoryFacts) -> list[list[str]]:
     """A repository before its download: what it is, what it costs, what stands in the way."""
     parameters = sum(facts.parameters.values())
@@ -13368,6 +13425,16 @@ def cache_summary(cache: WeightsCache) -> str:
     count = len({known.repository for known in cache.revisions})
     free = f"; {format_size(cache.free_bytes)} free" if cache.free_bytes is not None else ""
     return f"{count} repositor{'y' if count == 1 else 'ies'}, {format_size(cache.size_bytes)}{free}"
+
+
+def stored_rows(cache: WeightsCache, state: State) -> list[list[str]]:
+    """What is stored, what no model uses first."""
+    return sorted(cache_rows(cache, state), key=lambda row: row[4] != "no model")
+
+
+def stored_summary(cache: WeightsCache) -> str:
+    hint = "" if cache.revisions else " Weights come with a download above, or with a deployment."
+    return f"{cache_summary(cache)}.{hint}"
 
 
 def removal_text(removal: Removal) -> str:
@@ -14082,8 +14149,7 @@ def ways_html(snapshot: Snapshot) -> str:
 
 def _way_html(way: WayIn, snapshot: Snapshot) -> str:
     look: LegState = "active" if way.is_open else "stopped"
-    crowded = len(way.lanes) > CROWDED
-    drawn = (replace(lane, legs=_merged(lane.legs)) if crowded else lane for lane in way.lanes)
+    drawn = _gathered(way.lanes) if len(way.lanes) > CROWDED else way.lanes
     lanes = "".join(_lane_html(lane, snapshot) for lane in drawn)
     return (
         f'<section class="way" aria-label="{html.escape(way.address, quote=True)}">'
@@ -14094,7 +14160,27 @@ def _way_html(way: WayIn, snapshot: Snapshot) -> str:
     )
 
 
-CROWDED: Final = 12  # names
+CROWDED: Final = 8  # names
+
+
+def _gathered(lanes: Sequence[Lane]) -> list[Lane]:
+    """Names with trouble first, then those with something to say, and all others in a few lines."""
+    plain_ones = [lane for lane in lanes if _says_nothing(lane)]
+    others = [replace(lane, legs=_merged(lane.legs)) for lane in lanes if lane not in plain_ones]
+    others.sort(key=lambda lane: not any(leg.reason for leg in lane.legs))
+    legs = _merged([replace(lane.legs[0], title=lane.name) for lane in plain_ones])
+    name = f"{len(plain_ones)} {'more' if others else 'names'}"
+    return [
+        *others,
+        *([Lane(name=name, notes=("its own engine each",), legs=legs)] if legs else []),
+    ]
+
+
+def _says_nothing(lane: Lane) -> bool:
+    """Whether a name is its one engine's own, and all is as it should be."""
+    return not lane.notes and [leg.title for leg in lane.legs if not leg.reason] == [
+        f"{lane.name}-0"
+    ]
 
 
 def _merged(legs: Sequence[Leg]) -> tuple[Leg, ...]:
@@ -14225,6 +14311,11 @@ def public_choices(snapshot: Snapshot) -> Json:
 
 def provider_choices(snapshot: Snapshot) -> Json:
     return {"choices": [p.name for p in snapshot.state.providers] if snapshot.state else []}
+
+
+def direct_view(snapshot: Snapshot) -> Json:
+    rows = direct_rows(snapshot.state) if snapshot.state else []
+    return {"value": rows, "visible": bool(rows)}
 
 
 def direct_choices(snapshot: Snapshot) -> Json:
@@ -15053,7 +15144,7 @@ def by_standing(snapshot: Snapshot) -> list[tuple[ShownPhase, Json, Model]]:
 def work_text(snapshot: Snapshot, model: Model) -> str:
     """What a model is at, and how fast; nothing where nobody tells."""
     load, made = model_load(snapshot, model), snapshot.rates.get(model.name, EngineRates())
-    speed = f"{format_count(made.generated_tokens)} tokens/s" if made.generated_tokens else ""
+    speed = f"{made.generated_tokens:,.0f} tokens/s" if (made.generated_tokens or 0) >= 1 else ""
     return " · ".join(filter(None, (_load_text(load) if load else "", speed)))
 
 
@@ -15084,6 +15175,8 @@ def model_card(snapshot: Snapshot, name: str | None) -> str:
     if state is None or model is None:
         return f'<p class="calm">{NO_MODEL_CHOSEN if state and state.models else NO_MODEL_YET}</p>'
     told = snapshot.fates.get(model.name, "") or snapshot.hung.get(model.name, "")
+    if not told and standing(snapshot, model) == "failed":
+        told = "It should run and does not. Read its log below, then deploy it again."
     why = f'<p class="said bad">{html.escape(told)}</p>' if told else ""
     facts = "".join(
         f"<dt>{html.escape(title)}</dt><dd>{html.escape(text)}</dd>"
@@ -15093,8 +15186,8 @@ def model_card(snapshot: Snapshot, name: str | None) -> str:
     example = curl_example(state.edge, model.served_model_name, "YOUR-KEY", model.type)
     return (
         f'<section class="model-card" aria-label="{html.escape(model.name, quote=True)}">'
-        f"<h3>{html.escape(model.name)} {phase_html(standing(snapshot, model))}</h3>{why}"
-        f"<dl>{facts}</dl><h4>Ask it, with a key of the tab Keys</h4>"
+        f"<h2>{html.escape(model.name)} {phase_html(standing(snapshot, model))}</h2>{why}"
+        f"<dl>{facts}</dl><h3>Ask it, with a key of the tab Keys</h3>"
         f"<pre>{html.escape(example)}</pre></section>"
     )
 
@@ -25802,10 +25895,10 @@ def build_placement_fields(desk: Desk) -> tuple[gr.CheckboxGroup, gr.Dropdown, g
     found = desk.manager.hardware().gpus
     with gr.Row(visible=bool(found)):
         gpus = gr.CheckboxGroup(
-            [*((short_title(gpu), gpu.uuid) for gpu in found), ("the processor", PROCESSOR)],
-            value=[] if found else [PROCESSOR], label="Whole GPUs",
-            info="none: a free one; several: tensor parallelism",
+            **gpu_boxes(desk.watch.latest()), value=[] if found else [PROCESSOR],
+            label="Whole GPUs", info="none: a free one; several: tensor parallelism",
         )  # fmt: skip
+        live(desk, gpus, gpu_boxes)
         mig_slice = gr.Dropdown(
             label="or a MIG slice", info="free slices; cut more in the tab Hardware"
         )
@@ -25863,6 +25956,7 @@ RUNS: Final = ("this run", "the run before")
 def build_library_tab(desk: Desk, tabs: gr.Tabs, form: ModelForm) -> None:
     """Weights on the hub and on this server, and the images that engines run in."""
     with gr.Tab("Library", id="library") as tab:
+        gr.Markdown("## Find a model")
         build_search(desk, tabs, form)
         live(desk, gr.HTML(), tasks_html)
         build_task_cancel(desk)
@@ -25873,18 +25967,20 @@ def build_library_tab(desk: Desk, tabs: gr.Tabs, form: ModelForm) -> None:
 def build_search(desk: Desk, tabs: gr.Tabs, form: ModelForm) -> None:
     """Find a repository; then look at it, download it or make it a model."""
 
-    def on_search(text: str | None, kind: str) -> tuple[list[list[str]], str]:
+    def on_search(text: str | None, kind: str) -> tuple[Any, str]:
         with shown_to_operator():
             wanted = next((known for known in MODEL_TYPES if known == kind), None)
             hits = desk.manager.weights.search(typed(text), wanted)
-            return hit_rows(hits), "" if hits else "Nothing on the hub has that in its name."
+            rows = found_rows(hits, desk.manager.hardware())
+            said = "" if hits else "Nothing on the hub has that in its name."
+            return gr.update(value=rows, visible=bool(hits)), said
 
     with gr.Row(elem_classes="actions"):
         text = gr.Textbox(label="Search the Hugging Face hub", placeholder="qwen3 8b", scale=3)
         kind = gr.Dropdown([ANY_TYPE, *MODEL_TYPES], value=ANY_TYPE, label="Type", scale=1)
         search = gr.Button("Search", variant="primary", scale=0, min_width=110)
     said = gr.Markdown()
-    hits = table(HIT_HEADERS)
+    hits = table(FOUND_HEADERS, ("34%", "12%", "10%", "10%", "14%", "11%", "9%"), visible=False)
     for asked in (search.click, text.submit):
         asked(on_search, [text, kind], [hits, said], **PRIVATE)
     build_choice(desk, hits, tabs, form)
@@ -25911,7 +26007,7 @@ def build_choice(desk: Desk, hits: gr.Dataframe, tabs: gr.Tabs, form: ModelForm)
     with gr.Row(elem_classes="actions"):
         name = gr.Textbox(
             label="Repository, or directory of this server", placeholder="Qwen/Qwen3-8B", scale=3,
-            info="click a row above, or type it",
+            info="search above and click a row, or type it",
         )  # fmt: skip
         revision = gr.Textbox(label="Revision", info="empty: the newest", scale=1)
         look = gr.Button("Look at it", scale=0, min_width=110)
@@ -25977,10 +26073,13 @@ def build_cache_view(desk: Desk, tab: gr.Tab) -> None:
     """What is stored, who uses it, and a way to make room that is shown first."""
     weights = desk.manager.weights
 
-    def on_list() -> tuple[str, list[list[str]]]:
+    def on_list() -> tuple[Any, ...]:
         with shown_to_operator():
             cache = weights.cache()
-            return cache_summary(cache), cache_rows(cache, desk.manager.state())
+            rows = stored_rows(cache, desk.manager.state())
+            names = [*dict.fromkeys(row[0] for row in rows)]
+            shown = gr.update(value=rows, visible=bool(rows))
+            return stored_summary(cache), shown, gr.update(choices=names)
 
     def on_remove(repository: str | None) -> tuple[Any, ...]:
         with shown_to_operator():
@@ -25999,18 +26098,21 @@ def build_cache_view(desk: Desk, tab: gr.Tab) -> None:
 
     with gr.Accordion("On this server", open=True):
         summary = gr.Markdown()
-        rows = table(CACHE_HEADERS)
+        rows = table(CACHE_HEADERS, ("32%", "16%", "10%", "15%", "16%", "11%"), search=True)
         with gr.Row(elem_classes="actions"):
-            chosen = gr.Textbox(label="Stored repository", info="click a row above", scale=3)
+            chosen = gr.Dropdown(
+                label="Stored repository", info="choose here, or click a row above", value=None,
+                scale=3,
+            )  # fmt: skip
             remove = gr.Button("Delete", variant="stop", scale=0, min_width=110)
-            prune = gr.Button("Delete all that is unused", scale=0, min_width=240)
+            prune = gr.Button("Delete all that is unused", variant="stop", scale=0, min_width=240)
             fresh = gr.Button("Refresh", scale=0, min_width=110)
         question, said = build_question("Delete for good", delete)
     rows.select(first_cell, None, chosen, **PRIVATE)
     remove.click(on_remove, chosen, question, **PRIVATE)
     prune.click(on_prune, None, question, **PRIVATE)
     for changed in (tab.select, fresh.click, said.change):
-        changed(on_list, None, [summary, rows], **QUIET)
+        changed(on_list, None, [summary, rows, chosen], **QUIET)
 
 
 def removal_question(removals: Sequence[Removal]) -> tuple[Any, ...]:
@@ -26079,9 +26181,9 @@ def build_hardware_tab(desk: Desk) -> None:
     """The GPUs as pictures, how to cut them, how they are joined, and what a reboot would do."""
     with gr.Tab("Hardware", id="hardware"):
         live(desk, gr.Markdown(), driver_view)
-        live(desk, gr.HTML(), cards_html)
+        live(desk, gr.HTML(elem_classes="gpu-cards"), cards_html)
         build_mig_planner(desk)
-        with gr.Accordion("How the GPUs are joined", open=False):
+        with live(desk, gr.Accordion("How the GPUs are joined", open=False), topology_view):
             live(desk, gr.Markdown(), topology_text)
         build_reboot_view(desk)
 
@@ -26107,7 +26209,7 @@ def build_mig_planner(desk: Desk) -> None:
             picture = planned_card(wished, desk.manager.state(), desk.manager.hardware())
             return gr.update(visible=True), gr.HTML(picture, visible=True), text, ("cut", subject)
 
-    with gr.Accordion("Cut a GPU into MIG slices", open=False):
+    with live(desk, gr.Accordion("Cut a GPU into MIG slices", open=False), planner_view):
         with gr.Row(elem_classes="actions"):
             gpu = live(desk, gr.Dropdown(label="GPU", scale=1, min_width=240), gpu_choices)
             wish = gr.Dropdown(
@@ -26124,29 +26226,30 @@ def build_mig_planner(desk: Desk) -> None:
 def build_reboot_view(desk: Desk) -> None:
     """What would come back after a reboot, in which order, and how long it took last time."""
 
-    def on_check() -> tuple[str, list[list[str]]]:
+    def on_check() -> tuple[str, Any]:
         with shown_to_operator():
             state, observed = desk.manager.state(), desk.manager.observe()
             text = reboot_text(state, observed, desk.manager.boot_units())
-            return text, reboot_rows(state, observed)
+            return text, gr.update(value=reboot_rows(state, observed), visible=True)
 
     with gr.Accordion("Safe to reboot?", open=False):
-        check = gr.Button("Look")
+        check = gr.Button("Look", variant="primary")
         verdict = gr.Markdown()
-        rows = table(REBOOT_HEADERS)
+        rows = table(REBOOT_HEADERS, ("25%", "55%", "20%"), visible=False)
     check.click(on_check, None, [verdict, rows], **PRIVATE)
 
 
 def build_routes_tab(desk: Desk) -> None:
     """The ways in as a picture, what can be changed about them, and one request along them."""
     with gr.Tab("Routes", id="routes") as tab:
+        verdicts = gr.Markdown(), gr.Markdown()
         live(desk, gr.HTML(), ways_html)
         build_try_out(desk)
         build_route_form(desk)
         build_provider_form(desk)
         build_direct_keys(desk)
         build_edge_switches(desk)
-        build_proofs_view(desk, tab)
+        build_proofs_view(desk, tab, verdicts)
 
 
 def plan_of(
@@ -26224,7 +26327,8 @@ def build_provider_form(desk: Desk) -> None:
         return providing(provider_settings(*values)) if name and any(address) else None
 
     with gr.Accordion("Providers", open=False):
-        rows = live(desk, table(PROVIDER_HEADERS), known_providers)
+        rows = table(PROVIDER_HEADERS, ("13%", "12%", "28%", "7%", "30%", "10%"))
+        live(desk, rows, known_providers)
         look = gr.Button("Look at them", scale=0, min_width=150)
         models = gr.Textbox(
             label="Their models, as routes name them", lines=2, max_lines=10, interactive=False,
@@ -26269,9 +26373,7 @@ def build_direct_keys(desk: Desk) -> None:
         return granting_direct(new_direct_key(typed(name), models or (), emergency=emergency))
 
     with gr.Accordion("Direct keys, past LiteLLM", open=False):
-        live(
-            desk, table(DIRECT_HEADERS), lambda seen: direct_rows(seen.state) if seen.state else []
-        )
+        live(desk, table(DIRECT_HEADERS, visible=False), direct_view)
         with gr.Row(elem_classes="actions"):
             name = gr.Dropdown(label="For whom", allow_custom_value=True, value=None, scale=2)
             live(desk, name, direct_choices)
@@ -26326,11 +26428,12 @@ def build_edge_switches(desk: Desk) -> None:
 def build_try_out(desk: Desk) -> None:
     """One request along a way, and where its time went; nothing of it is kept."""
 
-    def on_try(target: str | None, text: str | None) -> list[list[str]]:
+    def on_try(target: str | None, text: str | None) -> Any:
         with shown_to_operator():
             if not typed(target):
                 raise RefusedError("Nothing is chosen yet.", advice="Choose what to try first.")
-            return hop_rows(desk.manager.traffic.try_out(typed(target), typed(text)))
+            hops = hop_rows(desk.manager.traffic.try_out(typed(target), typed(text)))
+            return gr.update(value=hops, visible=True)
 
     with gr.Accordion("Try one request", open=False):
         with gr.Row(elem_classes="actions"):
@@ -26341,21 +26444,20 @@ def build_try_out(desk: Desk) -> None:
             live(desk, target, trial_choices)
             text = gr.Textbox(label="Prompt", placeholder="yes", info="or none", scale=3)
             ask = gr.Button("Try it", variant="primary", scale=0, min_width=110)
-        rows = table(HOP_HEADERS, ("25%", "15%", "60%"))
+        rows = table(HOP_HEADERS, ("25%", "15%", "60%"), visible=False)
     ask.click(on_try, [target, text], rows, concurrency_limit=None, **PRIVATE)
 
 
-def build_proofs_view(desk: Desk, tab: gr.Tab) -> None:
+def build_proofs_view(desk: Desk, tab: gr.Tab, verdicts: tuple[gr.Markdown, gr.Markdown]) -> None:
     """That every way in answers as it should, and that nothing said is kept: proven and dated."""
     proofs = desk.manager.proofs
 
     def on_show() -> tuple[Any, ...]:
         with shown_to_operator():
             probe, privacy = proofs.last_probe(), proofs.last_privacy()
-            return (
-                probe_headline(probe), probe_rows(probe) if probe else [],
-                privacy_headline(privacy), privacy_rows(privacy) if privacy else [],
-            )  # fmt: skip
+            tables = (probe_rows(probe) if probe else [], privacy_rows(privacy) if privacy else [])
+            shown = (gr.update(value=rows, visible=bool(rows)) for rows in tables)
+            return plain(probe_headline(probe)), plain(privacy_headline(privacy)), *shown
 
     def on_start(start: Callable[[], Job]) -> None:
         with shown_to_operator():
@@ -26365,14 +26467,12 @@ def build_proofs_view(desk: Desk, tab: gr.Tab) -> None:
         with gr.Row(elem_classes="actions"):
             probe = gr.Button("Probe every route", scale=0, min_width=170)
             prove = gr.Button("Prove privacy", scale=0, min_width=140)
-        shown = []
-        for headers in (PROBE_HEADERS, PRIVACY_HEADERS):
-            shown += [gr.Markdown(), table(headers)]
+        tables = [table(headers, visible=False) for headers in (PROBE_HEADERS, PRIVACY_HEADERS)]
         done = live(desk, gr.Textbox(visible="hidden"), proofs_done)
     probe.click(partial(on_start, proofs.probe), None, None, **PRIVATE)
     prove.click(partial(on_start, proofs.privacy), None, None, **PRIVATE)
     for changed in (tab.select, done.change):
-        changed(on_show, None, shown, **QUIET)
+        changed(on_show, None, [*verdicts, *tables], **QUIET)
 
 
 def build_keys_tab(desk: Desk) -> None:
@@ -27189,6 +27289,8 @@ footer { display: none !important; }
 #notice button { margin-left: 16px; text-decoration: underline; }
 .gpu-card { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 10px 14px;
   margin-bottom: 10px; background: var(--background-fill-primary); }
+.gpu-cards .prose, .gpu-cards > div:not(.wrap) { display: grid; gap: 0 16px;
+  grid-template-columns: repeat(auto-fill, minmax(min(640px, 100%), 1fr)); }
 .card-head { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 4px 24px;
   margin-bottom: 8px; color: var(--body-text-color); }
 .card-bar { position: relative; height: 56px; border-radius: 4px; overflow: hidden;
@@ -27208,11 +27310,12 @@ footer { display: none !important; }
 .said.bad { color: #b91c1c; margin: 0 0 8px; } .dark .said.bad { color: #fca5a5; }
 .model-card { border: 1px solid var(--border-color-primary); border-radius: 8px;
   padding: 10px 14px; color: var(--body-text-color); }
-.model-card h3 { font-size: 16px; margin: 0 0 8px; } .model-card h4 { margin: 12px 0 4px; }
-.model-card h3 .phase { margin-left: 12px; }
+.model-card h2 { font-size: 16px; font-weight: 700; margin: 0 0 8px; }
+.model-card h3 { font-size: 14px; font-weight: 600; margin: 12px 0 4px; }
+.model-card h2 .phase { margin-left: 12px; }
 .model-card dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 3px 20px;
   margin: 0; }
-.model-card dt { color: var(--body-text-color-subdued); }
+.model-card dt { opacity: 0.75; }
 .model-card dd { margin: 0; overflow-wrap: anywhere; }
 .model-card pre { margin: 0; padding: 8px 10px; font-size: 12px; overflow-x: auto;
   border-radius: 6px; background: var(--background-fill-secondary); }

@@ -108,8 +108,9 @@ def test_a_planned_card_shows_models_on_their_new_slices() -> None:
     hardware = some_gpus().read()
     change = lm.cutting_as_typed(state, hardware.gpus[0], "chat=9")
     drawn = lm.planned_card(change, state, hardware)
-    assert re.findall(r"<b>(\dg[^<]+)</b><span>([^<]*)", drawn) == [("2g.10gb", "chat")]
-    assert "after the change" in drawn
+    after = re.findall(r"<b>(\dg[^<]+)</b><span>([^<]*)", drawn.partition(">now<")[2])
+    assert after == [("2g.10gb", "chat")]
+    assert drawn.index(">now<") < drawn.index("after the change")
     assert "GPU 1" not in drawn
 
 
@@ -119,6 +120,24 @@ def test_what_the_driver_does_not_tell_is_unknown_and_never_zero() -> None:
     assert title == "GPU 0"
     assert cells == [*["unknown"] * 5, "cannot be cut", ""]
     assert "0" not in lm.card_html(bare.gpus[0], []).partition("<b>GPU 0</b>")[2].split("<div")[0]
+
+
+def test_figures_that_the_driver_keeps_are_not_listed_one_by_one() -> None:
+    bare = lm.Gpu(uuid=GPU_0)
+    assert "the driver tells no figures" in lm.card_html(bare, [])
+    shown = lm.card_html(replace(bare, memory_mib=81920, power_w=301.2), [])
+    assert "<span>80.0 GiB · 301 W</span>" in shown
+
+
+def test_only_what_can_be_cut_or_joined_is_offered() -> None:
+    hardware = some_gpus().read()
+    bare = a_snapshot(a_state(), hardware=lm.Hardware())
+    full = a_snapshot(a_wish(a_model(placement=on_slice())), hardware=hardware)
+    assert (lm.planner_view(bare)["visible"], lm.topology_view(bare)["visible"]) == (False, False)
+    assert (lm.planner_view(full)["visible"], lm.topology_view(full)["visible"]) == (True, True)
+    assert lm.gpu_boxes(bare)["choices"] == [("the processor", lm.PROCESSOR)]
+    (first, _), *_ = lm.gpu_boxes(full)["choices"]
+    assert first.endswith("· chat")
 
 
 def test_slices_are_listed_with_who_wishes_them_and_who_is_on_them() -> None:

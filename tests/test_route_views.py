@@ -396,7 +396,7 @@ def test_no_text_of_the_picture_can_become_markup() -> None:
     }  # fmt: skip
 
 
-def test_from_the_thirteenth_name_on_members_that_need_no_words_share_a_line() -> None:
+def test_from_the_ninth_name_on_members_that_need_no_words_share_a_line() -> None:
     routes = [a_route(f"team-{n}") for n in range(12)]
     circuits = {"team-3@far/big": lm.Circuit(state="degraded", reason=BROKEN)}
     snapshot = a_snapshot(some_state(*routes), health=lm.RouteHealth(circuits=circuits))
@@ -407,6 +407,23 @@ def test_from_the_thirteenth_name_on_members_that_need_no_words_share_a_line() -
     state = a_state(two, *(a_model(f"m{n}") for n in range(12)))
     assert "<b>chat-0, chat-1</b>" in lm.ways_html(a_snapshot(state))
     assert "<b>chat-0</b>" in lm.ways_html(a_snapshot(a_state(two)))
+
+
+def test_among_many_names_trouble_is_first_and_what_is_well_shares_a_line() -> None:
+    state = a_state(*(a_model(f"m{n}", wish="stopped" if n == 4 else "running") for n in range(60)))
+    observed = as_wished(state)
+    broken = but(observed, ended(the(observed, "llm-model-m9-0"), 1))
+    shown = lm.ways_html(a_snapshot(state, observed=broken)).partition("<section")[2]
+    names = re.findall(r'<div class="lane"><div><b>([^<]*)', shown)
+    assert names[:2] == ["m9", "59 more"]
+    assert "stopped</span><b>m4</b>" in shown
+    assert "<b>m0, m1, m10, m11," in shown
+
+
+def test_direct_keys_are_a_table_only_where_there_are_any() -> None:
+    key = lm.DirectKey(name="lab", secret=a_secret("direct"))
+    assert lm.direct_view(a_snapshot(a_state())) == {"value": [], "visible": False}
+    assert lm.direct_view(a_snapshot(a_state(direct_keys=(key,))))["visible"]
 
 
 # --- forms -------------------------------------------------------------------------------------

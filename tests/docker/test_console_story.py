@@ -116,7 +116,7 @@ def test_the_story_in_the_console_with_a_reload_in_the_middle(
         page.get_by_label("Engine arguments").press_sequentially(f"{CHEAP} --max-model-len 512")
         expect(page.locator(".fit-card:visible")).to_contain_text("requests of 512 tokens")
         register(page, "Chat_1")
-        expect(page.get_by_text("must be lower-case letters")).to_be_visible()
+        expect(page.get_by_text("must be lower-case letters").first).to_be_visible()
         register(page, "chat")
         with here.step("deploy from the hub in the console, with a reload in the middle"):
             deploy(page)
