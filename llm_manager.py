@@ -23415,9 +23415,13 @@ class Pulse:
     A hung engine answers late or never, and no page may wait for it.
     """
 
-    def __init__(self, manager: Manager, latest: Callable[[], Snapshot], stalls: Stalls) -> None:
+    def __init__(
+        self, manager: Manager, latest: Callable[[], Snapshot], closed: threading.Event,
+        stalls: Stalls,
+    ) -> None:  # fmt: skip
         self._manager = manager
         self._latest = latest
+        self._closed = closed
         self._stalls = stalls
         self._felt: Snapshot | None = None
         self.hung: Mapping[ModelName, str] = {}
@@ -23426,8 +23430,7 @@ class Pulse:
         threading.Thread(target=self._run, name="pulse", daemon=True).start()
 
     def _run(self) -> None:
-        while True:
-            time.sleep(self._stalls.pause)
+        while not self._closed.wait(self._stalls.pause):
             try:
                 self._feel()
             except Exception:  # boundary: one look must not end all of them
@@ -23458,9 +23461,13 @@ class Pulse:
 class Meter:
     """A thread of its own that follows LiteLLM's counters: a hung engine must not hold it up."""
 
-    def __init__(self, manager: Manager, latest: Callable[[], Snapshot], pause: float) -> None:
+    def __init__(
+        self, manager: Manager, latest: Callable[[], Snapshot], closed: threading.Event,
+        pause: float,
+    ) -> None:  # fmt: skip
         self._manager = manager
         self._latest = latest
+        self._closed = closed
         self._pause = pause
         self.breakers = Breakers()
         self._window = RateWindow()
@@ -23472,8 +23479,7 @@ class Meter:
         return self._window.rise([self.breakers.gateway])
 
     def _run(self) -> None:
-        while True:
-            time.sleep(self._pause)
+        while not self._closed.wait(self._pause):
             try:
                 if (observed := self._latest().observed) is not None:
                     known = self.breakers.figures
@@ -23488,9 +23494,12 @@ class Meter:
 class Gauge:
     """A thread of its own for what is asked now and then: the database's size, the alerts."""
 
-    def __init__(self, manager: Manager, latest: Callable[[], Snapshot]) -> None:
+    def __init__(
+        self, manager: Manager, latest: Callable[[], Snapshot], closed: threading.Event
+    ) -> None:
         self._manager = manager
         self._latest = latest
+        self._closed = closed
         self.size: DatabaseSize | None = None
         self.alerts: tuple[Alert, ...] = ()
         threading.Thread(target=self._run, name="gauge", daemon=True).start()
@@ -23503,7 +23512,8 @@ class Gauge:
                     self.size = self._look()
             except Exception:  # boundary: one look must not end all of them
                 log.exception("the database or the alerts could not be read")
-            time.sleep(GAUGE_SECONDS)
+            if self._closed.wait(GAUGE_SECONDS):
+                return
 
     def _look(self) -> DatabaseSize | None:
         state, observed = self._latest().state, self._latest().observed
@@ -23875,9 +23885,10 @@ class Watch:
         self.newcomer = Newcomer(manager.home, self._latest)
         self._repaired: set[ModelName] = set()
         self._renewed = ""  # the certificate that was last tried
-        self._pulse = Pulse(manager, lambda: self._latest, stalls or Stalls())
-        self._meter = Meter(manager, lambda: self._latest, seconds)
-        self._gauge = Gauge(manager, lambda: self._latest)
+        self._closed = closed = threading.Event()
+        self._pulse = Pulse(manager, lambda: self._latest, closed, stalls or Stalls())
+        self._meter = Meter(manager, lambda: self._latest, closed, seconds)
+        self._gauge = Gauge(manager, lambda: self._latest, closed)
         self.sampler = (
             EnergySampler(manager, records, lambda: self._latest, lambda: self._pulse.loads)
             if records is not None
@@ -23888,7 +23899,8 @@ class Watch:
         threading.Thread(target=watching, name="watch", daemon=True).start()
 
     def close(self) -> None:
-        """Let what is recorded reach the disk."""
+        """No look begins any more; what is recorded reaches the disk."""
+        self._closed.set()
         if self.sampler is not None:
             self.sampler.close()
 
@@ -23933,8 +23945,7 @@ class Watch:
         self.newcomer.look(self.latest())
 
     def _run(self) -> None:
-        while True:
-            time.sleep(self._seconds)
+        while not self._closed.wait(self._seconds):
             try:
                 before, self._latest = self._latest, self._manager.snapshot()
                 self._look_around()

@@ -116,6 +116,7 @@ def test_what_the_program_does_by_itself_is_nobody_elses_doing(server: Server) -
     watch = lm.Watch(server.manager, seconds=0.01, revivals=lm.Revivals(pauses=(0.0,)))
     server.world.end("llm-model-chat-0", 1)
     assert until(lambda: last(server).what == "Start chat again")
+    watch.close()
     assert (last(server).who, last(server).channel) == ("llm-manager", "itself")
     assert watch.latest().state is not None
 

@@ -454,6 +454,7 @@ def test_the_console_knows_the_same_rates_until_nobody_tells_any_more(server: Se
     server.world.figures.clear()
     assert until(lambda: watch.latest().traffic is None)
     assert until(lambda: watch.latest().rates[lm.ModelName("chat")] == lm.EngineRates())
+    watch.close()
 
 
 def test_a_restarted_engine_counts_anew(server: Server) -> None:
