@@ -17267,6 +17267,19 @@ HEALTH: Final[Mapping[str, HttpAnswers]] = {
 }
 
 
+R = TypeVar("R")
+
+
+def side_by_side(
+    do: Callable[[T], R], each: Collection[T], *, at_most: int | None = None
+) -> list[R]:
+    """What comes of each, in their order; one alone needs no thread."""
+    if len(each) <= 1:
+        return [do(one) for one in each]
+    with concurrent.futures.ThreadPoolExecutor(at_most or len(each)) as pool:
+        return list(pool.map(do, each))
+
+
 class HttpProbes:
     """Readiness over HTTP; no answer is an answer."""
 
@@ -17277,11 +17290,8 @@ class HttpProbes:
 
     def fill(self, observed: Observed) -> Observed:
         """The same observation with `ready` asked of every running container, side by side."""
-        names = list(observed.containers)
-        with concurrent.futures.ThreadPoolExecutor(max_workers=max(len(names), 1)) as pool:
-            seen = dict(
-                zip(names, pool.map(self._asked, observed.containers.values()), strict=True)
-            )
+        asked = side_by_side(self._asked, observed.containers.values())
+        seen = dict(zip(observed.containers, asked, strict=True))
         edges = [c for c in seen.values() if c.role == "edge" and c.running]
         return replace(observed, containers=seen, edge=self._loaded(edges[0]) if edges else None)
 
@@ -20717,8 +20727,7 @@ def observe(tools: Tools, edge: Edge | None = None) -> Observed:
     """One whole look at the world; of certificates, at the one that this edge names."""
     found, hardware = tools.containers.observe(), tools.gpus.read()
     with_gpu = [c for c in found.containers.values() if c.running and c.devices]
-    with concurrent.futures.ThreadPoolExecutor(max_workers=len(with_gpu) or 1) as pool:
-        sights = list(pool.map(tools.containers.visible_devices, with_gpu))
+    sights = side_by_side(tools.containers.visible_devices, with_gpu)
     looked = {c.name: replace(c, devices_seen=s) for c, s in zip(with_gpu, sights, strict=True)}
     seen = replace(
         found,
@@ -20825,8 +20834,7 @@ def _counting(
 
 def _side_by_side(stages: Sequence[Stage], tools: Tools, control: Control) -> list[ManagerError]:
     """Stages that share nothing at the same time, the others one after another."""
-    with concurrent.futures.ThreadPoolExecutor(max_workers=len(stages) or 1) as pool:
-        attempts = list(pool.map(lambda lane: _attempt(lane, tools, control), lanes(stages)))
+    attempts = side_by_side(lambda lane: _attempt(lane, tools, control), lanes(stages))
     return [fault for faults in attempts for fault in faults]
 
 
@@ -21882,8 +21890,7 @@ class Providers:
     def all(self) -> list[ProviderHealth]:
         """The health of every provider by name, asked side by side."""
         known = sorted(self._store.load().providers, key=lambda provider: provider.name)
-        with concurrent.futures.ThreadPoolExecutor(max_workers=min(len(known), 16) or 1) as pool:
-            return list(pool.map(self._look, known))
+        return side_by_side(self._look, known, at_most=16)
 
     def _look(self, provider: Provider) -> ProviderHealth:
         if not model_lists(provider):
@@ -23247,8 +23254,7 @@ class Manager(ChangeRunner):
 
     def loads(self, engines: Sequence[ObservedContainer]) -> dict[ContainerName, EngineLoad | None]:
         """What each of these engines is at, asked side by side; None where one does not say."""
-        with concurrent.futures.ThreadPoolExecutor(max_workers=len(engines) or 1) as pool:
-            loads = list(pool.map(self._tools.probes.load, engines))
+        loads = side_by_side(self._tools.probes.load, engines)
         return {engine.name: load for engine, load in zip(engines, loads, strict=True)}
 
     def answers(self, engine: ObservedContainer, seconds: float) -> bool:
@@ -23446,10 +23452,10 @@ class Pulse:
         if observed is not None:
             self.window.feed(time.monotonic(), engine_counts(observed, loads))
         suspects = [engines[name] for name in self._stalls.suspects(loads, utc_now())]
-        with concurrent.futures.ThreadPoolExecutor(max_workers=len(suspects) or 1) as pool:
-            tries = [pool.submit(self._manager.answers, e, self._stalls.patience) for e in suspects]
-        for engine, tried in zip(suspects, tries, strict=True):
-            self._stalls.tried(engine.name, answered=tried.result())
+        patience = self._stalls.patience
+        answers = side_by_side(lambda engine: self._manager.answers(engine, patience), suspects)
+        for engine, answered in zip(suspects, answers, strict=True):
+            self._stalls.tried(engine.name, answered=answered)
         self.hung = {
             ModelName(engines[name].model_name or ""): self._stalls.report(
                 engines[name], loads[name], utc_now()
