@@ -27436,8 +27436,12 @@ setTimeout(() => sessionStorage.removeItem("reloads"), 30000);
       {textContent: "Reload", onclick: () => location.reload()})] : []);
     document.body.append(notice);
   };
+  // What Gradio (6.31) leaves without a name that a screen reader could say.
+  const nameless = {"input.search-input": "Filter the table", "button.calendar": "Choose a day"};
   const look = async () => {
     let wait = 1500;
+    for (const [what, name] of Object.entries(nameless))
+      for (const part of document.querySelectorAll(what)) part.ariaLabel ??= name;
     if (!document.hidden && !over) try {
       const front = document.querySelector('[role="tab"][aria-selected="true"]');
       const tab = encodeURIComponent(front?.textContent.trim() ?? "");
@@ -27472,6 +27476,23 @@ setTimeout(() => sessionStorage.removeItem("reloads"), 30000);
   look();
 }
 </script>"""
+
+
+def build_theme() -> gr.themes.Base:
+    """Gradio's own, where it does not take good eyes to read it."""
+    red, darker_red = "#b91c1c", "#991b1b"
+    return gr.themes.Default(primary_hue="blue", font=FONTS, font_mono=MONOSPACE_FONTS).set(
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_800",
+        button_cancel_background_fill=red,
+        button_cancel_background_fill_hover=darker_red,
+        button_cancel_background_fill_dark=red,
+        button_cancel_background_fill_hover_dark=darker_red,
+    )
 
 
 # Gradio (6.31) keeps a copy of all that a page consists of, for the last 10,000 pages opened.
@@ -27558,11 +27579,7 @@ def build_app(manager: Manager, watch: Watch) -> Guard:
         app_kwargs={"openapi_url": None, "docs_url": None, "redoc_url": None},
         css=STYLE + OVERVIEW_STYLE + FIT_STYLE + ROUTE_STYLE + WATTS_STYLE,
         head=TELL_ZONE + PAGE_SCRIPT.replace("START", start),
-        theme=gr.themes.Default(primary_hue="blue", font=FONTS, font_mono=MONOSPACE_FONTS).set(
-            # Its own grey is too light to be read on white.
-            body_text_color_subdued="*neutral_600",
-            body_text_color_subdued_dark="*neutral_300",
-        ),
+        theme=build_theme(),
         footer_links=[],
         run_history=False,
         enable_monitoring=False,
