@@ -27639,7 +27639,8 @@ class ImaginedModel:
     use: ImaginedUse | None = None
     watts: float = 0.0  # of each of its GPUs, under its usual load
     wish: Wish = "running"
-    says: str = ""  # its last words: it cannot start
+    needs_gib: float = 0.0  # of a GPU or slice; it ends on less
+    says: str = ""  # its last words then
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28121,7 +28122,7 @@ class SimulatedHost:
     images: set[str] = field(default_factory=set)
     image_bytes: Mapping[str, int] = field(default_factory=dict)
     free_bytes: int = 2**40
-    last_words: dict[str, str] = field(default_factory=dict)  # by container: it cannot start
+    last_words: dict[str, str] = field(default_factory=dict)  # where its GPU is too small
     built: dict[str, dict[str, str]] = field(default_factory=dict)  # labels, by image
     networks: set[str] = field(default_factory=set)
     volumes: set[str] = field(default_factory=set)
@@ -28164,17 +28165,15 @@ class SimulatedHost:
         program = "dcgm-exporter" if spec.devices == ALL_GPUS else "VLLM::EngineCore"
         for device in self.devices_of(spec):
             self.gpus.open(device, program, container_id=container.container_id)
-        if container.name in self.last_words:
-            container.log += self.last_words[container.name].splitlines()
-            self.end(container.name, 1)
-        elif self.is_broken(spec) or self.finds_its_volume_taken(container):
+        if self.is_broken(spec) or self.finds_its_volume_taken(container):
             container.log.append("ValueError: The model does not fit.")
             self.end(container.name, 1)
         elif spec.devices != ALL_GPUS and not all(map(self.gpus.computes, spec.devices)):
             container.log.append("RuntimeError: No CUDA GPUs are available.")
             self.end(container.name, 1)
         elif self.is_too_large(container):
-            container.log.append("ValueError: No available memory for the cache blocks.")
+            said = self.last_words.get(container.name, NO_CACHE)
+            container.log += said.splitlines()
             self.end(container.name, 1)
 
     def devices_of(self, spec: ContainerSpec) -> Collection[str]:
@@ -28277,6 +28276,9 @@ class SimulatedHost:
 
     def running(self) -> set[str]:
         return {c.name for c in self.containers.values() if c.running}
+
+
+NO_CACHE: Final = "ValueError: No available memory for the cache blocks."
 
 
 def entries_of(litellm_config: str) -> set[tuple[str, str]]:
@@ -29726,11 +29728,11 @@ class ImaginedInstallation:
     def _start(self) -> None:
         """All that is wished is started, in no time; from then on time takes its time."""
         state = self.store.load()
-        self.host.last_words = {
-            replica: model.says
-            for model in self.server.models if model.says
-            for replica in replica_names(state, state.model(model.name))
-        }  # fmt: skip
+        for model in self.server.models:
+            for replica in replica_names(state, state.model(model.name)):
+                self.host.needs[replica] = int(model.needs_gib * 1024)
+                if model.says:
+                    self.host.last_words[replica] = model.says
         with contextlib.suppress(ManagerError):  # not all of it can start
             list(self._manager().start(restoring()).follow())
         self.host.clock, self.host.start_seconds = SystemClock(), self.server.start_seconds
@@ -29769,6 +29771,7 @@ class ImaginedInstallation:
         for number, container in enumerate(self.host.containers.values()):
             started_at = now - timedelta(hours=5 + number * 37 % (24 * self.server.days))
             container.started_at = started_at
+            self.store.note_start(container.name, 24 + number * 29 % 110)
             if model := container.spec.labels.get(LABEL_MODEL_NAME):
                 begun = AuditEntry(
                     who="operator", channel="console", what=deploying(model).title,

@@ -52,7 +52,7 @@ def open_tab(page: Page, name: str) -> None:
     expect(page.get_by_role("tab", name=name).first).to_have_attribute("aria-selected", "true")
 
 
-def button(page: Page, name: str) -> Locator:
+def button(page: Page | Locator, name: str) -> Locator:
     """The visible one of exactly this name."""
     return page.get_by_role("button", name=name, exact=True)
 

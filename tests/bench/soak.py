@@ -23,7 +23,7 @@ sys.path[:0] = [
 ]
 
 from browsing import FLAGS, open_console, shown
-from conftest import demonstrating
+from demonstration import demonstrating
 from playwright.sync_api import Error, Page, sync_playwright
 
 WORDS = (

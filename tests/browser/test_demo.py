@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from browsing import button, choose, open_console, open_tab
-from conftest import Demo, demonstrating
+from browsing import button, open_console, open_tab
+from demonstration import Demo, demonstrating
 from playwright.sync_api import Browser, Page, expect
 
 pytestmark = pytest.mark.browser
@@ -77,18 +77,30 @@ def test_nobody_is_kept_out_by_a_serious_fault(seen: Page) -> None:
     assert not found, json.dumps(found, indent=1)
 
 
-def test_a_model_is_deployed_with_a_reload_in_the_middle(page: Page, demo: Demo) -> None:
+def test_a_model_that_failed_is_helped_by_another_cut_of_its_gpu(page: Page, demo: Demo) -> None:
     open_console(page, demo.url)
-    open_tab(page, "Models")
-    choose(page, "Model", "qwen-image")
-    button(page, "Deploy").click()
-    expect(page.locator(".plan-card").filter(visible=True)).to_contain_text(
-        "llm-model-qwen-image-0"
+    expect(page.get_by_text("llama-8b should run and does not.")).to_be_visible()
+    button(page, "Show log").click()
+    expect(page.get_by_label("Log", exact=True).filter(visible=True)).to_have_value(
+        re.compile("CUDA out of memory")
     )
-    button(page, "Do it").click()
-    expect(page.locator("#job").first).to_contain_text("qwen-image")
-    page.reload()
-    expect(page.locator("#job").first).to_contain_text("qwen-image")
+    open_tab(page, "Hardware")
+    page.get_by_role("button", name="Cut a GPU into MIG slices").click()
+    page.get_by_label("GPU", exact=True).filter(visible=True).click()
+    page.get_by_role("option", name=re.compile("GPU 7")).click()
+    slices = page.get_by_label("Slices", exact=True)
+    slices.fill("gpt-oss-20b=30, qwen-tts=8, llama-8b=18")
+    slices.press("Enter")
+    button(page, "Plan").click()
+    card = page.locator(".plan-card").filter(visible=True)
+    expect(card).to_contain_text("create the slice 2g.20gb at 4 of GPU 7")
+    expect(card).to_contain_text("Interrupted")
+    button(card, "Do it").click()
+    page.reload()  # in the middle of it
+    job = page.locator("#job").first
+    expect(job).to_contain_text("done", timeout=120_000)
+    open_tab(page, "Overview")
+    expect(page.get_by_text("All is well").first).to_be_visible()
 
 
 def test_it_leaves_nothing_behind(tmp_path: Path) -> None:
