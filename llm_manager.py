@@ -30709,7 +30709,11 @@ def serve_console(
     manager: Manager, listener: socket.socket, arguments: argparse.Namespace, *, show_url: bool
 ) -> Watch:
     """Serve it until told to stop; what looked at the server goes on until it is closed."""
-    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    os.environ |= {
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "GRADIO_TEMP_DIR": str(manager.home / "pages"),  # it may hold what an operator uploads
+    }
     logging.getLogger("llm_manager").setLevel(logging.INFO)
     state = manager.state()
     watch = Watch(manager, records=manager.energy_records)
