@@ -25629,7 +25629,9 @@ def build_overview(desk: Desk, tabs: gr.Tabs, models: ModelsTab) -> None:
             return {tabs: gr.Tabs(selected=event.subject)}
 
     def on_model(event: gr.SelectData) -> dict[Any, Any]:
-        return {tabs: gr.Tabs(selected="models"), models.chosen: str(event.row_value[0])}
+        with shown_to_operator():
+            picked = models.picked(desk, str(event.row_value[0]))
+            return {tabs: gr.Tabs(selected="models"), **picked}
 
     places = [tabs, models.chosen, models.log_fold, models.log]
     matters.click(on_matter, None, [*places, *card.outputs], **PRIVATE)
@@ -25718,10 +25720,14 @@ class ModelsTab:
     log_fold: gr.Accordion
     log: gr.Textbox
 
+    def picked(self, desk: Desk, name: str) -> dict[Any, Any]:
+        """A model chosen."""
+        names = [model.name for model in desk.manager.state().models]
+        return {self.chosen: gr.Dropdown(choices=names, value=name)}
+
     def opened(self, desk: Desk, name: str) -> dict[Any, Any]:
-        """A model chosen, with its log."""
-        return {
-            self.chosen: name,
+        """The same, with its log."""
+        return self.picked(desk, name) | {
             self.log_fold: gr.Accordion(open=True),
             self.log: desk.manager.logs.of(name),
         }

@@ -110,7 +110,7 @@ def test_the_story_in_the_console_with_a_reload_in_the_middle(
     with FakeHub() as hub, serving(here, HF_ENDPOINT=hub.url) as url:
         hub.add("acme/chat", tiny_models / "tiny-chat", pipeline_tag="text-generation")
         open_console(page, url)
-        expect(page.get_by_text("Register your first model")).to_be_visible()
+        expect(page.get_by_text("From an empty server to the first answer")).to_be_visible()
         add_from_the_hub(page, "acme/chat")
         choose_a_small_kv_cache(page)
         page.get_by_label("Engine arguments").press_sequentially(f"{CHEAP} --max-model-len 512")
