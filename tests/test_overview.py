@@ -361,6 +361,7 @@ def test_the_first_steps_are_over_for_good_once_they_are_hidden(tmp_path: Path) 
     assert watch.latest().first_run == lm.FirstRun()
     watch.newcomer.end()
     assert watch.latest().first_run is None
+    watch.close()
     assert lm.Watch(server.manager, seconds=3600).latest().first_run is None
 
 
@@ -389,6 +390,7 @@ def test_a_page_is_told_the_last_changes_and_what_other_processes_do(tmp_path: P
     with server.manager.audit.noting("Stop chat"):
         pass
     assert until(lambda: watch.latest().changes[-1].what == "Stop chat")
+    watch.close()
 
 
 def test_dismissed_results_are_gone_on_every_page(tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ def serving(server: Server) -> Iterator[str]:
         yield lm.console_url(server.manager.state(), listener.getsockname()[1])
         running.should_exit = running.force_exit = True
         thread.join()
+    watch.close()
 
 
 def test_a_newcomer_gets_from_nothing_to_a_key_by_one_button_after_the_other(
