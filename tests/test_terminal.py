@@ -499,6 +499,10 @@ def test_what_another_process_works_on_is_shown(server: Server) -> None:
             ("", "Download it", "task", ""),
         ]  # fmt: skip
         assert lm.status_facts(seen)["job"]["title"] == "Deploy big"
+        watch = lm.Watch(server.manager, seconds=3600)
+        going = [job.title for job in watch.latest().jobs if job.finished_at is None]
+        assert going == ["Deploy big", "Download it"]
+        watch.close()
         other.communicate("")
     assert server.store.under_way() == (), "although the files and their notes stay"
 
