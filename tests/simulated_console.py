@@ -16,7 +16,6 @@ import fastapi
 import gradio as gr
 import uvicorn
 from builders import a_model
-from fake_gpus import Card, SimulatedGpus
 from fakes import a_world, some_tools
 
 import llm_manager as lm
@@ -36,7 +35,7 @@ def a_console(home: Path, models: int) -> lm.Guard:
             state = state.with_model(a_model(f"chat-{number:02}", wish="running"))
         store.save(state)
     site = lm.Site(generated=str(store.generated), **SITE)
-    gpus = SimulatedGpus([Card("NVIDIA H200", "Hopper", 143771) for _ in range(CARDS)])
+    gpus = lm.SimulatedGpus([lm.SimulatedCard("NVIDIA H200", "Hopper", 143771)] * CARDS)
     world = a_world(store, gpus)
     manager = lm.Manager(store, some_tools(world), site, engine_options={})
     manager.start(lm.restoring()).wait(60)
