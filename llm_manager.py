@@ -27070,8 +27070,8 @@ def build_monitoring_tab(desk: Desk) -> None:
         live(desk, table(PART_HEADERS), part_rows)
         shown = [table(ALERT_HEADERS), table(WATCHED_HEADERS)]
         build_monitoring_form(desk, card)
-    for button, wished in zip(buttons, ON_OR_OFF, strict=True):
-        wire_plan(desk, button, gr.State(wished), card, "switch", switch)
+        for button, wished in zip(buttons, ON_OR_OFF, strict=True):
+            wire_plan(desk, button, gr.State(wished), card, "switch", switch)
     look.click(on_look, None, shown, **PRIVATE)
     tab.select(on_look, None, shown, **QUIET)
 

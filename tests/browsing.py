@@ -47,9 +47,9 @@ def shown(page: Page) -> None:
 
 
 def open_tab(page: Page, name: str) -> None:
-    page.get_by_role("tab", name=name).first.click()
-    # While it measures which tabs fit, Gradio (6.31) has the last one twice.
-    expect(page.get_by_role("tab", name=name).first).to_have_attribute("aria-selected", "true")
+    tab = page.get_by_role("tab", name=name)
+    tab.click()
+    expect(tab).to_have_attribute("aria-selected", "true")
 
 
 def button(page: Page | Locator, name: str) -> Locator:

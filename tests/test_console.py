@@ -296,6 +296,24 @@ def test_the_whole_page_is_built_and_served_behind_the_gate(app: lm.Guard) -> No
         assert ask(path, app, cookie=cookie, host="evil.example").status_code == 403
 
 
+def test_nothing_but_tabs_stands_among_the_tabs(app: lm.Guard) -> None:
+    # Of anything else there Gradio (6.31) makes the last tab twice, and its news goes astray.
+    cookie = ask(f"/?token={TOKEN}", app).headers["set-cookie"].split(";")[0]
+    config = ask("/config", app, cookie=cookie).json()
+    kinds = {component["id"]: component["type"] for component in config["components"]}
+    (among,) = (
+        node["children"] for node in nodes_of(config["layout"]) if kinds.get(node["id"]) == "tabs"
+    )
+    assert len(among) == 10
+    assert {kinds[child["id"]] for child in among} == {"tabitem"}
+
+
+def nodes_of(layout: Any) -> Iterator[Any]:
+    yield layout
+    for child in layout.get("children") or ():
+        yield from nodes_of(child)
+
+
 def test_no_handler_of_the_page_is_public_and_no_secret_is_in_it(app: lm.Guard) -> None:
     cookie = ask(f"/?token={TOKEN}", app).headers["set-cookie"].split(";")[0]
     config = ask("/config", app, cookie=cookie)
