@@ -108,6 +108,18 @@ def need(kind: str, *, listed_as: str = "") -> None:
     pytest.skip(reason)
 
 
+# What runs file by file on two processes ends soonest when no long file is left to the last.
+LONGEST_FIRST = (
+    "test_engines", "test_benchmark_runs", "test_engine_reports", "test_gpu_story",
+    "test_library_story", "test_routing", "test_images", "test_fit_truth", "test_proofs",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {name: rank for rank, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for kind in ("docker", "browser", "gpu", "mig"):
         if item.get_closest_marker(kind):
