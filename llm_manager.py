@@ -12990,10 +12990,11 @@ def cards_html(snapshot: Snapshot) -> str:
     state, observed = snapshot.state, snapshot.observed
     if state is None:
         return ""
-    return "".join(
+    cards = "".join(
         card_html(gpu, card_blocks(gpu, state, observed), card_note(gpu, state, observed))
         for gpu in snapshot.hardware.gpus
     )
+    return f'<div class="gpu-cards">{cards}</div>' if cards else ""
 
 
 def gpu_tiles_html(snapshot: Snapshot) -> str:
@@ -13191,8 +13192,8 @@ def gpu_boxes(snapshot: Snapshot) -> Json:
 
     def label(gpu: Gpu) -> str:
         on_it = [model.name for model in models if gpu.uuid in gpus_of(model)]
-        cut = "in slices" if gpu.mig_enabled else "free"
-        return f"{short_title(gpu)} · {', '.join(on_it) or cut}"
+        held = on_it[0] if len(on_it) == 1 else f"{len(on_it)} models"
+        return f"{short_title(gpu)} · {held if on_it else 'free'}{', cut' * bool(gpu.mig_enabled)}"
 
     offered = [(label(gpu), gpu.uuid) for gpu in snapshot.hardware.gpus]
     return {"choices": [*offered, ("the processor", PROCESSOR)]}
@@ -13766,6 +13767,13 @@ def privacy_text(proof: PrivacyProof) -> str:
 
 
 PROVIDER_HEADERS: Final = ("Provider", "Kind", "Address", "Key", "Health", "Models")
+
+
+def proofs_text(probe: ProbeResult | None, privacy: PrivacyProof | None) -> str:
+    """What was proven last, a line each, and how to prove what never was."""
+    lines = [f"- {plain(probe_headline(probe))}", f"- {plain(privacy_headline(privacy))}"]
+    missing = probe is None or privacy is None
+    return "\n".join([*lines, *["- **Proofs**, at the end of this page, does that."] * missing])
 
 
 def provider_rows(
@@ -14369,7 +14377,8 @@ ROUTE_STYLE: Final = """
   grid-template-columns: 7.5em fit-content(45%) minmax(0, 1fr); gap: 0 12px; }
 .lane li { display: contents; }
 .lane li span:last-of-type { font-size: 13px; opacity: 0.8; }
-.lane li em { grid-column: 2 / -1; font-size: 13px; }
+.lane li em, .lane li b:has(+ span:empty) { grid-column: 2 / -1; }
+.lane li em { font-size: 13px; } .lane li span:empty { display: none; }
 .ways .active { color: #15803d; } .ways .degraded, .ways .cool-down { color: #b45309; }
 .ways .unavailable { color: #b91c1c; }
 .dark .ways .active { color: #4ade80; } .dark .ways .unavailable { color: #f87171; }
@@ -15144,8 +15153,10 @@ def by_standing(snapshot: Snapshot) -> list[tuple[ShownPhase, Json, Model]]:
 def work_text(snapshot: Snapshot, model: Model) -> str:
     """What a model is at, and how fast; nothing where nobody tells."""
     load, made = model_load(snapshot, model), snapshot.rates.get(model.name, EngineRates())
+    counts = {"running": load.running, "waiting": load.waiting} if load else {}
+    busy = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     speed = f"{made.generated_tokens:,.0f} tokens/s" if (made.generated_tokens or 0) >= 1 else ""
-    return " · ".join(filter(None, (_load_text(load) if load else "", speed)))
+    return " · ".join(filter(None, (busy, speed))) or ("idle" if load else "")
 
 
 ModelVerb = Literal["deploy", "stop", "restart", "remove"]
@@ -25749,7 +25760,7 @@ def build_models_tab(desk: Desk) -> ModelsTab:
                 for verb, (label, variant) in MODEL_VERBS.items()
             }
         card = build_plan_card(desk, changes)
-        details = gr.HTML(NO_MODEL_CHOSEN)
+        details = gr.HTML(NO_MODEL_CHOSEN, elem_classes="picture")
         log_fold, log_text = build_log_view(desk, chosen)
         form = build_registration_form(desk, chosen, card)
     rows.select(first_cell, None, chosen, **PRIVATE)
@@ -25763,7 +25774,7 @@ def build_models_tab(desk: Desk) -> ModelsTab:
 
 def fleet_table() -> Any:
     """The models: the state is HTML of ours, all else is text."""
-    shown = table(FLEET_HEADERS, ("21%", "12%", "14%", "25%", "18%", "10%"), search=True)
+    shown = table(FLEET_HEADERS, ("20%", "11%", "13%", "26%", "20%", "10%"), search=True)
     shown.datatype = ["html" if header == "State" else "str" for header in FLEET_HEADERS]
     return shown
 
@@ -25919,7 +25930,7 @@ def build_placement_fields(desk: Desk) -> tuple[gr.CheckboxGroup, gr.Dropdown, g
     with gr.Row(visible=bool(found)):
         gpus = gr.CheckboxGroup(
             **gpu_boxes(desk.watch.latest()), value=[] if found else [PROCESSOR],
-            label="Whole GPUs", info="none: a free one; several: tensor parallelism",
+            label="Whole GPUs", info="none: a free one; several: tensor parallelism", scale=2,
         )  # fmt: skip
         live(desk, gpus, gpu_boxes)
         mig_slice = gr.Dropdown(
@@ -26204,7 +26215,7 @@ def build_hardware_tab(desk: Desk) -> None:
     """The GPUs as pictures, how to cut them, how they are joined, and what a reboot would do."""
     with gr.Tab("Hardware", id="hardware"):
         live(desk, gr.Markdown(), driver_view)
-        live(desk, gr.HTML(elem_classes="gpu-cards"), cards_html)
+        picture(desk, cards_html)
         build_mig_planner(desk)
         with live(desk, gr.Accordion("How the GPUs are joined", open=False), topology_view):
             live(desk, gr.Markdown(), topology_text)
@@ -26265,8 +26276,8 @@ def build_reboot_view(desk: Desk) -> None:
 def build_routes_tab(desk: Desk) -> None:
     """The ways in as a picture, what can be changed about them, and one request along them."""
     with gr.Tab("Routes", id="routes") as tab:
-        verdicts = gr.Markdown(), gr.Markdown()
-        live(desk, gr.HTML(), ways_html)
+        verdicts = gr.Markdown()
+        picture(desk, ways_html)
         build_try_out(desk)
         build_route_form(desk)
         build_provider_form(desk)
@@ -26471,7 +26482,7 @@ def build_try_out(desk: Desk) -> None:
     ask.click(on_try, [target, text], rows, concurrency_limit=None, **PRIVATE)
 
 
-def build_proofs_view(desk: Desk, tab: gr.Tab, verdicts: tuple[gr.Markdown, gr.Markdown]) -> None:
+def build_proofs_view(desk: Desk, tab: gr.Tab, verdicts: gr.Markdown) -> None:
     """That every way in answers as it should, and that nothing said is kept: proven and dated."""
     proofs = desk.manager.proofs
 
@@ -26480,7 +26491,7 @@ def build_proofs_view(desk: Desk, tab: gr.Tab, verdicts: tuple[gr.Markdown, gr.M
             probe, privacy = proofs.last_probe(), proofs.last_privacy()
             tables = (probe_rows(probe) if probe else [], privacy_rows(privacy) if privacy else [])
             shown = (gr.update(value=rows, visible=bool(rows)) for rows in tables)
-            return plain(probe_headline(probe)), plain(privacy_headline(privacy)), *shown
+            return proofs_text(probe, privacy), *shown
 
     def on_start(start: Callable[[], Job]) -> None:
         with shown_to_operator():
@@ -26495,7 +26506,7 @@ def build_proofs_view(desk: Desk, tab: gr.Tab, verdicts: tuple[gr.Markdown, gr.M
     probe.click(partial(on_start, proofs.probe), None, None, **PRIVATE)
     prove.click(partial(on_start, proofs.privacy), None, None, **PRIVATE)
     for changed in (tab.select, done.change):
-        changed(on_show, None, [*verdicts, *tables], **QUIET)
+        changed(on_show, None, [verdicts, *tables], **QUIET)
 
 
 def build_keys_tab(desk: Desk) -> None:
@@ -27313,8 +27324,9 @@ footer { display: none !important; }
 #notice button { margin-left: 16px; text-decoration: underline; }
 .gpu-card { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 10px 14px;
   margin-bottom: 10px; background: var(--background-fill-primary); }
-.gpu-cards .prose, .gpu-cards > div:not(.wrap) { display: grid; gap: 0 16px;
-  grid-template-columns: repeat(auto-fill, minmax(min(640px, 100%), 1fr)); }
+.gpu-cards { display: grid; gap: 0 16px;
+  grid-template-columns: repeat(auto-fill, minmax(min(560px, 100%), 1fr)); }
+.rules:not(:has(p)) { display: none; }
 .card-head { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 4px 24px;
   margin-bottom: 8px; color: var(--body-text-color); }
 .card-bar { position: relative; height: 56px; border-radius: 4px; overflow: hidden;

@@ -137,7 +137,7 @@ def test_only_what_can_be_cut_or_joined_is_offered() -> None:
     assert (lm.planner_view(full)["visible"], lm.topology_view(full)["visible"]) == (True, True)
     assert lm.gpu_boxes(bare)["choices"] == [("the processor", lm.PROCESSOR)]
     (first, _), *_ = lm.gpu_boxes(full)["choices"]
-    assert first.endswith("· chat")
+    assert first.endswith("· chat, cut")
 
 
 def test_slices_are_listed_with_who_wishes_them_and_who_is_on_them() -> None:
