@@ -12976,7 +12976,8 @@ def card_html(gpu: Gpu, blocks: Sequence[Block], note: str = "") -> str:
     facts = (
         " · ".join(text for text in told if UNKNOWN not in text) or "the driver tells no figures"
     )
-    head = f"<b>{html.escape(gpu.title)}</b> {html.escape(gpu.name or UNKNOWN)}"
+    name = (gpu.name or UNKNOWN).removeprefix("NVIDIA ")
+    head = f"<b>{html.escape(gpu.title)}</b> {html.escape(name)}"
     foot = f'<div class="card-foot">{html.escape(note)}</div>' if note else ""
     return (
         f'<div class="gpu-card" role="img" aria-label="{html.escape(gpu.title, quote=True)}">'
@@ -13142,6 +13143,8 @@ def topology_text(snapshot: Snapshot) -> str:
     hardware = snapshot.hardware
     if len(hardware.gpus) < 2:  # noqa: PLR2004
         return "There is one GPU at most."
+    if not hardware.links:
+        return "The driver does not tell how they are joined."
     lines = [topology_headers(hardware), ["---"] * (len(hardware.gpus) + 1)]
     body = [f"| {' | '.join(row)} |" for row in [*lines, *topology_rows(hardware)]]
     meanings = "; ".join(f"{kind}: {text}" for kind, text in LINK_MEANINGS.items())
@@ -13274,6 +13277,17 @@ def _recipe_row(
     row = _image_row(part, pinned, "not built", images)
     row[2] += "; the recipe has changed since: build it" * (pinned != today)
     return row
+
+
+def shortened(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Rows of images on a page, where all that use one would hide the rest."""
+    return [[*row[:-1], few(row[-1].split(", "))] for row in rows]
+
+
+def few(names: Sequence[str]) -> str:
+    """The first two, and how many more."""
+    more = f" and {len(names) - 2} more" if len(names) > 3 else ""  # noqa: PLR2004
+    return f"{', '.join(names[:2])}{more}" if more else ", ".join(names)
 
 
 UNUSED_HEADERS: Final = ("Image", "Recipe", "Made", "Frees about")
@@ -26187,7 +26201,7 @@ def build_image_view(desk: Desk, tab: gr.Tab) -> None:
     pull.click(on_pull, role, None, **PRIVATE)
     wire_plan(desk, pin, role, card, "pin", images.pinning_digest)
     for changed in (tab.select, pruned.change):
-        changed(images.rows, None, rows, **QUIET)
+        changed(lambda: shortened(images.rows()), None, rows, **QUIET)
 
 
 def build_image_pruning(desk: Desk) -> gr.Markdown:
@@ -26267,7 +26281,8 @@ def build_reboot_view(desk: Desk) -> None:
             return text, gr.update(value=reboot_rows(state, observed), visible=True)
 
     with gr.Accordion("Safe to reboot?", open=False):
-        check = gr.Button("Look", variant="primary")
+        with gr.Row():
+            check = gr.Button("Look", variant="primary", scale=0, min_width=110)
         verdict = gr.Markdown()
         rows = table(REBOOT_HEADERS, ("25%", "55%", "20%"), visible=False)
     check.click(on_check, None, [verdict, rows], **PRIVATE)
@@ -26328,11 +26343,11 @@ def build_route_form(desk: Desk) -> None:
                 gr.Number(usual, label=label, info=info, precision=0, minimum=0, min_width=130)
                 for usual, (_, label, info) in zip(USUAL_LIMITS, ROUTE_LIMITS, strict=True)
             ]
+        fields_below = [members, aliases, strategy, weights, fallbacks, context, *limits]
+        wire_rules(desk, [name, *fields_below], described)
         with gr.Row(elem_classes="actions"):
             plan = gr.Button("Plan the route", variant="primary", scale=0, min_width=150)
             remove = gr.Button("Remove the route", variant="stop", scale=0, min_width=200)
-        fields_below = [members, aliases, strategy, weights, fallbacks, context, *limits]
-        wire_rules(desk, [name, *fields_below], described)
         card = build_plan_card(desk, {"route": routing, "unroute": unrouting})
     name.input(on_name, name, fields_below, **QUIET)
     on_plan = plan_of(desk, "route", routing, route_settings)
@@ -26377,10 +26392,10 @@ def build_provider_form(desk: Desk) -> None:
             url = gr.Textbox(label="Address", placeholder="http://10.0.0.7:11434")
             vendor = gr.Textbox(label="Vendor", info="a cloud's name in LiteLLM")
             key = gr.Textbox(label="Key", type="password", info="empty: the one it has")
+        wire_rules(desk, [name, kind, url, vendor, key], described)
         with gr.Row(elem_classes="actions"):
             plan = gr.Button("Plan the provider", variant="primary", scale=0, min_width=190)
             remove = gr.Button("Remove the provider", variant="stop", scale=0, min_width=220)
-        wire_rules(desk, [name, kind, url, vendor, key], described)
         card = build_plan_card(desk, {"provide": providing, "unprovide": unproviding})
     look.click(on_look, None, [rows, models], **PRIVATE)
     on_plan = plan_of(desk, "provide", providing, provider_settings)
@@ -27313,7 +27328,7 @@ button.lg { align-self: flex-start; flex-grow: 0 !important; min-width: 130px; }
 .actions { align-items: end; }
 .actions button { max-height: 42px; }
 .actions button.lg { align-self: flex-end; }
-.actions button, button.lg { white-space: nowrap; }
+.actions button, button.lg { white-space: nowrap; flex-basis: auto !important; }
 .plan-card .row { padding: 12px; }
 .plan-card pre { max-height: 32em; overflow: auto; white-space: pre-wrap; }
 #job textarea, #new-key textarea, .log textarea { font-family: var(--font-mono); font-size: 12px; }

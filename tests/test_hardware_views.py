@@ -129,6 +129,11 @@ def test_figures_that_the_driver_keeps_are_not_listed_one_by_one() -> None:
     assert "<span>80.0 GiB · 301 W</span>" in shown
 
 
+def test_where_no_link_is_known_there_is_no_matrix_of_unknowns() -> None:
+    unlinked = replace(some_gpus().read(), links={})
+    assert "does not tell" in lm.topology_text(a_snapshot(a_state(), hardware=unlinked))
+
+
 def test_only_what_can_be_cut_or_joined_is_offered() -> None:
     hardware = some_gpus().read()
     bare = a_snapshot(a_state(), hardware=lm.Hardware())

@@ -354,6 +354,12 @@ def test_a_search_result_says_how_many_of_the_gpus_it_takes(gib: int | None, sai
     assert dict(zip(lm.FOUND_HEADERS, row, strict=True))["Fits here, about"] == said
 
 
+def test_of_many_containers_of_an_image_two_are_named() -> None:
+    assert lm.shortened([["vllm", "a, b, c, d"], ["caddy", "e"], ["redis", ""]]) == [
+        ["vllm", "a, b and 2 more"], ["caddy", "e"], ["redis", ""],
+    ]  # fmt: skip
+
+
 def test_what_no_model_uses_is_listed_first() -> None:
     rows = lm.stored_rows(a_cache(), a_user())
     assert [row[4] for row in rows] == [*["no model"] * 3, "chat"]
