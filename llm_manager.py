@@ -4326,6 +4326,32 @@ def parse_days(first: str, last: str, today: date, usual: int) -> tuple[date, da
     return _parse_day(first) or start, end
 
 
+OWN_DAYS: Final = "own days"
+RANGES: Final = (
+    "today and yesterday", "last 7 days", "last 30 days", "this month", "last month",
+    "last 365 days", OWN_DAYS,
+)  # fmt: skip
+
+
+def days_of(
+    choice: str | None, first: str | None, last: str | None, today: date
+) -> tuple[str, str]:
+    """The ends of one of `RANGES` as `parse_days` reads them; the operator's own where it is."""
+    month = today.replace(day=1)
+    match choice:
+        case "today and yesterday":
+            ends = (today - timedelta(days=1), today)
+        case "last 7 days" | "last 30 days" | "last 365 days":
+            ends = (today - timedelta(days=int(choice.split()[1]) - 1), today)
+        case "this month":
+            ends = (month, today)
+        case "last month":
+            ends = ((month - timedelta(days=1)).replace(day=1), month - timedelta(days=1))
+        case _:
+            return first or "", last or ""
+    return str(ends[0]), str(ends[1])
+
+
 def _parse_day(text: str) -> date | None:
     try:
         return date.fromisoformat(text) if text else None
@@ -9532,7 +9558,7 @@ def deploying(name: str) -> Change:
         model = replace(state.model(name), wish="running")
         return replace(state.with_model(model), endpoint="running")
 
-    hint = "Next: a key for a colleague, in the tab Keys."
+    hint = "Next: a key for a colleague, in the tab Keys & usage."
     return Change(title=f"Deploy {name}", edit=edit, scope=_only(name), hint=hint)
 
 
@@ -11275,14 +11301,14 @@ def parse_audit(lines: Iterable[bytes]) -> list[AuditEntry]:
     return [*entries.values()]
 
 
-AUDIT_HEADERS: Final = ("When (UTC)", "Who", "Through", "What", "Result", "Took", "Job")
+AUDIT_HEADERS: Final = ("When", "Who", "Through", "What", "Result", "Took", "Job")
 
 
-def audit_rows(entries: Sequence[AuditEntry]) -> list[list[str]]:
+def audit_rows(entries: Sequence[AuditEntry], zone: tzinfo = UTC) -> list[list[str]]:
     """Newest first."""
     return [
         [
-            f"{entry.started_at:%Y-%m-%d %H:%M:%S}",
+            format_time(entry.started_at, zone),
             entry.who,
             entry.channel,
             entry.what,
@@ -11293,6 +11319,16 @@ def audit_rows(entries: Sequence[AuditEntry]) -> list[list[str]]:
             entry.job,
         ]
         for entry in reversed(entries)
+    ]
+
+
+def version_choices(
+    versions: Sequence[tuple[int, datetime]], zone: tzinfo
+) -> list[tuple[str, str]]:
+    """Earlier versions of the state by when they were written, the newest first."""
+    return [
+        (f"{number}, as of {format_time(written_at, zone)}", str(number))
+        for number, written_at in reversed(versions)
     ]
 
 
@@ -11677,12 +11713,12 @@ def database_text(snapshot: Snapshot) -> str:
     )
 
 
-def dump_rows(dumps: Sequence[Dump]) -> list[list[str]]:
+def dump_rows(dumps: Sequence[Dump], zone: tzinfo = UTC) -> list[list[str]]:
     return [
         [
             dump.file,
             format_size(dump.size_bytes),
-            f"{dump.taken_at:%Y-%m-%d %H:%M:%S} UTC",
+            format_time(dump.taken_at, zone),
             "makes way" if dump.automatic else "stays",
         ]
         for dump in dumps
@@ -11690,6 +11726,26 @@ def dump_rows(dumps: Sequence[Dump]) -> list[list[str]]:
 
 
 DUMP_HEADERS: Final = ("Dump", "Size", "Taken", "For newer ones it")
+
+
+def dump_table(snapshot: Snapshot) -> Json:
+    """Its rows, where there are any."""
+    rows = dump_rows(snapshot.dumps, snapshot.zone)
+    return {"value": rows} | gone_unless(rows)
+
+
+def dump_choices(snapshot: Snapshot) -> Json:
+    return {"choices": [dump.file for dump in snapshot.dumps]}
+
+
+def dumps_text(snapshot: Snapshot) -> str:
+    return "" if snapshot.dumps else NO_DUMPS
+
+
+NO_DUMPS: Final = (
+    "There is no dump yet. A dump is the way back for keys, groups and usage: take one before an "
+    "upgrade, and copy it to another server."
+)
 
 
 def hardware_matters(hardware: Hardware) -> list[str]:
@@ -11947,12 +12003,20 @@ class Check:
 def check_rows(checks: Sequence[Check]) -> list[list[str]]:
     return [
         [check.name, "ok" if check.ok else "not ok", check.text, "" if check.ok else check.advice]
-        for check in checks
+        for check in sorted(checks, key=lambda check: check.ok)
     ]
 
 
+def checks_text(checks: Sequence[Check]) -> str:
+    """The verdict of all of them, in a sentence."""
+    wrong = sum(not check.ok for check in checks)
+    if not wrong:
+        return f"All {len(checks)} checks are ok."
+    return f"**{wrong} of {len(checks)} checks are not ok:** see its advice."
+
+
 KEY_HEADERS: Final = (
-    "For", "Key", "Group", "Models", "State", "Limits", "Used", "Expires", "Last used", "Created",
+    "For", "Group", "State", "Used", "Last used", "Expires", "Limits", "Models", "Key", "Created",
 )  # fmt: skip
 
 
@@ -11961,18 +12025,35 @@ def key_rows(keys: Sequence[VirtualKey], now: datetime) -> list[list[str]]:
     return [
         [
             key.settings.alias,
-            key.hint,
             key.settings.group,
-            ", ".join(key.settings.models) or "all",
             key_state(key, now),
-            limits_text(key.settings),
             used_text(key.settings, key.used),
-            format_day(key.settings.expires_at) or "never",
             format_day(key.last_used_at) or "never",
+            format_day(key.settings.expires_at) or "never",
+            limits_text(key.settings),
+            ", ".join(key.settings.models) or "all",
+            key.hint,
             format_day(key.created_at),
         ]
         for key in keys
     ]
+
+
+def keys_text(keys: Sequence[VirtualKey], now: datetime) -> str:
+    """How many keys there are in which state; without one, what they are for."""
+    states = Counter(key_state(key, now) for key in keys)
+    counted = ", ".join(f"{count} {state}" for state, count in states.most_common())
+    return f"**{len(keys)} key{'s' * (len(keys) > 1)}:** {counted}." if keys else NO_KEYS
+
+
+NO_KEYS: Final = (
+    "There is no key yet. A key lets one colleague ask your models, within limits that you set, "
+    "and tells their use apart. **Say for whom below, and create it.**"
+)
+NO_GROUPS: Final = (
+    "There is no group yet. A group, such as a course, shares one allowance among its keys, and "
+    "its use is added up. **Name one below, and save it.**"
+)
 
 
 def key_facts(key: VirtualKey, now: datetime) -> Json:
@@ -11999,7 +12080,9 @@ def used_text(allowance: Allowance, used: float) -> str:
     told = f"{used:,.0f}" if used >= 100 else f"{used:.3g}"  # noqa: PLR2004 - three digits
     if 0 < used < 0.01:  # noqa: PLR2004 - which reads better as tokens
         return f"{used * 1e6:,.0f} tokens{f' of {budget}' if budget else ''}"
-    return f"{told} of {budget}" if budget else f"{told} million tokens"
+    if not budget:
+        return f"{told} million tokens" if used else "nothing"
+    return f"{told} of {budget}"
 
 
 GROUP_HEADERS: Final = ("Group", "Keys", "Models", "State", "Limits", "Used", "Resets")
@@ -12068,6 +12151,11 @@ def hand_out(state: State, settings: KeySettings, secret: str) -> str:
 def keyed(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Json]:
     keys = [header.lower().replace(" ", "_") for header in headers]
     return [dict(zip(keys, row, strict=True)) for row in rows]
+
+
+def fault_html(text: str) -> str:
+    """What is wrong with what is typed; a screen reader tells it when it appears."""
+    return f'<p class="typed-fault" role="status">{html.escape(text)}</p>'
 
 
 def plain(text: str) -> str:
@@ -12181,6 +12269,10 @@ def endpoint_text(snapshot: Snapshot) -> str:
 def model_choices(snapshot: Snapshot) -> Json:
     names = [model.name for model in snapshot.state.models] if snapshot.state else []
     return {"choices": names} | ({"value": names[0]} if len(names) == 1 else {})
+
+
+def has_tokens(snapshot: Snapshot) -> Json:
+    return gone_unless(snapshot.state and snapshot.state.admin_tokens)
 
 
 def token_choices(snapshot: Snapshot) -> Json:
@@ -12394,13 +12486,28 @@ def form_of_key(settings: KeySettings, now: datetime, names: Sequence[str]) -> l
     return [held[name] for name in names]
 
 
-TLS_CHOICES: Final = ("internal", "own", "acme")
+TLS_CHOICES: Final = (
+    ("of Caddy's own authority, which clients must be told to trust", "internal"),
+    ("files of this server", "own"),
+    ("fetched and renewed over the internet (ACME)", "acme"),
+)
 TLS_DETAILS: Final = {
-    "certificate_path": "Certificate file (own)",
-    "key_path": "Key file (own)",
-    "email": "E-mail (acme)",
-    "directory_url": "Directory (acme; empty: Let's Encrypt)",
+    "certificate_path": "Certificate file on this server",
+    "key_path": "Key file on this server",
+    "email": "E-mail for the authority",
+    "directory_url": "Directory (empty: Let's Encrypt)",
 }
+TLS_DETAIL_KINDS: Final = ("own", "own", "acme", "acme")
+
+
+def shown_tls_details(kind: str | None) -> list[Json]:
+    """Updates of the fields of `TLS_DETAILS`: those of other kinds are not there."""
+    return [gone_unless(of == kind) for of in TLS_DETAIL_KINDS]
+
+
+def gone_unless(wanted: object) -> Json:
+    """An update of what is on the page only where it is of use."""
+    return {"visible": bool(wanted)}
 
 
 def tls_detail(key: str, edge: Edge) -> str:
@@ -12537,7 +12644,7 @@ def monitoring_text(snapshot: Snapshot) -> str:
     """Whether it is on, where its dashboards are, and who is told, for the console."""
     state = snapshot.state
     if state is None or not state.monitoring:
-        return "Monitoring is off."
+        return MONITORING_OFF
     settings, address = state.monitoring_settings, grafana_url(state.edge)
     told = [where for where, known in (("a webhook", settings.webhook), ("mail", settings.mail))
             if known is not None]  # fmt: skip
@@ -12547,6 +12654,30 @@ def monitoring_text(snapshot: Snapshot) -> str:
         " `llm_manager.py monitoring password` prints. Series are kept for"
         f" {settings.retention_days} days or {settings.retention_gb} GB. Alerts go to"
         f" {' and '.join(told) or 'nobody'}."
+    )
+
+
+MONITORING_OFF: Final = (
+    "Monitoring is off. Switched on, it keeps series of what models, GPUs and keys do, draws them "
+    "in Grafana, and tells you by mail or webhook what needs you while no page is open."
+)
+
+
+def while_monitored(snapshot: Snapshot) -> Json:
+    return gone_unless(snapshot.state and snapshot.state.monitoring)
+
+
+def while_unmonitored(snapshot: Snapshot) -> Json:
+    return gone_unless(snapshot.state and not snapshot.state.monitoring)
+
+
+def alerts_text(seen: Watched) -> str:
+    """How many alerts there are, and of the targets how many do not answer."""
+    firing = sum(alert.state == "firing" for alert in seen.alerts)
+    down = sum(target.up is False for target in seen.targets)
+    return (
+        f"**{firing or 'No'} alert{'s' * (firing > 1)} firing**, {len(seen.alerts) - firing} "
+        f"pending; {down or 'none'} of {len(seen.targets)} targets down."
     )
 
 
@@ -12577,10 +12708,10 @@ def watched_rows(seen: Watched) -> list[list[str]]:
     ]  # fmt: skip
 
 
-def alert_rows(seen: Watched) -> list[list[str]]:
+def alert_rows(seen: Watched, zone: tzinfo = UTC) -> list[list[str]]:
     """A row for each alert, the firing ones first."""
     return [
-        [each.name, each.state, f"{each.since:%Y-%m-%d %H:%M} UTC", each.text]
+        [each.name, each.state, format_time(each.since, zone), each.text]
         for each in sorted(seen.alerts, key=lambda a: (a.state != "firing", a.name, a.text))
     ]
 
@@ -14467,9 +14598,28 @@ def usage_csv(report: UsageReport) -> str:
 def usage_bars(report: UsageReport) -> list[tuple[str, str, int]]:
     """For a plot: subject, kind of token, how many; of a long list the largest."""
     kinds = {"prompt": "prompt_tokens", "completion": "completion_tokens"}
-    timed = report.query.by in {"day", "hour"}
-    shown = report.rows if timed else report.rows[:MOST_BARS]
-    return [(row.name, kind, getattr(row, name)) for row in shown for kind, name in kinds.items()]
+    shown = report.rows if is_timed(report) else report.rows[:MOST_BARS]
+    return [
+        (short_day(row.name, report.query), kind, getattr(row, name))
+        for row in shown
+        for kind, name in kinds.items()
+    ]
+
+
+def is_timed(report: UsageReport) -> bool:
+    return report.query.by in {"day", "hour"}
+
+
+def usage_plots(report: UsageReport) -> tuple[Sequence[Any], Sequence[Any]]:
+    """The same bars for one of two plots: as time goes by, and the largest first."""
+    bars = usage_bars(report)
+    return (bars, []) if is_timed(report) else ([], bars)
+
+
+def short_day(name: str, query: UsageQuery | EnergyQuery) -> str:
+    """A day below a bar: without its year where all of them are of one."""
+    is_day = query.by in {"day", "hour"} and query.first.year == query.last.year
+    return name.removeprefix(f"{query.first.year}-") if is_day else name
 
 
 STANDING_HEADERS: Final = ("What", "Name", "Why it is here")
@@ -14491,7 +14641,7 @@ def standing_rows(standings: Sequence[Standing], now: datetime) -> list[list[str
 
 UNUSED_DAYS: Final = 30
 TALLY_HEADERS: Final = (
-    "Engine", "Since (UTC)", "Tokens it counted", "Accounted for", "Streams broken off",
+    "Engine", "Since", "Tokens it counted", "Accounted for", "Streams broken off",
     "Difference",
 )  # fmt: skip
 TALLY_TEXT: Final = (
@@ -14503,10 +14653,10 @@ TALLY_TEXT: Final = (
 )
 
 
-def tally_rows(tallies: Sequence[EngineTally]) -> list[list[str]]:
+def tally_rows(tallies: Sequence[EngineTally], zone: tzinfo = UTC) -> list[list[str]]:
     """One row per engine that counts tokens."""
     return [
-        [tally.engine, f"{tally.since:%Y-%m-%d %H:%M}", f"{tally.counted:,}",
+        [tally.engine, format_time(tally.since, zone), f"{tally.counted:,}",
          f"{tally.accounted:,}", f"{tally.broken_off:,}, at {tally.guessed:,} tokens",
          f"{tally.difference:+,}"]
         for tally in tallies
@@ -14583,10 +14733,18 @@ th:first-child, td:first-child { text-align: left; } tr:last-child { font-weight
 
 
 def usage_html(report: UsageReport) -> str:
-    """The headline, with the file of all rows."""
+    """The headline, with the file of all rows; where there are none, how they come about."""
     query = report.query
+    if not report.rows:
+        return f"<p>{html.escape(usage_headline(report))} {NO_USAGE}</p>"
     name = f"usage-by-{query.by}-{query.first}-{query.last}.csv"
     return f"<p>{html.escape(usage_headline(report))}</p>{download_link(name, usage_csv(report))}"
+
+
+NO_USAGE: Final = (
+    "Each request with a key is told here within 15 seconds: make a key in <b>Keys</b>, and hand "
+    "it over."
+)
 
 
 def download_link(name: str, text: str) -> str:
@@ -15897,6 +16055,12 @@ class StateStore:
         """The numbers of the earlier versions, oldest first."""
         names = (path.name for path in (self.home / "history").iterdir())
         return sorted(int(name) for name in names if name.isdigit())
+
+    def written_at(self, number: int) -> datetime:
+        """When an earlier version was written; its copy has kept that."""
+        with file_errors("read the history"):
+            copied = self.home / "history" / f"{number:06d}" / "config.json"
+            return datetime.fromtimestamp(copied.stat().st_mtime, UTC)
 
     def version(self, number: int) -> State:
         """An earlier state as it was saved, its secrets included; see `returning_to`."""
@@ -23271,6 +23435,10 @@ class Manager(ChangeRunner):
             changes = changes | {"source": asdict(source)}
         return revising(name, changes, self._options, self.images.recipes())
 
+    def versions(self) -> list[tuple[int, datetime]]:
+        """The earlier versions and when each was written, oldest first."""
+        return [(number, self._store.written_at(number)) for number in self._store.versions()]
+
     def returning(self, number: int | None) -> Change:
         """The change back to an earlier version; without a number, the one before this."""
         versions = self._store.versions()
@@ -25621,6 +25789,21 @@ def build_question(
     return [group, text, pending], said
 
 
+def wire_check(fields: Sequence[Any], check: Callable[..., object]) -> None:
+    """Under a form, as it is typed, why it would be refused; nothing while it would not."""
+
+    def on_typed(*values: Any) -> str:
+        try:
+            check(*values)
+        except ManagerError as error:
+            return fault_html(str(error))
+        return ""
+
+    fault = gr.HTML()
+    changes = [field.change for field in fields]
+    gr.on(changes, on_typed, [*fields], fault, trigger_mode="always_last", **QUIET)
+
+
 def deletion_question(lines: Sequence[str], pending: Any) -> tuple[Any, ...]:
     """What opens the card before this is deleted."""
     text = "**This would be deleted:**\n" + code_block("\n".join(lines))
@@ -26525,79 +26708,111 @@ def build_proofs_view(desk: Desk, tab: gr.Tab, verdicts: gr.Markdown) -> None:
 
 
 def build_keys_tab(desk: Desk) -> None:
-    """A key per colleague and their groups: made, shown once, changed, revoked."""
+    """A key per colleague and their groups: made, shown once, changed, revoked; and their use."""
 
     def on_list() -> tuple[Any, ...]:
-        # Opening a tab must not shout: without an endpoint there simply are no keys yet.
-        listed: tuple[list[VirtualKey], list[KnownGroup]] = [], []
-        with contextlib.suppress(ManagerError):
-            listed = desk.manager.keys.with_groups()
-        keys, groups = listed
+        try:
+            keys, groups = desk.manager.keys.with_groups()
+        except ManagerError as error:  # opening a tab must not shout
+            return plain(str(error)), *[shown_rows([])] * 2, *[gr.update(choices=[])] * 4, ""
         now, names = utc_now(), [group.settings.name for group in groups]
         return (
-            key_rows(keys, now), gr.Dropdown(choices=[key.settings.alias for key in keys]),
-            group_rows(groups, keys, now), *[gr.Dropdown(choices=names)] * 3,
+            keys_text(keys, now), shown_rows(key_rows(keys, now)),
+            shown_rows(group_rows(groups, keys, now)),
+            gr.update(choices=[key.settings.alias for key in keys]),
+            *[gr.update(choices=names)] * 3, "" if groups else NO_GROUPS,
         )  # fmt: skip
 
-    with gr.Tab("Keys", id="keys") as tab:
+    with gr.Tab("Keys & usage", id="keys") as tab:
         live(desk, gr.Markdown(), endpoint_text)
-        rows = table(KEY_HEADERS, search=True)
-        said = gr.Markdown()
-        secret = gr.Textbox(
-            label="Hand this over now: it is shown only once", elem_id="new-key", lines=14,
-            interactive=False, buttons=["copy"], visible=False,
-        )  # fmt: skip
-        build_offer(desk, secret, said)
-        chosen = gr.Dropdown(label="Key", value=None, info="of whom the buttons are")
-        build_key_actions(desk, chosen, secret, said)
-        belongs = build_key_form(desk, chosen, secret, said)
-        with gr.Accordion("Groups", open=False):
-            group_table = table(GROUP_HEADERS)
-            group = build_group_actions(desk, said)
-            build_group_form(desk, said)
-        all_of = build_many_keys(desk, said)
-        build_key_doctor(desk)
-        build_usage_view(desk)
-    shown = [rows, chosen, group_table, belongs, group, all_of]
-    for changed in (tab.select, said.change):
+        with gr.Tabs():
+            with gr.Tab("Keys"):
+                headline, rows = gr.Markdown(), table(KEY_HEADERS, visible=False, search=True)
+                chosen, belongs, all_of, said = build_keys_view(desk, rows)
+            with gr.Tab("Groups"):
+                no_groups, group_table = gr.Markdown(), table(GROUP_HEADERS, visible=False)
+                group_said = gr.Markdown()
+                group = build_group_actions(desk, group_said)
+                build_group_form(desk, group_said)
+            build_usage_tab(desk)
+    group_table.select(first_cell, None, group, **QUIET)
+    shown = [headline, rows, group_table, chosen, belongs, group, all_of, no_groups]
+    for changed in (tab.select, said.change, group_said.change):
         changed(on_list, None, shown, **QUIET)
 
 
-def build_usage_view(desk: Desk) -> None:
+def shown_rows(rows: Sequence[Sequence[Any]]) -> Any:
+    """An update of a table, which is there while it has rows."""
+    return gr.update(value=rows, visible=bool(rows))
+
+
+def build_keys_view(
+    desk: Desk, rows: gr.Dataframe
+) -> tuple[gr.Dropdown, gr.Dropdown, gr.Dropdown, gr.Markdown]:
+    """All about single keys: which one is chosen, the fields of groups, and what was done."""
+    said = gr.Markdown()
+    secret = gr.Textbox(
+        label="Hand this over now: it is shown only once", elem_id="new-key", lines=14,
+        interactive=False, buttons=["copy"], visible=False,
+    )  # fmt: skip
+    chosen = build_key_actions(desk, secret, said)
+    build_offer(desk, secret, said)
+    belongs = build_key_form(desk, chosen, secret, said)
+    all_of = build_many_keys(desk, said)
+    build_key_doctor(desk)
+    rows.select(first_cell, None, chosen, **QUIET)
+    return chosen, belongs, all_of, said
+
+
+def build_usage_tab(desk: Desk) -> None:
     """Who used how much: any range, added up by what the operator likes, and as a file."""
 
-    def on_show(by: str, first: str | None, last: str | None) -> tuple[Any, ...]:
+    def on_show(by: str, name: str, first: str | None, last: str | None) -> tuple[Any, ...]:
         with shown_to_operator():
+            hidden = gr.update(visible=False)
+            today = utc_now().date()
             try:
-                query = parse_usage_query(by, first or "", last or "", utc_now().date())
+                query = parse_usage_query(by, *days_of(name, first, last, today), today)
                 report = desk.manager.usage.report(query)
             except ManagerError as error:  # opening it must not shout
-                return html.escape(str(error)), gr.update(visible=False), gr.update(value=[])
-            bars = pd.DataFrame(usage_bars(report), columns=list(BAR_COLUMNS))
+                return f"<p>{html.escape(str(error))}</p>", hidden, hidden, hidden
+            bars = [drawn(BAR_COLUMNS, bars) for bars in usage_plots(report)]
             used = pd.DataFrame(usage_rows(report), columns=usage_headers(query), dtype=object)
-            return (
-                usage_html(report),
-                # With another title or order beside it Gradio (6.31) goes on drawing the old bars.
-                gr.update(value=bars, visible=not bars.empty),
-                gr.update(headers=[*used], value=used.style.format(format_figure)),
-            )
+            figures = used.style.format(format_figure)
+            shown = gr.update(headers=[*used], value=figures, visible=bool(report.rows))
+            return usage_html(report), *bars, shown
 
-    with gr.Accordion("Usage", open=False) as view:
+    with gr.Tab("Usage") as tab:
         with gr.Row(elem_classes="actions"):
-            by = gr.Dropdown(list(get_args(Grouping)), value="key", label="Added up by")
-            first = gr.DateTime(include_time=False, type="string", label="From (UTC)")
-            last = gr.DateTime(include_time=False, type="string", label="To, included")
-            show = gr.Button("Show", variant="primary", scale=0, min_width=110)
+            by = gr.Dropdown([*get_args(Grouping)], value="key", label="Added up by")
+            days = build_days()
+            again = gr.Button("Look again", scale=0, min_width=130)
         said = gr.HTML()
-        x, color, y = BAR_COLUMNS
-        plot = gr.BarPlot(
-            x=x, y=y, color=color, x_title=" ", x_label_angle=-35, height=280, visible=False
-        )
-        rows = table(["Key", *USAGE_HEADERS])
+        plots = [bar_plot(*BAR_COLUMNS), bar_plot(*BAR_COLUMNS, sort="-y")]
+        rows = table(["Key", *USAGE_HEADERS], visible=False, search=True)
         build_usage_checks(desk)
         build_statement_view(desk)
-    for asked in (show.click, by.change, view.expand):
-        asked(on_show, [by, first, last], [said, plot, rows], **QUIET)
+    for asked in (tab.select, again.click, by.change, *(each.change for each in days)):
+        asked(on_show, [by, *days], [said, *plots, rows], **QUIET)
+
+
+def build_days() -> list[Any]:
+    """Fields for a range of days: a name of one, or its ends; see `days_of`."""
+    days = gr.Dropdown([*RANGES], value="last 30 days", label="Days (of UTC)")
+    ends = [
+        gr.DateTime(include_time=False, type="string", label=label, visible=False)
+        for label in ("From (UTC)", "To, included")
+    ]
+    days.change(lambda name: [gr.update(visible=name == OWN_DAYS)] * 2, days, ends, **QUIET)
+    return [days, *ends]
+
+
+def bar_plot(x: str, color: str, y: str, sort: str | None = None) -> Any:
+    """Bars that are hidden until there is something to draw."""
+    return gr.BarPlot(
+        x=x, y=y, color=color, sort=cast("Any", sort), x_title=" ", x_label_angle=-35,
+        height=280, visible=False,
+    )  # fmt: skip
 
 
 def build_usage_checks(desk: Desk) -> None:
@@ -26607,17 +26822,19 @@ def build_usage_checks(desk: Desk) -> None:
     def on_attention() -> tuple[Any, Any]:
         with shown_to_operator():
             found = standing_rows(usage.standings(), utc_now())
-            return gr.update(headers=list(STANDING_HEADERS), value=found, visible=True), ""
+            shown = gr.update(headers=[*STANDING_HEADERS], value=found, visible=bool(found))
+            return shown, "" if found else "Nobody is close to a limit, and every key is in use."
 
-    def on_engines() -> tuple[Any, Any]:
+    def on_engines(request: gr.Request) -> tuple[Any, Any]:
         with shown_to_operator():
-            found = tally_rows(usage.tallies())
-            return gr.update(headers=list(TALLY_HEADERS), value=found, visible=True), TALLY_TEXT
+            found = tally_rows(usage.tallies(), zone_of(request))
+            return gr.update(headers=[*TALLY_HEADERS], value=found, visible=True), TALLY_TEXT
 
-    with gr.Row(elem_classes="actions"):
-        attention = gr.Button("Close to a limit, or unused", scale=0, min_width=270)
-        engines = gr.Button("Compare with the engines", scale=0, min_width=250)
-    rows, said = table(STANDING_HEADERS, visible=False), gr.Markdown()
+    with gr.Accordion("Who is close to a limit, and is every token accounted for?", open=False):
+        with gr.Row(elem_classes="actions"):
+            attention = gr.Button("Close to a limit, or unused", scale=0, min_width=270)
+            engines = gr.Button("Compare with the engines", scale=0, min_width=250)
+        rows, said = table(STANDING_HEADERS, visible=False), gr.Markdown()
     attention.click(on_attention, None, [rows, said], **PRIVATE)
     engines.click(on_engines, None, [rows, said], **PRIVATE)
 
@@ -26627,7 +26844,7 @@ def build_statement_view(desk: Desk) -> None:
 
     def on_state(month: str) -> tuple[Any, Any]:
         with shown_to_operator():
-            first = parse_month(month.strip(), utc_now().date())
+            first = parse_month(typed(month), utc_now().date())
             statement = desk.manager.usage.statement(first)
             name = f"statement-{first:%Y-%m}"
             links = [
@@ -26636,10 +26853,12 @@ def build_statement_view(desk: Desk) -> None:
             ]
             return gr.update(value=statement_rows(statement), visible=True), " · ".join(links)
 
-    with gr.Row(elem_classes="actions"):
-        month = gr.Textbox(label="Statement of the month", placeholder="empty: the last one")
-        make = gr.Button("Make statements", scale=0, min_width=180)
-    rows, links = table(STATEMENT_HEADERS, visible=False), gr.HTML()
+    with gr.Accordion("Statements of a month, a page for each group", open=False):
+        with gr.Row(elem_classes="actions"):
+            month = gr.Textbox(label="Month (empty: the last one)", placeholder="2026-10")
+            make = gr.Button("Make statements", variant="primary", scale=0, min_width=180)
+        wire_check([month], lambda text: parse_month(typed(text), utc_now().date()))
+        rows, links = table(STATEMENT_HEADERS, visible=False), gr.HTML()
     make.click(on_state, month, [rows, links], **PRIVATE)
 
 
@@ -26654,10 +26873,8 @@ def chosen_one(name: str | None) -> str:
     return name
 
 
-def build_key_actions(
-    desk: Desk, chosen: gr.Dropdown, secret: gr.Textbox, said: gr.Markdown
-) -> None:
-    """What can be done to one key with a click."""
+def build_key_actions(desk: Desk, secret: gr.Textbox, said: gr.Markdown) -> gr.Dropdown:
+    """What can be done to one key with a click; the field that chooses it."""
     keys = desk.manager.keys
 
     def on_block(blocked: bool, alias: str | None) -> str:
@@ -26681,16 +26898,18 @@ def build_key_actions(
         return done_at(f"Revoked the key of {alias}.")
 
     with gr.Row(elem_classes="actions"):
-        block = gr.Button("Block", scale=0, min_width=110)
+        chosen = gr.Dropdown(label="Key (or click its row)", value=None, scale=2)
+        block = gr.Button("Block", scale=0, min_width=90)
         unblock = gr.Button("Unblock", scale=0, min_width=110)
-        revoke = gr.Button("Revoke", variant="stop", scale=0, min_width=110)
         hours = gr.Number(24, label="Old secret works for (hours)", precision=0, minimum=0)
         rotate = gr.Button("Another secret", scale=0, min_width=160)
+        revoke = gr.Button("Revoke", variant="stop", scale=0, min_width=110)
     question, _ = build_question("Revoke it", revoke_it, said)
     block.click(partial(on_block, True), chosen, said, **PRIVATE)
     unblock.click(partial(on_block, False), chosen, said, **PRIVATE)
     rotate.click(on_rotate, [chosen, hours], [secret, said], **PRIVATE)
     revoke.click(on_revoke, chosen, question, **PRIVATE)
+    return chosen
 
 
 def _shown_once(desk: Desk, settings: KeySettings, secret: pydantic.SecretStr) -> Any:
@@ -26699,17 +26918,21 @@ def _shown_once(desk: Desk, settings: KeySettings, secret: pydantic.SecretStr) -
 
 def build_allowance(desk: Desk) -> dict[str, Any]:
     """Fields of what a key or a group may use, by the names of their settings."""
-    models = gr.Dropdown(label="Models", multiselect=True, info="none: all of them")
+    models = gr.Dropdown(label="Models (none: all of them)", multiselect=True)
     live(desk, models, served_choices)
     with gr.Row():
         periods = [("never", ""), *((f"every {period}", period) for period in PERIODS)]
         return {
             "models": models,
-            "rpm_limit": gr.Number(0, label="Requests per minute", precision=0, info="0: any"),
-            "tpm_limit": gr.Number(0, label="Tokens per minute", precision=0, info="0: any"),
-            "budget": gr.Number(0, label="Budget (million tokens)", info="0: none"),
-            "period": gr.Dropdown(periods, value="", label="Whole again", info="the budget"),
+            "rpm_limit": whole_number("Requests per minute (0: any)"),
+            "tpm_limit": whole_number("Tokens per minute (0: any)"),
+            "budget": gr.Number(0, label="Budget in million tokens (0: none)", minimum=0),
+            "period": gr.Dropdown(periods, value="", label="The budget is whole again"),
         }
+
+
+def whole_number(label: str, value: int = 0) -> gr.Number:
+    return gr.Number(value, label=label, precision=0, minimum=0)
 
 
 def build_key_fields(desk: Desk) -> dict[str, Any]:
@@ -26718,14 +26941,14 @@ def build_key_fields(desk: Desk) -> dict[str, Any]:
         who = {
             "alias": gr.Textbox(label="For whom", placeholder="Ada Lovelace"),
             "email": gr.Textbox(label="E-mail"),
-            "group": gr.Dropdown(label="Group", value=None, info="or none"),
+            "group": gr.Dropdown(label="Group (or none)", value=None),
+            "days": whole_number("Valid for days (0: for ever)"),
         }
     more = build_allowance(desk)
     with gr.Row():
         return who | more | {
-            "parallel": gr.Number(0, label="Requests at a time", precision=0, info="0: any"),
-            "days": gr.Number(0, label="Valid for (days)", precision=0, info="0: for ever"),
-            "note": gr.Textbox(label="Note"),
+            "parallel": whole_number("Requests at a time (0: any)"),
+            "note": gr.Textbox(label="Note", scale=3),
         }  # fmt: skip
 
 
@@ -26753,8 +26976,13 @@ def build_key_form(desk: Desk, chosen: gr.Dropdown, secret: gr.Textbox, said: gr
             settings = keys.edit(chosen_one(alias), settings_of(values))
             return done_at(f"Saved the key of {settings.alias}.")
 
+    def check(*values: Any) -> None:
+        if any(typed(field) for field in values[:2]):  # who has typed nothing yet is not told off
+            parse_key_settings(settings_of(values))
+
     with gr.Accordion("Create or change a key", open=True):
         form = build_key_fields(desk)
+        wire_check([*form.values()], check)
         with gr.Row(elem_classes="actions"):
             create = gr.Button("Create key", variant="primary", scale=0, min_width=150)
             load = gr.Button("Fill in from the chosen key", scale=0, min_width=270)
@@ -26800,10 +27028,10 @@ def build_group_actions(desk: Desk, said: gr.Markdown) -> gr.Dropdown:
             return done_at(f"Unblocked the group {name}.")
 
     with gr.Row(elem_classes="actions"):
-        chosen = gr.Dropdown(label="Group", value=None, scale=2)
+        chosen = gr.Dropdown(label="Group (or click its row)", value=None, scale=2)
         block = gr.Button("Block all", scale=0, min_width=110)
-        unblock = gr.Button("Unblock all", scale=0, min_width=120)
-        days = gr.Number(30, label="Valid for (days)", precision=0, info="0: for ever")
+        unblock = gr.Button("Unblock all", scale=0, min_width=130)
+        days = whole_number("Valid for days (0: for ever)", 30)
         extend = gr.Button("Extend all", scale=0, min_width=120)
         revoke = gr.Button("Revoke all", variant="stop", scale=0, min_width=120)
     question, _ = build_question("Do it", partial(act_on_group, keys), said)
@@ -26819,14 +27047,22 @@ def build_group_actions(desk: Desk, said: gr.Markdown) -> gr.Dropdown:
 def build_group_form(desk: Desk, said: gr.Markdown) -> None:
     """A new group, or another allowance for one."""
 
+    def settings_of(name: str | None, values: Sequence[Any]) -> Json:
+        return {"name": typed(name)} | allowance_fields(dict(zip(form, values, strict=True)))
+
+    def check(name: str | None, *values: Any) -> None:
+        if typed(name):
+            parse_group(settings_of(name, values))
+
     def on_save(name: str | None, *values: Any) -> str:
         with shown_to_operator():
-            settings = allowance_fields(dict(zip(form, values, strict=True)))
-            group = desk.manager.keys.set_group({"name": typed(name)} | settings)
+            group = desk.manager.keys.set_group(settings_of(name, values))
             return done_at(f"Saved the group {group.name}.")
 
+    gr.Markdown("### Create or change a group")
     name = gr.Textbox(label="New group, or the name of one", placeholder="Course ML 2027")
     form = build_allowance(desk)
+    wire_check([name, *form.values()], check)
     save = gr.Button("Save the group", variant="primary", scale=0, min_width=150)
     save.click(on_save, [name, *form.values()], said, **PRIVATE)
 
@@ -26864,8 +27100,8 @@ def build_many_keys(desk: Desk, said: gr.Markdown) -> gr.Dropdown:
             info="its first line names the columns, of which only name is needed",
         )  # fmt: skip
         with gr.Row():
-            group = gr.Dropdown(label="Group", value=None, info="of who has none in the list")
-            days = gr.Number(180, label="Valid for (days)", precision=0, info="0: for ever")
+            group = gr.Dropdown(label="Group of who has none in the list", value=None)
+            days = whole_number("Valid for days (0: for ever)", 180)
         form = {"group": group, "days": days, **build_allowance(desk)}
         make = gr.Button("Create these keys", variant="primary", scale=0, min_width=170)
     make.click(on_make, [people, *form.values()], said, **PRIVATE)
@@ -27072,31 +27308,35 @@ def build_benchmark_results(desk: Desk, tab: gr.Tab) -> None:
 
 
 def build_monitoring_tab(desk: Desk) -> None:
-    """The switch, what runs of it, what Prometheus sees, and who is told."""
+    """The switch, what alerts say, what runs and is watched, and who is told."""
 
-    def on_look() -> tuple[Any, ...]:
+    def on_look(request: gr.Request) -> tuple[Any, ...]:
         if not desk.manager.state().monitoring:
-            return [], []
+            return "", [], []
         with shown_to_operator():
             seen = desk.manager.monitoring.look()
-            return alert_rows(seen), watched_rows(seen)
+            return alerts_text(seen), alert_rows(seen, zone_of(request)), watched_rows(seen)
 
     def switch(wished: str) -> Change:
         return switching_monitoring(on=wished == "on")
 
     with gr.Tab("Monitoring", id="monitoring") as tab:
         live(desk, gr.Markdown(), monitoring_text)
-        with gr.Row(elem_classes="actions"):
-            buttons = [gr.Button(f"Switch {wished}", scale=0, min_width=140)
-                       for wished in ON_OR_OFF]  # fmt: skip
-            look = gr.Button("Look again", scale=0, min_width=140)
+        on = live(desk, gr.Button("Switch on", variant="primary", visible=False), while_unmonitored)
         card = build_plan_card(
             desk, {"switch": switch, "set": lambda changes: switching_monitoring(changes=changes)}
         )
-        live(desk, table(PART_HEADERS), part_rows)
-        shown = [table(ALERT_HEADERS), table(WATCHED_HEADERS)]
+        with live(desk, gr.Column(visible=False), while_monitored):
+            gr.Markdown("### Alerts")
+            shown = [gr.Markdown(), table(ALERT_HEADERS)]
+            look = gr.Button("Look again", scale=0)
+            gr.Markdown("### What runs for it")
+            live(desk, table(PART_HEADERS), part_rows)
+            gr.Markdown("### What it watches, those that are down first")
+            shown.append(table(WATCHED_HEADERS, search=True))
+            off = gr.Button("Switch off", variant="stop", scale=0)
         build_monitoring_form(desk, card)
-        for button, wished in zip(buttons, ON_OR_OFF, strict=True):
+        for button, wished in zip((on, off), ON_OR_OFF, strict=True):
             wire_plan(desk, button, gr.State(wished), card, "switch", switch)
     look.click(on_look, None, shown, **PRIVATE)
     tab.select(on_look, None, shown, **QUIET)
@@ -27163,78 +27403,103 @@ def monitoring_changes(manager: Manager, *typed: Any) -> Json:
 
 
 def build_system_tab(desk: Desk) -> None:
-    """The plan, the server's health, the endpoint's settings, the way back."""
-    with gr.Tab("System", id="system") as tab:
-        gr.Markdown("### What is planned")
-        live(desk, gr.Markdown(), pending_plan_text)
-        apply_button = gr.Button("Apply the plan", variant="primary")
-        live(desk, apply_button, plan_button)
-        changes = {"apply": lambda _: applying(), "roll back": _returning(desk)}
-        card = build_plan_card(desk, changes)
-        wire_plan(desk, apply_button, gr.State("now"), card, "apply", changes["apply"])
-        build_doctor_view(desk)
-        build_endpoint_form(desk)
-        changes["restore the database"] = desk.manager.database.restoring
-        build_database_view(desk, card, changes["restore the database"])
-        build_audit_view(desk, tab)
-        build_token_view(desk)
-        with gr.Accordion("Earlier versions", open=False), gr.Row(elem_classes="actions"):
-            version = gr.Textbox(label="Version", placeholder="12", info="from history/", scale=3)
-            back = gr.Button("Roll back", variant="stop", scale=0, min_width=110)
-        wire_plan(desk, back, version, card, "roll back", changes["roll back"])
+    """The plan and the server's health, the endpoint's settings, the database, who did what."""
+    with gr.Tab("System", id="system") as tab, gr.Tabs():
+        with gr.Tab("Plan and health"):
+            build_pending_plan(desk)
+            build_doctor_view(desk)
+        with gr.Tab("HTTPS endpoint"):
+            build_endpoint_form(desk)
+        with gr.Tab("Database"):
+            build_database_view(desk)
+        with gr.Tab("Changes") as changes:
+            build_audit_view(desk, [tab, changes])
+        with gr.Tab("Programs"):
+            build_token_view(desk)
 
 
-def _returning(desk: Desk) -> Callable[[str], Change]:
-    def change(text: str) -> Change:
-        if not text.strip().isdigit():
-            raise RefusedError("A version is a number.", advice="history/ holds them.")
-        return desk.manager.returning(int(text))
-
-    return change
+def build_pending_plan(desk: Desk) -> None:
+    """What is still to be done until all is as wished, and the button that does it."""
+    gr.Markdown("### What is planned")
+    live(desk, gr.Markdown(), pending_plan_text)
+    apply_button = live(desk, gr.Button("Apply the plan", variant="primary"), plan_button)
+    changes = {"apply": lambda _: applying()}
+    card = build_plan_card(desk, changes)
+    wire_plan(desk, apply_button, gr.State("now"), card, "apply", changes["apply"])
 
 
 def build_doctor_view(desk: Desk) -> None:
     """Checks of everything this program needs from its server."""
 
-    def on_check() -> list[list[str]]:
+    def on_check() -> tuple[str, Any]:
         with shown_to_operator():
-            return check_rows(desk.manager.doctor())
+            checks = desk.manager.doctor()
+            return checks_text(checks), gr.update(value=check_rows(checks), visible=True)
 
-    with gr.Accordion("Health of this server", open=False):
-        check = gr.Button("Check now")
-        rows = table(("Check", "Verdict", "Found", "Advice"))
-    check.click(on_check, None, rows, **PRIVATE)
+    gr.Markdown("### Health of this server")
+    said = gr.Markdown("Docker, the disk, the database and the GPUs are asked when you click.")
+    check = gr.Button("Check now")
+    rows = table(("Check", "Verdict", "Found", "Advice"), visible=False)
+    check.click(on_check, None, [said, rows], **PRIVATE)
 
 
-def build_database_view(desk: Desk, card: PlanCard, restoring: Callable[[str], Change]) -> None:
+def build_database_view(desk: Desk) -> None:
     """Its size and its dumps; a new one, and the way back to one."""
+    restoring = desk.manager.database.restoring
 
-    def on_dump(name: str) -> None:
+    def on_dump(name: str | None) -> None:
         with shown_to_operator():
-            desk.manager.database.dump(name.strip())
+            desk.manager.database.dump(typed(name))
 
-    with gr.Accordion("Database", open=False):
-        live(desk, gr.Markdown(), database_text)
-        live(desk, table(DUMP_HEADERS), lambda seen: dump_rows(seen.dumps))
-        with gr.Row(elem_classes="actions"):
-            name = gr.Textbox(label="Dump", placeholder="before-summer", scale=3,
-                              info="a name for a new one, or the one to return to")  # fmt: skip
-            take = gr.Button("Dump now", scale=0, min_width=120)
-            back = gr.Button("Restore", variant="stop", scale=0, min_width=110)
+    live(desk, gr.Markdown(), database_text)
+    with gr.Row(elem_classes="actions"):
+        name = gr.Textbox(label="New dump (empty: named by its time)", placeholder="before-summer")
+        take = gr.Button("Dump now", variant="primary", scale=0, min_width=120)
+    live(desk, gr.Markdown(), dumps_text)
+    live(desk, table(DUMP_HEADERS), dump_table)
+    with gr.Row(elem_classes="actions"):
+        chosen = live(
+            desk,
+            gr.Dropdown(label="Dump to return to", value=None, allow_custom_value=True),
+            dump_choices,
+        )
+        back = gr.Button("Restore", variant="stop", scale=0, min_width=110)
+    card = build_plan_card(desk, {"restore the database": restoring})
     take.click(on_dump, name, None, **PRIVATE)
-    wire_plan(desk, back, name, card, "restore the database", restoring)
+    wire_plan(desk, back, chosen, card, "restore the database", restoring)
 
 
-def build_audit_view(desk: Desk, tab: gr.Tab) -> None:
-    """The newest changes, and all of them as a file."""
-    with gr.Accordion("Who changed what", open=False):
-        rows = table(AUDIT_HEADERS)
-        with gr.Row(elem_classes="actions"):
-            gr.Button("Export all as CSV", link=AUDIT_CSV_PATH, size="sm", scale=0, min_width=200)
-    tab.select(lambda: audit_rows(desk.manager.audit.newest(50)), None, rows, **QUIET)
+def build_audit_view(desk: Desk, tabs: Sequence[gr.Tab]) -> None:
+    """The newest changes, all of them as a file, and the way back to an earlier version."""
+
+    def on_list(request: gr.Request) -> tuple[Any, ...]:
+        with shown_to_operator():
+            entries = desk.manager.audit.newest(AUDIT_SHOWN)
+            zone, versions = zone_of(request), desk.manager.versions()
+            return audit_rows(entries, zone), gr.Dropdown(version_choices(versions, zone))
+
+    def returning(number: str) -> Change:
+        return desk.manager.returning(int(number))
+
+    gr.Markdown(f"### Who changed what: the newest {AUDIT_SHOWN}")
+    rows = table(AUDIT_HEADERS, AUDIT_WIDTHS, search=True)
+    gr.Button("Export all as CSV", link=AUDIT_CSV_PATH, size="sm", scale=0)
+    gr.Markdown(
+        "### Earlier versions\nEach change keeps the state before it. Rolling back is a change as "
+        "any other: it shows its plan first, and keys stay as they are."
+    )
+    with gr.Row(elem_classes="actions"):
+        version = gr.Dropdown(label="Version, the newest first", value=None)
+        back = gr.Button("Roll back", variant="stop", scale=0, min_width=110)
+    card = build_plan_card(desk, {"roll back": returning})
+    wire_plan(desk, back, version, card, "roll back", returning)
+    for tab in tabs:
+        tab.select(on_list, None, [rows, version], **QUIET)
 
 
 AUDIT_CSV_PATH: Final = "/audit.csv"
+AUDIT_SHOWN: Final = 100
+AUDIT_WIDTHS: Final = ("16%", "9%", "9%", "24%", "26%", "7%", "9%")
 
 
 def build_token_view(desk: Desk) -> None:
@@ -27256,20 +27521,21 @@ def build_token_view(desk: Desk) -> None:
         desk.manager.save(revoking_token(name))
         return done_at(f"Revoked the token of {name}.")
 
-    with gr.Accordion("Programs", open=False):
-        gr.Markdown("An admin token opens to a program all that this console can do.")
-        with gr.Row(elem_classes="actions"):
-            name = gr.Textbox(label="New token for", placeholder="ci", info="the audit names it")
-            create = gr.Button("Create token", variant="primary", scale=0, min_width=130)
-            chosen = gr.Dropdown(label="Token", value=None, info="that is there")
-            live(desk, chosen, token_choices)
-            revoke = gr.Button("Revoke", variant="stop", scale=0, min_width=110)
-            gr.Button("The API for programs", link=API_PAGE, size="sm", scale=0, min_width=200)
-        secret = gr.Textbox(
-            label="Hand this over now: it is shown only once", elem_id="new-token",
-            interactive=False, buttons=["copy"], visible=False,
-        )  # fmt: skip
-        question, said = build_question("Revoke it", revoke_it)
+    gr.Markdown(
+        "An admin token opens to a program all that this console can do: scripts, CI, a dashboard."
+    )
+    with gr.Row(elem_classes="actions"):
+        name = gr.Textbox(label="New token for (the audit names it)", placeholder="ci")
+        create = gr.Button("Create token", variant="primary", scale=0, min_width=150)
+    secret = gr.Textbox(
+        label="Hand this over now: it is shown only once", elem_id="new-token",
+        interactive=False, buttons=["copy"], visible=False,
+    )  # fmt: skip
+    with live(desk, gr.Row(elem_classes="actions", visible=False), has_tokens):
+        chosen = live(desk, gr.Dropdown(label="Token", value=None), token_choices)
+        revoke = gr.Button("Revoke", variant="stop", scale=0, min_width=110)
+    question, said = build_question("Revoke it", revoke_it)
+    gr.Button("The API for programs", link=API_PAGE, size="sm", scale=0)
     create.click(on_create, name, [secret, said, name], **PRIVATE)
     revoke.click(on_revoke, chosen, question, **PRIVATE)
 
@@ -27280,30 +27546,35 @@ def build_endpoint_form(desk: Desk) -> None:
     def on_save(*values: Any) -> str:
         with shown_to_operator():
             desk.manager.save(configuring_edge(edge_settings(*values)))
-            return "Saved. Review **What is planned** above, then apply it."
+            return "Saved. Review **Plan and health**, then apply it."
+
+    def check(*values: Any) -> None:
+        configuring_edge(edge_settings(*values)).edit(desk.manager.state())
 
     def stored(component: Any, view: Callable[[Edge], Any]) -> Any:
         # Follows the stored state, which the command line may change; typing is left alone.
         return live(desk, component, lambda seen: seen.state and view(seen.state.edge))
 
-    with gr.Accordion("HTTPS endpoint", open=False):
-        with gr.Row():
-            names = stored(gr.Textbox(label="Host names"), lambda edge: ", ".join(edge.hostnames))
-            https = stored(gr.Number(label="HTTPS port", precision=0), lambda edge: edge.https_port)
-            http = stored(gr.Number(label="HTTP port", precision=0), lambda edge: edge.http_port)
-        with gr.Row():
-            tls = gr.Dropdown(
-                list(TLS_CHOICES), label="Certificate",
-                info="internal: Caddy's own authority; own: files of this server; acme: by e-mail",
-            )  # fmt: skip
-            stored(tls, lambda edge: edge.tls.kind)
-            details = [
-                stored(gr.Textbox(label=label), partial(tls_detail, key))
-                for key, label in TLS_DETAILS.items()
-            ]
-        save = gr.Button("Save")
-        said = gr.Markdown()
-    save.click(on_save, [names, https, http, tls, *details], said, **PRIVATE)
+    gr.Markdown("Where colleagues find the service, and by which certificate they know it.")
+    with gr.Row():
+        names = stored(
+            gr.Textbox(label="Host names, the first in every example"),
+            lambda edge: ", ".join(edge.hostnames),
+        )
+        https = stored(gr.Number(label="HTTPS port", precision=0), lambda edge: edge.https_port)
+        http = stored(gr.Number(label="HTTP port", precision=0), lambda edge: edge.http_port)
+    tls = stored(gr.Radio([*TLS_CHOICES], label="Certificate"), lambda edge: edge.tls.kind)
+    with gr.Row():
+        details = [
+            stored(gr.Textbox(label=label), partial(tls_detail, key))
+            for key, label in TLS_DETAILS.items()
+        ]
+    typed_in = [names, https, http, tls, *details]
+    wire_check(typed_in, check)
+    save = gr.Button("Save", variant="primary")
+    said = gr.Markdown()
+    tls.change(lambda kind: [*map(_update, shown_tls_details(kind))], tls, details, **QUIET)
+    save.click(on_save, typed_in, said, **PRIVATE)
 
 
 def build_job_panel(desk: Desk) -> None:
@@ -27324,11 +27595,12 @@ STYLE: Final = """
 .gradio-container table td, .gradio-container table th, .gradio-container [role="gridcell"] *
   { font-family: var(--font) !important; }
 .plan-card { border: 2px solid var(--color-accent) !important; }
-button.lg { align-self: flex-start; flex-grow: 0 !important; min-width: 130px; }
+button.lg { align-self: flex-start; flex-grow: 0 !important; min-width: 130px; width: fit-content; }
 .actions { align-items: end; }
 .actions button { max-height: 42px; }
 .actions button.lg { align-self: flex-end; }
 .actions button, button.lg { white-space: nowrap; flex-basis: auto !important; }
+.typed-fault { color: var(--body-text-color); border-left: 4px solid #b91c1c; padding-left: 10px; }
 .plan-card .row { padding: 12px; }
 .plan-card pre { max-height: 32em; overflow: auto; white-space: pre-wrap; }
 #job textarea, #new-key textarea, .log textarea { font-family: var(--font-mono); font-size: 12px; }
@@ -30552,7 +30824,7 @@ def add_config_commands(commands: Any) -> None:
     edge.add_argument("--https-port", type=int, help="default: 443")
     edge.add_argument("--http-port", type=int, help="leads to HTTPS; default: 80")
     edge.add_argument(
-        "--tls", choices=TLS_CHOICES,
+        "--tls", choices=[kind for _, kind in TLS_CHOICES],
         help="Caddy's own authority, files of this server, or Let's Encrypt",
     )  # fmt: skip
     edge.add_argument("--certificate", default="", metavar="FILE", help="of own: the chain")

@@ -458,7 +458,10 @@ def test_the_tab_says_who_is_told_and_what_runs() -> None:
     stopped = replace(snapshot, state=replace(snapshot.state, endpoint="stopped"))
     assert "once a model is deployed" in lm.monitoring_text(stopped)
     off = replace(snapshot, state=replace(snapshot.state, monitoring=False))
-    assert lm.monitoring_text(off) == "Monitoring is off."
+    assert lm.monitoring_text(off) == lm.MONITORING_OFF
+    assert [lm.while_monitored(off), lm.while_unmonitored(off)] == [
+        {"visible": False}, {"visible": True},
+    ]  # fmt: skip
     assert lm.part_rows(off) == []
 
 

@@ -75,7 +75,7 @@ def lists(here: Installation, rounds: int) -> dict[str, float]:
 
 
 def open_keys(page: Page) -> None:
-    open_tab(page, "Keys")
+    open_tab(page, "Keys & usage")
     expect(cell(page, "key 1")).to_be_visible()
 
 
@@ -91,7 +91,7 @@ def sort(page: Page) -> None:
 
 def usage(page: Page, by: str) -> None:
     if by == "key":
-        page.get_by_role("button", name="Usage").click()
+        open_tab(page, "Usage")
     else:
         choose(page, "Added up by", by)
     expect(page.get_by_role("link", name=f"Download usage-by-{by}")).to_be_visible()

@@ -17,7 +17,7 @@ from test_story import ANSWER, ask
 
 pytestmark = pytest.mark.browser
 TABS = (
-    "Overview", "Models", "Library", "Hardware", "Routes", "Keys", "Energy", "Benchmark",
+    "Overview", "Models", "Library", "Hardware", "Routes", "Keys & usage", "Energy", "Benchmark",
     "Monitoring", "System",
 )  # fmt: skip
 DEPLOY_SECONDS = 240
@@ -57,7 +57,7 @@ def test_a_page_of_which_a_file_did_not_arrive_loads_itself_again(
     page.route(re.compile(r"/assets/(Blocks-.*|.*\.css)$"), lose_the_first_component)
     with serving(without_docker(tmp_path / "home")) as url:
         open_console(page, url)
-        open_tab(page, "Keys")
+        open_tab(page, "Keys & usage")
     assert asked.count(*lost) > 1
 
 
@@ -123,7 +123,7 @@ def test_the_story_in_the_console_with_a_reload_in_the_middle(
         secret = create_key(page, "Ada <b>Lovelace</b>")
         assert ask(here.openai(secret)) == ANSWER
         page.reload()
-        open_tab(page, "Keys")
+        open_tab(page, "Keys & usage")
         expect(page.get_by_role("gridcell", name="Ada <b>Lovelace</b>")).to_be_visible()
         assert secret not in page.content(), "a secret is shown once"
         revoke_after_a_question(page, "Ada <b>Lovelace</b>")
@@ -193,7 +193,7 @@ def deploy(page: Page) -> None:
 
 
 def create_key(page: Page, alias: str) -> str:
-    open_tab(page, "Keys")
+    open_tab(page, "Keys & usage")
     page.get_by_label("For whom").fill(alias)
     page.get_by_role("button", name="Create key").click()
     shown = page.locator("#new-key textarea")
