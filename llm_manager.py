@@ -14760,8 +14760,8 @@ def download_link(name: str, text: str) -> str:
 # =============================================================================
 
 ENERGY_HEADERS: Final = (
-    "kWh", "Of these idle", "Of these estimated", "Unmeasured (h)", "Cost", "CO₂ (kg)", "Requests",
-    "J per output token", "J per token",
+    "kWh", "Cost", "CO₂ (kg)", "Requests", "J per output token", "J per token", "Idle kWh",
+    "Estimated kWh", "Unmeasured (h)",
 )  # fmt: skip
 
 
@@ -14777,17 +14777,24 @@ def energy_rows(report: EnergyReport) -> list[list[str]]:
 
 def _energy_cells(row: EnergySum) -> list[str]:
     return [
-        format_kwh(row.energy_mj), format_kwh(row.idle_mj), format_kwh(row.estimated_mj),
-        f"{row.unmeasured_seconds / 3600:.2f}" if row.unmeasured_seconds else "",
+        format_kwh(row.energy_mj),
         format_costs(row.costs) + " and what had no price" * bool(row.costs and row.unpriced_mj),
-        "" if row.co2_grams is None else f"{row.co2_grams / 1000:,.3f}",
+        "" if row.co2_grams is None else format_amount(row.co2_grams / 1000),
         f"{row.requests:,}" if row.requests else "",
         format_per_token(row.joules_per_output_token), format_per_token(row.joules_per_token),
+        format_kwh(row.idle_mj), format_kwh(row.estimated_mj),
+        f"{row.unmeasured_seconds / 3600:.2f}" if row.unmeasured_seconds else "",
     ]  # fmt: skip
 
 
 def format_kwh(energy_mj: int) -> str:
-    return f"{energy_mj / KWH_MJ:,.4f}" if energy_mj else "0"
+    return format_amount(energy_mj / KWH_MJ)
+
+
+def format_amount(amount: float) -> str:
+    """Four digits after the point below one, fewer the more there are before it."""
+    digits = 4 if amount < 1 else 2 if amount < 100 else 1  # noqa: PLR2004
+    return f"{amount:,.{digits}f}" if amount else "0"
 
 
 def format_costs(costs: Mapping[str, float]) -> str:
@@ -14873,44 +14880,73 @@ def session_csv_rows(sessions: Iterable[EnergySession]) -> Iterator[list[object]
 
 
 STACK_COLUMNS: Final = ("day", "model", "kWh")  # of `energy_stack`
+STACKED: Final = 5  # models with a colour of their own, of which a legend has room for the names
+OTHERS: Final = "(others)"
 
 
-def energy_stack(parts: Iterable[EnergyPart]) -> list[tuple[str, str, float]]:
-    """For a plot of the parts by day: each day's energy by model, the idle part among them."""
+def energy_stack(parts: Sequence[EnergyPart], query: EnergyQuery) -> list[tuple[str, str, float]]:
+    """For a plot of the parts by day: each day's energy by model, the idle part among them.
+
+    Of many models those that took least are added up.
+    """
+    takers: Counter[str] = Counter()
+    for part in parts:
+        takers[part.model] += part.energy_mj
+    takers.pop(NOBODY, None)
+    own = {name for name, _ in takers.most_common(STACKED if len(takers) > STACKED + 1 else None)}
+    names = {NOBODY: IDLE} | {name: name if name in own else OTHERS for name in takers}
     sums: Counter[tuple[str, str]] = Counter()
     for part in parts:
-        sums[part.subject, part.model or IDLE] += part.energy_mj
+        sums[short_day(part.subject, query), names[part.model]] += part.energy_mj
     return [(*key, energy_mj / KWH_MJ) for key, energy_mj in sums.items()]
 
 
-PER_TOKEN_COLUMNS: Final = (" ", "model", "J per token")  # of `tokens_by_model`
+PER_TOKEN_COLUMNS: Final = ("model", "J per token")  # of `tokens_by_model`
 
 
-def tokens_by_model(report: EnergyReport) -> list[tuple[str, str, float]]:
+def tokens_by_model(report: EnergyReport) -> list[tuple[str, float]]:
     """For a plot of a report by model: those that read or made tokens, the thirstiest first."""
     told = [(row.name, row.joules_per_token) for row in report.rows]
     known = [(name, joules) for name, joules in told if joules is not None]
     known.sort(key=lambda each: -each[1])
-    return [(name, name, joules) for name, joules in known[:MOST_BARS]]
+    return known[:MOST_BARS]
 
 
 def live_energy_html(seen: Snapshot) -> str:
     """A line for each GPU: its watts now and lately, and the models' part of all of them."""
     live = seen.energy
     trouble = f'<p class="watts-trouble">{html.escape(live.trouble)}</p>' if live.trouble else ""
-    gpus = {str(gpu.uuid): f"GPU {gpu.index} {gpu.name}" for gpu in seen.hardware.gpus}
+    gpus = {str(gpu.uuid): gpu for gpu in seen.hardware.gpus}
     lines = [
-        f"<div><b>{html.escape(gpus.get(gpu, gpu))}</b><span>{_watts_text(watts)}</span>"
-        f"{watts_svg(live.past.get(gpu, ()))}</div>"
+        _watts_line(gpu, gpus.get(gpu), watts, live.past.get(gpu, ()))
         for gpu, watts in live.gpu_watts.items()
     ]
     if not lines:
-        return trouble or "<p>No GPU is looked at: there is none, or this has just begun.</p>"
+        return trouble or f"<p>{NO_WATTS}</p>"
     takers = sorted(live.model_watts.items(), key=lambda each: (each[0] == NOBODY, -each[1]))
-    shares = ", ".join(f"{html.escape(who or IDLE)} {watts:,.0f} W" for who, watts in takers)
+    shares = [f"{html.escape(who or IDLE)} {watts:,.0f} W" for who, watts in takers if watts >= 1]
+    total = math.fsum(watts for watts in live.gpu_watts.values() if watts is not None)
     return (
         f'{trouble}<div class="watts">{"".join(lines)}</div>'
-        f"<p>Now: {shares or 'nothing known'}.</p>"
+        f"<p><b>Now {total:,.0f} W:</b> {', '.join(shares) or 'nobody takes one'}.</p>"
+    )
+
+
+NO_WATTS: Final = (
+    "No GPU is measured yet: there is none, or this has just begun. The watts of each GPU are "
+    "read all the time, kept, and shared out among the models that run on it."
+)
+
+
+def _watts_line(
+    uuid: str, gpu: Gpu | None, watts: float | None, past: Sequence[float | None]
+) -> str:
+    limit = gpu.power_limit_w if gpu else None
+    name = f"GPU {gpu.index} {gpu.name}" if gpu else uuid
+    most = f"<small>of {limit:,.0f} W</small>" if limit else "<small></small>"
+    return (
+        f"<div><b>{html.escape(name)}</b><span>{_watts_text(watts)}</span>{most}"
+        f"{watts_svg(past, limit)}</div>"
     )
 
 
@@ -14918,11 +14954,15 @@ def _watts_text(watts: float | None) -> str:
     return "not measured" if watts is None else f"{watts:,.0f} W"
 
 
-def watts_svg(past: Sequence[float | None]) -> str:
-    """A line from the oldest watts to the newest, over zero; broken where nobody measured."""
-    most = max((watts for watts in past if watts), default=0) or 1
+def watts_svg(past: Sequence[float | None], limit: float | None = None) -> str:
+    """A line from the oldest watts to the newest, over zero; broken where nobody measured.
+
+    Its height is what the GPU may take, where that is known.
+    """
+    most = max((watts for watts in past if watts), default=0)
+    top = max(most, limit or 0) or 1
     points = [
-        None if watts is None else f"{at:g} {30 - 28 * watts / most:.1f}"
+        None if watts is None else f"{at:g} {30 - 28 * watts / top:.1f}"
         for at, watts in enumerate(past)
     ]
     runs = [
@@ -14939,9 +14979,12 @@ def watts_svg(past: Sequence[float | None]) -> str:
 
 WATTS_STYLE: Final = """
 .watts { color: var(--body-text-color); }
-.watts > div { display: grid; grid-template-columns: minmax(180px, max-content) 90px minmax(0, 1fr);
-  gap: 4px 20px; align-items: center; padding: 4px 0; }
+.watts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 540px), 1fr));
+  gap: 0 32px; }
+.watts > div { display: grid; grid-template-columns: minmax(180px, max-content) 60px 60px
+  minmax(0, 1fr); gap: 4px 8px; align-items: center; padding: 3px 0; }
 .watts span { text-align: right; }
+.watts small { color: var(--body-text-color-subdued); white-space: nowrap; }
 .watts svg { display: block; width: 100%; height: 32px; border-radius: 4px;
   background: var(--background-fill-secondary); }
 .watts path { fill: none; stroke: var(--color-accent); stroke-width: 1.5;
@@ -14976,17 +15019,17 @@ def energy_files_html(first: date, last: date, style: str) -> str:
 
 
 SESSION_HEADERS: Final = (
-    "Replica", "From, to (UTC)", "kWh", "Mean, peak (W)", "Tokens in, out", "Requests",
+    "Replica", "From, to", "kWh", "Mean, peak (W)", "Tokens in, out", "Requests",
     "J per token: out, any", "Cost", "Method",
 )  # fmt: skip
 
 
-def session_rows(sessions: Sequence[EnergySession]) -> list[list[str]]:
+def session_rows(sessions: Sequence[EnergySession], zone: tzinfo = UTC) -> list[list[str]]:
     """One row per session."""
     return [
         [
             f"{s.model} {s.replica}",
-            f"{s.start:%Y-%m-%d %H:%M}, {f'{s.end:%Y-%m-%d %H:%M}' if s.end else 'still on'}",
+            f"{format_time(s.start, zone)}, {format_time(s.end, zone) if s.end else 'still on'}",
             format_kwh(s.energy_mj),
             f"{'-' if s.mean_w is None else f'{s.mean_w:,.0f}'}, {s.peak_w:,.0f}",
             f"{s.prompt_tokens:,}, {s.completion_tokens:,}", f"{s.requests:,}",
@@ -15594,6 +15637,12 @@ def benchmark_wish(
         prompt_tokens=int(prompt_tokens or 0) or None,
         output_tokens=int(output_tokens or 0) or None, requests=int(per_rung or 0) or None,
     )  # fmt: skip
+
+
+NO_BENCHMARKS: Final = (
+    "No benchmark is kept yet. Choose a model above and click **Measure**: it shows what would be "
+    "sent before it is sent, and the figures stay here to be compared with later ones."
+)
 
 
 def benchmark_links(results: Sequence[Benchmark]) -> str:
@@ -26788,7 +26837,8 @@ def build_usage_tab(desk: Desk) -> None:
             days = build_days()
             again = gr.Button("Look again", scale=0, min_width=130)
         said = gr.HTML()
-        plots = [bar_plot(*BAR_COLUMNS), bar_plot(*BAR_COLUMNS, sort="-y")]
+        name, kind, tokens = BAR_COLUMNS
+        plots = [bar_plot(name, tokens, kind, sort=order) for order in (None, "-y")]
         rows = table(["Key", *USAGE_HEADERS], visible=False, search=True)
         build_usage_checks(desk)
         build_statement_view(desk)
@@ -26807,12 +26857,11 @@ def build_days() -> list[Any]:
     return [days, *ends]
 
 
-def bar_plot(x: str, color: str, y: str, sort: str | None = None) -> Any:
+def bar_plot(x: str, y: str, color: str | None = None, **more: Any) -> Any:
     """Bars that are hidden until there is something to draw."""
     return gr.BarPlot(
-        x=x, y=y, color=color, sort=cast("Any", sort), x_title=" ", x_label_angle=-35,
-        height=280, visible=False,
-    )  # fmt: skip
+        x=x, y=y, color=color, x_title=" ", x_label_angle=-35, height=280, visible=False, **more
+    )
 
 
 def build_usage_checks(desk: Desk) -> None:
@@ -27131,55 +27180,52 @@ def build_energy_tab(desk: Desk) -> None:
         live(desk, gr.HTML(), live_energy_html)
         with gr.Row(elem_classes="actions"):
             by = gr.Dropdown(list(get_args(EnergyGrouping)), value="model", label="Added up by")
-            first = gr.DateTime(include_time=False, type="string", label="From (UTC)")
-            last = gr.DateTime(include_time=False, type="string", label="To, included")
-            show = gr.Button("Show", variant="primary", scale=0, min_width=110)
+            days = build_days()
+            again = gr.Button("Look again", scale=0, min_width=130)
         said = gr.Markdown()
         with gr.Row():
-            stack = energy_plot(*STACK_COLUMNS)
-            per_token = energy_plot(*PER_TOKEN_COLUMNS)
-        rows = table(["Model", *ENERGY_HEADERS])
+            day, model, kwh = STACK_COLUMNS
+            stack = bar_plot(day, kwh, model, scale=2)
+            per_token = bar_plot(*PER_TOKEN_COLUMNS, sort="-y")
+        rows = table(["Model", *ENERGY_HEADERS], visible=False, search=True)
         with gr.Accordion("Sessions: each replica from ready to stopped", open=False):
             sessions = table(SESSION_HEADERS)
         with gr.Accordion("Files", open=False):
             style = gr.Radio(list(CSV_STYLES), value=next(iter(CSV_STYLES)), label="Written for")
             files = gr.HTML()
         build_energy_settings(desk)
-    asked = [by, first, last]
-    for event in (show.click, by.change, tab.select):
+    asked = [by, *days]
+    for event in (tab.select, again.click, by.change, *(each.change for each in days)):
         event(_energy_shower(desk), asked, [said, stack, per_token, rows, sessions], **QUIET)
         event(on_energy_files, [*asked, style], files, **QUIET)
     style.change(on_energy_files, [*asked, style], files, **QUIET)
 
 
-def energy_plot(x: str, color: str, y: str) -> Any:
-    """Bars that are hidden until there is something to draw."""
-    return gr.BarPlot(
-        x=x, y=y, color=color, x_title=" ", x_label_angle=-35, height=280, visible=False
-    )
-
-
 def _energy_shower(desk: Desk) -> Callable[..., tuple[Any, ...]]:
-    def on_show(by: str, first: str | None, last: str | None) -> tuple[Any, ...]:
+    def on_show(
+        by: str, name: str, first: str | None, last: str | None, request: gr.Request
+    ) -> tuple[Any, ...]:
         with shown_to_operator():
-            energy = desk.manager.energy
+            energy, today = desk.manager.energy, utc_now().date()
             try:
-                query = parse_energy_query(by, first or "", last or "", utc_now().date())
+                query = parse_energy_query(by, *days_of(name, first, last, today), today)
                 report = energy.report(query)
                 by_day = energy.parts(replace(query, by="day"))
-                used = session_rows(energy.sessions(query.first, query.last))
+                used = session_rows(energy.sessions(query.first, query.last), zone_of(request))
                 by_model = (
                     report if query.by == "model" else energy.report(replace(query, by="model"))
                 )
                 per_token = tokens_by_model(by_model)
             except ManagerError as error:  # opening the tab must not shout
                 hidden = gr.update(visible=False)
-                return plain(str(error)), hidden, hidden, gr.update(value=[]), []
+                return plain(str(error)), hidden, hidden, hidden, []
             return (
                 energy_headline(report),
-                drawn(STACK_COLUMNS, energy_stack(by_day)),
+                drawn(STACK_COLUMNS, energy_stack([*by_day], query)),
                 drawn(PER_TOKEN_COLUMNS, per_token),
-                gr.update(headers=energy_headers(query), value=energy_rows(report)),
+                shown_rows(energy_rows(report)) | {"headers": energy_headers(query)}
+                if report.rows
+                else gr.update(visible=False),
                 used,
             )
 
@@ -27191,39 +27237,46 @@ def drawn(columns: Sequence[str], bars: Sequence[Sequence[Any]]) -> Any:
     return gr.update(value=pd.DataFrame(bars, columns=list(columns)), visible=bool(bars))
 
 
-def on_energy_files(by: str, first: str | None, last: str | None, style: str) -> str:
+def on_energy_files(by: str, name: str, first: str | None, last: str | None, style: str) -> str:
     with shown_to_operator():
-        query = parse_energy_query(by, first or "", last or "", utc_now().date())
+        today = utc_now().date()
+        query = parse_energy_query(by, *days_of(name, first, last, today), today)
         return energy_files_html(query.first, query.last, style)
 
 
 def build_energy_settings(desk: Desk) -> None:
     """How often GPUs are looked at, and what a kilowatt-hour is worth; kept with each record."""
 
-    def on_save(period: float, price: float | None, co2: float | None, overhead: float) -> str:
+    def change_of(*values: Any) -> Change:
+        names = [f.name for f in fields(EnergySettings)]
+        period, price, co2, overhead = values
+        given = (period, price or None, co2 or None, overhead)
+        return setting_energy(dict(zip(names, given, strict=True)))
+
+    def check(*values: Any) -> None:
+        change_of(*values).edit(desk.manager.state())
+
+    def on_save(*values: Any) -> str:
         with shown_to_operator():
-            given = {
-                "period_seconds": period, "price_per_kwh": price or None,
-                "co2_grams_per_kwh": co2 or None, "overhead": overhead,
-            }  # fmt: skip
-            desk.manager.save(setting_energy(given))
+            desk.manager.save(change_of(*values))
             return done_at("Saved, for what is recorded from now on.")
 
-    def stored(label: str, info: str, view: Callable[[EnergySettings], Any]) -> Any:
-        number = gr.Number(label=label, info=info)
+    def stored(label: str, view: Callable[[EnergySettings], Any]) -> Any:
+        number = gr.Number(label=label)
         return live(desk, number, lambda seen: seen.state and (view(seen.state.energy) or 0))
 
     with gr.Accordion("Price, CO₂ and how often GPUs are looked at", open=False):
         with gr.Row():
-            fields = [
-                stored("A look every (s)", "0.5 to 60", lambda kept: kept.period_seconds),
-                stored("Price of a kWh", "0: unknown", lambda kept: kept.price_per_kwh),
-                stored("CO₂ of a kWh (g)", "0: unknown", lambda kept: kept.co2_grams_per_kwh),
-                stored("Overhead (PUE)", "of the room, 1 is none", lambda kept: kept.overhead),
+            kept = [
+                stored("A look every (s, 0.5 to 60)", lambda kept: kept.period_seconds),
+                stored("Price of a kWh (0: unknown)", lambda kept: kept.price_per_kwh),
+                stored("CO₂ of a kWh (g, 0: unknown)", lambda kept: kept.co2_grams_per_kwh),
+                stored("Overhead of the room (PUE, 1: none)", lambda kept: kept.overhead),
             ]
-        save = gr.Button("Save")
+        wire_check(kept, check)
+        save = gr.Button("Save", variant="primary")
         said = gr.Markdown()
-    save.click(on_save, fields, said, **PRIVATE)
+    save.click(on_save, kept, said, **PRIVATE)
 
 
 def build_benchmark_tab(desk: Desk) -> None:
@@ -27239,54 +27292,60 @@ def build_benchmark_tab(desk: Desk) -> None:
         desk.manager.benchmarks.start(wish)
         return done_at("It is under way, as a job.")
 
+    def check(models: Sequence[str], *values: Any) -> None:
+        benchmark_wish(models or ["any"], *values)  # who has chosen none yet is not told off
+
     with gr.Tab("Benchmark", id="benchmark") as tab:
-        gr.Markdown("Requests straight to a model's engine, so many at once, rung by rung.")
-        with gr.Row(elem_classes="actions"):
-            models = gr.Dropdown(label="Measure", multiselect=True, info="one after the other")
+        gr.Markdown(
+            "How many requests at once a model carries: they go straight to its engine, so many "
+            "at a time, rung by rung."
+        )
+        with gr.Row():
+            models = gr.Dropdown(
+                label="Models, measured one after the other", multiselect=True, scale=2
+            )
             live(desk, models, measurable)
-            kinds = [("by type", ""), *((kind, kind) for kind in LOADS)]
+            kinds = [("of the model's type", ""), *((kind, kind) for kind in LOADS)]
             profile = gr.Dropdown(kinds, value="", label="Load")
-            ladder = gr.Textbox("1, 2, 4, 8, 16", label="Requests at once")
+            ladder = gr.Textbox("1, 2, 4, 8, 16", label="Requests at once, the rungs")
+        with gr.Row(elem_classes="actions"):
             sizes = [
-                gr.Number(0, label=label, info="0: the load's", precision=0, minimum=0)
-                for label in ("Prompt tokens", "Output tokens")
+                whole_number("Prompt tokens (0: the load's)"),
+                whole_number("Output tokens (0: the load's)"),
+                whole_number("Requests per rung (0: 8 for each at once, at least 32)"),
             ]
-            each = gr.Number(
-                0, label="Requests per rung", info="0: eight for each at once, at least 32",
-                precision=0, minimum=0,
-            )  # fmt: skip
             ask = gr.Button("Measure", variant="primary", scale=0, min_width=110)
+        wished = [models, profile, ladder, *sizes]
+        wire_check(wished, check)
         question, _ = build_question("Measure it", measure)
         build_benchmark_results(desk, tab)
-    ask.click(on_ask, [models, profile, ladder, *sizes, each], question, **PRIVATE)
+    ask.click(on_ask, wished, question, **PRIVATE)
 
 
 def build_benchmark_results(desk: Desk, tab: gr.Tab) -> None:
     """Kept benchmarks side by side: as curves, as tables, as files."""
     benchmarks = desk.manager.benchmarks
 
-    def on_list(chosen: list[str]) -> Any:
+    def on_list(chosen: list[str]) -> tuple[Any, ...]:
         with shown_to_operator():
             names = [result.name for result in benchmarks.results()]
             kept = [name for name in chosen if name in names] or names[:1]
-            return gr.update(choices=names, value=kept)
+            told = gr.skip() if names else NO_BENCHMARKS
+            return gr.update(choices=names, value=kept), gr.update(visible=bool(names)), told
 
     def on_show(chosen: list[str], limit: float | None) -> tuple[Any, ...]:
         with shown_to_operator():
             results = benchmarks.named(chosen)
-            curves = pd.DataFrame(benchmark_curves(results), columns=list(CURVE_COLUMNS))
+            curves = [drawn(CURVE_COLUMNS, benchmark_curves(results))] * len(plots)
             headers, rows = comparison(results)
             said = plain_lines(carrying_text(results, limit)) if limit else ""
-            # With another title or order beside it Gradio (6.31) goes on drawing the old lines.
-            drawn = [gr.update(value=curves, visible=not curves.empty) for _ in plots]
-            return (
-                said, *drawn, gr.update(headers=headers, value=rows, visible=bool(rows)),
-                benchmark_rows(results), benchmark_links(results),
-            )  # fmt: skip
+            beside = gr.update(headers=headers, value=rows, visible=len(results) > 1)
+            every = shown_rows(benchmark_rows(results))
+            return said, *curves, beside, every, benchmark_links(results)
 
     gr.Markdown("### Results")
-    with gr.Row(elem_classes="actions"):
-        chosen = gr.Dropdown(label="Benchmarks", value=[], multiselect=True, scale=3)
+    with gr.Row(elem_classes="actions", visible=False) as choice:
+        chosen = gr.Dropdown(label="Benchmarks, side by side", value=[], multiselect=True, scale=3)
         limit = gr.Number(500, label="P95 until the first token within (ms)", minimum=0)
     said = gr.Markdown()
     at_once, whose, *figures = CURVE_COLUMNS
@@ -27296,12 +27355,11 @@ def build_benchmark_results(desk: Desk, tab: gr.Tab) -> None:
             for figure in figures
         ]
     beside = table(["Figure", "At once"], visible=False)
-    with gr.Accordion("Every rung; times are P50 / P95 / P99", open=False):
-        rungs = table(RUNG_HEADERS)
+    rungs = table(RUNG_HEADERS, label="Every rung; times are P50 / P95 / P99", visible=False)
     links = gr.HTML()
     done = live(desk, gr.Textbox(visible="hidden"), benchmarks_done)
     for changed in (tab.select, done.change):
-        changed(on_list, chosen, chosen, **QUIET)
+        changed(on_list, chosen, [chosen, choice, said], **QUIET)
     shown = [said, *plots, beside, rungs, links]
     for changed in (chosen.change, limit.change):
         changed(on_show, [chosen, limit], shown, **QUIET)
@@ -27351,22 +27409,33 @@ def build_monitoring_form(desk: Desk, card: PlanCard) -> None:
     def mail(read: Callable[[MailAlerts], Any], default: Any = "") -> View:
         return known(lambda settings: read(settings.mail) if settings.mail else default)
 
+    def check(*typed: Any) -> None:
+        changes = monitoring_changes(desk.manager, *typed)
+        switching_monitoring(changes=changes).edit(desk.manager.state())
+
     with gr.Accordion("What is kept, and who is told", open=False):
         with gr.Row():
             days = gr.Number(label="Days that series are kept", precision=0, minimum=1)
             size = gr.Number(label="But no more than (GB)", precision=0, minimum=1)
             port = gr.Number(label="Port of the manager's own figures", precision=0, minimum=1)
-        with gr.Row():
-            hook = gr.Checkbox(label="Alerts to a webhook")
-            url = gr.Textbox(label="Its address", type="password", placeholder="as it is")
-        with gr.Row():
-            mailed = gr.Checkbox(label="Alerts by mail")
-            to, sender = gr.Textbox(label="To"), gr.Textbox(label="From")
-            server = gr.Textbox(label="Mail server", placeholder="mail.lan:587")
-            user = gr.Textbox(label="User there")
-            password = gr.Textbox(label="Password", type="password", placeholder="as it is")
-            starttls = gr.Checkbox(label="STARTTLS", value=True)
+        hook = gr.Checkbox(label="Alerts to a webhook")
+        url = gr.Textbox(
+            label="Its address", type="password", placeholder="as it is", visible=False
+        )
+        mailed = gr.Checkbox(label="Alerts by mail")
+        with gr.Column(visible=False) as by_mail:
+            with gr.Row():
+                to, sender = gr.Textbox(label="To"), gr.Textbox(label="From")
+                server = gr.Textbox(label="Mail server", placeholder="mail.lan:587")
+            with gr.Row():
+                user = gr.Textbox(label="User there")
+                password = gr.Textbox(label="Password", type="password", placeholder="as it is")
+                starttls = gr.Checkbox(label="STARTTLS", value=True)
+        typed = [days, size, port, hook, url, mailed, to, sender, server, user, password, starttls]
+        wire_check(typed, check)
         plan = gr.Button("Plan these settings", variant="primary", scale=0, min_width=200)
+    for ticked, there in ((hook, url), (mailed, by_mail)):
+        ticked.change(lambda is_on: gr.update(visible=is_on), ticked, there, **QUIET)
     for field_, view in (
         (days, known(lambda settings: settings.retention_days)),
         (size, known(lambda settings: settings.retention_gb)),
@@ -27380,7 +27449,6 @@ def build_monitoring_form(desk: Desk, card: PlanCard) -> None:
         (starttls, mail(lambda known: known.starttls, default=True)),
     ):
         live(desk, field_, view)
-    typed = [days, size, port, hook, url, mailed, to, sender, server, user, password, starttls]
     described = partial(monitoring_changes, desk.manager)
     on_plan = plan_of(desk, "set", lambda changes: switching_monitoring(changes=changes), described)
     plan.click(on_plan, typed, card.outputs, **PRIVATE)

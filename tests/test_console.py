@@ -301,7 +301,7 @@ def test_nothing_but_tabs_stands_among_the_tabs(app: lm.Guard) -> None:
     cookie = ask(f"/?token={TOKEN}", app).headers["set-cookie"].split(";")[0]
     config = ask("/config", app, cookie=cookie).json()
     kinds = {component["id"]: component["type"] for component in config["components"]}
-    (among,) = (
+    among = next(
         node["children"] for node in nodes_of(config["layout"]) if kinds.get(node["id"]) == "tabs"
     )
     assert len(among) == 10
