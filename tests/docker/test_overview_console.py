@@ -94,6 +94,22 @@ def test_a_dead_model_is_one_line_whose_button_brings_it_back(server: Server, pa
         expect(matters).to_be_hidden()
 
 
+def test_the_log_of_a_model_that_never_started_is_one_click_away(
+    server: Server, page: Page
+) -> None:
+    model = a_model(engine_arguments=("--broken",))
+    server.store.save(replace(server.manager.state(), models=(model,)))
+    server.world.broken.add("--broken")
+    with pytest.raises(lm.ManagerError):
+        server.do(lm.deploying("chat"))
+    with serving(server) as url:
+        open_console(page, url)
+        button(page, "Show log").click()
+        expect(page.locator(".log textarea").filter(visible=True)).to_have_value(
+            re.compile("The model does not fit")
+        )
+
+
 def test_a_click_on_a_model_leads_to_it(server: Server, page: Page) -> None:
     server.store.save(replace(server.manager.state(), models=(a_model(), a_model("other"))))
     server.do(lm.applying())
