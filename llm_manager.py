@@ -9831,6 +9831,14 @@ def setting_hub_token(token: str) -> Change:
     return Change(title="Set the Hugging Face token", edit=edit)
 
 
+def renewing_console_key(key: pydantic.SecretStr) -> Change:
+    """Another access token of the console; every session that began with the old one ends."""
+    return Change(
+        title="Renew the console's access token",
+        edit=lambda state: replace(state, secrets=replace(state.secrets, console_key=key)),
+    )
+
+
 def pinning_image(role: str, image: str) -> Change:
     def edit(state: State) -> State:
         return replace(state, images=parse_images(asdict(state.images) | {role: image}))
@@ -24127,6 +24135,7 @@ class Watch:
         self._causes: dict[ModelName, str] = {}  # of models that are down: read once per end
         self._fates: dict[ModelName, str] = {}
         self._latest = manager.snapshot()
+        self._console_key = manager.state().secrets.console_key
         self._changes: tuple[AuditEntry, ...] = ()
         self._elsewhere: tuple[JobView, ...] = ()
         self.dismissed: frozenset[str] = frozenset()
@@ -24151,6 +24160,13 @@ class Watch:
         self._closed.set()
         if self.sampler is not None:
             self.sampler.close()
+
+    @property
+    def console_key(self) -> pydantic.SecretStr:
+        """As it is, or was when the state could last be read."""
+        if self._latest.state is not None:
+            self._console_key = self._latest.state.secrets.console_key
+        return self._console_key
 
     def latest(self) -> Snapshot:
         """The last look at the world, with the jobs as they are now."""
@@ -25453,13 +25469,13 @@ class Guard:
         self,
         app: Any,
         programs: Any,
-        key: pydantic.SecretStr,
+        key: Callable[[], pydantic.SecretStr],
         instance: str,
         guesses: Guesses | None = None,
     ) -> None:
         self._app = app
         self._programs = programs
-        self._key = key.get_secret_value().encode()
+        self._current_key = key
         self._cookie = f"llm-manager-{instance}"
         self._guesses = guesses or Guesses()
 
@@ -25490,6 +25506,10 @@ class Guard:
         found = dict(part.strip().partition("=")[::2] for part in cookies.split(";"))
         shown = found.get(self._cookie, "").encode()
         return hmac.compare_digest(shown, self._session().encode())
+
+    @property
+    def _key(self) -> bytes:
+        return self._current_key().get_secret_value().encode()
 
     def _session(self) -> str:
         return hmac.new(self._key, b"console session", sha256).hexdigest()
@@ -27905,7 +27925,7 @@ def build_app(manager: Manager, watch: Watch) -> Guard:
     programs = build_api(manager, watch)
     page, news = build_console(manager, watch)
     start = secrets.token_hex(8)
-    guard = Guard(app, TokenGate(programs, manager), state.secrets.console_key, state.instance)
+    guard = Guard(app, TokenGate(programs, manager), lambda: watch.console_key, state.instance)
 
     # Gradio would hold a stream open here for each page, to know when it is closed. Browsers open
     # six connections to a server at most: the seventh page would stay blank.
@@ -30336,6 +30356,9 @@ def build_parser() -> argparse.ArgumentParser:
     serve = add("serve", command_serve, "the console (the default); restores first")
     demo = add("demo", command_demo, "the console over an imagined server; touches nothing")
     url = add("url", command_url, "the console's address with its access token")
+    url.add_argument(
+        "--renew", action="store_true", help="with another token; every open session ends"
+    )
     for sub in (serve, demo, url):
         sub.add_argument(
             "--port", type=int, default=CONSOLE_PORT,
@@ -31172,7 +31195,10 @@ def console_url(state: State, port: int) -> str:
 
 
 def command_url(arguments: argparse.Namespace) -> int:
-    out(console_url(open_manager().state(), arguments.port))
+    manager = open_manager()
+    if arguments.renew:
+        manager.save(renewing_console_key(pydantic.SecretStr(secrets.token_urlsafe(32))))
+    out(console_url(manager.state(), arguments.port))
     return DONE
 
 

@@ -52,7 +52,7 @@ class Program:
         self.manager.usage._tables = FakeTables  # type: ignore[method-assign,assignment]
         self.api = lm.build_api(self.manager, lm.Watch(self.manager, seconds=3600))
         gate = lm.TokenGate(self.api, self.manager)
-        self.app = lm.Guard(console, gate, SecretStr("k"), "a1b2c3")
+        self.app = lm.Guard(console, gate, lambda: SecretStr("k"), "a1b2c3")
         token, secret = lm.new_admin_token("ci")
         self.manager.save(lm.granting_token(token))
         self.secret = secret.get_secret_value()

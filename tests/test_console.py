@@ -79,7 +79,7 @@ async def behind(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b"inside"})
 
 
-GUARD = lm.Guard(behind, behind, KEY, "a1b2c3")
+GUARD = lm.Guard(behind, behind, lambda: KEY, "a1b2c3")
 
 
 def ask(path: str = "/", app: Any = GUARD, **headers: str | bytes) -> httpx.Response:
@@ -132,7 +132,7 @@ def test_a_token_counts_on_the_first_page_alone() -> None:
 
 
 def test_another_installations_cookie_opens_nothing() -> None:
-    other = lm.Guard(behind, behind, a_secret("other"), "a1b2c3")
+    other = lm.Guard(behind, behind, lambda: a_secret("other"), "a1b2c3")
     assert ask(app=other, cookie=session()).status_code == 401
 
 
@@ -224,7 +224,7 @@ class Hands:
 
 def test_who_guesses_must_wait_and_no_page_that_is_open_does() -> None:
     clock = Hands()
-    guard = lm.Guard(behind, behind, KEY, "a1b2c3", lm.Guesses(clock))
+    guard = lm.Guard(behind, behind, lambda: KEY, "a1b2c3", lm.Guesses(clock))
     cookie = session()
     for guess in range(10):
         assert ask(f"/?token={guess}", guard).status_code == 401
@@ -240,7 +240,7 @@ def test_who_guesses_must_wait_and_no_page_that_is_open_does() -> None:
 
 
 def test_the_same_wrong_token_is_one_guess_however_often_it_comes() -> None:
-    guard = lm.Guard(behind, behind, KEY, "a1b2c3", lm.Guesses(Hands()))
+    guard = lm.Guard(behind, behind, lambda: KEY, "a1b2c3", lm.Guesses(Hands()))
     for _ in range(50):
         assert ask("/?token=of-last-year", guard).status_code == 401
     assert ask(f"/?token={TOKEN}", guard).status_code == 303
@@ -249,7 +249,7 @@ def test_the_same_wrong_token_is_one_guess_however_often_it_comes() -> None:
 def test_guesses_are_forgotten_and_kept_in_bounds() -> None:
     clock = Hands()
     guesses = lm.Guesses(clock)
-    guard = lm.Guard(behind, behind, KEY, "a1b2c3", guesses)
+    guard = lm.Guard(behind, behind, lambda: KEY, "a1b2c3", guesses)
     for guess in range(500):
         ask(f"/?token={guess}", guard)
     assert [len(wrong) for wrong in guesses._wrong.values()] == [10]
@@ -443,6 +443,22 @@ def test_times_are_shown_in_the_zone_that_the_browser_tells(cookie: str, shown: 
     request = gr.Request(headers={"cookie": cookie})
     noon = datetime(2026, 7, 1, 12, 5, tzinfo=UTC)
     assert lm.format_time(noon, lm.zone_of(request)) == shown
+
+
+def test_who_renews_the_token_ends_every_session(manager: lm.Manager) -> None:
+    watch = lm.Watch(manager, seconds=3600)
+    guard = lm.build_app(manager, watch)
+    before = manager.state()
+    cookie = ask(f"/?token={TOKEN}", guard).headers["set-cookie"].split(";")[0]
+    assert ask("/news?tab=", guard, cookie=cookie).status_code == 200
+    manager.save(lm.renewing_console_key(a_secret("new")))
+    watch._latest = manager.snapshot()
+    assert ask("/news?tab=", guard, cookie=cookie).status_code == 401
+    assert ask(f"/?token={TOKEN}", guard).status_code == 401
+    assert ask(f"/?token={a_secret('new').get_secret_value()}", guard).status_code == 303
+    watch._latest = replace(watch._latest, state=None)
+    assert ask("/news?tab=", guard, cookie=cookie).status_code == 401, "not even unreadable"
+    manager.save(lm.renewing_console_key(before.secrets.console_key))
 
 
 def test_an_error_is_shown_as_text_and_a_bug_only_by_its_number() -> None:

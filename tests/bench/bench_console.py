@@ -69,8 +69,8 @@ def console(port: int, models: int | None) -> Iterator[Console]:
             process.wait()
 
 
-def open_page(context: BrowserContext, served: Console) -> Page:
-    page = context.new_page()
+def open_page(context: BrowserContext, served: Console, page: Page | None = None) -> Page:
+    page = page or context.new_page()
     page.goto(served.url)
     page.get_by_text(served.sign, exact=True).filter(visible=True).first.wait_for()
     return page
@@ -82,10 +82,11 @@ def opening(browser: Browser, served: Console) -> None:
     times, busy = [], []
     for number in range(OPENINGS + 1):
         before = served.cpu_seconds()
-        page = open_page(context, served)
-        usable = page.evaluate("performance.now()") / 1000
+        page = context.new_page()
         session = context.new_cdp_session(page)
         session.send("Performance.enable")
+        open_page(context, served, page)
+        usable = page.evaluate("performance.now()") / 1000
         metrics = session.send("Performance.getMetrics")["metrics"]
         worked = next(each["value"] for each in metrics if each["name"] == "TaskDuration")
         if number:
