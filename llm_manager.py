@@ -14947,10 +14947,10 @@ NO_WATTS: Final = (
 
 
 def _watts_line(
-    uuid: str, gpu: Gpu | None, watts: float | None, past: Sequence[float | None]
+    gpu_uuid: str, gpu: Gpu | None, watts: float | None, past: Sequence[float | None]
 ) -> str:
     limit = gpu.power_limit_w if gpu else None
-    name = f"GPU {gpu.index} {gpu.name}" if gpu else uuid
+    name = f"GPU {gpu.index} {gpu.name}" if gpu else gpu_uuid
     most = f"<small>of {limit:,.0f} W</small>" if limit else "<small></small>"
     return (
         f"<div><b>{html.escape(name)}</b><span>{_watts_text(watts)}</span>{most}"

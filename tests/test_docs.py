@@ -365,3 +365,15 @@ def test_paths_of_the_repository_that_the_pages_name_are_there() -> None:
     }
     assert len(named) > 5
     assert {code for code in named if not (ROOT / code).exists()} == set()
+
+
+def test_every_picture_is_shown_small_and_as_wide_as_a_page() -> None:
+    pictures = {path.name: path.read_bytes() for path in ROOT.glob("docs/*.png")}
+    shown = {
+        Path(target).name
+        for text in PAGES.values()
+        for target in re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
+    }
+    assert shown == pictures.keys()
+    assert {name for name, png in pictures.items() if len(png) > 150_000} == set()
+    assert {int.from_bytes(png[16:20]) for png in pictures.values()} == {1280}
