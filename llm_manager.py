@@ -14058,7 +14058,10 @@ def ways_in(snapshot: Snapshot) -> tuple[WayIn, ...]:
         return ()
     edge = observed.containers.get(edge_name(state))
     who = "Caddy" if snapshot.observed else "Docker"
-    closed = "" if edge and edge.ready else f"{who} does not answer"
+    silent = f"{who} does not answer"
+    if snapshot.observed and state.endpoint == "stopped":
+        silent = "it starts with the first deployment"
+    closed = "" if edge and edge.ready else silent
     root = base_url(state.edge).removesuffix("/v1")
     keys = ", ".join(key.name for key in state.direct_keys)
     opened = [model for model in state.models if model.open_route]
@@ -14310,8 +14313,11 @@ def ways_html(snapshot: Snapshot) -> str:
 
 def _way_html(way: WayIn, snapshot: Snapshot) -> str:
     look: LegState = "active" if way.is_open else "stopped"
-    drawn = _gathered(way.lanes) if len(way.lanes) > CROWDED else way.lanes
+    crowded = len(way.lanes) > CROWDED
+    drawn = _gathered(way.lanes) if crowded else way.lanes
     lanes = "".join(_lane_html(lane, snapshot) for lane in drawn)
+    if crowded and not way.is_open:
+        lanes = f"{len(way.lanes)} names, none of which is reached this way now"
     return (
         f'<section class="way" aria-label="{html.escape(way.address, quote=True)}">'
         f"<div>{html.escape(way.clients)}</div>"
@@ -14365,9 +14371,11 @@ def _leg_html(leg: Leg, snapshot: Snapshot) -> str:
     since = _since_text(leg, snapshot)
     facts = " · ".join(filter(None, (leg.load, f"for {since}" if since else "")))
     why = f"<em>{html.escape(leg.reason)}</em>" if leg.reason else ""
+    names = html.escape(leg.title).split(", ")
+    titles = ", ".join(f"<bdi>{name}</bdi>" for name in names) if len(names) > 1 else names[0]
     return (
         f'<li><span class="word {leg.state}">{GLYPHS[leg.state]} {leg.state}</span>'
-        f"<b>{html.escape(leg.title)}</b><span>{html.escape(facts)}</span>{why}</li>"
+        f"<b>{titles}</b><span>{html.escape(facts)}</span>{why}</li>"
     )
 
 
@@ -14531,6 +14539,7 @@ ROUTE_STYLE: Final = """
 .lane li { display: contents; }
 .lane li span:last-of-type { font-size: 13px; opacity: 0.8; }
 .lane li em, .lane li b:has(+ span:empty) { grid-column: 2 / -1; }
+.lane bdi { white-space: nowrap; font-weight: 400; }
 .lane li em { font-size: 13px; } .lane li span:empty { display: none; }
 .ways .active { color: #15803d; } .ways .degraded, .ways .cool-down { color: #b45309; }
 .ways .unavailable { color: #b91c1c; }
@@ -15363,6 +15372,14 @@ def fleet_rows(snapshot: Snapshot) -> list[list[str]]:
         ]
         for phase, row, model in by_standing(snapshot)
     ]  # fmt: skip
+
+
+def fleet_shown(snapshot: Snapshot) -> Json:
+    return {"visible": snapshot.state_has_models}
+
+
+def fleet_view(snapshot: Snapshot) -> Json:
+    return {"value": fleet_rows(snapshot), **fleet_shown(snapshot)}
 
 
 def by_standing(snapshot: Snapshot) -> list[tuple[ShownPhase, Json, Model]]:
@@ -26014,9 +26031,9 @@ def build_models_tab(desk: Desk) -> ModelsTab:
     """The registered models, what can be done with one, its log, and a form for a new one."""
     changes = {"deploy": deploying, "stop": stopping, "restart": restarting, "remove": removing}
 
-    with gr.Tab("Models", id="models"):
-        rows = live(desk, fleet_table(), fleet_rows)
-        with gr.Row(elem_classes="actions"):
+    with gr.Tab("Models", id="models") as tab:
+        rows = live(desk, fleet_table(), fleet_view)
+        with live(desk, gr.Row(elem_classes="actions"), fleet_shown):
             chosen = gr.Dropdown(
                 label="Model", info="choose here, or click a row above", scale=2, min_width=240
             )
@@ -26026,12 +26043,12 @@ def build_models_tab(desk: Desk) -> ModelsTab:
                 for verb, (label, variant) in MODEL_VERBS.items()
             }
         card = build_plan_card(desk, changes)
-        details = gr.HTML(NO_MODEL_CHOSEN, elem_classes="picture")
+        details = gr.HTML(elem_classes="picture")
         log_fold, log_text = build_log_view(desk, chosen)
         form = build_registration_form(desk, chosen, card)
     rows.select(first_cell, None, chosen, **PRIVATE)
     # The card is one page's own; the rows tell whenever something about a model is new.
-    for changed in (chosen.change, rows.change):
+    for changed in (tab.select, chosen.change, rows.change):
         changed(partial(describe_model, desk), chosen, [details, *buttons.values()], **QUIET)
     for verb, button in buttons.items():
         wire_plan(desk, button, chosen, card, verb, changes[verb])

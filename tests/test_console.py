@@ -554,6 +554,11 @@ def test_the_models_that_need_somebody_are_first_and_say_what_they_are_at() -> N
     assert rows[1][4] == "2 running, 1 waiting · 312 tokens/s"
 
 
+def test_without_a_model_there_is_no_empty_table_but_the_next_step() -> None:
+    assert lm.fleet_view(a_snapshot(a_state())) == {"value": [], "visible": False}
+    assert lm.fleet_view(a_fleet())["visible"]
+
+
 def test_a_button_is_off_only_with_a_reason() -> None:
     able = {
         name: {verb for verb, why in lm.why_not(a_fleet(), name).items() if not why}

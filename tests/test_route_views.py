@@ -8,7 +8,18 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from builders import NOW, a_model, a_secret, a_site, a_state, as_wished, but, ended, the
+from builders import (
+    NOW,
+    a_model,
+    a_secret,
+    a_site,
+    a_state,
+    an_observed,
+    as_wished,
+    but,
+    ended,
+    the,
+)
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -405,7 +416,7 @@ def test_from_the_ninth_name_on_members_that_need_no_words_share_a_line() -> Non
     assert BROKEN in shown
     two = a_model(replicas=2)
     state = a_state(two, *(a_model(f"m{n}") for n in range(12)))
-    assert "<b>chat-0, chat-1</b>" in lm.ways_html(a_snapshot(state))
+    assert "<b><bdi>chat-0</bdi>, <bdi>chat-1</bdi></b>" in lm.ways_html(a_snapshot(state))
     assert "<b>chat-0</b>" in lm.ways_html(a_snapshot(a_state(two)))
 
 
@@ -417,7 +428,13 @@ def test_among_many_names_trouble_is_first_and_what_is_well_shares_a_line() -> N
     names = re.findall(r'<div class="lane"><div><b>([^<]*)', shown)
     assert names[:2] == ["m9", "59 more"]
     assert "stopped</span><b>m4</b>" in shown
-    assert "<b>m0, m1, m10, m11," in shown
+    assert "<b><bdi>m0</bdi>, <bdi>m1</bdi>, <bdi>m10</bdi>," in shown
+    assert "60 names, none of which is reached this way now" in shown
+
+
+def test_before_the_first_deployment_nothing_is_said_to_be_broken() -> None:
+    ways = lm.ways_in(a_snapshot(a_state(endpoint="stopped"), observed=an_observed()))
+    assert {way.verdict for way in ways[:2]} == {"it starts with the first deployment"}
 
 
 def test_direct_keys_are_a_table_only_where_there_are_any() -> None:
