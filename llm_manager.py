@@ -15410,7 +15410,7 @@ def why_not(snapshot: Snapshot, name: str | None) -> dict[ModelVerb, str]:
         return dict.fromkeys(get_args(ModelVerb), "choose a model first")
     stand, changed = standing(snapshot, model), False
     if snapshot.plan:
-        changed = any(stage_model(stage) == name for stage in snapshot.plan.models)
+        changed = any(stage_model(stage) == name for stage in snapshot.plan.stages)
     served = stand == "ready" and not changed
     stopped = "it is stopped" if stand == "stopped" else ""
     return {

@@ -575,6 +575,12 @@ def test_a_model_that_serves_can_be_deployed_where_the_plan_would_change_it() ->
     before = as_wished(a_state(a_model()))
     plan = lm.plan_state(state, before, a_site())
     assert not lm.why_not(a_snapshot(state, observed=before, plan=plan), "chat")["deploy"]
+    whole = replace(a_snapshot(state), plan=lm.plan_state(state, as_wished(state), a_site()))
+    assert lm.why_not(whole, "chat")["deploy"]
+    other = a_state(a_model(), a_model("other"))
+    plan = lm.plan_state(other, as_wished(a_state(a_model())), a_site())
+    assert lm.why_not(a_snapshot(other, plan=plan), "chat")["deploy"]
+    assert not lm.why_not(a_snapshot(other, plan=plan), "other")["restart"]
 
 
 def test_the_card_of_a_model_has_its_address_a_request_and_its_fate_as_text() -> None:
