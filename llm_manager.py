@@ -15770,6 +15770,7 @@ LIVE_HEADERS: Final = (
     "Model", "State", "Running", "Waiting", "KV cache", "Tokens/s in", "Tokens/s out", "Power",
     "Placement", "Since",
 )  # fmt: skip
+LIVE_WIDTHS: Final = ("16%", "9%", "8%", "8%", "7%", "8%", "9%", "8%", "17%", "10%")
 
 
 def live_models(snapshot: Snapshot) -> Json:
@@ -25935,7 +25936,7 @@ def build_overview(desk: Desk, tabs: gr.Tabs, models: ModelsTab) -> None:
 
 def live_table() -> Any:
     """The models as they are now: the state is HTML of ours, all else is text."""
-    shown = table(LIVE_HEADERS, search=True, label="Models")
+    shown = table(LIVE_HEADERS, LIVE_WIDTHS, search=True, label="Models")
     shown.datatype = ["html" if header == "State" else "str" for header in LIVE_HEADERS]
     return shown
 
@@ -27697,6 +27698,8 @@ def build_job_panel(desk: Desk) -> None:
 
 
 STYLE: Final = """
+.gradio-container [role="columnheader"] * { overflow-wrap: normal !important;
+  word-break: normal !important; }
 .gradio-container table td, .gradio-container table th, .gradio-container [role="gridcell"] *
   { font-family: var(--font) !important; }
 .plan-card { border: 2px solid var(--color-accent) !important; }
@@ -30234,16 +30237,23 @@ class ImaginedInstallation:
             "utilisation_percent": None if gpu.mig else min(100, round(sum(busy.values()))),
         }
 
-    def live(self) -> None:
-        """Let time pass, until the program ends."""
+    @contextlib.contextmanager
+    def living(self) -> Iterator[None]:
+        """Time passes at this server until the end of the block."""
+        over = threading.Event()
 
         def run() -> None:
-            while True:
+            while not over.wait(0.5):  # whoever looks each second finds something new
                 self.go_on(utc_now())
-                time.sleep(0.5)  # whoever looks each second finds something new
 
         self.go_on(utc_now())
-        threading.Thread(target=run, name="imagination", daemon=True).start()
+        life = threading.Thread(target=run, name="imagination", daemon=True)
+        life.start()
+        try:
+            yield
+        finally:
+            over.set()
+            life.join()
 
 
 def keep_changes(home: Path, changes: Iterable[AuditEntry]) -> None:
@@ -31112,8 +31122,8 @@ def command_demo(arguments: argparse.Namespace) -> int:
     imagined = parse_imagined((RECIPES / "demo.yaml").read_text())
     with tempfile.TemporaryDirectory(prefix="llm-manager-demo-") as home:
         installation = ImaginedInstallation(imagined, Path(home))
-        installation.live()
-        serve_console(installation.manager, listener, arguments, show_url=True).close()
+        with installation.living():
+            serve_console(installation.manager, listener, arguments, show_url=True).close()
     logging.shutdown()
     os._exit(DONE)
 
