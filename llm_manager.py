@@ -27721,6 +27721,8 @@ footer { display: none !important; }
   margin-bottom: 10px; background: var(--background-fill-primary); }
 .gpu-cards { display: grid; gap: 0 16px;
   grid-template-columns: repeat(auto-fill, minmax(min(560px, 100%), 1fr)); }
+.gpu-cards .gpu-card { margin: 0 0 10px !important; }
+.gpu-cards .card-bar .slice { padding: 6px 4px; font-size: 12px; }
 .rules:not(:has(p)) { display: none; }
 .card-head { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 4px 24px;
   margin-bottom: 8px; color: var(--body-text-color); }
