@@ -14615,9 +14615,10 @@ def usage_csv(report: UsageReport) -> str:
 def usage_bars(report: UsageReport) -> list[tuple[str, str, int]]:
     """For a plot: subject, kind of token, how many; of a long list the largest."""
     kinds = {"prompt": "prompt_tokens", "completion": "completion_tokens"}
-    shown = report.rows if is_timed(report) else report.rows[:MOST_BARS]
+    timed = is_timed(report)
+    shown = report.rows if timed else report.rows[:MOST_BARS]
     return [
-        (short_day(row.name, report.query), kind, getattr(row, name))
+        (short_day(row.name, report.query) if timed else row.name, kind, getattr(row, name))
         for row in shown
         for kind, name in kinds.items()
     ]
@@ -14635,8 +14636,8 @@ def usage_plots(report: UsageReport) -> tuple[Sequence[Any], Sequence[Any]]:
 
 def short_day(name: str, query: UsageQuery | EnergyQuery) -> str:
     """A day below a bar: without its year where all of them are of one."""
-    is_day = query.by in {"day", "hour"} and query.first.year == query.last.year
-    return name.removeprefix(f"{query.first.year}-") if is_day else name
+    is_clear = query.first.year == query.last.year
+    return name.removeprefix(f"{query.first.year}-") if is_clear else name
 
 
 STANDING_HEADERS: Final = ("What", "Name", "Why it is here")
@@ -15001,7 +15002,7 @@ WATTS_STYLE: Final = """
 .watts > div { display: grid; grid-template-columns: minmax(180px, max-content) 60px 60px
   minmax(0, 1fr); gap: 4px 8px; align-items: center; padding: 3px 0; }
 .watts span { text-align: right; }
-.watts small { color: var(--body-text-color-subdued); white-space: nowrap; }
+.watts small { white-space: nowrap; }
 .watts svg { display: block; width: 100%; height: 32px; border-radius: 4px;
   background: var(--background-fill-secondary); }
 .watts path { fill: none; stroke: var(--color-accent); stroke-width: 1.5;
@@ -15506,7 +15507,7 @@ BENCHMARK_HEADERS: Final = (
 )  # fmt: skip
 RUNG_HEADERS: Final = (
     "Benchmark", "At once", "Requests", "Failed", "TTFT (ms)", "Inter-token (ms)",
-    "End to end (ms)", "Requests/s", "Output tokens/s", "All tokens/s", "J/token", "Others",
+    "End to end (ms)", "Requests/s", "Output tokens/s", "J/token", "Others",
 )  # fmt: skip
 BENCHMARK_LIST_HEADERS: Final = ("Benchmark", "Load", "Requests at once", "State")
 CURVE_COLUMNS: Final = ("at once", "benchmark", "P95 TTFT in ms", "output tokens per second")
@@ -15541,7 +15542,7 @@ def benchmark_rows(results: Sequence[Benchmark]) -> list[list[str]]:
         [
             name, *map(format_measure, cells[:3]),
             *(" / ".join(map(format_measure, cells[at:at + 3])) for at in (3, 6, 9)),
-            *map(format_measure, cells[12:]),
+            *map(format_measure, (*cells[12:14], *cells[15:])),
         ]
         for name, *cells in _benchmark_cells(results)
     ]  # fmt: skip
@@ -27350,7 +27351,7 @@ def build_benchmark_tab(desk: Desk) -> None:
             sizes = [
                 whole_number("Prompt tokens (0: the load's)"),
                 whole_number("Output tokens (0: the load's)"),
-                whole_number("Requests per rung (0: 8 for each at once, at least 32)"),
+                whole_number("Requests per rung (0: by the rung)"),
             ]
             ask = gr.Button("Measure", variant="primary", scale=0, min_width=110)
         wished = [models, profile, ladder, *sizes]
@@ -27358,6 +27359,9 @@ def build_benchmark_tab(desk: Desk) -> None:
         question, _ = build_question("Measure it", measure)
         build_benchmark_results(desk, tab)
     ask.click(on_ask, wished, question, **PRIVATE)
+
+
+RUNG_WIDTHS: Final = [f"{part}%" for part in (13, 5.5, 7.5, 6.5, 13, 12, 15, 8.5, 7.5, 6, 5.5)]
 
 
 def build_benchmark_results(desk: Desk, tab: gr.Tab) -> None:
@@ -27393,7 +27397,9 @@ def build_benchmark_results(desk: Desk, tab: gr.Tab) -> None:
             for figure in figures
         ]
     beside = table(["Figure", "At once"], visible=False)
-    rungs = table(RUNG_HEADERS, label="Every rung; times are P50 / P95 / P99", visible=False)
+    rungs = table(
+        RUNG_HEADERS, RUNG_WIDTHS, label="Every rung; times are P50 / P95 / P99", visible=False
+    )
     links = gr.HTML()
     done = live(desk, gr.Textbox(visible="hidden"), benchmarks_done)
     for changed in (tab.select, done.change):
