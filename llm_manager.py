@@ -29210,12 +29210,16 @@ class SimulatedHub:
             raise HubError("absent", Wanted(endpoint="https://hub", repository=repository))
 
     def search(self, text: str, *, kind: ModelType | None = None) -> Sequence[RepositoryHit]:
-        found = (facts for name, facts in self.host.repositories.items() if text in name)
+        wanted = text.casefold()
+        found = (facts for name, facts in self.host.repositories.items()
+                 if wanted in name.casefold())  # fmt: skip
         return [RepositoryHit(repository=facts.repository) for facts in found
                 if kind in {None, guess_type(facts)}]  # fmt: skip
 
     def inspect(self, repository: str, revision: str | None = None) -> RepositoryFacts:
         self._refuse(repository)
+        if repository not in self.host.repositories:
+            raise HubError("absent", Wanted(endpoint="https://hub", repository=repository))
         return replace(self.host.repositories[repository], revision=revision)
 
     def resolve(self, repository: str, revision: str | None = None) -> str:
@@ -30192,13 +30196,14 @@ class ImaginedInstallation:
         for number, container in enumerate(self.host.containers.values()):
             started_at = now - timedelta(hours=5 + number * 37 % (24 * self.server.days))
             container.started_at = started_at
-            self.store.note_start(container.name, 24 + number * 29 % 110)
+            took = 24 + number * 29 % 110
+            self.store.note_start(container.name, took)
             if model := container.spec.labels.get(LABEL_MODEL_NAME):
                 begun = AuditEntry(
                     who="operator", channel="console", what=deploying(model).title,
-                    started_at=started_at - timedelta(seconds=4),
+                    started_at=started_at,
                 )  # fmt: skip
-                changes.append(begun.ended(None, started_at + timedelta(seconds=71)))
+                changes.append(begun.ended(None, started_at + timedelta(seconds=took)))
         keep_changes(home, changes)
 
     def go_on(self, now: datetime) -> None:

@@ -461,6 +461,42 @@ def test_who_renews_the_token_ends_every_session(manager: lm.Manager) -> None:
     manager.save(lm.renewing_console_key(before.secrets.console_key))
 
 
+def test_what_is_wrong_with_what_is_typed_is_shown_as_text() -> None:
+    assert "&lt;img&gt;" in lm.fault_html("<img>")
+
+
+def test_a_certificate_is_described_by_the_fields_of_its_kind_alone() -> None:
+    shown = {
+        kind: [name for name, update in zip(lm.TLS_DETAILS, lm.shown_tls_details(kind), strict=True)
+               if update["visible"]]
+        for _, kind in lm.TLS_CHOICES
+    }  # fmt: skip
+    assert shown == {
+        "internal": [], "own": ["certificate_path", "key_path"], "acme": ["email", "directory_url"],
+    }  # fmt: skip
+
+
+def test_what_is_not_ok_is_told_first() -> None:
+    fine, wrong = (
+        lm.Check(name="disk", ok=True, text="free"),
+        lm.Check(name="Docker", ok=False, text="down", advice="Start it."),
+    )
+    assert [row[0] for row in lm.check_rows([fine, wrong])] == ["Docker", "disk"]
+    assert lm.checks_text([fine]) == "All 1 checks are ok."
+    assert lm.checks_text([fine, wrong]) == "**1 of 2 checks are not ok:** see its advice."
+
+
+def test_without_a_dump_it_is_said_what_one_is_for() -> None:
+    none = a_snapshot()
+    assert (lm.dumps_text(none), lm.dump_table(none)["visible"]) == (lm.NO_DUMPS, False)
+    dump = lm.Dump(file="one.dump", size_bytes=1, taken_at=NOW)
+    one = a_snapshot(dumps=(dump,))
+    assert (lm.dumps_text(one), lm.dump_choices(one)) == ("", {"choices": ["one.dump"]})
+    assert lm.dump_table(one) == {
+        "value": [["one.dump", "1 B", "2026-03-04 05:06 UTC", "stays"]], "visible": True,
+    }  # fmt: skip
+
+
 def test_an_error_is_shown_as_text_and_a_bug_only_by_its_number() -> None:
     with pytest.raises(gr.Error) as raised, lm.shown_to_operator():
         raise lm.RefusedError("<img src=x onerror=alert(1)>.", advice="A & B.")

@@ -126,6 +126,14 @@ def test_bad_input_loses_nothing(server: Server, raw: dict[str, Any]) -> None:
     assert server.store.versions() == versions
 
 
+def test_an_earlier_version_tells_when_it_was_written(server: Server) -> None:
+    written = server.store.config_path.stat().st_mtime
+    server.manager.register(CHAT)
+    assert [(number, at.timestamp()) for number, at in server.manager.versions()] == [
+        (1, pytest.approx(written))
+    ]
+
+
 def test_a_bad_revision_changes_nothing(server: Server) -> None:
     server.manager.register(CHAT)
     before = server.manager.state()

@@ -413,6 +413,10 @@ def test_what_prometheus_sees_is_read_as_it_says_it() -> None:
         ["ModelDown", "firing", "2026-11-22 03:00 UTC"],
         ["GpuHot", "pending", "2026-11-22 03:00 UTC"],
     ]
+    assert lm.alerts_text(seen) == "**1 alert firing**, 1 pending; 1 of 3 targets down."
+    assert lm.alerts_text(replace(seen, alerts=(), targets=())) == (
+        "**No alert firing**, 0 pending; none of 0 targets down."
+    )
 
 
 def test_the_figures_are_for_who_shows_a_token(server_of_one: Server) -> None:
