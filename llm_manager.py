@@ -27361,7 +27361,7 @@ def build_benchmark_tab(desk: Desk) -> None:
     ask.click(on_ask, wished, question, **PRIVATE)
 
 
-RUNG_WIDTHS: Final = [f"{part}%" for part in (13, 5.5, 7.5, 6.5, 13, 12, 15, 8.5, 7.5, 6, 5.5)]
+RUNG_WIDTHS: Final = [f"{part}%" for part in (12, 5.5, 7.5, 6.5, 14, 12, 14, 8.5, 7, 6, 7)]
 
 
 def build_benchmark_results(desk: Desk, tab: gr.Tab) -> None:
@@ -27378,7 +27378,7 @@ def build_benchmark_results(desk: Desk, tab: gr.Tab) -> None:
     def on_show(chosen: list[str], limit: float | None) -> tuple[Any, ...]:
         with shown_to_operator():
             results = benchmarks.named(chosen)
-            curves = [drawn(CURVE_COLUMNS, benchmark_curves(results))] * len(plots)
+            curves = [drawn(CURVE_COLUMNS, benchmark_curves(results)) for _ in plots]
             headers, rows = comparison(results)
             said = plain_lines(carrying_text(results, limit)) if limit else ""
             beside = gr.update(headers=headers, value=rows, visible=len(results) > 1)
