@@ -27413,11 +27413,15 @@ def build_monitoring_tab(desk: Desk) -> None:
     """The switch, what alerts say, what runs and is watched, and who is told."""
 
     def on_look(request: gr.Request) -> tuple[Any, ...]:
-        if not desk.manager.state().monitoring:
-            return "", [], []
         with shown_to_operator():
-            seen = desk.manager.monitoring.look()
-            return alerts_text(seen), alert_rows(seen, zone_of(request)), watched_rows(seen)
+            if not desk.manager.state().monitoring:
+                return "", shown_rows([]), shown_rows([])
+            try:
+                seen = desk.manager.monitoring.look()
+            except ManagerError as error:  # it starts, or is down: opening the tab must not shout
+                return plain(str(error)), shown_rows([]), shown_rows([])
+            alerts = shown_rows(alert_rows(seen, zone_of(request)))
+            return alerts_text(seen), alerts, shown_rows(watched_rows(seen))
 
     def switch(wished: str) -> Change:
         return switching_monitoring(on=wished == "on")
@@ -27430,12 +27434,12 @@ def build_monitoring_tab(desk: Desk) -> None:
         )
         with live(desk, gr.Column(visible=False), while_monitored):
             gr.Markdown("### Alerts")
-            shown = [gr.Markdown(), table(ALERT_HEADERS)]
+            shown = [gr.Markdown(), table(ALERT_HEADERS, visible=False)]
             look = gr.Button("Look again", scale=0)
             gr.Markdown("### What runs for it")
             live(desk, table(PART_HEADERS), part_rows)
             gr.Markdown("### What it watches, those that are down first")
-            shown.append(table(WATCHED_HEADERS, search=True))
+            shown.append(table(WATCHED_HEADERS, visible=False, search=True))
             off = gr.Button("Switch off", variant="stop", scale=0)
         build_monitoring_form(desk, card)
         for button, wished in zip((on, off), ON_OR_OFF, strict=True):
