@@ -15,7 +15,7 @@ from playwright.sync_api import Browser, Page, expect
 
 pytestmark = pytest.mark.browser
 TABS = (
-    "Overview", "Models", "Library", "Hardware", "Routes", "Keys", "Energy", "Benchmark",
+    "Overview", "Models", "Library", "Hardware", "Routes", "Keys & usage", "Energy", "Benchmark",
     "Monitoring", "System",
 )  # fmt: skip
 LOOKS = [(1280, "light"), (1280, "dark"), (1920, "light"), (1920, "dark")]
