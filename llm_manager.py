@@ -26161,10 +26161,10 @@ def build_model_form(desk: Desk) -> ModelForm:
             revision = gr.Textbox(label="Revision", info="empty: today's commit, from then on")
             image = gr.Textbox(label="Engine image", info="empty: the pinned vLLM image")
             recipe = gr.Dropdown(["", *recipes], value="", label="Recipe", info="empty: none")
-            kv_cache = gr.Number(4096, label="KV cache on the CPU (MiB)", precision=0, minimum=16)
-            replicas = gr.Number(1, label="Replicas", precision=0, minimum=1, maximum=16)
+            kv_cache = gr.Number(4096, label="KV cache on the CPU (MiB)", precision=0)
+            replicas = gr.Number(1, label="Replicas", precision=0)
             at_once = gr.Number(
-                1, label="Requests at a time", precision=0, minimum=1, info="for the sum below"
+                1, label="Requests at a time", precision=0, info="for the sum below"
             )
         placement = build_placement_fields(desk)
         fit = gr.HTML()
@@ -26210,7 +26210,7 @@ def preview(manager: Manager, *values: Any) -> tuple[str, Any]:
         raw = registration(*described)
         names = {key: raw[key] or "draft" for key in ("name", "served_model_name")}
         model = manager.draft(raw | names)
-        fit = manager.weights.fit(model, int(at_once or 1))
+        fit = manager.weights.fit(model, max(1, int(at_once or 1)))
         return fit_html(fit) if fit else "", gr.update(value=format_command(model), visible=True)
     return "", gr.update(visible=False)
 
@@ -26229,7 +26229,7 @@ def build_placement_fields(desk: Desk) -> tuple[gr.CheckboxGroup, gr.Dropdown, g
         )
         live(desk, mig_slice, slice_choices)
         fraction = gr.Number(
-            0, label="Share of the GPU's memory", minimum=0, maximum=1, step=0.05,
+            0, label="Share of the GPU's memory", step=0.05,
             info="0: all of it; needed where several models share a GPU",
         )  # fmt: skip
     return gpus, mig_slice, fraction
@@ -26617,7 +26617,7 @@ def build_route_form(desk: Desk) -> None:
             context = many(desk, "If a prompt is too long", "in this order", public_choices)
         with gr.Accordion("Limits", open=False), gr.Row():
             limits = [
-                gr.Number(usual, label=label, info=info, precision=0, minimum=0, min_width=130)
+                gr.Number(usual, label=label, info=info, precision=0, min_width=130)
                 for usual, (_, label, info) in zip(USUAL_LIMITS, ROUTE_LIMITS, strict=True)
             ]
         fields_below = [members, aliases, strategy, weights, fallbacks, context, *limits]
@@ -26739,7 +26739,7 @@ def build_edge_switches(desk: Desk) -> None:
             live(desk, models, open_models)
             opened = gr.Checkbox(label="Open routes exist", info="off closes all of them at once")
             live(desk, opened, lambda seen: bool(seen.state and seen.state.edge.open_routes))
-            mib = gr.Number(label="Largest request (MiB)", precision=0, minimum=1)
+            mib = gr.Number(label="Largest request (MiB)", precision=0)
             live(desk, mib, lambda seen: seen.state and seen.state.edge.max_request_mib)
         with gr.Row(elem_classes="actions"):
             plan = gr.Button("Plan these settings", variant="primary", scale=0, min_width=200)
@@ -26995,7 +26995,7 @@ def build_key_actions(desk: Desk, secret: gr.Textbox, said: gr.Markdown) -> gr.D
         chosen = gr.Dropdown(label="Key (or click its row)", value=None, scale=2)
         block = gr.Button("Block", scale=0, min_width=90)
         unblock = gr.Button("Unblock", scale=0, min_width=110)
-        hours = gr.Number(24, label="Old secret works for (hours)", precision=0, minimum=0)
+        hours = gr.Number(24, label="Old secret works for (hours)", precision=0)
         rotate = gr.Button("Another secret", scale=0, min_width=160)
         revoke = gr.Button("Revoke", variant="stop", scale=0, min_width=110)
     question, _ = build_question("Revoke it", revoke_it, said)
@@ -27020,13 +27020,15 @@ def build_allowance(desk: Desk) -> dict[str, Any]:
             "models": models,
             "rpm_limit": whole_number("Requests per minute (0: any)"),
             "tpm_limit": whole_number("Tokens per minute (0: any)"),
-            "budget": gr.Number(0, label="Budget in million tokens (0: none)", minimum=0),
+            "budget": gr.Number(0, label="Budget in million tokens (0: none)"),
             "period": gr.Dropdown(periods, value="", label="The budget is whole again"),
         }
 
 
+# Numbers have no bounds of Gradio's (6.31), which logs a traceback for each that is out of them:
+# the rules of what is made of a number say what is wrong with it.
 def whole_number(label: str, value: int = 0) -> gr.Number:
-    return gr.Number(value, label=label, precision=0, minimum=0)
+    return gr.Number(value, label=label, precision=0)
 
 
 def build_key_fields(desk: Desk) -> dict[str, Any]:
@@ -27394,7 +27396,7 @@ def build_benchmark_results(desk: Desk, tab: gr.Tab) -> None:
     gr.Markdown("### Results")
     with gr.Row(elem_classes="actions", visible=False) as choice:
         chosen = gr.Dropdown(label="Benchmarks, side by side", value=[], multiselect=True, scale=3)
-        limit = gr.Number(500, label="P95 until the first token within (ms)", minimum=0)
+        limit = gr.Number(500, label="P95 until the first token within (ms)")
     said = gr.Markdown()
     at_once, whose, *figures = CURVE_COLUMNS
     with gr.Row():
@@ -27469,9 +27471,9 @@ def build_monitoring_form(desk: Desk, card: PlanCard) -> None:
 
     with gr.Accordion("What is kept, and who is told", open=False):
         with gr.Row():
-            days = gr.Number(label="Days that series are kept", precision=0, minimum=1)
-            size = gr.Number(label="But no more than (GB)", precision=0, minimum=1)
-            port = gr.Number(label="Port of the manager's own figures", precision=0, minimum=1)
+            days = gr.Number(label="Days that series are kept", precision=0)
+            size = gr.Number(label="But no more than (GB)", precision=0)
+            port = gr.Number(label="Port of the manager's own figures", precision=0)
         hook = gr.Checkbox(label="Alerts to a webhook")
         url = gr.Textbox(
             label="Its address", type="password", placeholder="as it is", visible=False
