@@ -16680,9 +16680,10 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def disk_bytes(path: Path) -> int:
-    """All that the disk there can hold."""
-    return shutil.disk_usage(path).total
+def disk_room(path: Path) -> tuple[int, int]:
+    """The free bytes of the disk there, and all that it can hold."""
+    usage = shutil.disk_usage(path)
+    return usage.free, usage.total
 
 
 # =============================================================================
@@ -20943,6 +20944,7 @@ class Tools:
     key_api: Callable[[str, pydantic.SecretStr, Callable[[Sql], list[Any]]], KeyApi] = LiteLlmApi
     tables: Callable[[str, pydantic.SecretStr, pydantic.SecretStr], Tables] = UsageTables
     edge_client: Callable[[Edge, str], EdgeApi] = EdgeClient
+    disk_room: Callable[[Path], tuple[int, int]] = disk_room
 
 
 class Control:
@@ -21799,8 +21801,7 @@ def container_checks(state: State, observed: Observed) -> list[Check]:
     return checks
 
 
-def disk_check(home: Path) -> Check:
-    free = free_bytes(home)
+def disk_check(free: int) -> Check:
     return Check(
         name="disk",
         ok=free > LOW_DISK_BYTES,
@@ -22987,8 +22988,7 @@ class Monitoring:
 
     def metrics(self, snapshot: Snapshot) -> str:
         """Figures of this program in Prometheus' text format."""
-        home = self._store.home
-        return render_metrics(manager_metrics(snapshot, free_bytes(home), disk_bytes(home)))
+        return render_metrics(manager_metrics(snapshot, *self._tools.disk_room(self._store.home)))
 
     def admits(self, shown: str) -> bool:
         """Whether this bearer may read them: Prometheus' own token, or an admin's."""
@@ -23267,6 +23267,10 @@ class ChangeRunner(JobKeeper):
 
     def state(self) -> State:
         return self._store.load()
+
+    def free_bytes(self) -> int:
+        """Of the disk that holds the state."""
+        return self._tools.disk_room(self.home)[0]
 
     def hardware(self, *, fresh: bool = False) -> Hardware:
         """The GPUs as they are; where nothing can be seen, its `fault` says why."""
@@ -23598,7 +23602,7 @@ class Manager(ChangeRunner):
             docker_checks = [Check(name="Docker", ok=False, text=error.fact, advice=error.advice)]
         return [
             *docker_checks,
-            disk_check(self.home),
+            disk_check(self.free_bytes()),
             *self._database_checks(),
             *gpu_checks(state, self.hardware(fresh=True)),
         ]
@@ -24230,7 +24234,7 @@ class Watch:
         self._elsewhere = self._manager.under_way(elsewhere=True)
         with contextlib.suppress(ManagerError):
             self._changes = tuple(self._manager.audit.newest(SHOWN_CHANGES))
-        self._free_bytes = free_bytes(self._manager.home)
+        self._free_bytes = self._manager.free_bytes()
         self.newcomer.look(self.latest())
 
     def _run(self) -> None:
@@ -28020,7 +28024,7 @@ def build_app(manager: Manager, watch: Watch) -> Guard:
         ssr_mode=False,
     )
     # Gradio (6.31) looks a thousand times a second for something to do: 5% of a core, for nothing.
-    page._queue.sleep_when_free = 0.02  # noqa: SLF001
+    page._queue.sleep_when_free = 0.1  # noqa: SLF001
     return guard
 
 
@@ -28525,7 +28529,7 @@ class SimulatedClock:
 
 
 # Docker gives every container an id of 64 hexadecimal digits, and none twice.
-SIMULATED_IDS: Final = (f"{number:064x}" for number in itertools.count(1))
+SIMULATED_IDS: Final = itertools.count(1)
 
 
 @dataclass
@@ -28540,7 +28544,7 @@ class SimulatedContainer:
     loaded: str = ""
     log: list[str] = field(default_factory=list)
     runs_from: int = 0  # the line of its log where its last run begins
-    container_id: str = field(default_factory=lambda: next(SIMULATED_IDS))
+    container_id: str = field(default_factory=lambda: f"{next(SIMULATED_IDS):064x}")
 
 
 @dataclass
@@ -28554,7 +28558,8 @@ class SimulatedHost:
     containers: dict[ContainerName, SimulatedContainer] = field(default_factory=dict)
     images: set[str] = field(default_factory=set)
     image_bytes: Mapping[str, int] = field(default_factory=dict)
-    free_bytes: int = 2**40
+    hub_tells_all: bool = False  # what it does not tell of, it does not have
+    disk_room: tuple[int, int] = 2**40, 2**41  # free, and in all
     last_words: dict[str, str] = field(default_factory=dict)  # where its GPU is too small
     built: dict[str, dict[str, str]] = field(default_factory=dict)  # labels, by image
     networks: set[str] = field(default_factory=set)
@@ -28714,12 +28719,13 @@ class SimulatedHost:
 NO_CACHE: Final = "ValueError: No available memory for the cache blocks."
 
 
-def entries_of(litellm_config: str) -> set[tuple[str, str]]:
+@lru_cache(maxsize=8)
+def entries_of(litellm_config: str) -> frozenset[tuple[str, str]]:
     """(served name, replica) of every entry."""
     loaded = yaml.load(litellm_config, YAML_LOADER)  # noqa: S506 - it is the safe one
     listed = (loaded or {}).get("model_list", [])
     ids = [(entry["model_name"], entry["model_info"]["id"]) for entry in listed]
-    return {(name, deployment.partition("@")[2]) for name, deployment in ids}
+    return frozenset((name, deployment.partition("@")[2]) for name, deployment in ids)
 
 
 class SimulatedContainers:
@@ -28954,24 +28960,31 @@ class SimulatedContents:
         if not any(part.startswith("--max-concurrency") for part in command):
             raise self._nothing_in(name, command[0])
         options = dict(itertools.pairwise(command))
-        at_once, asked = int(options["--max-concurrency"]), int(options["--num-prompts"])
+        at_once = int(options["--max-concurrency"])
+        prompt, output = (int(options[f"--random-{way}-len"]) for way in ("input", "output"))
+        made = 0 if "embed" in options["--backend"] else output
         yield f"{LOAD_BEGINS}\n".encode()
-        for _ in range(4):
+        for _ in range(RUNG_SECONDS):
             check()
             self.host.clock.sleep(1)
-        gap = 8.0 + 0.45 * at_once  # milliseconds from one token to the next
-        first, prompt, output = 40 + 11 * at_once, 512, 128
-        whole = first + gap * output
-        figures = {
-            f"p{percentile}_{what}_ms": value * factor
-            for what, value in {"ttft": first, "itl": gap, "e2el": whole}.items()
-            for percentile, factor in {50: 1.0, 95: 1.3, 99: 1.7}.items()
-        }
+        slow = 0.6 + int(sha256(name.encode()).hexdigest()[:2], 16) / 300  # each in its own way
+        gap = slow * (8 + 0.45 * at_once)  # milliseconds from one token to the next
+        first = slow * (25 + 0.08 * prompt) * (1 + at_once / 9)
+        whole = first + gap * made
+        asked = max(at_once, int(RUNG_SECONDS * 1000 / whole * at_once))
+        shown = {"ttft": first, "itl": gap} if made else {}
         yield json.dumps({
-            "num_prompts": asked, "completed": asked, "errors": [],
-            "duration": whole / 1000 * asked / at_once, "total_input_tokens": asked * prompt,
-            "total_output_tokens": asked * output, **figures,
+            "num_prompts": asked, "completed": asked, "errors": [], "duration": RUNG_SECONDS,
+            "total_input_tokens": asked * prompt, "total_output_tokens": asked * made,
+            **{
+                f"p{percentile}_{what}_ms": value * factor
+                for what, value in {**shown, "e2el": whole}.items()
+                for percentile, factor in {50: 1.0, 95: 1.3, 99: 1.7}.items()
+            },
         }).encode()  # fmt: skip
+
+
+RUNG_SECONDS: Final = 4
 
 
 class SimulatedImages:
@@ -29167,7 +29180,7 @@ class SimulatedDatabase:
                 spend_log_bytes=0,
                 spend_log_rows=None,
                 oldest_row_at=None,
-                free_bytes=self.host.free_bytes,
+                free_bytes=self.host.disk_room[0],
             )
 
 
@@ -29199,7 +29212,7 @@ class SimulatedShelf:
                 )
                 for name, facts in sorted(known.items())
             ),
-            free_bytes=self.host.free_bytes,
+            free_bytes=self.host.disk_room[0],
         )  # fmt: skip
 
     def remove(self, removal: Removal) -> None:
@@ -29218,7 +29231,10 @@ class SimulatedHub:
         return SimulatedShelf(self.host)
 
     def _refuse(self, repository: str) -> None:
-        if repository in self.host.absent_weights:
+        told = self.host.repositories
+        if repository in self.host.absent_weights or (
+            self.host.hub_tells_all and repository not in told
+        ):
             raise HubError("absent", Wanted(endpoint="https://hub", repository=repository))
 
     def search(self, text: str, *, kind: ModelType | None = None) -> Sequence[RepositoryHit]:
@@ -29230,8 +29246,6 @@ class SimulatedHub:
 
     def inspect(self, repository: str, revision: str | None = None) -> RepositoryFacts:
         self._refuse(repository)
-        if repository not in self.host.repositories:
-            raise HubError("absent", Wanted(endpoint="https://hub", repository=repository))
         return replace(self.host.repositories[repository], revision=revision)
 
     def resolve(self, repository: str, revision: str | None = None) -> str:
@@ -29271,7 +29285,7 @@ class SimulatedGateway:
         self.groups: dict[str, Json] = {}
 
     def _answer(self) -> None:
-        """Norequest keeps it from answering."""
+        """Nobody keeps it from answering; a test may."""
 
     def list_keys(self) -> list[VirtualKey]:
         self._answer()
@@ -29291,7 +29305,8 @@ class SimulatedGateway:
     def _set(self, entry: Json, request: Json) -> None:
         entry |= {name: value for name, value in request.items() if name != "key"}
         if "duration" in request:
-            seconds = float((request["duration"] or "0").removesuffix("s"))
+            number, unit = re.fullmatch(r"([0-9.]+)([smhd]?)", request["duration"] or "0").groups()  # type: ignore[union-attr]
+            seconds = float(number) * {"m": 60, "h": 3600, "d": DAY_SECONDS}.get(unit, 1)
             ends = utc_now() + timedelta(seconds=min(seconds, 1e9))
             entry["expires"] = ends.isoformat() if seconds else None
 
@@ -29359,7 +29374,7 @@ class SimulatedEdge:
             case "open":
                 return self._open(found[2], secret)
             case _:
-                return self._gateway(secret)
+                return self._gateway(secret, str((request.fields or {}).get("model", "")))
 
     def _direct(self, name: str, secret: str) -> EdgeReply:
         state = self._state()
@@ -29375,13 +29390,19 @@ class SimulatedEdge:
             return EdgeReply(status=404)
         return EdgeReply(status=200, by_edge=False) if secret else EdgeReply(status=401)
 
-    def _gateway(self, secret: str) -> EdgeReply:
+    def _gateway(self, secret: str, name: str) -> EdgeReply:
         state = self._state()
         known = {state.secrets.master_key.get_secret_value()}
         known |= {key.secret.get_secret_value() for key in state.direct_keys if key.emergency}
         digest = sha256(secret.encode()).hexdigest()
         able = any(key.key_hash == digest and not key.blocked for key in self._keys.list_keys())
-        return EdgeReply(status=200 if secret in known or able else 401, by_edge=False)
+        if not (secret in known or able):
+            return EdgeReply(status=401, by_edge=False)
+        if name and name not in self.host.routed():
+            down = name in {name for c in self.host.containers.values() for name, _ in
+                            (entries_of(c.loaded) if c.spec.role == "gateway" else ())}  # fmt: skip
+            return EdgeReply(status=503 if down else 404, by_edge=False)
+        return EdgeReply(status=200, by_edge=False, call_id=str(uuid.uuid4()))
 
 
 def _path_of(kind: ModelType) -> str:
@@ -30134,7 +30155,8 @@ class ImaginedInstallation:
             SimulatedGpus(cards),
             images={*refs.values()},
             image_bytes={refs[r]: int(gib * 2**30) for r, gib in server.images_gib.items()},
-            free_bytes=int(server.disk.free_gib * 2**30),
+            hub_tells_all=True,
+            disk_room=(int(server.disk.free_gib * 2**30), int(server.disk.total_gib * 2**30)),
             weights={model.repository: frozenset({"main"}) for model in server.models},
             repositories={m.repository: imagined_repository(m) for m in server.models},
         )
@@ -30147,6 +30169,7 @@ class ImaginedInstallation:
             providers=SimulatedProviders({p["name"]: tuple(p["models"]) for p in provided}),
             key_api=lambda *_: self.gateway,
             tables=lambda *_: self.use,
+            disk_room=lambda _: self.host.disk_room,
             edge_client=lambda *_: SimulatedEdge(self.host, self.store.load, self.gateway),
         )
         return Manager(
@@ -30225,8 +30248,14 @@ class ImaginedInstallation:
         running = [c for c in [*host.containers.values()] if host.answers(c)]
         engines = {c.spec.labels.get(LABEL_MODEL_NAME, ""): c for c in running
                    if c.spec.role == "engine"}  # fmt: skip
-        host.loads = {
+        routed = {replica for c in running if c.spec.role == "gateway"
+                  for _, replica in entries_of(c.loaded)}  # fmt: skip
+        loads = {
             c.name: self.use.load(c.name, c.started_at) for c in engines.values() if c.started_at
+        }
+        host.loads = {
+            name: load if name in routed else replace(load, running=0, waiting=0, cached=0.0)
+            for name, load in loads.items()
         }
         host.figures = {c.name: self.use.figures() for c in running if c.spec.role == "gateway"}
         models = {model.name: model for model in self.store.load().models}
@@ -30269,7 +30298,10 @@ class ImaginedInstallation:
 
         def run() -> None:
             while not over.wait(0.5):  # whoever looks each second finds something new
-                self.go_on(utc_now())
+                try:
+                    self.go_on(utc_now())
+                except Exception:  # boundary: one moment must not end all of them
+                    log.exception("the imagined server stood still")
 
         self.go_on(utc_now())
         life = threading.Thread(target=run, name="imagination", daemon=True)
@@ -31143,9 +31175,14 @@ def command_serve(arguments: argparse.Namespace) -> int:
 
 def command_demo(arguments: argparse.Namespace) -> int:
     """The console over a server that is only imagined; its home is gone in the end."""
+    for ending in (signal.SIGTERM, signal.SIGHUP):  # however it ends, its home goes
+        signal.signal(ending, signal.default_int_handler)
     listener = listen(arguments.port)
     imagined = parse_imagined((RECIPES / "demo.yaml").read_text())
-    with tempfile.TemporaryDirectory(prefix="llm-manager-demo-") as home:
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        tempfile.TemporaryDirectory(prefix="llm-manager-demo-", ignore_cleanup_errors=True) as home,
+    ):
         installation = ImaginedInstallation(imagined, Path(home))
         with installation.living():
             serve_console(installation.manager, listener, arguments, show_url=True).close()
@@ -31236,7 +31273,7 @@ def listen(port: int) -> socket.socket:
         listener.close()
         raise ManagerError(
             f"Port {port} of {CONSOLE_HOST} cannot be used: {error.strerror}.",
-            advice="Is the console running already? Else choose another one: `serve --port 7861`.",
+            advice="Is the console running already? Else choose another one: `--port 7861`.",
         ) from error
     return listener
 

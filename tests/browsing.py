@@ -15,12 +15,16 @@ FLAGS = [
 ]
 
 
+def chromium() -> str:
+    """The system's own, by whatever name."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    return next(filter(None, map(shutil.which, names)))
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = next(filter(None, map(shutil.which, names)))
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
         expect.set_options(timeout=40_000)  # two cores may be busy with other things
         yield browser
         browser.close()

@@ -39,7 +39,9 @@ def a_console(home: Path, models: int) -> lm.Guard:
     world = a_world(store, gpus)
     manager = lm.Manager(store, some_tools(world), site, engine_options={})
     manager.start(lm.restoring()).wait(60)
-    return lm.build_app(manager, lm.Watch(manager))
+    watch = lm.Watch(manager, records=manager.energy_records)
+    lm.MetricsServer(manager, watch)  # as `serve` has it, too
+    return lm.build_app(manager, watch)
 
 
 def an_empty_page() -> fastapi.FastAPI:

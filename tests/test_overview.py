@@ -362,13 +362,17 @@ def test_the_first_steps_are_over_for_good_once_they_are_hidden(tmp_path: Path) 
     watch.newcomer.end()
     assert watch.latest().first_run is None
     watch.close()
-    assert lm.Watch(server.manager, seconds=3600).latest().first_run is None
+    other = lm.Watch(server.manager, seconds=3600)
+    assert other.latest().first_run is None
+    other.close()
 
 
 def test_who_runs_models_already_is_no_newcomer(tmp_path: Path) -> None:
     server = Server(tmp_path)
     server.store.save(replace(server.manager.state(), models=(a_model(),)))
-    assert lm.Watch(server.manager, seconds=3600).latest().first_run is None
+    other = lm.Watch(server.manager, seconds=3600)
+    assert other.latest().first_run is None
+    other.close()
 
 
 # --- what every page is told ------------------------------------------------------

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from hashlib import sha256
@@ -21,6 +23,16 @@ FIRST = TODAY - timedelta(days=SERVER.days)
 KEYS = {p: sha256(p.encode()).hexdigest() for group in SERVER.groups for p in group.people}
 GPUS = [f"GPU-{n}" for n in range(8)]
 MODELS = {model.name: model for model in SERVER.models if model.use}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_utc() -> Iterator[None]:
+    """Working hours are those of the server's zone; here days are counted in UTC."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TZ", "UTC")
+        time.tzset()
+        yield
+    time.tzset()
 
 
 @pytest.fixture(scope="module")
@@ -410,3 +422,88 @@ def test_imagined_benchmarks_say_so_and_climb_as_benchmarks_do(tmp_path: Path) -
         assert (made, waits) == (sorted(made), sorted(waits))
     lm.imagine_benchmarks(SERVER, tmp_path, NOW + timedelta(hours=3))
     assert lm.BenchmarkFiles(tmp_path / "benchmarks").read() == kept
+
+
+# --- the installation that demo shows ------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> lm.ImaginedInstallation:
+    """Its time passes only when somebody waits."""
+    installation = lm.ImaginedInstallation(SERVER, tmp_path_factory.mktemp("imagined"))
+    installation.host.clock = lm.SimulatedClock()
+    installation.go_on(lm.utc_now())
+    return installation
+
+
+def test_one_model_failed_and_all_others_serve(shown: lm.ImaginedInstallation) -> None:
+    snapshot = shown.manager.snapshot()
+    assert snapshot.faults == ()
+    assert [matter.subject for matter in lm.attention(snapshot) if matter.verb == "log"] == [
+        "llama-8b"
+    ]
+    answers = {model.name for model in SERVER.models if model.wish == "running"} - {"llama-8b"}
+    assert answers <= shown.host.routed()
+    assert all(shown.host.loads[lm.engine_of(name)].tokens >= 0 for name in answers)
+
+
+def test_ways_in_are_answered_by_what_runs(shown: lm.ImaginedInstallation) -> None:
+    tried = {
+        name: shown.manager.traffic.try_out(name).reply.status
+        for name in ("qwen3-14b", "assistant", "llama-8b", "qwen-image", "nobody")
+    }
+    assert tried == {
+        "qwen3-14b": 200, "assistant": 200, "llama-8b": 404, "qwen-image": 404, "nobody": 404,
+    }  # fmt: skip
+
+
+def test_the_prober_finds_the_one_model_that_is_down(shown: lm.ImaginedInstallation) -> None:
+    assert shown.manager.proofs.probe().wait(60)
+    result = shown.manager.proofs.last_probe()
+    assert result is not None
+    assert len(result.requests) > 300
+    assert [(wrong.path, wrong.answered) for wrong in result.wrong] == [
+        ("/v1/chat/completions", 404)
+    ]
+
+
+def test_what_only_a_real_server_can_prove_is_refused_in_words(
+    shown: lm.ImaginedInstallation,
+) -> None:
+    with pytest.raises(lm.ContainerFailedError, match="only imagined"):
+        list(shown.manager.proofs.privacy().follow())
+    job = shown.manager.weights.download(lm.HubSource(repository="a/b"))
+    with pytest.raises(lm.HubError):
+        list(job.follow())
+
+
+def test_a_benchmark_measures_what_was_asked(shown: lm.ImaginedInstallation) -> None:
+    name = lm.ModelName("qwen3-embedding")
+    wish = lm.BenchmarkWish(models=(name,), ladder=(1, 8))
+    list(shown.manager.benchmarks.start(wish).follow())
+    result = shown.manager.benchmarks.results()[0]
+    assert (result.model, [rung.concurrency for rung in result.rungs]) == (name, [1, 8])
+    assert all(rung.output_tokens == 0 for rung in result.rungs)
+    slow, busy = result.rungs
+    assert busy.requests > slow.requests
+    assert busy.end_to_end.p50 > slow.end_to_end.p50
+
+
+def test_an_engine_that_nobody_routes_to_has_nothing_to_do(shown: lm.ImaginedInstallation) -> None:
+    now = lm.utc_now()
+    moments = [now + timedelta(seconds=4 * n) for n in range(20)]
+
+    def at_work() -> bool:
+        for moment in moments:
+            shown.go_on(moment)
+            if shown.host.loads[lm.engine_of("qwen3-235b")].running:
+                return True
+        return False
+
+    (gateway,) = (c for c in shown.host.containers.values() if c.spec.role == "gateway")
+    routed = gateway.loaded
+    assert at_work()
+    gateway.loaded = "model_list: []"
+    moments = [moment + timedelta(minutes=5) for moment in moments]
+    assert not at_work()
+    gateway.loaded = routed

@@ -22,10 +22,11 @@ sys.path[:0] = [
     str(Path(__file__).parents[n] / part) for n, part in ((1, ""), (1, "browser"), (2, ""))
 ]
 
-from browsing import FLAGS, open_console, shown
+from browsing import FLAGS, chromium, open_console, shown
 from demonstration import demonstrating
 from playwright.sync_api import Error, Page, sync_playwright
 
+MOST_GROWTH = 30.0  # MiB an hour, above what a garbage collector leaves for later
 WORDS = (
     "qwen3-14b",
     "",
@@ -49,8 +50,8 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / 100
 
 
-def act(page: Page, chance: random.Random) -> None:
-    """One thing that an operator without a plan might do; what cannot be done now is left."""
+def act(page: Page, chance: random.Random) -> bool:
+    """One thing that an operator without a plan might do; whether it could be done now."""
     what = chance.random()
     with contextlib.suppress(Error):
         if what < 0.02:
@@ -71,19 +72,20 @@ def act(page: Page, chance: random.Random) -> None:
             buttons = page.locator("button:visible:enabled").all()
             if buttons:
                 chance.choice(buttons).click(timeout=1000)
+        return True
+    return False
 
 
 def soak(minutes: float, seed: int) -> int:
     chance, began, acts = random.Random(seed), time.monotonic(), 0  # noqa: S311
     with tempfile.TemporaryDirectory() as folder, demonstrating(Path(folder)) as demo:
         with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=FLAGS)
+            browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
             page = browser.new_page(viewport={"width": 1280, "height": 1000})
             open_console(page, demo.url)
             memory: list[tuple[float, float]] = []
             while (passed := (time.monotonic() - began) / 60) < minutes:
-                act(page, chance)
-                acts += 1
+                acts += act(page, chance)
                 page.wait_for_timeout(chance.uniform(100, 900))
                 if not memory or passed - memory[-1][0] >= minutes / 40:
                     memory.append((passed, resident_mib(demo.process.pid)))
@@ -92,20 +94,21 @@ def soak(minutes: float, seed: int) -> int:
             browser.close()
         cpu = cpu_seconds(demo.process.pid)
         said = demo.said.read_text()
-    report(acts, memory, said)
+    growth = report(acts, memory, said)
     print(f"{cpu / minutes / 60:.1%} of a core in all")  # noqa: T201
-    return int("Traceback" in said or "incident" in said)
+    return int("Traceback" in said or growth > MOST_GROWTH or acts < 10 * minutes)
 
 
-def report(acts: int, memory: list[tuple[float, float]], said: str) -> None:
+def report(acts: int, memory: list[tuple[float, float]], said: str) -> float:
     print(f"{acts} acts in {memory[-1][0]:.0f} minutes")  # noqa: T201
     faults = [line for line in said.splitlines() if "incident" in line or "Traceback" in line]
     print(f"{len(faults)} unexpected errors", *faults[:20], sep="\n")  # noqa: T201
     tenths = memory[:: max(1, len(memory) // 10)]
     print("memory:", ", ".join(f"{mib:.0f} MiB at {minute:.0f} min" for minute, mib in tenths))  # noqa: T201
     late = memory[len(memory) // 2 :]
-    slope = statistics.linear_regression(*zip(*late, strict=True)).slope
-    print(f"growth in the second half: {slope * 60:+.1f} MiB an hour")  # noqa: T201
+    growth = 60 * statistics.linear_regression(*zip(*late, strict=True)).slope
+    print(f"growth in the second half: {growth:+.1f} MiB an hour")  # noqa: T201
+    return growth
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import select
 import socket
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import llm_manager as lm
+
+PATIENCE = 120.0  # seconds until it listens
 
 
 @dataclass
@@ -44,6 +47,8 @@ def demonstrating(folder: Path) -> Iterator[Demo]:
         )  # fmt: skip
     try:
         assert process.stdout is not None
+        ready, _, _ = select.select([process.stdout], [], [], PATIENCE)
+        assert ready, "it says nothing"
         found = re.search(r"http://\S+", process.stdout.readline())
         assert found, said.read_text()
         yield Demo(found[0], process, said)
