@@ -31175,8 +31175,9 @@ def command_serve(arguments: argparse.Namespace) -> int:
 
 def command_demo(arguments: argparse.Namespace) -> int:
     """The console over a server that is only imagined; its home is gone in the end."""
-    for ending in (signal.SIGTERM, signal.SIGHUP):  # however it ends, its home goes
-        signal.signal(ending, signal.default_int_handler)
+    # However it ends, its home goes; uvicorn knows nothing of a terminal that is closed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     listener = listen(arguments.port)
     imagined = parse_imagined((RECIPES / "demo.yaml").read_text())
     with (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -111,10 +112,12 @@ def test_a_model_that_failed_is_helped_by_another_cut_of_its_gpu(
     expect(page.get_by_text("All is well").first).to_be_visible()
 
 
-def test_it_leaves_nothing_behind(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP])
+def test_it_leaves_nothing_behind(tmp_path: Path, ending: signal.Signals) -> None:
     with demonstrating(tmp_path) as running:
         (home,) = (tmp_path / "tmp").iterdir()
         assert (home / "config.json").exists()
-    assert running.process.returncode == 0
+        running.process.send_signal(ending)
+        assert running.process.wait(60) == 0
     assert not [*(tmp_path / "tmp").iterdir()]
     assert "Traceback" not in running.said.read_text()
