@@ -5534,8 +5534,9 @@ def load_of(wish: BenchmarkWish, model: Model, context: int | None) -> Load:
     return load
 
 
-def parse_ladder(text: str) -> tuple[int, ...]:
+def parse_ladder(text: str | None) -> tuple[int, ...]:
     """Concurrencies as typed, such as 1,2,4: in ascending order, each once."""
+    text = text or ""
     words = re.split(r"[,\s]+", text.strip())
     rungs = sorted({int(word) for word in words if word.isascii() and word.isdecimal()})
     fine = all(word.isascii() and word.isdecimal() for word in words)
@@ -11391,9 +11392,14 @@ class Snapshot:
     zone: tzinfo = UTC  # of who reads it
 
     @property
+    def now(self) -> datetime:
+        """When it is shown: jobs go on while a look at the server takes long."""
+        return self.shown_at or self.taken_at
+
+    @property
     def seconds_old(self) -> float:
         """How long ago the server was last looked at; much, where something in it hangs."""
-        return (self.shown_at - self.taken_at).total_seconds() if self.shown_at else 0.0
+        return (self.now - self.taken_at).total_seconds()
 
     @property
     def state_has_models(self) -> bool:
@@ -12350,6 +12356,18 @@ def is_busy(snapshot: Snapshot, model: Model) -> bool:
     return fetching or running_job(snapshot) is not None
 
 
+ShownPhase = Phase | Literal["hung", "unknown"]
+
+
+def standing(snapshot: Snapshot, model: Model) -> ShownPhase:
+    """How a model stands, for eyes: its phase, unless nobody knows it or it works on nothing."""
+    if snapshot.state is None or snapshot.observed is None:
+        return "unknown"
+    if model.name in snapshot.hung:
+        return "hung"
+    return phase_of(snapshot.state, model, snapshot.observed, is_busy(snapshot, model))
+
+
 def shown_job(snapshot: Snapshot) -> JobView | None:
     """The change that is under way, else the newest job that nobody has done with."""
     others = (job for job in snapshot.jobs if job.id not in snapshot.dismissed)
@@ -12366,7 +12384,7 @@ def job_title(snapshot: Snapshot) -> str:
     if job is None:
         return ""
     if job.finished_at is None:
-        elapsed = format_duration((snapshot.taken_at - job.started_at).total_seconds())
+        elapsed = format_duration((snapshot.now - job.started_at).total_seconds())
         far = f" · {plain(job.progress)}" if job.progress else ""
         return f"**{plain(job.title)}** · running for {elapsed}{far}"
     took = format_duration((job.finished_at - job.started_at).total_seconds())
@@ -13043,16 +13061,20 @@ class Block:
     look: Look
 
 
-_LOOKS: Final[Mapping[Phase, Look]] = {
+_LOOKS: Final[Mapping[ShownPhase, Look]] = {
     "ready": "ready", "starting": "busy", "pending": "busy", "stopping": "busy",
-    "failed": "failed", "stopped": "empty",
+    "failed": "failed", "hung": "failed", "stopped": "empty",
 }  # fmt: skip
+Stands = Callable[[Model], ShownPhase]
 
 
-def card_blocks(gpu: Gpu, state: State, observed: Observed | None) -> list[Block]:
-    """A card from its first memory slice to its last; a whole GPU by its models' fractions."""
+def card_blocks(gpu: Gpu, state: State, stands: Stands | None) -> list[Block]:
+    """A card from its first memory slice to its last; a whole GPU by its models' fractions.
+
+    Where nobody knows how models stand, they are named alone.
+    """
     if gpu.mig_enabled and gpu.geometry is not None:
-        return _slice_blocks(gpu, gpu.geometry, state, observed)
+        return _slice_blocks(gpu, gpu.geometry, state, stands)
     blocks: list[Block] = []
     here = 0.0
     mine = [
@@ -13061,7 +13083,7 @@ def card_blocks(gpu: Gpu, state: State, observed: Observed | None) -> list[Block
     for model in sorted(mine, key=lambda m: m.wish):  # running before stopped
         share = min(gpu_share(model), 1.0)
         if here + share <= 1 + ROUNDING:
-            blocks.append(_model_block(here, share, f"{share:.0%}", [model], state, observed))
+            blocks.append(_model_block(here, share, f"{share:.0%}", [model], stands))
             here += share
     if here < 1 - ROUNDING:
         blocks.append(Block(start=here, size=1 - here, title="free", text="", look="free"))
@@ -13069,7 +13091,7 @@ def card_blocks(gpu: Gpu, state: State, observed: Observed | None) -> list[Block
 
 
 def _slice_blocks(
-    gpu: Gpu, geometry: MigGeometry, state: State, observed: Observed | None
+    gpu: Gpu, geometry: MigGeometry, state: State, stands: Stands | None
 ) -> list[Block]:
     whole, blocks = geometry.memory_units, []
     here = 0
@@ -13079,7 +13101,7 @@ def _slice_blocks(
             blocks.append(_gap(here, device.start, whole))
         models = [m for m in state.models if is_on(m, gpu, device.slice)]
         start, part = device.start / whole, size / whole
-        blocks.append(_model_block(start, part, device.profile, models, state, observed))
+        blocks.append(_model_block(start, part, device.profile, models, stands))
         here = device.start + size
     return [*blocks, *([_gap(here, whole, whole)] if here < whole else [])]
 
@@ -13091,17 +13113,16 @@ def _gap(start: int, end: int, whole: int) -> Block:
 
 
 def _model_block(
-    start: float, size: float, title: str, models: Sequence[Model], state: State,
-    observed: Observed | None,
-) -> Block:  # fmt: skip
+    start: float, size: float, title: str, models: Sequence[Model], stands: Stands | None
+) -> Block:
     running = [m for m in models if m.wish == "running"] or list(models)
     if not running:
         return Block(start=start, size=size, title=title, text="empty", look="empty")
-    if observed is None:
+    if stands is None:
         names = ", ".join(m.name for m in running)
         look: Look = "busy" if running[0].wish == "running" else "empty"
         return Block(start=start, size=size, title=title, text=names, look=look)
-    phases = [phase_of(state, m, observed, busy=False) for m in running]
+    phases = [*map(stands, running)]
     text = ", ".join(f"{m.name}: {phase}" for m, phase in zip(running, phases, strict=True))
     return Block(start=start, size=size, title=title, text=text, look=_LOOKS[phases[0]])
 
@@ -13136,8 +13157,9 @@ def cards_html(snapshot: Snapshot) -> str:
     state, observed = snapshot.state, snapshot.observed
     if state is None:
         return ""
+    stands = partial(standing, snapshot) if observed else None
     cards = "".join(
-        card_html(gpu, card_blocks(gpu, state, observed), card_note(gpu, state, observed))
+        card_html(gpu, card_blocks(gpu, state, stands), card_note(gpu, state, observed))
         for gpu in snapshot.hardware.gpus
     )
     return f'<div class="gpu-cards">{cards}</div>' if cards else ""
@@ -13148,17 +13170,18 @@ def gpu_tiles_html(snapshot: Snapshot) -> str:
     state, observed = snapshot.state, snapshot.observed
     if state is None:
         return ""
+    stands = partial(standing, snapshot) if observed else None
     tiles = "".join(
         _tile_html(
             # What the sampler measured over a while says more than one look.
             replace(gpu, power_w=snapshot.energy.gpu_watts.get(gpu.uuid) or gpu.power_w),
-            card_blocks(gpu, state, observed),
+            card_blocks(gpu, state, stands),
             card_note(gpu, state, observed),
         )
         for gpu in snapshot.hardware.gpus
     )
     grid = f'<div class="gpu-tiles" role="list" aria-label="GPUs">{tiles}</div>' if tiles else ""
-    return f"{grid}{_processor_html(state, observed)}"
+    return f"{grid}{_processor_html(state, snapshot)}"
 
 
 def _tile_html(gpu: Gpu, blocks: Sequence[Block], note: str) -> str:
@@ -13212,14 +13235,12 @@ def _meter_html(title: str, text: str, part: float | None) -> str:
     )
 
 
-def _processor_html(state: State, observed: Observed | None) -> str:
+def _processor_html(state: State, snapshot: Snapshot) -> str:
     """The models that need no GPU, in one line."""
     here = [model for model in state.models if isinstance(model.placement, CpuPlacement)]
     if not here:
         return ""
-    phases = Counter(
-        phase_of(state, m, observed, busy=False) if observed else "unknown" for m in here
-    )
+    phases = Counter(standing(snapshot, model) for model in here)
     counts = ", ".join(f"{phases[p]} {phase_html(p)}" for p in PHASE_SIGNS if phases[p])
     names = [html.escape(model.name) for model in here[:TOLD_MODELS]]
     more = f" and {len(here) - TOLD_MODELS} more" if len(here) > TOLD_MODELS else ""
@@ -13228,9 +13249,6 @@ def _processor_html(state: State, observed: Observed | None) -> str:
 
 
 TOLD_MODELS: Final = 6
-
-
-ShownPhase = Phase | Literal["hung", "unknown"]
 
 
 def phase_html(phase: ShownPhase) -> str:
@@ -13815,7 +13833,7 @@ def running_tasks(snapshot: Snapshot) -> list[JobView]:
 
 
 def _task_html(job: JobView, snapshot: Snapshot) -> str:
-    elapsed = format_age(snapshot.taken_at - job.started_at)
+    elapsed = format_age(snapshot.now - job.started_at)
     far = html.escape(job.progress or (job.lines[-1].strip() if job.lines else ""))
     return (
         f'<div class="fit-card"><div class="fit-head"><b>{html.escape(job.title)}</b>'
@@ -13824,15 +13842,19 @@ def _task_html(job: JobView, snapshot: Snapshot) -> str:
 
 
 def task_choices(snapshot: Snapshot) -> Json:
-    running = running_tasks(snapshot)
-    choices = [(job.title, job.id) for job in running]
-    return {"choices": choices, "visible": bool(running)} | (
+    choices = [(job.title, job.id) for job in own_tasks(snapshot)]
+    return {"choices": choices, "visible": bool(choices)} | (
         {"value": choices[0][1]} if len(choices) == 1 else {}
     )
 
 
 def task_cancel(snapshot: Snapshot) -> Json:
-    return {"visible": bool(running_tasks(snapshot))}
+    return {"visible": bool(own_tasks(snapshot))}
+
+
+def own_tasks(snapshot: Snapshot) -> list[JobView]:
+    """Those that this process can call off."""
+    return [job for job in running_tasks(snapshot) if job.id]
 
 
 # =============================================================================
@@ -14301,7 +14323,8 @@ def reply_text(reply: EdgeReply) -> str:
     if reply.status is None:
         return reply.fault
     whose = " by Caddy" if reply.by_edge and not reply.is_success else ""
-    return f"{reply.status} {HTTPStatus(reply.status).phrase}{whose}"
+    known = {status.value: f" {status.phrase}" for status in HTTPStatus}  # a server may have others
+    return f"{reply.status}{known.get(reply.status, '')}{whose}"
 
 
 GLYPHS: Final[Mapping[LegState, str]] = {
@@ -15294,7 +15317,7 @@ def traffic_line(snapshot: Snapshot) -> str:
 def job_lines(snapshot: Snapshot) -> list[str]:
     """What is under way, and how far it has come where that is told."""
     return [
-        f"Under way for {format_age(snapshot.taken_at - job.started_at)}: "
+        f"Under way for {format_age(snapshot.now - job.started_at)}: "
         + ": ".join(filter(None, (job.title, job.progress)))
         for job in snapshot.jobs
         if job.finished_at is None
@@ -15356,15 +15379,6 @@ def _percent(part: float | None) -> str:
 
 
 # --- the models -----------------------------------------------------------------
-
-
-def standing(snapshot: Snapshot, model: Model) -> ShownPhase:
-    """How a model stands, for eyes: its phase, unless nobody knows it or it works on nothing."""
-    if snapshot.state is None or snapshot.observed is None:
-        return "unknown"
-    if model.name in snapshot.hung:
-        return "hung"
-    return phase_of(snapshot.state, model, snapshot.observed, is_busy(snapshot, model))
 
 
 FLEET_HEADERS: Final = ("Model", "State", "Type", "Placement", "Load", "Since")
@@ -15819,7 +15833,7 @@ def jobs_html(snapshot: Snapshot) -> str:
 
 
 def _job_html(job: JobView, snapshot: Snapshot) -> str:
-    elapsed = format_age(snapshot.taken_at - job.started_at)
+    elapsed = format_age(snapshot.now - job.started_at)
     said = job.progress or (job.lines[-1].strip() if job.lines else "")
     far = said if job.id else "Another process of LLM Manager does it."
     cancel = button_html("Cancel", "cancel", job.id) if job.id else ""
@@ -15888,10 +15902,16 @@ SLOW_GIB: Final = 8.0  # what is larger is no pleasure on a processor
 
 def suggestions(hardware: Hardware) -> list[Suggestion]:
     """The two largest chat models that fit the largest GPU, else a processor, and one more."""
-    known = [gpu.memory_mib for gpu in hardware.gpus if gpu.memory_mib is not None]
-    room = max(known) / 1024 if known else SLOW_GIB
+    largest = largest_gpu(hardware)
+    room = largest.memory_mib / 1024 if largest and largest.memory_mib else SLOW_GIB
     *chat, embedding = [each for each in SUGGESTIONS if each.needed_gib <= room] or SUGGESTIONS[-2:]
     return [*chat[:2], embedding]
+
+
+def largest_gpu(hardware: Hardware) -> Gpu | None:
+    """The one with the most memory; None where no GPU tells how much it has."""
+    known = [gpu for gpu in hardware.gpus if gpu.memory_mib]
+    return max(known, key=lambda gpu: gpu.memory_mib or 0, default=None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15935,9 +15955,7 @@ def _step_html(step: FirstStep, *, is_now: bool) -> str:
 def first_steps(snapshot: Snapshot, state: State, known: FirstRun) -> list[FirstStep]:
     figures = snapshot.health.figures.deployments.values()
     observed = snapshot.observed
-    ready = observed is not None and any(
-        phase_of(state, model, observed, busy=False) == "ready" for model in state.models
-    )
+    ready = next((model for model in state.models if standing(snapshot, model) == "ready"), None)
     return [
         FirstStep(
             title="What this server has", done=observed is not None, body=_found(snapshot),
@@ -15946,7 +15964,7 @@ def first_steps(snapshot: Snapshot, state: State, known: FirstRun) -> list[First
         FirstStep(
             title="Pick a model that fits", done=bool(state.models), body=_picks(snapshot.hardware)
         ),
-        FirstStep(title="Deploy it", done=ready, body=_deploying(snapshot, state)),
+        FirstStep(title="Deploy it", done=ready is not None, body=_deploying(snapshot, state)),
         FirstStep(
             title="Make a key", done=known.has_key or bool(state.direct_keys),
             body="Each colleague gets a key of their own, with limits if you like. "
@@ -15954,7 +15972,7 @@ def first_steps(snapshot: Snapshot, state: State, known: FirstRun) -> list[First
         ),
         FirstStep(
             title="Send the first request", done=any(each.successes for each in figures),
-            body=_asking(state),
+            body=_asking(state.edge, ready) if ready else "",
         ),
     ]  # fmt: skip
 
@@ -15992,7 +16010,8 @@ def memory_total(gpu: Gpu) -> str:
 
 
 def _picks(hardware: Hardware) -> str:
-    where = f"{short_title(hardware.gpus[0])}" if hardware.gpus else "this server's processor"
+    largest = largest_gpu(hardware)
+    where = short_title(largest) if largest else "this server's processor"
     picks = "".join(
         f"<div>{button_html(each.repository, 'pick', each.repository, 'first')} "
         f"{html.escape(each.text)}, about {each.needed_gib:.0f} GiB</div>"
@@ -16017,11 +16036,9 @@ def _deploying(snapshot: Snapshot, state: State) -> str:
     )
 
 
-def _asking(state: State) -> str:
-    if not state.wished_models:
-        return ""
-    served = state.wished_models[0].served_model_name
-    example = html.escape(curl_example(state.edge, served, "YOUR KEY"))
+def _asking(edge: Edge, ready: Model) -> str:
+    served = ready.served_model_name
+    example = html.escape(curl_example(edge, served, "YOUR KEY"))
     return (
         f"<pre>{example}</pre>From another computer, with the key of the step before; or from "
         f"here, without one: {button_html('Send it', 'try', served, 'first')}"
@@ -24240,8 +24257,8 @@ class Watch:
     def _run(self) -> None:
         while not self._closed.wait(self._seconds):
             try:
+                self._look_around()  # first: it asks no Docker, which may hang
                 before, self._latest = self._latest, self._manager.snapshot()
-                self._look_around()
                 absent = any(isinstance(fault, DockerAbsentError) for fault in before.faults)
                 if absent and self._latest.observed is not None:
                     self._restore()
@@ -24702,29 +24719,36 @@ class Guesses:
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._monotonic = monotonic
         self._wrong: dict[int | None, dict[str, float]] = {}  # when, by account and digest
+        self._lock = threading.Lock()
 
     def wait(self, scope: Json, digest: str) -> int:
         """The seconds for which no other token is looked at from there; 0 where it is."""
-        wrong = self._recent(scope)
+        account = account_of(scope.get("client")) if self._wrong else None
+        with self._lock:
+            wrong = self._recent(account)
         if len(wrong) < GUESSES or digest in wrong:
             return 0
         return math.ceil(min(wrong.values()) + GUESS_SECONDS - self._monotonic())
 
     def note(self, scope: Json, digest: str) -> None:
         """This token was wrong."""
-        wrong = {digest: self._monotonic()} | self._recent(scope)
-        self._wrong[account_of(scope.get("client"))] = wrong
+        account = account_of(scope.get("client"))
+        with self._lock:
+            self._wrong[account] = {digest: self._monotonic()} | self._recent(account)
 
-    def _recent(self, scope: Json) -> dict[str, float]:
+    def _recent(self, account: int | None) -> dict[str, float]:
         since = self._monotonic() - GUESS_SECONDS
-        recent = {account: kept for account, wrong in self._wrong.items()
-                  if (kept := {each: at for each, at in wrong.items() if at > since})}  # fmt: skip
+        recent = {each: kept for each, wrong in self._wrong.items()
+                  if (kept := {one: at for one, at in wrong.items() if at > since})}  # fmt: skip
         self._wrong = recent
-        return recent.get(account_of(scope.get("client")), {}) if recent else {}
+        return recent.get(account, {})
 
 
 GUESSES: Final = 10
 GUESS_SECONDS: Final = 60.0
+
+
+ESTABLISHED: Final = "01"  # in any other state, nobody may hold it: the kernel then tells root
 
 
 def account_of(client: Sequence[Any] | None) -> int | None:
@@ -24734,8 +24758,8 @@ def account_of(client: Sequence[Any] | None) -> int | None:
     wanted = f"0100007F:{client[1]:04X}"
     with contextlib.suppress(OSError):
         for line in Path("/proc/net/tcp").read_text().splitlines():
-            _, local, _, _, _, _, _, user, *_ = line.split()
-            if local == wanted:
+            _, local, _, state, _, _, _, user, *_ = line.split()
+            if local == wanted and state == ESTABLISHED:
                 return int(user)
     return None
 

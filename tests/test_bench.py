@@ -61,9 +61,10 @@ def test_a_ladder_is_climbed_upwards_each_rung_once(text: str, ladder: tuple[int
 
 
 @pytest.mark.parametrize(
-    "text", ["", "0,1", "1,two", "-1", "1.5", "1025", ",".join(map(str, range(1, 14))), "1,", "²"]
+    "text",
+    ["", None, "0,1", "1,two", "-1", "1.5", "1025", ",".join(map(str, range(1, 14))), "1,", "²"],
 )
-def test_what_is_no_ladder_is_refused(text: str) -> None:
+def test_what_is_no_ladder_is_refused(text: str | None) -> None:
     with pytest.raises(lm.InvalidError, match="ladder"):
         lm.parse_ladder(text)
 

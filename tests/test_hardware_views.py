@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import partial
 
 from builders import GPU_0, GPU_1, NOW, a_model, a_state, as_wished, but, ended, on_gpus, the
 
@@ -46,7 +47,7 @@ def test_a_cut_card_is_drawn_from_its_first_slice_to_its_last() -> None:
     state = a_wish(a_model(placement=on_slice()))
     snapshot = a_snapshot(state)
     (gpu, _) = snapshot.hardware.gpus
-    assert looks(lm.card_blocks(gpu, state, snapshot.observed)) == [
+    assert looks(lm.card_blocks(gpu, state, partial(lm.standing, snapshot))) == [
         (0, 1 / 8, "empty", "1g.5gb empty"),
         (1 / 8, 3 / 8, "free", "not cut"),
         (4 / 8, 4 / 8, "ready", "3g.20gb chat: ready"),
@@ -63,7 +64,8 @@ def test_a_whole_card_is_drawn_by_the_shares_of_its_models() -> None:
     observed = snapshot.observed
     assert observed is not None
     failed = but(observed, ended(the(observed, "llm-model-embed-0"), 1))
-    drawn = looks(lm.card_blocks(snapshot.hardware.gpus[1], state, failed))
+    stands = partial(lm.standing, replace(snapshot, observed=failed))
+    drawn = looks(lm.card_blocks(snapshot.hardware.gpus[1], state, stands))
     assert [(round(start, 6), round(size, 6), *rest) for start, size, *rest in drawn] == [
         (0, 0.5, "ready", "50% chat: ready"),
         (0.5, 0.2, "failed", "20% embed: failed"),

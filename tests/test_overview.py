@@ -13,6 +13,7 @@ from zoneinfo import ZoneInfo
 import pytest
 from builders import (
     GPU_0,
+    GPU_1,
     NOW,
     a_model,
     a_site,
@@ -214,6 +215,22 @@ def test_without_a_gpu_and_without_models_nothing_is_drawn() -> None:
     assert lm.gpu_tiles_html(a_snapshot(state=None, observed=None)) != HOSTILE
 
 
+def test_what_is_being_deployed_is_drawn_as_pending_and_not_as_failed() -> None:
+    read = lm.SimulatedGpus([lm.simulated_card("H100 80 GB")]).read()
+    state = a_state(a_model(placement=on_gpus(GPU_0)), a_model("small"))
+    down = a_snapshot(state, observed=an_observed(), hardware=read)
+    assert "chat: failed" in Shown(lm.gpu_tiles_html(down)).text
+    assert "1 ✕ failed: small" in Shown(lm.gpu_tiles_html(down)).text
+    chat, small = state.models
+    fetching = a_job(fetching=frozenset({lm.model_stage_title(chat)}))
+    busy = Shown(lm.gpu_tiles_html(replace(down, jobs=(replace(fetching, kind="task"),)))).text
+    assert "chat: pending" in busy
+    assert "1 ✕ failed: small" in busy, "it fetches nothing"
+    assert "1 ◌ pending: small" in Shown(lm.gpu_tiles_html(replace(down, jobs=(a_job(),)))).text
+    hung = replace(a_snapshot(state, hardware=read), hung={small.name: "It hangs."})
+    assert "1 ✕ hung: small" in Shown(lm.gpu_tiles_html(hung)).text
+
+
 def test_models_are_rows_with_those_that_need_somebody_first() -> None:
     models = [a_model(f"m{n}") for n in range(60)]
     state = a_state(*models, replace(a_model("off"), wish="stopped"))
@@ -261,6 +278,19 @@ def test_all_jobs_are_told_those_of_another_process_without_a_button() -> None:
     (bar,) = [a for _, a in shown.tags if a.get("role") == "progressbar"]
     assert bar["aria-valuenow"] == "75"
     assert "Nothing is under way" in lm.jobs_html(a_snapshot())
+    assert lm.task_choices(a_snapshot(jobs=jobs))["choices"] == [("Download a/b", "b")]
+    elsewhere = a_snapshot(jobs=(a_job(id="", kind="task"),))
+    assert "Deploy chat" in lm.tasks_html(elsewhere)
+    assert lm.task_choices(elsewhere) == {"choices": [], "visible": False}
+    assert lm.task_cancel(elsewhere) == {"visible": False}
+
+
+def test_the_time_of_a_job_goes_on_while_a_look_at_the_server_takes_long() -> None:
+    snapshot = a_snapshot(jobs=(a_job(),), shown_at=NOW + timedelta(minutes=7))
+    task = replace(snapshot, jobs=(a_job(kind="task"),))
+    assert "7 min" in lm.job_title(snapshot)
+    assert "7 min" in lm.jobs_html(snapshot)
+    assert "7 min" in lm.tasks_html(task)
 
 
 def test_a_result_stays_until_it_is_dismissed_and_a_change_is_shown_all_the_same() -> None:
@@ -340,6 +370,26 @@ def test_the_first_steps_are_ticked_off_as_they_are_done() -> None:
     assert done.state is not None
     assert all(s.done for s in lm.first_steps(done, done.state, lm.FirstRun(has_key=True)))
     assert lm.first_run_html(replace(done, first_run=None)) == ""
+
+
+def test_the_first_request_is_for_a_model_that_is_ready() -> None:
+    state = replace(a_state(a_model("broken"), a_model("fine")), endpoint="running")
+    observed = but(as_wished(state), ended(the(as_wished(state), "llm-model-broken-0")))
+    snapshot = a_snapshot(state, observed=observed, first_run=lm.FirstRun(has_key=True))
+    step, shown = now_of(snapshot)
+    assert step == 4
+    assert ("try", "fine") in shown.buttons
+    assert '"model": "fine"' in shown.text
+
+
+def test_the_suggestions_name_the_gpu_that_they_fit() -> None:
+    gpus = tuple(
+        lm.Gpu(uuid=uuid, index=index, memory_mib=mib)
+        for index, (uuid, mib) in enumerate(((GPU_0, 8192), (GPU_1, 81559)))
+    )
+    hardware = lm.Hardware(gpus=gpus)
+    _, shown = now_of(a_snapshot(a_state(), hardware=hardware, first_run=lm.FirstRun()))
+    assert f"These fit {lm.short_title(gpus[1])}" in shown.text
 
 
 @pytest.mark.parametrize(

@@ -554,6 +554,7 @@ def test_past_litellm_there_are_two_hops() -> None:
 
 
 def test_a_refusal_is_told_with_who_refused() -> None:
+    assert lm.reply_text(lm.EdgeReply(status=529, by_edge=False)) == "529", "no status of HTTP"
     (_, last) = hops(lm.EdgeReply(status=401, by_edge=True, seconds=0.001))
     assert last[2] == "401 Unauthorized by Caddy"
     failed = hops(lm.EdgeReply(status=500, by_edge=False, call_id="1", seconds=0.01))
