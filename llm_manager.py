@@ -15825,8 +15825,8 @@ def _load_cells(snapshot: Snapshot, model: Model) -> list[str]:
 
 
 def jobs_html(snapshot: Snapshot) -> str:
-    """All that is under way anywhere, with a bar where it tells how far it is."""
-    going = [job for job in snapshot.jobs if job.finished_at is None]
+    """All that is under way anywhere, the oldest first: a new job moves no button."""
+    going = [job for job in reversed(snapshot.jobs) if job.finished_at is None]
     return "".join(_job_html(job, snapshot) for job in going) or (
         '<p class="calm">Nothing is under way. Changes, downloads and benchmarks show here.</p>'
     )
@@ -15836,11 +15836,20 @@ def _job_html(job: JobView, snapshot: Snapshot) -> str:
     elapsed = format_age(snapshot.now - job.started_at)
     said = job.progress or (job.lines[-1].strip() if job.lines else "")
     far = said if job.id else "Another process of LLM Manager does it."
-    cancel = button_html("Cancel", "cancel", job.id) if job.id else ""
+    cancel = job_button("Cancel", "cancel", job) if job.id else ""
     return (
         f'<div class="job-line"><div><b>{html.escape(job.title)}</b> · {elapsed}<br>'
         f"{html.escape(far)}</div>{cancel}{bar_html(job)}</div>"
     )
+
+
+def job_button(label: str, verb: str, job: JobView) -> str:
+    """A button that never becomes another job's, or another one, under somebody's finger.
+
+    Gradio (6.31) writes new HTML into the elements that are there, unless their tags differ.
+    """
+    tag = f"job-{verb}-{job.id}"
+    return f"<{tag}>{button_html(label, verb, job.id)}</{tag}>"
 
 
 def job_bar_html(snapshot: Snapshot) -> str:
@@ -15849,9 +15858,9 @@ def job_bar_html(snapshot: Snapshot) -> str:
     if job is None:
         return ""
     if job.finished_at is not None:
-        return f'<div class="job-line"><div></div>{button_html("Dismiss", "dismiss")}</div>'
+        return f'<div class="job-line"><div></div>{job_button("Dismiss", "dismiss", job)}</div>'
     last = job.lines[-1].strip() if job.lines else ""
-    cancel = button_html("Cancel", "cancel", job.id) if job.id else ""
+    cancel = job_button("Cancel", "cancel", job) if job.id else ""
     return f'<div class="job-line"><div>{html.escape(last)}</div>{cancel}{bar_html(job)}</div>'
 
 
@@ -24241,10 +24250,10 @@ class Watch:
             dismissed=self.dismissed,
         )
 
-    def dismiss(self) -> None:
-        """Show no more what has ended so far, on any page."""
-        ended = (job.id for job in self._manager.jobs() if job.finished_at is not None)
-        self.dismissed = frozenset(ended)
+    def dismiss(self, job_id: str) -> None:
+        """Show this result no more, nor those of older jobs, on any page."""
+        older = itertools.dropwhile(lambda job: job.id != job_id, self._manager.jobs())
+        self.dismissed |= {job.id for job in older if job.finished_at is not None}
 
     def _look_around(self) -> None:
         """What other processes do, what was changed lately, and how much room there is."""
@@ -25994,7 +26003,7 @@ def wire_jobs(desk: Desk, shown: gr.HTML) -> None:
     def on_job(event: gr.EventData) -> None:
         with shown_to_operator():
             if event.verb == "dismiss":
-                desk.watch.dismiss()
+                desk.watch.dismiss(event.subject)
             else:
                 desk.manager.cancel_job(event.subject)
 

@@ -293,10 +293,22 @@ def test_the_time_of_a_job_goes_on_while_a_look_at_the_server_takes_long() -> No
     assert "7 min" in lm.tasks_html(task)
 
 
+def test_a_button_never_becomes_another_one_under_the_finger() -> None:
+    """Elements of other tags are replaced; all else is written anew in its place."""
+    tags = []
+    for job in (a_job(), a_job(finished_at=NOW), a_job(id="2")):
+        shown = Shown(lm.job_bar_html(a_snapshot(jobs=(job,)))).tags
+        tags.append(shown[[tag for tag, _ in shown].index("button") - 1][0])
+    assert len({*tags}) == 3
+    older, newer = a_job(id="1"), a_job(id="2", kind="task")
+    shown = Shown(lm.jobs_html(a_snapshot(jobs=(newer, older))))
+    assert shown.buttons == [("cancel", "1"), ("cancel", "2")]
+
+
 def test_a_result_stays_until_it_is_dismissed_and_a_change_is_shown_all_the_same() -> None:
     done = a_job(finished_at=NOW + timedelta(seconds=9))
     snapshot = a_snapshot(jobs=(done,))
-    assert Shown(lm.job_bar_html(snapshot)).buttons == [("dismiss", "")]
+    assert Shown(lm.job_bar_html(snapshot)).buttons == [("dismiss", "1")]
     assert lm.job_group(snapshot) == {"visible": True}
     dismissed = replace(snapshot, dismissed=frozenset({"1"}))
     assert lm.job_group(dismissed) == {"visible": False}
@@ -453,5 +465,21 @@ def test_dismissed_results_are_gone_on_every_page(tmp_path: Path) -> None:
     job = server.manager.start_task("Count", lambda control: control.report("one"))
     assert job.wait(5)
     assert lm.shown_job(watch.latest()) is not None
-    watch.dismiss()
+    watch.dismiss(job.id)
     assert lm.shown_job(watch.latest()) is None
+
+
+def test_who_dismisses_a_result_dismisses_none_that_came_after_it(tmp_path: Path) -> None:
+    server = Server(tmp_path)
+    watch = lm.Watch(server.manager, seconds=3600)
+    jobs = []
+    for number in range(3):
+        jobs.append(server.manager.start_task(f"Count {number}", lambda _: None))
+        assert jobs[-1].wait(5)
+    watch.dismiss(jobs[1].id)
+    shown = lm.shown_job(watch.latest())
+    assert shown is not None
+    assert shown.id == jobs[2].id
+    assert watch.dismissed == {jobs[0].id, jobs[1].id}
+    watch.dismiss("none")
+    assert watch.dismissed == {jobs[0].id, jobs[1].id}
