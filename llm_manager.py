@@ -25683,6 +25683,7 @@ class News:
         self._number, self._looked_at = 0, 0.0
         self._snapshot: Snapshot | None = None
         self._lock = threading.Lock()
+        self._faulty: set[View] = set()
 
     def add(self, tab: str, views: Sequence[View]) -> None:
         self._views[tab] = [*views]
@@ -25700,11 +25701,20 @@ class News:
             if number != self._number:
                 snapshot = replace(self._snapshot, zone=zone)
                 shown = [
-                    old if (new := view(snapshot)) == old[1] else (self._number, new)
-                    for old, view in zip(shown, views, strict=True)
+                    self._seen(view, snapshot, old) for old, view in zip(shown, views, strict=True)
                 ]
                 self._shown[tab, zone] = self._number, shown
             return shown
+
+    def _seen(self, view: View, snapshot: Snapshot, old: tuple[int, Any]) -> tuple[int, Any]:
+        try:
+            new = view(snapshot)
+        except Exception:  # boundary: a bug in one view must not shut all others
+            if view not in self._faulty:
+                log.exception("a view failed; the page keeps what it showed before")
+            self._faulty.add(view)
+            return old
+        return old if new == old[1] else (self._number, new)
 
     def newest(self, tab: str, zone: tzinfo = UTC) -> Json:
         """The tab and its newest number, as the page's script reads them."""
@@ -25868,17 +25878,27 @@ def wire_rules(desk: Desk, fields: Sequence[Any], described: Callable[..., Chang
     """
 
     def on_typed(*values: Any) -> str:
-        try:
-            change = described(*values)
-            if change is not None:
+        def check() -> None:
+            if change := described(*values):
                 desk.manager.check(change)
-        except ManagerError as error:
-            return f"⚠️ {plain(str(error))}"
-        return ""
+
+        fault = typed_fault(check)
+        return f"⚠️ {plain(fault)}" if fault else ""
 
     said = gr.Markdown(elem_classes="rules")
     for typed_in in fields:
         typed_in.change(on_typed, [*fields], said, trigger_mode="always_last", **QUIET)
+def typed_fault(check: Callable[[], object]) -> str:
+    """Why what is typed would be refused; a bug is the journal's, and no message at every key."""
+    try:
+        check()
+    except ManagerError as error:
+        return str(error)
+    except Exception:  # boundary: who types must not be interrupted; the button says what is wrong
+        log.exception("what was typed could not be checked")
+    return ""
+
+
 
 
 def planned(desk: Desk, verb: str, subject: Any, wished: Change) -> tuple[Any, ...]:
@@ -25924,11 +25944,8 @@ def wire_check(fields: Sequence[Any], check: Callable[..., object]) -> None:
     """Under a form, as it is typed, why it would be refused; nothing while it would not."""
 
     def on_typed(*values: Any) -> str:
-        try:
-            check(*values)
-        except ManagerError as error:
-            return fault_html(str(error))
-        return ""
+        wrong = typed_fault(partial(check, *values))
+        return fault_html(wrong) if wrong else ""
 
     fault = gr.HTML()
     changes = [field.change for field in fields]
@@ -26022,7 +26039,7 @@ def build_first_run(desk: Desk, tabs: gr.Tabs, form: ModelForm, card: PlanCard) 
                     filled = form_of(desk.manager, event.subject, None)
                     return {
                         tabs: gr.Tabs(selected="models"),
-                        **dict(zip(fields_of, filled, strict=True)),
+                        **dict(zip(form.filled, filled, strict=True)),
                     }
                 case "deploy":
                     return planned_on(desk, card, event.verb, event.subject, {"deploy": deploying})
@@ -26035,8 +26052,7 @@ def build_first_run(desk: Desk, tabs: gr.Tabs, form: ModelForm, card: PlanCard) 
                 case _:
                     return {tabs: gr.Tabs(selected=event.subject)}
 
-    fields_of = [form.fold, form.facts, form.gpus, *form.known]
-    outputs = [tabs, said, *card.outputs, *fields_of]
+    outputs = [tabs, said, *card.outputs, *form.filled]
     clicked = steps.click(on_step, None, outputs, **PRIVATE)
     described = [*form.inputs, form.at_once]
     clicked.success(partial(preview, desk.manager), described, [form.fit, form.command], **QUIET)
@@ -26125,13 +26141,11 @@ class ModelForm:
     facts: gr.Markdown
     fit: gr.HTML
     command: gr.Code
-    gpus: gr.CheckboxGroup  # of the inputs, too
 
     @property
-    def known(self) -> list[Any]:
-        """What the library fills in: name, type, origin, source, revision."""
-        name, kind, origin, source, _, _, revision, *_ = self.inputs
-        return [name, kind, origin, source, revision]
+    def filled(self) -> list[Any]:
+        """What `form_of` fills in."""
+        return [self.fold, self.facts, *self.inputs]
 
 
 def build_registration_form(desk: Desk, chosen: gr.Dropdown, card: PlanCard) -> ModelForm:
@@ -26198,7 +26212,9 @@ def build_model_form(desk: Desk) -> ModelForm:
             revision = gr.Textbox(label="Revision", info="empty: today's commit, from then on")
             image = gr.Textbox(label="Engine image", info="empty: the pinned vLLM image")
             recipe = gr.Dropdown(["", *recipes], value="", label="Recipe", info="empty: none")
-            kv_cache = gr.Number(4096, label="KV cache on the CPU (MiB)", precision=0)
+            kv_cache = gr.Number(
+                CpuPlacement().kv_cache_mib, label="KV cache on the CPU (MiB)", precision=0
+            )
             replicas = gr.Number(1, label="Replicas", precision=0)
             at_once = gr.Number(
                 1, label="Requests at a time", precision=0, info="for the sum below"
@@ -26210,7 +26226,7 @@ def build_model_form(desk: Desk) -> ModelForm:
         name, kind, origin, source, arguments, served, revision, image, kv_cache, replicas,
         *placement, recipe,
     ]  # fmt: skip
-    return ModelForm(fold, inputs, at_once, facts, fit, command, gpus=placement[0])
+    return ModelForm(fold, inputs, at_once, facts, fit, command)
 
 
 def wire_fit(desk: Desk, form: ModelForm) -> None:
@@ -26383,20 +26399,22 @@ def build_choice(desk: Desk, hits: gr.Dataframe, tabs: gr.Tabs, form: ModelForm)
     for wanted in (look.click, name.submit):
         wanted(on_look, asked, seen, **PRIVATE)
     fetch.click(on_download, asked, None, **PRIVATE)
-    outputs = [tabs, form.fold, form.facts, form.gpus, *form.known]
-    filled = add.click(on_add, asked, outputs, **PRIVATE)
+    filled = add.click(on_add, asked, [tabs, *form.filled], **PRIVATE)
     described = [*form.inputs, form.at_once]
     filled.success(partial(preview, desk.manager), described, [form.fit, form.command], **QUIET)
 
 
 def form_of(manager: Manager, name: str | None, revision: str | None) -> tuple[Any, ...]:
-    """The registration form, opened and filled in with what was found: fold, facts, GPUs, …"""
+    """`ModelForm.filled` for what was found; nothing stays of a model that was typed before."""
     place = typed(name)
     facts, places = look_at(manager, place, revision)
     origin = ORIGINS[1] if place.startswith("/") else ORIGINS[0]
-    kind = guess_type(facts) or gr.skip()
-    known = (suggest_name(place), kind, origin, place, typed(revision))
-    return gr.Accordion(open=True), facts_line(facts), free_gpus(places) or gr.skip(), *known
+    gpus = free_gpus(places) or ([] if manager.hardware().gpus else [PROCESSOR])
+    return (
+        gr.Accordion(open=True), facts_line(facts),
+        suggest_name(place), guess_type(facts) or "chat", origin, place, "", "", typed(revision),
+        "", CpuPlacement().kv_cache_mib, 1, gpus, None, 0, "",
+    )  # fmt: skip
 
 
 def start_download(manager: Manager, name: str | None, revision: str | None) -> None:
@@ -27916,15 +27934,16 @@ setTimeout(() => sessionStorage.removeItem("reloads"), 30000);
       const front = document.querySelector('[role="tab"][aria-selected="true"]');
       const tab = encodeURIComponent(front?.textContent.trim() ?? "");
       const answer = await send("/news?tab=" + tab, {signal: AbortSignal.timeout(5000)});
-      if (!answer.ok) throw answer.status;
-      const news = await answer.json();
+      if ([401, 502, 503, 504].includes(answer.status)) throw answer.status;
+      // Any other is an answer, if not the one that was hoped for: nothing waits for a better one.
+      const news = answer.ok ? await answer.json() : {start: "START"};
       over = news.start !== "START";
       if (over && !typed) return location.reload();
       say(over ? "The console was started anew. What you typed can still be copied." : "", over);
       answered = Date.now();
       failures = 0;
       const known = document.querySelector(`#known-${news.tab} input`);
-      if (!known) wait = 50;
+      if (!known) wait = answer.ok ? 50 : wait;
       else if (known.value < news.number) document.getElementById(`news-${news.tab}`).click();
     } catch (fault) {
       failures += 1;

@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, cast
 
 import gradio as gr
@@ -31,7 +32,7 @@ from builders import (
     seen,
     the,
 )
-from fakes import a_world, some_tools
+from fakes import Server, a_world, some_tools
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
@@ -413,6 +414,64 @@ def test_a_refresh_is_one_look_however_many_pages_there_are() -> None:
     assert (told, kept) == ("two", gr.skip())
     assert newer > known
     assert lm.tell_news(news, "A", 0)[:2] == ["two", lm.summary_line(a_snapshot())]
+
+
+def test_a_view_that_fails_keeps_what_it_showed_and_shuts_no_other(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    clock, words = Hands(), ["one"]
+
+    def fails(_: lm.Snapshot) -> str:
+        return words[0]
+
+    news = lm.News(cast("lm.Watch", Looked()), clock)
+    news.add("A", [fails, lambda _: clock.now])
+    assert lm.tell_news(news, "A", 0)[:2] == ["one", 0]
+    words.clear()
+    for clock.now in (2, 4):
+        assert lm.tell_news(news, "A", 0)[:2] == ["one", clock.now]
+    assert len(caplog.records) == 1
+    news.add("B", [fails, lambda _: "well"])
+    assert lm.tell_news(news, "B", 0)[:2] == [gr.skip(), "well"], "it never showed anything"
+
+
+def test_what_cannot_be_checked_is_no_message_at_every_key(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def broken() -> None:
+        raise KeyError("x")
+
+    assert lm.typed_fault(broken) == ""
+    assert "KeyError" in caplog.text
+    assert "ladder" in lm.typed_fault(lambda: lm.parse_ladder(None))
+    assert lm.typed_fault(lambda: lm.parse_ladder("1")) == ""
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> lm.Desk:
+    """Of a server with one model, which is stopped."""
+    server = Server(tmp_path)
+    server.store.save(
+        replace(server.manager.state(), models=(a_model(wish="stopped"),), endpoint="stopped")
+    )
+    return lm.Desk(server.manager, lm.Watch(server.manager, seconds=3600))
+
+
+def test_a_form_that_is_filled_in_has_nothing_of_an_earlier_model(
+    desk: lm.Desk, tmp_path: Path
+) -> None:
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "config.json").write_text('{"architectures": ["Qwen3ForCausalLM"]}')
+    place = str(tmp_path / "weights")
+    _, _, *filled = lm.form_of(desk.manager, place, None)
+    raw = lm.registration(*filled)
+    assert raw == {
+        "name": "weights", "type": "chat", "source": {"kind": "local", "path": place},
+        "served_model_name": "weights", "engine_arguments": [], "image": None, "recipe": None,
+        "replicas": 1, "placement": {"kind": "cpu", "kv_cache_mib": 4096},
+    }  # fmt: skip
+    with gr.Blocks():
+        assert len(lm.build_model_form(desk).filled) == len(filled) + 2
 
 
 def test_the_audit_and_the_page_of_the_api_are_for_the_operator_alone(
