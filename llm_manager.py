@@ -25834,13 +25834,12 @@ class PlanCard:
 
 
 def build_plan_card(desk: Desk, changes: Mapping[str, Callable[[Any], Change]]) -> PlanCard:
-    """A hidden card that shows a plan and asks; `pending` holds (verb, subject)."""
+    """A hidden card that shows a plan and asks; `pending` holds (verb, subject, plan)."""
 
-    def on_confirm(pending: tuple[str, Any]) -> tuple[Any, None]:
+    def on_confirm(pending: tuple[str, Any, str]) -> tuple[Any, ...]:
         with shown_to_operator():
-            verb, subject = still_pending(pending)
-            desk.manager.start(changes[verb](subject))
-            return gr.update(visible=False), None
+            verb, subject, _ = still_pending(pending)
+            return confirmed_plan(desk, pending, changes[verb](subject))
 
     with gr.Group(visible=False, elem_classes="plan-card") as group:
         picture = gr.HTML(visible=False)
@@ -25849,9 +25848,8 @@ def build_plan_card(desk: Desk, changes: Mapping[str, Callable[[Any], Change]]) 
             confirm = gr.Button("Do it", variant="primary")
             leave = gr.Button("Not now")
     pending = gr.State(None)
-    confirmed = confirm.click(
-        on_confirm, pending, [group, pending], concurrency_id="change", **PRIVATE
-    )
+    every = [group, picture, text, pending]
+    confirmed = confirm.click(on_confirm, pending, every, concurrency_id="change", **PRIVATE)
     leave.click(lambda: (gr.update(visible=False), None), None, [group, pending], **PRIVATE)
     return PlanCard(group, picture, text, pending, confirmed)
 
@@ -25888,6 +25886,8 @@ def wire_rules(desk: Desk, fields: Sequence[Any], described: Callable[..., Chang
     said = gr.Markdown(elem_classes="rules")
     for typed_in in fields:
         typed_in.change(on_typed, [*fields], said, trigger_mode="always_last", **QUIET)
+
+
 def typed_fault(check: Callable[[], object]) -> str:
     """Why what is typed would be refused; a bug is the journal's, and no message at every key."""
     try:
@@ -25899,18 +25899,31 @@ def typed_fault(check: Callable[[], object]) -> str:
     return ""
 
 
-
-
 def planned(desk: Desk, verb: str, subject: Any, wished: Change) -> tuple[Any, ...]:
-    """What opens the card: the fit of what would be deployed, the plan, and how to confirm it."""
+    """What opens the card: a picture of what is cut or deployed, the plan, and what confirms it."""
     text = plan_markdown(wished.title, desk.manager.plan(wished))
-    fit = None
-    if verb == "deploy":
-        fit = desk.manager.weights.fit(desk.manager.state().model(subject))
-    if fit and fit.verdict and not fit.starts:
-        text = f"⚠️ It will probably not start there. **Do it** tries it all the same.\n\n{text}"
-    shown = gr.HTML(fit_html(fit) if fit else "", visible=fit is not None)
-    return gr.update(visible=True), shown, text, (verb, subject)
+    pending = (verb, subject, AUTOMATIC_DUMP.sub("", text))  # a dump's name is the time
+    picture, state = "", desk.manager.state()
+    if verb == "cut":
+        picture = planned_card(wished, state, desk.manager.hardware())
+    if verb == "deploy" and (fit := desk.manager.weights.fit(state.model(subject))):
+        picture = fit_html(fit)
+        if fit.verdict and not fit.starts:
+            text = f"⚠️ It will probably not start there. **Do it** tries it all the same.\n\n{text}"
+    return gr.update(visible=True), gr.HTML(picture, visible=bool(picture)), text, pending
+
+
+def confirmed_plan(desk: Desk, pending: tuple[str, Any, str], wished: Change) -> tuple[Any, ...]:
+    """What closes the card, once the plan that it shows is under way; else the plan of now."""
+    verb, subject, shown = pending
+    card, picture, text, now = planned(desk, verb, subject, wished)
+    if now[-1] != shown:
+        return card, picture, f"{PLAN_CHANGED}\n\n{text}", now
+    desk.manager.start(wished)
+    return gr.update(visible=False), gr.skip(), gr.skip(), None
+
+
+PLAN_CHANGED: Final = "⚠️ The server changed meanwhile: this is the plan now."
 
 
 def still_pending(asked: Any) -> Any:
@@ -26584,10 +26597,7 @@ def build_mig_planner(desk: Desk) -> None:
             if not uuid:
                 raise RefusedError("No GPU is chosen yet.", advice="Choose one first.")
             subject = f"{uuid}|{wish or ''}"
-            wished = change(subject)
-            text = plan_markdown(wished.title, desk.manager.plan(wished))
-            picture = planned_card(wished, desk.manager.state(), desk.manager.hardware())
-            return gr.update(visible=True), gr.HTML(picture, visible=True), text, ("cut", subject)
+            return planned(desk, "cut", subject, change(subject))
 
     with live(desk, gr.Accordion("Cut a GPU into MIG slices", open=False), planner_view):
         with gr.Row(elem_classes="actions"):
@@ -26743,9 +26753,11 @@ def build_direct_keys(desk: Desk) -> None:
             key = new_direct_key(typed(name), models or (), emergency=emergency)
             return *planned(desk, "grant", key, granting_direct(key)), key
 
-    def on_granted(key: DirectKey | None) -> tuple[Any, None]:
-        text = hand_out_direct(desk.manager.state(), key) if key else ""
-        return gr.update(value=text, visible=key is not None), None
+    def on_granted(key: DirectKey | None, pending: Any) -> tuple[Any, DirectKey | None]:
+        state = desk.manager.state()
+        text = hand_out_direct(state, key) if key in state.direct_keys else ""
+        # Where the plan changed meanwhile, the card still asks about the key.
+        return gr.update(value=text, visible=bool(text)), key if pending else None
 
     def described(*values: Any) -> Change | None:
         name, models, emergency = values
@@ -26772,7 +26784,7 @@ def build_direct_keys(desk: Desk) -> None:
         )  # fmt: skip
     fresh = gr.State(None)
     plan.click(on_plan, [name, models, emergency], [*card.outputs, fresh], **PRIVATE)
-    card.confirmed.success(on_granted, fresh, [secret, fresh], **PRIVATE)
+    card.confirmed.success(on_granted, [fresh, card.pending], [secret, fresh], **PRIVATE)
     wire_plan(desk, revoke, name, card, "revoke", revoking_direct)
 
 

@@ -457,6 +457,41 @@ def desk(tmp_path: Path) -> lm.Desk:
     return lm.Desk(server.manager, lm.Watch(server.manager, seconds=3600))
 
 
+def test_what_is_confirmed_is_what_was_shown(desk: lm.Desk) -> None:
+    manager, change = desk.manager, lm.deploying("chat")
+    *_, text, pending = lm.planned(desk, "deploy", "chat", change)
+    manager.save(lm.configuring_edge({"hostnames": ["gpu.lan"]}))
+    card, _, newer, now = lm.confirmed_plan(desk, pending, change)
+    assert card["visible"]
+    assert manager.jobs() == []
+    assert newer.startswith(lm.PLAN_CHANGED)
+    assert "gpu.lan" in newer
+    assert "gpu.lan" not in text
+    card, _, _, left = lm.confirmed_plan(desk, now, change)
+    assert (card["visible"], left) == (False, None)
+    assert [job.title for job in manager.jobs()] == [change.title]
+
+
+def test_the_time_in_the_name_of_a_dump_is_no_other_plan() -> None:
+    names = (lm.automatic_dump(NOW), lm.automatic_dump(NOW + timedelta(seconds=1)))
+    assert len({lm.AUTOMATIC_DUMP.sub("", f"dump into backups/{name}: x") for name in names}) == 1
+
+
+def test_only_a_key_that_opens_something_is_handed_out(desk: lm.Desk) -> None:
+    page, _ = lm.build_console(desk.manager, desk.watch)
+    on_granted = next(f.fn for f in page.fns.values() if f.name == "on_granted")
+    key = lm.new_direct_key("ada", (), emergency=False)
+    secret = key.secret.get_secret_value()
+    shown, kept = on_granted(key, None)
+    assert (shown["value"], shown["visible"], kept) == ("", False, None)
+    assert on_granted(key, ("grant", key, "another plan"))[1] == key
+    desk.manager.save(lm.granting_direct(key))
+    shown, kept = on_granted(key, None)
+    assert secret in shown["value"]
+    assert kept is None
+    assert on_granted(None, None)[0]["visible"] is False
+
+
 def test_a_form_that_is_filled_in_has_nothing_of_an_earlier_model(
     desk: lm.Desk, tmp_path: Path
 ) -> None:
