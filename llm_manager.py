@@ -27996,8 +27996,8 @@ def build_theme() -> gr.themes.Base:
     )
 
 
-# Gradio (6.31) keeps a copy of all that a page consists of, for the last 10,000 pages opened.
-PAGES: Final = 64
+# Gradio (6.31) keeps 2 MiB of each page, of the last 10,000 that were used.
+PAGES: Final = 24
 
 
 def build_console(manager: Manager, watch: Watch) -> tuple[gr.Blocks, News]:
