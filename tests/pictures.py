@@ -5,44 +5,27 @@ It starts the simulated server, opens every tab in the system's Chromium and wri
 
 from __future__ import annotations
 
-import contextlib
 import io
-import re
-import socket
-import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
 from pathlib import Path
 
-from browsing import FLAGS, button, open_console, open_tab, shown
+sys.path[:0] = [str(Path(__file__).parents[n] / part) for n, part in ((0, "browser"), (1, ""))]
+
+from browsing import FLAGS, button, chromium, open_console, open_tab, shown
+from demonstration import demonstrating
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 ROOT = Path(__file__).parent.parent
-CHROMIUM = "/usr/bin/chromium"
 WIDTH, HEIGHT = 1280, 900
 DARK = "-dark"
 # Of each picture its tab.
 PICTURES = {
     "overview": "Overview", "models": "Models", "library": "Library", "hardware": "Hardware",
-    "routes": "Routes", "keys": "Keys", "energy": "Energy", "benchmark": "Benchmark",
+    "routes": "Routes", "keys": "Keys & usage", "energy": "Energy", "benchmark": "Benchmark",
     "monitoring": "Monitoring", "system": "System", f"overview{DARK}": "Overview",
 }  # fmt: skip
-
-
-@contextlib.contextmanager
-def simulated() -> Iterator[str]:
-    """The address of a console over the simulated server."""
-    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as free:
-        port = str(free.getsockname()[1])
-    command = [sys.executable, str(ROOT / "llm_manager.py"), "demo", "--port", port]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as demo:
-        assert demo.stdout is not None
-        try:
-            found = (re.search(r"http://\S+token=\S+", line) for line in demo.stdout)
-            yield next(address[0] for address in found if address)
-        finally:
-            demo.terminate()
 
 
 def settle(page: Page) -> None:
@@ -89,10 +72,14 @@ def prepare(page: Page, name: str) -> None:
 
 
 def main(names: list[str]) -> None:
-    with simulated() as url, sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        demonstrating(Path(folder)) as demo,
+        sync_playwright() as playwright,
+    ):
+        browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
         for name in names or PICTURES:
-            take(browser, url, name)
+            take(browser, demo.url, name)
 
 
 if __name__ == "__main__":
