@@ -101,7 +101,7 @@ def test_a_model_that_failed_is_helped_by_another_cut_of_its_gpu(
     slices.fill("gpt-oss-20b=30, qwen-tts=8, llama-8b=18")
     slices.press("Enter")
     button(page, "Plan").click()
-    card = page.locator(".plan-card").filter(visible=True)
+    card = page.locator(".plan-card").filter(visible=True).first
     expect(card).to_contain_text("create the slice 2g.20gb at 4 of GPU 7")
     expect(card).to_contain_text("Interrupted")
     button(card, "Do it").click()
