@@ -25646,6 +25646,8 @@ def shown_to_operator() -> Iterator[None]:
 
 PRIVATE: Final[Json] = {"api_visibility": "private"}
 QUIET: Final[Json] = PRIVATE | {"show_progress": "hidden", "concurrency_limit": None}
+# What only reads goes past Gradio's queue: the page's script may ask it again after a cut.
+READING: Final[Json] = QUIET | {"queue": False}
 
 
 View = Callable[[Snapshot], Any]
@@ -25739,7 +25741,7 @@ def wire_live(desk: Desk, tabs: gr.Tabs) -> News:
         press = gr.Button(visible="hidden", elem_id=f"news-{number}")
         press.click(
             _teller(news, tab.label), known, [*(component for component, _ in shown), known],
-            queue=False, **QUIET,
+            **READING,
         )  # fmt: skip
     return news
 
@@ -25885,7 +25887,7 @@ def wire_rules(desk: Desk, fields: Sequence[Any], described: Callable[..., Chang
 
     said = gr.Markdown(elem_classes="rules")
     for typed_in in fields:
-        typed_in.change(on_typed, [*fields], said, trigger_mode="always_last", **QUIET)
+        typed_in.change(on_typed, [*fields], said, trigger_mode="always_last", **READING)
 
 
 def typed_fault(check: Callable[[], object]) -> str:
@@ -25962,7 +25964,7 @@ def wire_check(fields: Sequence[Any], check: Callable[..., object]) -> None:
 
     fault = gr.HTML()
     changes = [field.change for field in fields]
-    gr.on(changes, on_typed, [*fields], fault, trigger_mode="always_last", **QUIET)
+    gr.on(changes, on_typed, [*fields], fault, trigger_mode="always_last", **READING)
 
 
 def deletion_question(lines: Sequence[str], pending: Any) -> tuple[Any, ...]:
@@ -26265,8 +26267,8 @@ def wire_fit(desk: Desk, form: ModelForm) -> None:
         entered(on_source, every, [kind, form.facts, *seen], **QUIET)
     # Not `input`: Gradio (6.31) fires that for keys, and neither for a paste nor for Backspace.
     for changed in (arguments.change, *(choice.change for choice in form.inputs[8:]), kind.input):
-        changed(on_typed, every, seen, trigger_mode="always_last", **QUIET)
-    form.at_once.change(on_typed, every, seen, trigger_mode="always_last", **QUIET)
+        changed(on_typed, every, seen, trigger_mode="always_last", **READING)
+    form.at_once.change(on_typed, every, seen, trigger_mode="always_last", **READING)
 
 
 def preview(manager: Manager, *values: Any) -> tuple[str, Any]:
@@ -27966,9 +27968,17 @@ setTimeout(() => sessionStorage.removeItem("reloads"), 30000);
     timer = setTimeout(look, wait);
   };
   window.fetch = async (what, how) => {
-    while (how?.method === "POST" && (over || failures || Date.now() - answered > 5000))
-      await new Promise(done => setTimeout(done, 100));
-    return send(what, how);
+    if (how?.method !== "POST") return send(what, how);
+    for (;;) {
+      while (over || failures || Date.now() - answered > 5000)
+        await new Promise(done => setTimeout(done, 100));
+      try {
+        return await send(what, how);
+      } catch (fault) {
+        if (!String(what).includes("/run/")) throw fault;
+        failures += 1;  // what goes past the queue only reads: it is asked again
+      }
+    }
   };
   addEventListener("input", event => { typed ||= event.isTrusted; }, true);
   addEventListener("visibilitychange", look, true);

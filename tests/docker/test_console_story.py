@@ -179,12 +179,12 @@ def deploy(page: Page) -> None:
     page.get_by_role("button", name="Do it").click()
     expect(page.get_by_text("running for")).to_be_visible()
     # Gradio (6.31) ties no label to a text box with a copy button: found by their ids.
-    button(page, "What it did").click()
+    page.get_by_role("button", name="What it did").click()
     progress = page.locator("#job textarea")
     expect(progress).to_have_value(re.compile("wait until"), timeout=60_000)
     page.reload()
     # Another page, the same job from its first line on.
-    button(page, "What it did").click()
+    page.get_by_role("button", name="What it did").click()
     expect(progress).to_have_value(re.compile("^download acme/chat"))
     expect(page.get_by_text(re.compile("Deploy chat · done in"))).to_be_visible(
         timeout=DEPLOY_SECONDS * 1000
