@@ -131,7 +131,7 @@ def test_the_story_in_the_console_with_a_reload_in_the_middle(
 
 
 def revoke_after_a_question(page: Page, alias: str) -> None:
-    choose(page, "Key", alias)
+    choose(page, "Key (or click its row)", alias)
     button(page, "Revoke").click()
     expect(page.get_by_text("Its requests are refused from then on")).to_be_visible()
     button(page, "Not now").click()
