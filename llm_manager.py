@@ -40,7 +40,8 @@ Outline (search for "§5"; tests/test_layout.py keeps it true):
   §36 Programs           effects  the REST API, and who may use it
   §37 Terminal           effects  a live view for an SSH session
   §38 Console            effects  one builder per tab, and who may open it
-  §39 Main               effects  arguments, wiring, systemd
+  §39 Simulation         effects  a server that is only imagined, for `demo` and the tests
+  §40 Main               effects  arguments, wiring, systemd
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ from typing import Final
 
 PROGRAM: Final = Path(__file__).resolve()
 REQUIREMENTS: Final = PROGRAM.with_name("requirements.txt")
+RECIPES: Final = PROGRAM.with_name("recipes")
 ENVIRONMENT: Final = PROGRAM.with_name(".venv")
 STAMP: Final = ENVIRONMENT / ".requirements.sha256"
 # An upgraded distribution changes the Python under an environment, whose packages stay behind.
@@ -164,6 +166,7 @@ import math
 import operator
 import platform
 import pwd
+import random
 import re
 import secrets
 import select
@@ -181,11 +184,12 @@ import time
 import tty
 import uuid
 import wave
+import zoneinfo
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import UTC, date, datetime, timedelta
-from functools import cache, partial, reduce
+from datetime import UTC, date, datetime, timedelta, tzinfo
+from functools import cache, lru_cache, partial, reduce
 from getpass import getpass
 from http import HTTPStatus
 from typing import (
@@ -394,6 +398,11 @@ def format_duration(seconds: float) -> str:
             rest = whole % size // lesser_size
             return f"{whole // size} {unit}" + (f" {rest} {lesser}" if rest else "")
     return f"{whole} s"
+
+
+def format_time(at: datetime, zone: tzinfo = UTC) -> str:
+    """To the minute, in a reader's zone, which it names: 2026-03-31 14:05 CEST."""
+    return f"{at.astimezone(zone):%Y-%m-%d %H:%M %Z}"
 
 
 def format_size(size: float) -> str:
@@ -4317,6 +4326,32 @@ def parse_days(first: str, last: str, today: date, usual: int) -> tuple[date, da
     return _parse_day(first) or start, end
 
 
+OWN_DAYS: Final = "own days"
+RANGES: Final = (
+    "today and yesterday", "last 7 days", "last 30 days", "this month", "last month",
+    "last 365 days", OWN_DAYS,
+)  # fmt: skip
+
+
+def days_of(
+    choice: str | None, first: str | None, last: str | None, today: date
+) -> tuple[str, str]:
+    """The ends of one of `RANGES` as `parse_days` reads them; the operator's own where it is."""
+    month = today.replace(day=1)
+    match choice:
+        case "today and yesterday":
+            ends = (today - timedelta(days=1), today)
+        case "last 7 days" | "last 30 days" | "last 365 days":
+            ends = (today - timedelta(days=int(choice.split()[1]) - 1), today)
+        case "this month":
+            ends = (month, today)
+        case "last month":
+            ends = ((month - timedelta(days=1)).replace(day=1), month - timedelta(days=1))
+        case _:
+            return first or "", last or ""
+    return str(ends[0]), str(ends[1])
+
+
 def _parse_day(text: str) -> date | None:
     try:
         return date.fromisoformat(text) if text else None
@@ -5499,8 +5534,9 @@ def load_of(wish: BenchmarkWish, model: Model, context: int | None) -> Load:
     return load
 
 
-def parse_ladder(text: str) -> tuple[int, ...]:
+def parse_ladder(text: str | None) -> tuple[int, ...]:
     """Concurrencies as typed, such as 1,2,4: in ascending order, each once."""
+    text = text or ""
     words = re.split(r"[,\s]+", text.strip())
     rungs = sorted({int(word) for word in words if word.isascii() and word.isdecimal()})
     fine = all(word.isascii() and word.isdecimal() for word in words)
@@ -5870,7 +5906,7 @@ def replica_names(state: State, model: Model) -> tuple[ContainerName, ...]:
 # --- recipes -----------------------------------------------------------------
 
 # In recipes/ too, but nothing is built from them.
-NOT_BUILT: Final = frozenset({"vllm", "mig", "failures"})
+NOT_BUILT: Final = frozenset({"vllm", "mig", "failures", "demo"})
 
 EngineRole = Literal["vllm", "vllm_cpu", "vllm_omni"]
 # Every text ends up in a Dockerfile: a line break, an option or a continued line would change it.
@@ -6753,7 +6789,13 @@ def render_litellm_config(state: State, served: Sequence[ServedModel]) -> str:
         },
         **_WORDLESS_LOGS,
     }
-    return GENERATED_BANNER + yaml.dump(config, Dumper=YAML_DUMPER, sort_keys=False)
+    return GENERATED_BANNER + _yaml_of(json.dumps(config))
+
+
+@lru_cache(maxsize=8)
+def _yaml_of(as_json: str) -> str:
+    """Each look at the server plans, nearly always the same: sixty models take 8 ms to write."""
+    return str(yaml.dump(json.loads(as_json), Dumper=YAML_DUMPER, sort_keys=False))
 
 
 def _retention(housekeeping: Housekeeping) -> Json:
@@ -9523,7 +9565,7 @@ def deploying(name: str) -> Change:
         model = replace(state.model(name), wish="running")
         return replace(state.with_model(model), endpoint="running")
 
-    hint = "Next: a key for a colleague, in the tab Keys."
+    hint = "Next: a key for a colleague, in the tab Keys & usage."
     return Change(title=f"Deploy {name}", edit=edit, scope=_only(name), hint=hint)
 
 
@@ -9794,6 +9836,14 @@ def setting_hub_token(token: str) -> Change:
         return replace(state, secrets=replace(state.secrets, hugging_face_token=secret))
 
     return Change(title="Set the Hugging Face token", edit=edit)
+
+
+def renewing_console_key(key: pydantic.SecretStr) -> Change:
+    """Another access token of the console; every session that began with the old one ends."""
+    return Change(
+        title="Renew the console's access token",
+        edit=lambda state: replace(state, secrets=replace(state.secrets, console_key=key)),
+    )
 
 
 def pinning_image(role: str, image: str) -> Change:
@@ -11266,14 +11316,14 @@ def parse_audit(lines: Iterable[bytes]) -> list[AuditEntry]:
     return [*entries.values()]
 
 
-AUDIT_HEADERS: Final = ("When (UTC)", "Who", "Through", "What", "Result", "Took", "Job")
+AUDIT_HEADERS: Final = ("When", "Who", "Through", "What", "Result", "Took", "Job")
 
 
-def audit_rows(entries: Sequence[AuditEntry]) -> list[list[str]]:
+def audit_rows(entries: Sequence[AuditEntry], zone: tzinfo = UTC) -> list[list[str]]:
     """Newest first."""
     return [
         [
-            f"{entry.started_at:%Y-%m-%d %H:%M:%S}",
+            format_time(entry.started_at, zone),
             entry.who,
             entry.channel,
             entry.what,
@@ -11287,10 +11337,27 @@ def audit_rows(entries: Sequence[AuditEntry]) -> list[list[str]]:
     ]
 
 
+def version_choices(
+    versions: Sequence[tuple[int, datetime]], zone: tzinfo
+) -> list[tuple[str, str]]:
+    """Earlier versions of the state by when they were written, the newest first."""
+    return [
+        (f"{number}, as of {format_time(written_at, zone)}", str(number))
+        for number, written_at in reversed(versions)
+    ]
+
+
 def audit_csv(entries: Sequence[AuditEntry]) -> str:
     """Oldest first, times in ISO 8601."""
     plain = (_AUDIT_ENTRY.dump_python(entry, mode="json") for entry in entries)
     return render_csv([f.name for f in fields(AuditEntry)], (each.values() for each in plain))
+
+
+@dataclass(frozen=True, slots=True)
+class FirstRun:
+    """What a newcomer has done that neither the state nor the server tells."""
+
+    has_key: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -11317,11 +11384,22 @@ class Snapshot:
     traffic: Rise | None = None  # at the gateway: "successes", and "failures" by reason
     providers: tuple[ProviderHealth, ...] = ()
     failed: tuple[AuditEntry, ...] = ()  # changes, the newest first
+    changes: tuple[AuditEntry, ...] = ()  # the last ones, oldest first
+    alerts: tuple[Alert, ...] = ()  # of Prometheus
+    disk_free_bytes: int | None = None  # where the state lies
+    first_run: FirstRun | None = None  # None: the first steps are done
+    dismissed: frozenset[str] = frozenset()  # ended jobs that the operator has done with
+    zone: tzinfo = UTC  # of who reads it
+
+    @property
+    def now(self) -> datetime:
+        """When it is shown: jobs go on while a look at the server takes long."""
+        return self.shown_at or self.taken_at
 
     @property
     def seconds_old(self) -> float:
         """How long ago the server was last looked at; much, where something in it hangs."""
-        return (self.shown_at - self.taken_at).total_seconds() if self.shown_at else 0.0
+        return (self.now - self.taken_at).total_seconds()
 
     @property
     def state_has_models(self) -> bool:
@@ -11468,63 +11546,121 @@ def direct_rows(state: State) -> list[list[str]]:
     ]
 
 
-def curl_example(edge: Edge, served_model_name: str, key: str) -> str:
+def curl_example(edge: Edge, served_model_name: str, key: str, kind: ModelType = "chat") -> str:
     """A request that a colleague can paste; Caddy's own authority needs `-k` or its root."""
     insecure = "-k " if isinstance(edge.tls, InternalTls) else ""
-    body = {"model": served_model_name, "messages": [{"role": "user", "content": "Hello"}]}
-    return (
-        f"curl {insecure}{base_url(edge)}/chat/completions \\\n"
-        f"  -H 'Authorization: Bearer {key}' \\\n"
-        "  -H 'Content-Type: application/json' \\\n"
-        f"  -d '{json.dumps(body)}'"
+    asked = readiness_request(kind, served_model_name, "Hello")
+    body = asked.fields
+    if kind in {"chat", "vision"}:
+        body = {"model": served_model_name, "messages": [{"role": "user", "content": "Hello"}]}
+    sent = (
+        [f"-F model={served_model_name}", "-F file=@speech.wav"]
+        if asked.audio
+        else ["-H 'Content-Type: application/json'", f"-d '{json.dumps(body)}'"]
     )
+    kept = ["-o speech.wav"] if kind == "text-to-speech" else []
+    lines = [
+        f"curl {insecure}{base_url(edge)}{asked.path.removeprefix('/v1')}",
+        f"-H 'Authorization: Bearer {key}'", *sent, *kept,
+    ]  # fmt: skip
+    return " \\\n  ".join(lines)
+
+
+AttentionVerb = Literal["open", "free", "log", "deploy", "restart", "apply"]
 
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """One thing that needs the operator, and where to act."""
+    """One thing that needs the operator, where to act, and what its one button does."""
 
     text: str
     tab: str
+    verb: AttentionVerb = "open"
+    subject: str = ""  # the model that it is about
+
+    @property
+    def button(self) -> str:
+        return ATTENTION_BUTTONS.get(self.verb, f"Open {self.tab}")
+
+
+ATTENTION_BUTTONS: Final[Mapping[AttentionVerb, str]] = {
+    "free": "Free space", "log": "Show log", "deploy": "Deploy again", "restart": "Restart",
+    "apply": "Review and apply",
+}  # fmt: skip
 
 
 def attention(snapshot: Snapshot) -> list[Attention]:
-    """What needs the operator now; empty when all is well."""
+    """What needs the operator now, the worst first; empty when all is well."""
+    state, observed = snapshot.state, snapshot.observed
     found = [Attention(str(fault), "System") for fault in snapshot.faults]
     if snapshot.seconds_old > OLD_SECONDS:
         age = format_duration(snapshot.seconds_old)
         found.append(Attention(f"This page shows the server of {age} ago: it hangs.", "System"))
+    if state and observed and running_job(snapshot) is None and is_database_down(state, observed):
+        found.insert(0, Attention(DATABASE_DOWN, "System"))
     found += [Attention(text, "Hardware") for text in hardware_matters(snapshot.hardware)]
+    if state is not None and observed is not None:
+        found += model_matters(snapshot, state, observed)
+        found += [Attention(text, "Routes") for text in provider_matters(snapshot, state)]
+        found += [Attention(text, "Monitoring") for text in alert_matters(snapshot.alerts)]
+        found += [Attention(text, "Routes") for text in hollow_routes(state)]
+        found += [Attention(t, "System") for t in certificate_matters(observed, snapshot.taken_at)]
+    if snapshot.disk_free_bytes is not None and snapshot.disk_free_bytes < LOW_DISK_BYTES:
+        free = format_size(snapshot.disk_free_bytes)
+        found.append(Attention(f"Only {free} are free on this server's disk.", "Library", "free"))
+    found += [Attention(text, "System") for text in database_matters(snapshot.database)]
     if snapshot.energy.trouble:
         found.append(Attention(snapshot.energy.trouble, "Energy"))
-    state, observed = snapshot.state, snapshot.observed
-    if state is None or observed is None:
-        return found
-    failed = [
-        m for m in state.models
-        if phase_of(state, m, observed, is_busy(snapshot, m)) == "failed"
-    ]  # fmt: skip
-    unknown = "should run and does not. Read its log, then deploy it again."
-    found += [
-        Attention(snapshot.fates.get(m.name, f"{m.name} {unknown}"), "Models") for m in failed
+    return [*found, *plan_matters(snapshot)]
+
+
+LOW_DISK_BYTES: Final = 20 * 1024**3
+
+
+def model_matters(snapshot: Snapshot, state: State, observed: Observed) -> Iterator[Attention]:
+    """Models that are down, then those that work on nothing."""
+    for model in state.models:
+        if phase_of(state, model, observed, is_busy(snapshot, model)) == "failed":
+            unknown = f"{model.name} should run and does not. Read its log, then deploy it again."
+            # Its fate tells what its log said.
+            verb: AttentionVerb = "deploy" if model.name in snapshot.fates else "log"
+            yield Attention(snapshot.fates.get(model.name, unknown), "Models", verb, model.name)
+    for name, text in snapshot.hung.items():
+        yield Attention(text, "Models", "restart", name)
+
+
+def provider_matters(snapshot: Snapshot, state: State) -> list[str]:
+    """Providers that LiteLLM leaves out, or tries again after it did."""
+    names = {provider.name for provider in state.providers}
+    out = {
+        target: circuit.reason or "it gives no reason"
+        for key, circuit in sorted(snapshot.health.circuits.items())
+        if (target := key.partition("@")[2]).partition("/")[0] in names
+        and circuit.state in {"unavailable", "cool-down"}
+    }
+    return [f"{target} does not answer: {reason.rstrip('.')}." for target, reason in out.items()]
+
+
+def alert_matters(alerts: Sequence[Alert]) -> list[str]:
+    """The alerts that fire, one line for all of a kind."""
+    firing: dict[str, list[str]] = {}
+    for alert in alerts:
+        if alert.state == "firing":
+            firing.setdefault(alert.name, []).append(alert.text)
+    return [
+        f"Alert {name}{f', {len(texts)} times' * (len(texts) > 1)}: {texts[0]}"
+        for name, texts in sorted(firing.items())
     ]
-    found += [Attention(text, "Models") for text in snapshot.hung.values()]
-    found += [Attention(text, "Routes") for text in hollow_routes(state)]
-    found += [Attention(t, "System") for t in certificate_matters(observed, snapshot.taken_at)]
-    if running_job(snapshot) is None and is_database_down(state, observed):
-        found.insert(0, Attention(DATABASE_DOWN, "System"))
-    found += [Attention(text, "System") for text in database_matters(snapshot.database)]
+
+
+def plan_matters(snapshot: Snapshot) -> list[Attention]:
+    """How far the server is from what is wished, unless somebody is at it."""
     fetching = any(job.fetching for job in snapshot.jobs)
-    if snapshot.plan and running_job(snapshot) is None and not fetching:
-        count = sum(len(stage.steps) for stage in snapshot.plan.stages)
-        found.append(
-            Attention(
-                f"{count} step{'s' * (count > 1)} away from what is wished. "
-                "Review and apply the plan.",
-                "System",
-            )
-        )
-    return found
+    if not snapshot.plan or running_job(snapshot) is not None or fetching:
+        return []
+    count = sum(len(stage.steps) for stage in snapshot.plan.stages)
+    text = f"{count} step{'s' * (count > 1)} away from what is wished. Review and apply the plan."
+    return [Attention(text, "System", "apply")]
 
 
 OLD_SECONDS: Final = 30.0
@@ -11597,12 +11733,12 @@ def database_text(snapshot: Snapshot) -> str:
     )
 
 
-def dump_rows(dumps: Sequence[Dump]) -> list[list[str]]:
+def dump_rows(dumps: Sequence[Dump], zone: tzinfo = UTC) -> list[list[str]]:
     return [
         [
             dump.file,
             format_size(dump.size_bytes),
-            f"{dump.taken_at:%Y-%m-%d %H:%M:%S} UTC",
+            format_time(dump.taken_at, zone),
             "makes way" if dump.automatic else "stays",
         ]
         for dump in dumps
@@ -11610,6 +11746,26 @@ def dump_rows(dumps: Sequence[Dump]) -> list[list[str]]:
 
 
 DUMP_HEADERS: Final = ("Dump", "Size", "Taken", "For newer ones it")
+
+
+def dump_table(snapshot: Snapshot) -> Json:
+    """Its rows, where there are any."""
+    rows = dump_rows(snapshot.dumps, snapshot.zone)
+    return {"value": rows} | gone_unless(rows)
+
+
+def dump_choices(snapshot: Snapshot) -> Json:
+    return {"choices": [dump.file for dump in snapshot.dumps]}
+
+
+def dumps_text(snapshot: Snapshot) -> str:
+    return "" if snapshot.dumps else NO_DUMPS
+
+
+NO_DUMPS: Final = (
+    "There is no dump yet. A dump is the way back for keys, groups and usage: take one before an "
+    "upgrade, and copy it to another server."
+)
 
 
 def hardware_matters(hardware: Hardware) -> list[str]:
@@ -11621,18 +11777,6 @@ def hardware_matters(hardware: Hardware) -> list[str]:
             "No container that needs a GPU is made anew until then."
         )
     return [*found, *hardware.lost]
-
-
-def next_step(snapshot: Snapshot) -> Attention | None:
-    """What a newcomer does next, until the first model serves."""
-    state, observed = snapshot.state, snapshot.observed
-    if state is None or observed is None or snapshot.faults:
-        return None
-    if not state.models:
-        return Attention("Register your first model.", "Models")
-    if not state.wished_models:
-        return Attention(f"Deploy {state.models[0].name}.", "Models")
-    return None
 
 
 def summary_line(snapshot: Snapshot) -> str:
@@ -11879,12 +12023,20 @@ class Check:
 def check_rows(checks: Sequence[Check]) -> list[list[str]]:
     return [
         [check.name, "ok" if check.ok else "not ok", check.text, "" if check.ok else check.advice]
-        for check in checks
+        for check in sorted(checks, key=lambda check: check.ok)
     ]
 
 
+def checks_text(checks: Sequence[Check]) -> str:
+    """The verdict of all of them, in a sentence."""
+    wrong = sum(not check.ok for check in checks)
+    if not wrong:
+        return f"All {len(checks)} checks are ok."
+    return f"**{wrong} of {len(checks)} checks are not ok:** see its advice."
+
+
 KEY_HEADERS: Final = (
-    "For", "Key", "Group", "Models", "State", "Limits", "Used", "Expires", "Last used", "Created",
+    "For", "Group", "State", "Used", "Last used", "Expires", "Limits", "Models", "Key", "Created",
 )  # fmt: skip
 
 
@@ -11893,18 +12045,35 @@ def key_rows(keys: Sequence[VirtualKey], now: datetime) -> list[list[str]]:
     return [
         [
             key.settings.alias,
-            key.hint,
             key.settings.group,
-            ", ".join(key.settings.models) or "all",
             key_state(key, now),
-            limits_text(key.settings),
             used_text(key.settings, key.used),
-            format_day(key.settings.expires_at) or "never",
             format_day(key.last_used_at) or "never",
+            format_day(key.settings.expires_at) or "never",
+            limits_text(key.settings),
+            ", ".join(key.settings.models) or "all",
+            key.hint,
             format_day(key.created_at),
         ]
         for key in keys
     ]
+
+
+def keys_text(keys: Sequence[VirtualKey], now: datetime) -> str:
+    """How many keys there are in which state; without one, what they are for."""
+    states = Counter(key_state(key, now) for key in keys)
+    counted = ", ".join(f"{count} {state}" for state, count in states.most_common())
+    return f"**{len(keys)} key{'s' * (len(keys) > 1)}:** {counted}." if keys else NO_KEYS
+
+
+NO_KEYS: Final = (
+    "There is no key yet. A key lets one colleague ask your models, within limits that you set, "
+    "and tells their use apart. **Say for whom below, and create it.**"
+)
+NO_GROUPS: Final = (
+    "There is no group yet. A group, such as a course, shares one allowance among its keys, and "
+    "its use is added up. **Name one below, and save it.**"
+)
 
 
 def key_facts(key: VirtualKey, now: datetime) -> Json:
@@ -11931,7 +12100,9 @@ def used_text(allowance: Allowance, used: float) -> str:
     told = f"{used:,.0f}" if used >= 100 else f"{used:.3g}"  # noqa: PLR2004 - three digits
     if 0 < used < 0.01:  # noqa: PLR2004 - which reads better as tokens
         return f"{used * 1e6:,.0f} tokens{f' of {budget}' if budget else ''}"
-    return f"{told} of {budget}" if budget else f"{told} million tokens"
+    if not budget:
+        return f"{told} million tokens" if used else "nothing"
+    return f"{told} of {budget}"
 
 
 GROUP_HEADERS: Final = ("Group", "Keys", "Models", "State", "Limits", "Used", "Resets")
@@ -12002,13 +12173,9 @@ def keyed(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Json]:
     return [dict(zip(keys, row, strict=True)) for row in rows]
 
 
-def overview_text(snapshot: Snapshot) -> str:
-    """What needs the operator, or the newcomer's next step; silent when all is well."""
-    matters = attention(snapshot)
-    if matters:
-        return "\n".join(f"- ⚠️ {plain(m.text)} → tab **{m.tab}**" for m in matters)
-    step = next_step(snapshot)
-    return f"**Next:** {plain(step.text)} → tab **{step.tab}**" if step else ""
+def fault_html(text: str) -> str:
+    """What is wrong with what is typed; a screen reader tells it when it appears."""
+    return f'<p class="typed-fault" role="status">{html.escape(text)}</p>'
 
 
 def plain(text: str) -> str:
@@ -12124,6 +12291,10 @@ def model_choices(snapshot: Snapshot) -> Json:
     return {"choices": names} | ({"value": names[0]} if len(names) == 1 else {})
 
 
+def has_tokens(snapshot: Snapshot) -> Json:
+    return gone_unless(snapshot.state and snapshot.state.admin_tokens)
+
+
 def token_choices(snapshot: Snapshot) -> Json:
     tokens = snapshot.state.admin_tokens if snapshot.state else ()
     return {"choices": [token.name for token in tokens]}
@@ -12185,13 +12356,26 @@ def is_busy(snapshot: Snapshot, model: Model) -> bool:
     return fetching or running_job(snapshot) is not None
 
 
+ShownPhase = Phase | Literal["hung", "unknown"]
+
+
+def standing(snapshot: Snapshot, model: Model) -> ShownPhase:
+    """How a model stands, for eyes: its phase, unless nobody knows it or it works on nothing."""
+    if snapshot.state is None or snapshot.observed is None:
+        return "unknown"
+    if model.name in snapshot.hung:
+        return "hung"
+    return phase_of(snapshot.state, model, snapshot.observed, is_busy(snapshot, model))
+
+
 def shown_job(snapshot: Snapshot) -> JobView | None:
-    """The change that is under way, else the newest job."""
-    return running_job(snapshot) or next(iter(snapshot.jobs), None)
+    """The change that is under way, else the newest job that nobody has done with."""
+    others = (job for job in snapshot.jobs if job.id not in snapshot.dismissed)
+    return running_job(snapshot) or next(others, None)
 
 
 def job_group(snapshot: Snapshot) -> Json:
-    return {"visible": bool(snapshot.jobs)}
+    return {"visible": shown_job(snapshot) is not None}
 
 
 def job_title(snapshot: Snapshot) -> str:
@@ -12200,7 +12384,7 @@ def job_title(snapshot: Snapshot) -> str:
     if job is None:
         return ""
     if job.finished_at is None:
-        elapsed = format_duration((snapshot.taken_at - job.started_at).total_seconds())
+        elapsed = format_duration((snapshot.now - job.started_at).total_seconds())
         far = f" · {plain(job.progress)}" if job.progress else ""
         return f"**{plain(job.title)}** · running for {elapsed}{far}"
     took = format_duration((job.finished_at - job.started_at).total_seconds())
@@ -12210,13 +12394,15 @@ def job_title(snapshot: Snapshot) -> str:
     return f"**{plain(job.title)}** · done in {took}. {job.hint}"
 
 
-def job_log(snapshot: Snapshot) -> Json:
-    """The shown job's lines, while they matter: it runs, or it failed."""
+def job_log(snapshot: Snapshot) -> str:
     job = shown_job(snapshot)
-    if job is None:
-        return {"visible": False}
-    matters = job.finished_at is None or job.fault is not None
-    return {"value": "\n".join(job.lines), "visible": matters}
+    return "\n".join(job.lines) if job else ""
+
+
+def job_fold(snapshot: Snapshot) -> Json:
+    """Opened where the lines may tell why it failed."""
+    job = shown_job(snapshot)
+    return {"open": bool(job and job.fault and not job.cancelled)}
 
 
 def offering_job(snapshot: Snapshot) -> JobView | None:
@@ -12239,9 +12425,16 @@ def offer_text(snapshot: Snapshot) -> str:
     )
 
 
-def job_cancel(snapshot: Snapshot) -> Json:
-    job = shown_job(snapshot)
-    return {"visible": job is not None and job.finished_at is None}
+def bar_html(job: JobView) -> str:
+    """How far a job is, where it tells."""
+    if job.done_part is None:
+        return ""
+    name = html.escape(job.title, quote=True)
+    return (
+        f'<div class="task-bar" role="progressbar" aria-label="{name}" aria-valuemin="0" '
+        f'aria-valuemax="100" aria-valuenow="{job.done_part * 100:.0f}">'
+        f'<div style="width:{job.done_part:.1%}"></div></div>'
+    )
 
 
 ORIGINS: Final = ("Hugging Face hub", "a directory of this server")
@@ -12325,13 +12518,28 @@ def form_of_key(settings: KeySettings, now: datetime, names: Sequence[str]) -> l
     return [held[name] for name in names]
 
 
-TLS_CHOICES: Final = ("internal", "own", "acme")
+TLS_CHOICES: Final = (
+    ("of Caddy's own authority, which clients must be told to trust", "internal"),
+    ("files of this server", "own"),
+    ("fetched and renewed over the internet (ACME)", "acme"),
+)
 TLS_DETAILS: Final = {
-    "certificate_path": "Certificate file (own)",
-    "key_path": "Key file (own)",
-    "email": "E-mail (acme)",
-    "directory_url": "Directory (acme; empty: Let's Encrypt)",
+    "certificate_path": "Certificate file on this server",
+    "key_path": "Key file on this server",
+    "email": "E-mail for the authority",
+    "directory_url": "Directory (empty: Let's Encrypt)",
 }
+TLS_DETAIL_KINDS: Final = ("own", "own", "acme", "acme")
+
+
+def shown_tls_details(kind: str | None) -> list[Json]:
+    """Updates of the fields of `TLS_DETAILS`: those of other kinds are not there."""
+    return [gone_unless(of == kind) for of in TLS_DETAIL_KINDS]
+
+
+def gone_unless(wanted: object) -> Json:
+    """An update of what is on the page only where it is of use."""
+    return {"visible": bool(wanted)}
 
 
 def tls_detail(key: str, edge: Edge) -> str:
@@ -12468,7 +12676,7 @@ def monitoring_text(snapshot: Snapshot) -> str:
     """Whether it is on, where its dashboards are, and who is told, for the console."""
     state = snapshot.state
     if state is None or not state.monitoring:
-        return "Monitoring is off."
+        return MONITORING_OFF
     settings, address = state.monitoring_settings, grafana_url(state.edge)
     told = [where for where, known in (("a webhook", settings.webhook), ("mail", settings.mail))
             if known is not None]  # fmt: skip
@@ -12478,6 +12686,30 @@ def monitoring_text(snapshot: Snapshot) -> str:
         " `llm_manager.py monitoring password` prints. Series are kept for"
         f" {settings.retention_days} days or {settings.retention_gb} GB. Alerts go to"
         f" {' and '.join(told) or 'nobody'}."
+    )
+
+
+MONITORING_OFF: Final = (
+    "Monitoring is off. Switched on, it keeps series of what models, GPUs and keys do, draws them "
+    "in Grafana, and tells you by mail or webhook what needs you while no page is open."
+)
+
+
+def while_monitored(snapshot: Snapshot) -> Json:
+    return gone_unless(snapshot.state and snapshot.state.monitoring)
+
+
+def while_unmonitored(snapshot: Snapshot) -> Json:
+    return gone_unless(snapshot.state and not snapshot.state.monitoring)
+
+
+def alerts_text(seen: Watched) -> str:
+    """How many alerts there are, and of the targets how many do not answer."""
+    firing = sum(alert.state == "firing" for alert in seen.alerts)
+    down = sum(target.up is False for target in seen.targets)
+    return (
+        f"**{firing or 'No'} alert{'s' * (firing > 1)} firing**, {len(seen.alerts) - firing} "
+        f"pending; {down or 'none'} of {len(seen.targets)} targets down."
     )
 
 
@@ -12508,10 +12740,10 @@ def watched_rows(seen: Watched) -> list[list[str]]:
     ]  # fmt: skip
 
 
-def alert_rows(seen: Watched) -> list[list[str]]:
+def alert_rows(seen: Watched, zone: tzinfo = UTC) -> list[list[str]]:
     """A row for each alert, the firing ones first."""
     return [
-        [each.name, each.state, f"{each.since:%Y-%m-%d %H:%M} UTC", each.text]
+        [each.name, each.state, format_time(each.since, zone), each.text]
         for each in sorted(seen.alerts, key=lambda a: (a.state != "firing", a.name, a.text))
     ]
 
@@ -12829,16 +13061,20 @@ class Block:
     look: Look
 
 
-_LOOKS: Final[Mapping[Phase, Look]] = {
+_LOOKS: Final[Mapping[ShownPhase, Look]] = {
     "ready": "ready", "starting": "busy", "pending": "busy", "stopping": "busy",
-    "failed": "failed", "stopped": "empty",
+    "failed": "failed", "hung": "failed", "stopped": "empty",
 }  # fmt: skip
+Stands = Callable[[Model], ShownPhase]
 
 
-def card_blocks(gpu: Gpu, state: State, observed: Observed | None) -> list[Block]:
-    """A card from its first memory slice to its last; a whole GPU by its models' fractions."""
+def card_blocks(gpu: Gpu, state: State, stands: Stands | None) -> list[Block]:
+    """A card from its first memory slice to its last; a whole GPU by its models' fractions.
+
+    Where nobody knows how models stand, they are named alone.
+    """
     if gpu.mig_enabled and gpu.geometry is not None:
-        return _slice_blocks(gpu, gpu.geometry, state, observed)
+        return _slice_blocks(gpu, gpu.geometry, state, stands)
     blocks: list[Block] = []
     here = 0.0
     mine = [
@@ -12847,7 +13083,7 @@ def card_blocks(gpu: Gpu, state: State, observed: Observed | None) -> list[Block
     for model in sorted(mine, key=lambda m: m.wish):  # running before stopped
         share = min(gpu_share(model), 1.0)
         if here + share <= 1 + ROUNDING:
-            blocks.append(_model_block(here, share, f"{share:.0%}", [model], state, observed))
+            blocks.append(_model_block(here, share, f"{share:.0%}", [model], stands))
             here += share
     if here < 1 - ROUNDING:
         blocks.append(Block(start=here, size=1 - here, title="free", text="", look="free"))
@@ -12855,7 +13091,7 @@ def card_blocks(gpu: Gpu, state: State, observed: Observed | None) -> list[Block
 
 
 def _slice_blocks(
-    gpu: Gpu, geometry: MigGeometry, state: State, observed: Observed | None
+    gpu: Gpu, geometry: MigGeometry, state: State, stands: Stands | None
 ) -> list[Block]:
     whole, blocks = geometry.memory_units, []
     here = 0
@@ -12865,7 +13101,7 @@ def _slice_blocks(
             blocks.append(_gap(here, device.start, whole))
         models = [m for m in state.models if is_on(m, gpu, device.slice)]
         start, part = device.start / whole, size / whole
-        blocks.append(_model_block(start, part, device.profile, models, state, observed))
+        blocks.append(_model_block(start, part, device.profile, models, stands))
         here = device.start + size
     return [*blocks, *([_gap(here, whole, whole)] if here < whole else [])]
 
@@ -12877,17 +13113,16 @@ def _gap(start: int, end: int, whole: int) -> Block:
 
 
 def _model_block(
-    start: float, size: float, title: str, models: Sequence[Model], state: State,
-    observed: Observed | None,
-) -> Block:  # fmt: skip
+    start: float, size: float, title: str, models: Sequence[Model], stands: Stands | None
+) -> Block:
     running = [m for m in models if m.wish == "running"] or list(models)
     if not running:
         return Block(start=start, size=size, title=title, text="empty", look="empty")
-    if observed is None:
+    if stands is None:
         names = ", ".join(m.name for m in running)
         look: Look = "busy" if running[0].wish == "running" else "empty"
         return Block(start=start, size=size, title=title, text=names, look=look)
-    phases = [phase_of(state, m, observed, busy=False) for m in running]
+    phases = [*map(stands, running)]
     text = ", ".join(f"{m.name}: {phase}" for m, phase in zip(running, phases, strict=True))
     return Block(start=start, size=size, title=title, text=text, look=_LOOKS[phases[0]])
 
@@ -12900,11 +13135,15 @@ def card_html(gpu: Gpu, blocks: Sequence[Block], note: str = "") -> str:
         f"<b>{html.escape(block.title)}</b><span>{html.escape(block.text)}</span></div>"
         for block in blocks
     )
-    facts = " · ".join(
-        (memory_text(gpu), f"load {_known(gpu.utilisation_percent, '%')}",
-         _known(gpu.temperature_c, "°C"), power_text(gpu))
+    told = (
+        memory_text(gpu), f"load {_known(gpu.utilisation_percent, '%')}",
+        _known(gpu.temperature_c, "°C"), power_text(gpu),
     )  # fmt: skip
-    head = f"<b>{html.escape(gpu.title)}</b> {html.escape(gpu.name or UNKNOWN)}"
+    facts = (
+        " · ".join(text for text in told if UNKNOWN not in text) or "the driver tells no figures"
+    )
+    name = (gpu.name or UNKNOWN).removeprefix("NVIDIA ")
+    head = f"<b>{html.escape(gpu.title)}</b> {html.escape(name)}"
     foot = f'<div class="card-foot">{html.escape(note)}</div>' if note else ""
     return (
         f'<div class="gpu-card" role="img" aria-label="{html.escape(gpu.title, quote=True)}">'
@@ -12918,10 +13157,111 @@ def cards_html(snapshot: Snapshot) -> str:
     state, observed = snapshot.state, snapshot.observed
     if state is None:
         return ""
-    return "".join(
-        card_html(gpu, card_blocks(gpu, state, observed), card_note(gpu, state, observed))
+    stands = partial(standing, snapshot) if observed else None
+    cards = "".join(
+        card_html(gpu, card_blocks(gpu, state, stands), card_note(gpu, state, observed))
         for gpu in snapshot.hardware.gpus
     )
+    return f'<div class="gpu-cards">{cards}</div>' if cards else ""
+
+
+def gpu_tiles_html(snapshot: Snapshot) -> str:
+    """Every GPU in little room, with what sits on it, and the models on the processor."""
+    state, observed = snapshot.state, snapshot.observed
+    if state is None:
+        return ""
+    stands = partial(standing, snapshot) if observed else None
+    tiles = "".join(
+        _tile_html(
+            # What the sampler measured over a while says more than one look.
+            replace(gpu, power_w=snapshot.energy.gpu_watts.get(gpu.uuid) or gpu.power_w),
+            card_blocks(gpu, state, stands),
+            card_note(gpu, state, observed),
+        )
+        for gpu in snapshot.hardware.gpus
+    )
+    grid = f'<div class="gpu-tiles" role="list" aria-label="GPUs">{tiles}</div>' if tiles else ""
+    return f"{grid}{_processor_html(state, snapshot)}"
+
+
+def _tile_html(gpu: Gpu, blocks: Sequence[Block], note: str) -> str:
+    parts = "".join(
+        f'<div class="slice {block.look}" style="left:{block.start:.2%};width:{block.size:.2%}" '
+        f'title="{html.escape(f"{block.title} {block.text}".strip(), quote=True)}">'
+        f"<b>{html.escape(block.text or block.title)}</b></div>"
+        for block in blocks
+    )
+    # A name needs about a third of a tile to be read in it.
+    narrow = [b for b in blocks if b.size < TILE_NAME_PART and b.look not in {"empty", "free"}]
+    named = ", ".join(f"{block.text} ({block.title})" for block in narrow)
+    heat = "" if gpu.temperature_c is None else _known(gpu.temperature_c, "°C")
+    lines = "".join(
+        f'<div class="tile-note">{html.escape(text)}</div>' for text in (named, note) if text
+    )
+    name = (gpu.name or UNKNOWN).removeprefix("NVIDIA ")
+    return (
+        f'<div role="listitem"><div class="gpu-tile" role="img" '
+        f'aria-label="{html.escape(card_text(gpu, blocks, note), quote=True)}">'
+        f'<div class="tile-head"><b>{html.escape(gpu.title)}</b><span>{html.escape(name)}</span>'
+        f'<span class="tile-heat">{heat}</span></div><div class="card-bar">{parts}</div>'
+        + _meter_html("Memory", memory_text(gpu), _part(gpu.memory_used_mib, gpu.memory_mib))
+        + _meter_html("Power", power_text(gpu), _part(gpu.power_w, gpu.power_limit_w))
+        + f"{lines}</div></div>"
+    )
+
+
+TILE_NAME_PART: Final = 0.34
+
+
+def card_text(gpu: Gpu, blocks: Sequence[Block], note: str) -> str:
+    """A card in words, for who does not see its picture."""
+    on_it = "; ".join(f"{block.title} {block.text}".strip() for block in blocks)
+    facts = (
+        f"{gpu.title}, {gpu.name or UNKNOWN}", f"memory {memory_text(gpu)}",
+        f"power {power_text(gpu)}", f"temperature {_known(gpu.temperature_c, '°C')}",
+    )  # fmt: skip
+    return ". ".join(filter(None, (", ".join(facts), f"On it: {on_it}", note)))
+
+
+def _part(value: float | None, whole: float | None) -> float | None:
+    return None if value is None or not whole else min(value / whole, 1.0)
+
+
+def _meter_html(title: str, text: str, part: float | None) -> str:
+    bar = "" if part is None else f'<div style="width:{part:.1%}"></div>'
+    return (
+        f'<div class="tile-meter"><span>{title}</span><div class="meter">{bar}</div>'
+        f"<span>{html.escape(text)}</span></div>"
+    )
+
+
+def _processor_html(state: State, snapshot: Snapshot) -> str:
+    """The models that need no GPU, in one line."""
+    here = [model for model in state.models if isinstance(model.placement, CpuPlacement)]
+    if not here:
+        return ""
+    phases = Counter(standing(snapshot, model) for model in here)
+    counts = ", ".join(f"{phases[p]} {phase_html(p)}" for p in PHASE_SIGNS if phases[p])
+    names = [html.escape(model.name) for model in here[:TOLD_MODELS]]
+    more = f" and {len(here) - TOLD_MODELS} more" if len(here) > TOLD_MODELS else ""
+    told = f"{', '.join(names)}{more}"
+    return f'<p class="on-processor"><b>On the processor:</b> {counts}: {told}</p>'
+
+
+TOLD_MODELS: Final = 6
+
+
+def phase_html(phase: ShownPhase) -> str:
+    """A phase by its word and a sign; its colour says nothing more."""
+    sign, look = PHASE_SIGNS[phase]
+    return f'<span class="phase {look}"><span aria-hidden="true">{sign}</span> {phase}</span>'
+
+
+PHASE_SIGNS: Final[Mapping[ShownPhase, tuple[str, str]]] = {
+    "failed": ("✕", "bad"), "hung": ("✕", "bad"), "unknown": ("?", "bad"),
+    "pending": ("◌", "busy"), "starting": ("◌", "busy"), "stopping": ("◌", "busy"),
+    "ready": ("✓", "good"), "stopped": ("■", "calm"),
+}  # fmt: skip
 
 
 def card_note(gpu: Gpu, state: State, observed: Observed | None) -> str:
@@ -12944,12 +13284,13 @@ def card_note(gpu: Gpu, state: State, observed: Observed | None) -> str:
 
 
 def planned_card(change: Change, state: State, hardware: Hardware) -> str:
-    """The cards as they would be after a change of layouts."""
+    """The cards that a change of layouts is about, as they are and as they would be."""
     after = change.edit(state)
     pictures = []
     for gpu in hardware.gpus:
         wish = after.layout_of(gpu.uuid)
         if change.scope.gpus is not None and gpu.uuid in change.scope.gpus and wish is not None:
+            pictures.append(card_html(gpu, card_blocks(gpu, state, None), "now"))
             slices = tuple(MigDevice(profile=p, start=s, uuid=None) for p, s in wish.slices)
             cut = replace(gpu, mig_enabled=bool(slices), slices=slices)
             pictures.append(card_html(cut, card_blocks(cut, after, None), "after the change"))
@@ -12965,6 +13306,8 @@ def topology_text(snapshot: Snapshot) -> str:
     hardware = snapshot.hardware
     if len(hardware.gpus) < 2:  # noqa: PLR2004
         return "There is one GPU at most."
+    if not hardware.links:
+        return "The driver does not tell how they are joined."
     lines = [topology_headers(hardware), ["---"] * (len(hardware.gpus) + 1)]
     body = [f"| {' | '.join(row)} |" for row in [*lines, *topology_rows(hardware)]]
     meanings = "; ".join(f"{kind}: {text}" for kind, text in LINK_MEANINGS.items())
@@ -12976,8 +13319,19 @@ def topology_text(snapshot: Snapshot) -> str:
 
 def gpu_choices(snapshot: Snapshot) -> Json:
     """The GPUs that can be cut, as a dropdown takes them."""
-    cuttable = [gpu for gpu in snapshot.hardware.gpus if gpu.geometry is not None]
-    return {"choices": [(short_title(gpu), gpu.uuid) for gpu in cuttable]}
+    return {"choices": [(short_title(gpu), gpu.uuid) for gpu in cuttable(snapshot.hardware)]}
+
+
+def cuttable(hardware: Hardware) -> list[Gpu]:
+    return [gpu for gpu in hardware.gpus if gpu.geometry is not None]
+
+
+def planner_view(snapshot: Snapshot) -> Json:
+    return {"visible": bool(cuttable(snapshot.hardware))}
+
+
+def topology_view(snapshot: Snapshot) -> Json:
+    return {"visible": len(snapshot.hardware.gpus) > 1}
 
 
 def placement_note(model: Model, hardware: Hardware) -> str:
@@ -12996,6 +13350,19 @@ def layout_choices(gpu: Gpu | None) -> list[str]:
         return []
     full = [format_profiles(names).replace(" + ", ", ") for names in full_layouts(gpu.geometry)]
     return ["keep", *full, "off"]
+
+
+def gpu_boxes(snapshot: Snapshot) -> Json:
+    """The GPUs with who has them, and the processor, as a form offers them."""
+    models = snapshot.state.models if snapshot.state else ()
+
+    def label(gpu: Gpu) -> str:
+        on_it = [model.name for model in models if gpu.uuid in gpus_of(model)]
+        held = on_it[0] if len(on_it) == 1 else f"{len(on_it)} models"
+        return f"{short_title(gpu)} · {held if on_it else 'free'}{', cut' * bool(gpu.mig_enabled)}"
+
+    offered = [(label(gpu), gpu.uuid) for gpu in snapshot.hardware.gpus]
+    return {"choices": [*offered, ("the processor", PROCESSOR)]}
 
 
 def slice_choices(snapshot: Snapshot) -> Json:
@@ -13075,6 +13442,17 @@ def _recipe_row(
     return row
 
 
+def shortened(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Rows of images on a page, where all that use one would hide the rest."""
+    return [[*row[:-1], few(row[-1].split(", "))] for row in rows]
+
+
+def few(names: Sequence[str]) -> str:
+    """The first two, and how many more."""
+    more = f" and {len(names) - 2} more" if len(names) > 3 else ""  # noqa: PLR2004
+    return f"{', '.join(names[:2])}{more}" if more else ", ".join(names)
+
+
 UNUSED_HEADERS: Final = ("Image", "Recipe", "Made", "Frees about")
 
 
@@ -13125,6 +13503,35 @@ def hit_rows(hits: Sequence[RepositoryHit]) -> list[list[str]]:
         ]
         for hit in hits
     ]
+
+
+FOUND_HEADERS: Final = (
+    "Repository", "Type", "Downloads", "Weights", "Fits here, about", "Updated", "Access",
+)  # fmt: skip
+
+
+def found_rows(hits: Sequence[RepositoryHit], hardware: Hardware) -> list[list[str]]:
+    """Search results with the room that each would take of this server."""
+    return [
+        [*row[:3], row[4], room_text(hit.weights_bytes, hardware), *row[5:]]
+        for hit, row in zip(hits, hit_rows(hits), strict=True)
+    ]
+
+
+def room_text(weights_bytes: float | None, hardware: Hardware) -> str:
+    """How many GPUs like the largest one hold such weights; the sum for one place is exact."""
+    known = [gpu.memory_mib for gpu in hardware.gpus if gpu.memory_mib is not None]
+    if weights_bytes is None or not known:
+        return UNKNOWN if known else "the processor"
+    alike = [memory for memory in known if memory > max(known) * 0.95]
+    needed = math.ceil(weights_bytes * WITH_ITS_CACHE / MIB / max(known))
+    count = 2 ** (needed - 1).bit_length()  # as tensor parallelism splits it
+    if count > len(alike):
+        return "no: too large"
+    return "one GPU" if count == 1 else f"{count} GPUs together"
+
+
+WITH_ITS_CACHE: Final = 1.35  # a little KV cache, and what vLLM leaves free
 
 
 def facts_rows(facts: RepositoryFacts) -> list[list[str]]:
@@ -13196,6 +13603,16 @@ def cache_summary(cache: WeightsCache) -> str:
     count = len({known.repository for known in cache.revisions})
     free = f"; {format_size(cache.free_bytes)} free" if cache.free_bytes is not None else ""
     return f"{count} repositor{'y' if count == 1 else 'ies'}, {format_size(cache.size_bytes)}{free}"
+
+
+def stored_rows(cache: WeightsCache, state: State) -> list[list[str]]:
+    """What is stored, what no model uses first."""
+    return sorted(cache_rows(cache, state), key=lambda row: row[4] != "no model")
+
+
+def stored_summary(cache: WeightsCache) -> str:
+    hint = "" if cache.revisions else " Weights come with a download above, or with a deployment."
+    return f"{cache_summary(cache)}.{hint}"
 
 
 def removal_text(removal: Removal) -> str:
@@ -13416,27 +13833,28 @@ def running_tasks(snapshot: Snapshot) -> list[JobView]:
 
 
 def _task_html(job: JobView, snapshot: Snapshot) -> str:
-    elapsed = format_age(snapshot.taken_at - job.started_at)
+    elapsed = format_age(snapshot.now - job.started_at)
     far = html.escape(job.progress or (job.lines[-1].strip() if job.lines else ""))
-    part = job.done_part or 0.0
     return (
         f'<div class="fit-card"><div class="fit-head"><b>{html.escape(job.title)}</b>'
-        f"<span>{elapsed}</span></div>"
-        f'<div class="task-bar" role="progressbar" aria-valuenow="{part:.0%}">'
-        f'<div style="width:{part:.1%}"></div></div><div>{far}</div></div>'
+        f"<span>{elapsed}</span></div>{bar_html(job)}<div>{far}</div></div>"
     )
 
 
 def task_choices(snapshot: Snapshot) -> Json:
-    running = running_tasks(snapshot)
-    choices = [(job.title, job.id) for job in running]
-    return {"choices": choices, "visible": bool(running)} | (
+    choices = [(job.title, job.id) for job in own_tasks(snapshot)]
+    return {"choices": choices, "visible": bool(choices)} | (
         {"value": choices[0][1]} if len(choices) == 1 else {}
     )
 
 
 def task_cancel(snapshot: Snapshot) -> Json:
-    return {"visible": bool(running_tasks(snapshot))}
+    return {"visible": bool(own_tasks(snapshot))}
+
+
+def own_tasks(snapshot: Snapshot) -> list[JobView]:
+    """Those that this process can call off."""
+    return [job for job in running_tasks(snapshot) if job.id]
 
 
 # =============================================================================
@@ -13530,6 +13948,13 @@ def privacy_text(proof: PrivacyProof) -> str:
 
 
 PROVIDER_HEADERS: Final = ("Provider", "Kind", "Address", "Key", "Health", "Models")
+
+
+def proofs_text(probe: ProbeResult | None, privacy: PrivacyProof | None) -> str:
+    """What was proven last, a line each, and how to prove what never was."""
+    lines = [f"- {plain(probe_headline(probe))}", f"- {plain(privacy_headline(privacy))}"]
+    missing = probe is None or privacy is None
+    return "\n".join([*lines, *["- **Proofs**, at the end of this page, does that."] * missing])
 
 
 def provider_rows(
@@ -13661,7 +14086,10 @@ def ways_in(snapshot: Snapshot) -> tuple[WayIn, ...]:
         return ()
     edge = observed.containers.get(edge_name(state))
     who = "Caddy" if snapshot.observed else "Docker"
-    closed = "" if edge and edge.ready else f"{who} does not answer"
+    silent = f"{who} does not answer"
+    if snapshot.observed and state.endpoint == "stopped":
+        silent = "it starts with the first deployment"
+    closed = "" if edge and edge.ready else silent
     root = base_url(state.edge).removesuffix("/v1")
     keys = ", ".join(key.name for key in state.direct_keys)
     opened = [model for model in state.models if model.open_route]
@@ -13895,7 +14323,8 @@ def reply_text(reply: EdgeReply) -> str:
     if reply.status is None:
         return reply.fault
     whose = " by Caddy" if reply.by_edge and not reply.is_success else ""
-    return f"{reply.status} {HTTPStatus(reply.status).phrase}{whose}"
+    known = {status.value: f" {status.phrase}" for status in HTTPStatus}  # a server may have others
+    return f"{reply.status}{known.get(reply.status, '')}{whose}"
 
 
 GLYPHS: Final[Mapping[LegState, str]] = {
@@ -13914,8 +14343,10 @@ def ways_html(snapshot: Snapshot) -> str:
 def _way_html(way: WayIn, snapshot: Snapshot) -> str:
     look: LegState = "active" if way.is_open else "stopped"
     crowded = len(way.lanes) > CROWDED
-    drawn = (replace(lane, legs=_merged(lane.legs)) if crowded else lane for lane in way.lanes)
+    drawn = _gathered(way.lanes) if crowded else way.lanes
     lanes = "".join(_lane_html(lane, snapshot) for lane in drawn)
+    if crowded and not way.is_open:
+        lanes = f"{len(way.lanes)} names, none of which is reached this way now"
     return (
         f'<section class="way" aria-label="{html.escape(way.address, quote=True)}">'
         f"<div>{html.escape(way.clients)}</div>"
@@ -13925,7 +14356,27 @@ def _way_html(way: WayIn, snapshot: Snapshot) -> str:
     )
 
 
-CROWDED: Final = 12  # names
+CROWDED: Final = 8  # names
+
+
+def _gathered(lanes: Sequence[Lane]) -> list[Lane]:
+    """Names with trouble first, then those with something to say, and all others in a few lines."""
+    plain_ones = [lane for lane in lanes if _says_nothing(lane)]
+    others = [replace(lane, legs=_merged(lane.legs)) for lane in lanes if lane not in plain_ones]
+    others.sort(key=lambda lane: not any(leg.reason for leg in lane.legs))
+    legs = _merged([replace(lane.legs[0], title=lane.name) for lane in plain_ones])
+    name = f"{len(plain_ones)} {'more' if others else 'names'}"
+    return [
+        *others,
+        *([Lane(name=name, notes=("its own engine each",), legs=legs)] if legs else []),
+    ]
+
+
+def _says_nothing(lane: Lane) -> bool:
+    """Whether a name is its one engine's own, and all is as it should be."""
+    return not lane.notes and [leg.title for leg in lane.legs if not leg.reason] == [
+        f"{lane.name}-0"
+    ]
 
 
 def _merged(legs: Sequence[Leg]) -> tuple[Leg, ...]:
@@ -13949,9 +14400,11 @@ def _leg_html(leg: Leg, snapshot: Snapshot) -> str:
     since = _since_text(leg, snapshot)
     facts = " · ".join(filter(None, (leg.load, f"for {since}" if since else "")))
     why = f"<em>{html.escape(leg.reason)}</em>" if leg.reason else ""
+    names = html.escape(leg.title).split(", ")
+    titles = ", ".join(f"<bdi>{name}</bdi>" for name in names) if len(names) > 1 else names[0]
     return (
         f'<li><span class="word {leg.state}">{GLYPHS[leg.state]} {leg.state}</span>'
-        f"<b>{html.escape(leg.title)}</b><span>{html.escape(facts)}</span>{why}</li>"
+        f"<b>{titles}</b><span>{html.escape(facts)}</span>{why}</li>"
     )
 
 
@@ -14058,6 +14511,11 @@ def provider_choices(snapshot: Snapshot) -> Json:
     return {"choices": [p.name for p in snapshot.state.providers] if snapshot.state else []}
 
 
+def direct_view(snapshot: Snapshot) -> Json:
+    rows = direct_rows(snapshot.state) if snapshot.state else []
+    return {"value": rows, "visible": bool(rows)}
+
+
 def direct_choices(snapshot: Snapshot) -> Json:
     return {"choices": [key.name for key in snapshot.state.direct_keys] if snapshot.state else []}
 
@@ -14109,7 +14567,9 @@ ROUTE_STYLE: Final = """
   grid-template-columns: 7.5em fit-content(45%) minmax(0, 1fr); gap: 0 12px; }
 .lane li { display: contents; }
 .lane li span:last-of-type { font-size: 13px; opacity: 0.8; }
-.lane li em { grid-column: 2 / -1; font-size: 13px; }
+.lane li em, .lane li b:has(+ span:empty) { grid-column: 2 / -1; }
+.lane bdi { white-space: nowrap; font-weight: 400; }
+.lane li em { font-size: 13px; } .lane li span:empty { display: none; }
 .ways .active { color: #15803d; } .ways .degraded, .ways .cool-down { color: #b45309; }
 .ways .unavailable { color: #b91c1c; }
 .dark .ways .active { color: #4ade80; } .dark .ways .unavailable { color: #f87171; }
@@ -14184,9 +14644,29 @@ def usage_csv(report: UsageReport) -> str:
 def usage_bars(report: UsageReport) -> list[tuple[str, str, int]]:
     """For a plot: subject, kind of token, how many; of a long list the largest."""
     kinds = {"prompt": "prompt_tokens", "completion": "completion_tokens"}
-    timed = report.query.by in {"day", "hour"}
+    timed = is_timed(report)
     shown = report.rows if timed else report.rows[:MOST_BARS]
-    return [(row.name, kind, getattr(row, name)) for row in shown for kind, name in kinds.items()]
+    return [
+        (short_day(row.name, report.query) if timed else row.name, kind, getattr(row, name))
+        for row in shown
+        for kind, name in kinds.items()
+    ]
+
+
+def is_timed(report: UsageReport) -> bool:
+    return report.query.by in {"day", "hour"}
+
+
+def usage_plots(report: UsageReport) -> tuple[Sequence[Any], Sequence[Any]]:
+    """The same bars for one of two plots: as time goes by, and the largest first."""
+    bars = usage_bars(report)
+    return (bars, []) if is_timed(report) else ([], bars)
+
+
+def short_day(name: str, query: UsageQuery | EnergyQuery) -> str:
+    """A day below a bar: without its year where all of them are of one."""
+    is_clear = query.first.year == query.last.year
+    return name.removeprefix(f"{query.first.year}-") if is_clear else name
 
 
 STANDING_HEADERS: Final = ("What", "Name", "Why it is here")
@@ -14208,7 +14688,7 @@ def standing_rows(standings: Sequence[Standing], now: datetime) -> list[list[str
 
 UNUSED_DAYS: Final = 30
 TALLY_HEADERS: Final = (
-    "Engine", "Since (UTC)", "Tokens it counted", "Accounted for", "Streams broken off",
+    "Engine", "Since", "Tokens it counted", "Accounted for", "Streams broken off",
     "Difference",
 )  # fmt: skip
 TALLY_TEXT: Final = (
@@ -14220,10 +14700,10 @@ TALLY_TEXT: Final = (
 )
 
 
-def tally_rows(tallies: Sequence[EngineTally]) -> list[list[str]]:
+def tally_rows(tallies: Sequence[EngineTally], zone: tzinfo = UTC) -> list[list[str]]:
     """One row per engine that counts tokens."""
     return [
-        [tally.engine, f"{tally.since:%Y-%m-%d %H:%M}", f"{tally.counted:,}",
+        [tally.engine, format_time(tally.since, zone), f"{tally.counted:,}",
          f"{tally.accounted:,}", f"{tally.broken_off:,}, at {tally.guessed:,} tokens",
          f"{tally.difference:+,}"]
         for tally in tallies
@@ -14300,10 +14780,18 @@ th:first-child, td:first-child { text-align: left; } tr:last-child { font-weight
 
 
 def usage_html(report: UsageReport) -> str:
-    """The headline, with the file of all rows."""
+    """The headline, with the file of all rows; where there are none, how they come about."""
     query = report.query
+    if not report.rows:
+        return f"<p>{html.escape(usage_headline(report))} {NO_USAGE}</p>"
     name = f"usage-by-{query.by}-{query.first}-{query.last}.csv"
     return f"<p>{html.escape(usage_headline(report))}</p>{download_link(name, usage_csv(report))}"
+
+
+NO_USAGE: Final = (
+    "Each request with a key is told here within 15 seconds: make a key in <b>Keys</b>, and hand "
+    "it over."
+)
 
 
 def download_link(name: str, text: str) -> str:
@@ -14319,8 +14807,8 @@ def download_link(name: str, text: str) -> str:
 # =============================================================================
 
 ENERGY_HEADERS: Final = (
-    "kWh", "Of these idle", "Of these estimated", "Unmeasured (h)", "Cost", "CO₂ (kg)", "Requests",
-    "J per output token", "J per token",
+    "kWh", "Cost", "CO₂ (kg)", "Requests", "J per output token", "J per token", "Idle kWh",
+    "Estimated kWh", "Unmeasured (h)",
 )  # fmt: skip
 
 
@@ -14336,17 +14824,24 @@ def energy_rows(report: EnergyReport) -> list[list[str]]:
 
 def _energy_cells(row: EnergySum) -> list[str]:
     return [
-        format_kwh(row.energy_mj), format_kwh(row.idle_mj), format_kwh(row.estimated_mj),
-        f"{row.unmeasured_seconds / 3600:.2f}" if row.unmeasured_seconds else "",
+        format_kwh(row.energy_mj),
         format_costs(row.costs) + " and what had no price" * bool(row.costs and row.unpriced_mj),
-        "" if row.co2_grams is None else f"{row.co2_grams / 1000:,.3f}",
+        "" if row.co2_grams is None else format_amount(row.co2_grams / 1000),
         f"{row.requests:,}" if row.requests else "",
         format_per_token(row.joules_per_output_token), format_per_token(row.joules_per_token),
+        format_kwh(row.idle_mj), format_kwh(row.estimated_mj),
+        f"{row.unmeasured_seconds / 3600:.2f}" if row.unmeasured_seconds else "",
     ]  # fmt: skip
 
 
 def format_kwh(energy_mj: int) -> str:
-    return f"{energy_mj / KWH_MJ:,.4f}" if energy_mj else "0"
+    return format_amount(energy_mj / KWH_MJ)
+
+
+def format_amount(amount: float) -> str:
+    """Four digits after the point below one, fewer the more there are before it."""
+    digits = 4 if amount < 1 else 2 if amount < 100 else 1  # noqa: PLR2004
+    return f"{amount:,.{digits}f}" if amount else "0"
 
 
 def format_costs(costs: Mapping[str, float]) -> str:
@@ -14432,44 +14927,73 @@ def session_csv_rows(sessions: Iterable[EnergySession]) -> Iterator[list[object]
 
 
 STACK_COLUMNS: Final = ("day", "model", "kWh")  # of `energy_stack`
+STACKED: Final = 5  # models with a colour of their own, of which a legend has room for the names
+OTHERS: Final = "(others)"
 
 
-def energy_stack(parts: Iterable[EnergyPart]) -> list[tuple[str, str, float]]:
-    """For a plot of the parts by day: each day's energy by model, the idle part among them."""
+def energy_stack(parts: Sequence[EnergyPart], query: EnergyQuery) -> list[tuple[str, str, float]]:
+    """For a plot of the parts by day: each day's energy by model, the idle part among them.
+
+    Of many models those that took least are added up.
+    """
+    takers: Counter[str] = Counter()
+    for part in parts:
+        takers[part.model] += part.energy_mj
+    takers.pop(NOBODY, None)
+    own = {name for name, _ in takers.most_common(STACKED if len(takers) > STACKED + 1 else None)}
+    names = {NOBODY: IDLE} | {name: name if name in own else OTHERS for name in takers}
     sums: Counter[tuple[str, str]] = Counter()
     for part in parts:
-        sums[part.subject, part.model or IDLE] += part.energy_mj
+        sums[short_day(part.subject, query), names[part.model]] += part.energy_mj
     return [(*key, energy_mj / KWH_MJ) for key, energy_mj in sums.items()]
 
 
-PER_TOKEN_COLUMNS: Final = (" ", "model", "J per token")  # of `tokens_by_model`
+PER_TOKEN_COLUMNS: Final = ("model", "J per token")  # of `tokens_by_model`
 
 
-def tokens_by_model(report: EnergyReport) -> list[tuple[str, str, float]]:
+def tokens_by_model(report: EnergyReport) -> list[tuple[str, float]]:
     """For a plot of a report by model: those that read or made tokens, the thirstiest first."""
     told = [(row.name, row.joules_per_token) for row in report.rows]
     known = [(name, joules) for name, joules in told if joules is not None]
     known.sort(key=lambda each: -each[1])
-    return [(name, name, joules) for name, joules in known[:MOST_BARS]]
+    return known[:MOST_BARS]
 
 
 def live_energy_html(seen: Snapshot) -> str:
     """A line for each GPU: its watts now and lately, and the models' part of all of them."""
     live = seen.energy
     trouble = f'<p class="watts-trouble">{html.escape(live.trouble)}</p>' if live.trouble else ""
-    gpus = {str(gpu.uuid): f"GPU {gpu.index} {gpu.name}" for gpu in seen.hardware.gpus}
+    gpus = {str(gpu.uuid): gpu for gpu in seen.hardware.gpus}
     lines = [
-        f"<div><b>{html.escape(gpus.get(gpu, gpu))}</b><span>{_watts_text(watts)}</span>"
-        f"{watts_svg(live.past.get(gpu, ()))}</div>"
+        _watts_line(gpu, gpus.get(gpu), watts, live.past.get(gpu, ()))
         for gpu, watts in live.gpu_watts.items()
     ]
     if not lines:
-        return trouble or "<p>No GPU is looked at: there is none, or this has just begun.</p>"
+        return trouble or f"<p>{NO_WATTS}</p>"
     takers = sorted(live.model_watts.items(), key=lambda each: (each[0] == NOBODY, -each[1]))
-    shares = ", ".join(f"{html.escape(who or IDLE)} {watts:,.0f} W" for who, watts in takers)
+    shares = [f"{html.escape(who or IDLE)} {watts:,.0f} W" for who, watts in takers if watts >= 1]
+    total = math.fsum(watts for watts in live.gpu_watts.values() if watts is not None)
     return (
         f'{trouble}<div class="watts">{"".join(lines)}</div>'
-        f"<p>Now: {shares or 'nothing known'}.</p>"
+        f"<p><b>Now {total:,.0f} W:</b> {', '.join(shares) or 'nobody takes one'}.</p>"
+    )
+
+
+NO_WATTS: Final = (
+    "No GPU is measured yet: there is none, or this has just begun. The watts of each GPU are "
+    "read all the time, kept, and shared out among the models that run on it."
+)
+
+
+def _watts_line(
+    gpu_uuid: str, gpu: Gpu | None, watts: float | None, past: Sequence[float | None]
+) -> str:
+    limit = gpu.power_limit_w if gpu else None
+    name = f"GPU {gpu.index} {gpu.name}" if gpu else gpu_uuid
+    most = f"<small>of {limit:,.0f} W</small>" if limit else "<small></small>"
+    return (
+        f"<div><b>{html.escape(name)}</b><span>{_watts_text(watts)}</span>{most}"
+        f"{watts_svg(past, limit)}</div>"
     )
 
 
@@ -14477,11 +15001,15 @@ def _watts_text(watts: float | None) -> str:
     return "not measured" if watts is None else f"{watts:,.0f} W"
 
 
-def watts_svg(past: Sequence[float | None]) -> str:
-    """A line from the oldest watts to the newest, over zero; broken where nobody measured."""
-    most = max((watts for watts in past if watts), default=0) or 1
+def watts_svg(past: Sequence[float | None], limit: float | None = None) -> str:
+    """A line from the oldest watts to the newest, over zero; broken where nobody measured.
+
+    Its height is what the GPU may take, where that is known.
+    """
+    most = max((watts for watts in past if watts), default=0)
+    top = max(most, limit or 0) or 1
     points = [
-        None if watts is None else f"{at:g} {30 - 28 * watts / most:.1f}"
+        None if watts is None else f"{at:g} {30 - 28 * watts / top:.1f}"
         for at, watts in enumerate(past)
     ]
     runs = [
@@ -14498,9 +15026,12 @@ def watts_svg(past: Sequence[float | None]) -> str:
 
 WATTS_STYLE: Final = """
 .watts { color: var(--body-text-color); }
-.watts > div { display: grid; grid-template-columns: minmax(180px, max-content) 90px minmax(0, 1fr);
-  gap: 4px 20px; align-items: center; padding: 4px 0; }
+.watts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 540px), 1fr));
+  gap: 0 32px; }
+.watts > div { display: grid; grid-template-columns: minmax(180px, max-content) 60px 60px
+  minmax(0, 1fr); gap: 4px 8px; align-items: center; padding: 3px 0; }
 .watts span { text-align: right; }
+.watts small { white-space: nowrap; }
 .watts svg { display: block; width: 100%; height: 32px; border-radius: 4px;
   background: var(--background-fill-secondary); }
 .watts path { fill: none; stroke: var(--color-accent); stroke-width: 1.5;
@@ -14535,17 +15066,17 @@ def energy_files_html(first: date, last: date, style: str) -> str:
 
 
 SESSION_HEADERS: Final = (
-    "Replica", "From, to (UTC)", "kWh", "Mean, peak (W)", "Tokens in, out", "Requests",
+    "Replica", "From, to", "kWh", "Mean, peak (W)", "Tokens in, out", "Requests",
     "J per token: out, any", "Cost", "Method",
 )  # fmt: skip
 
 
-def session_rows(sessions: Sequence[EnergySession]) -> list[list[str]]:
+def session_rows(sessions: Sequence[EnergySession], zone: tzinfo = UTC) -> list[list[str]]:
     """One row per session."""
     return [
         [
             f"{s.model} {s.replica}",
-            f"{s.start:%Y-%m-%d %H:%M}, {f'{s.end:%Y-%m-%d %H:%M}' if s.end else 'still on'}",
+            f"{format_time(s.start, zone)}, {format_time(s.end, zone) if s.end else 'still on'}",
             format_kwh(s.energy_mj),
             f"{'-' if s.mean_w is None else f'{s.mean_w:,.0f}'}, {s.peak_w:,.0f}",
             f"{s.prompt_tokens:,}, {s.completion_tokens:,}", f"{s.requests:,}",
@@ -14786,7 +15317,7 @@ def traffic_line(snapshot: Snapshot) -> str:
 def job_lines(snapshot: Snapshot) -> list[str]:
     """What is under way, and how far it has come where that is told."""
     return [
-        f"Under way for {format_age(snapshot.taken_at - job.started_at)}: "
+        f"Under way for {format_age(snapshot.now - job.started_at)}: "
         + ": ".join(filter(None, (job.title, job.progress)))
         for job in snapshot.jobs
         if job.finished_at is None
@@ -14847,6 +15378,123 @@ def _percent(part: float | None) -> str:
     return NOTHING if part is None else f"{part:.0%}"
 
 
+# --- the models -----------------------------------------------------------------
+
+
+FLEET_HEADERS: Final = ("Model", "State", "Type", "Placement", "Load", "Since")
+
+
+def fleet_rows(snapshot: Snapshot) -> list[list[str]]:
+    """A row per model, those that need somebody first; the state is HTML of ours."""
+    return [
+        [
+            model.name, phase_html(phase), model.type, row["placement"],
+            work_text(snapshot, model), row["since"],
+        ]
+        for phase, row, model in by_standing(snapshot)
+    ]  # fmt: skip
+
+
+def fleet_shown(snapshot: Snapshot) -> Json:
+    return {"visible": snapshot.state_has_models}
+
+
+def fleet_view(snapshot: Snapshot) -> Json:
+    return {"value": fleet_rows(snapshot), **fleet_shown(snapshot)}
+
+
+def by_standing(snapshot: Snapshot) -> list[tuple[ShownPhase, Json, Model]]:
+    """The models with their rows, those that need somebody first."""
+    models = snapshot.state.models if snapshot.state else ()
+    rows = zip(keyed(MODEL_HEADERS, model_rows(snapshot)), models, strict=True)
+    shown = [(standing(snapshot, model), row, model) for row, model in rows]
+    return sorted(shown, key=lambda one: [*PHASE_SIGNS].index(one[0]))
+
+
+def work_text(snapshot: Snapshot, model: Model) -> str:
+    """What a model is at, and how fast; nothing where nobody tells."""
+    load, made = model_load(snapshot, model), snapshot.rates.get(model.name, EngineRates())
+    counts = {"running": load.running, "waiting": load.waiting} if load else {}
+    busy = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    speed = f"{made.generated_tokens:,.0f} tokens/s" if (made.generated_tokens or 0) >= 1 else ""
+    return " · ".join(filter(None, (busy, speed))) or ("idle" if load else "")
+
+
+ModelVerb = Literal["deploy", "stop", "restart", "remove"]
+
+
+def why_not(snapshot: Snapshot, name: str | None) -> dict[ModelVerb, str]:
+    """For each verb why it makes no sense for a model now; empty where it does."""
+    state = snapshot.state
+    model = next((m for m in state.models if m.name == name), None) if state else None
+    if model is None:
+        return dict.fromkeys(get_args(ModelVerb), "choose a model first")
+    stand, changed = standing(snapshot, model), False
+    if snapshot.plan:
+        changed = any(stage_model(stage) == name for stage in snapshot.plan.stages)
+    served = stand == "ready" and not changed
+    stopped = "it is stopped" if stand == "stopped" else ""
+    return {
+        "deploy": "it serves as it should" if served else "",
+        "stop": stopped, "restart": f"{stopped}: deploy it" * bool(stopped), "remove": "",
+    }  # fmt: skip
+
+
+def model_card(snapshot: Snapshot, name: str | None) -> str:
+    """All about the chosen model, with a request that can be pasted; else how to choose one."""
+    state = snapshot.state
+    model = next((m for m in state.models if m.name == name), None) if state else None
+    if state is None or model is None:
+        return f'<p class="calm">{NO_MODEL_CHOSEN if state and state.models else NO_MODEL_YET}</p>'
+    told = snapshot.fates.get(model.name, "") or snapshot.hung.get(model.name, "")
+    if not told and standing(snapshot, model) == "failed":
+        told = "It should run and does not. Read its log below, then deploy it again."
+    why = f'<p class="said bad">{html.escape(told)}</p>' if told else ""
+    facts = "".join(
+        f"<dt>{html.escape(title)}</dt><dd>{html.escape(text)}</dd>"
+        for title, text in model_facts(snapshot, state, model)
+        if text
+    )
+    example = curl_example(state.edge, model.served_model_name, "YOUR-KEY", model.type)
+    return (
+        f'<section class="model-card" aria-label="{html.escape(model.name, quote=True)}">'
+        f"<h2>{html.escape(model.name)} {phase_html(standing(snapshot, model))}</h2>{why}"
+        f"<dl>{facts}</dl><h3>Ask it, with a key of the tab Keys</h3>"
+        f"<pre>{html.escape(example)}</pre></section>"
+    )
+
+
+NO_MODEL_YET: Final = (
+    "No model is registered yet. Find one in the tab <b>Library</b>, or name one below: "
+    "<b>Register and deploy</b> shows what would be done before it is done."
+)
+NO_MODEL_CHOSEN: Final = (
+    "Click a row to see a model's address, a request to paste, its settings and its log."
+)
+
+
+def model_facts(snapshot: Snapshot, state: State, model: Model) -> list[tuple[str, str]]:
+    """What the table has no room for; texts may be empty."""
+    routed = [r.name for r in state.routes if model.name in r.members]
+    names = [model.served_model_name, *(n for n in routed if n != model.served_model_name)]
+    took = last_starts(state, snapshot.observed).get(model.name) if snapshot.observed else None
+    actions = why_not(snapshot, model.name)
+    unable = [f"{verb}: {why}" for verb, why in actions.items() if why]
+    return [
+        ("Base URL", base_url(state.edge)),
+        ("Asked for as", ", ".join(names)),
+        ("Weights", format_source(model.source)),
+        ("Placement", format_placement(model.placement, snapshot.hardware)),
+        ("Replicas", str(model.replicas) if model.replicas > 1 else ""),
+        ("Arguments", shlex.join(model.engine_arguments)),
+        ("Recipe", model.recipe or ""),
+        ("Image", model.image or ""),
+        ("Load", work_text(snapshot, model)),
+        ("Last start took", format_duration(took) if took else ""),
+        ("Not now", "; ".join(unable)),
+    ]
+
+
 def gpu_table(snapshot: Snapshot, *, wide: bool) -> tuple[Sequence[str], list[list[str]]]:
     """A row per GPU: what it does, and who sits on it, strangers by their processes."""
     rows = keyed(GPU_HEADERS, gpu_rows(snapshot.state, snapshot.hardware))
@@ -14879,7 +15527,7 @@ BENCHMARK_HEADERS: Final = (
 )  # fmt: skip
 RUNG_HEADERS: Final = (
     "Benchmark", "At once", "Requests", "Failed", "TTFT (ms)", "Inter-token (ms)",
-    "End to end (ms)", "Requests/s", "Output tokens/s", "All tokens/s", "J/token", "Others",
+    "End to end (ms)", "Requests/s", "Output tokens/s", "J/token", "Others",
 )  # fmt: skip
 BENCHMARK_LIST_HEADERS: Final = ("Benchmark", "Load", "Requests at once", "State")
 CURVE_COLUMNS: Final = ("at once", "benchmark", "P95 TTFT in ms", "output tokens per second")
@@ -14914,7 +15562,7 @@ def benchmark_rows(results: Sequence[Benchmark]) -> list[list[str]]:
         [
             name, *map(format_measure, cells[:3]),
             *(" / ".join(map(format_measure, cells[at:at + 3])) for at in (3, 6, 9)),
-            *map(format_measure, cells[12:]),
+            *map(format_measure, (*cells[12:14], *cells[15:])),
         ]
         for name, *cells in _benchmark_cells(results)
     ]  # fmt: skip
@@ -15037,6 +15685,12 @@ def benchmark_wish(
     )  # fmt: skip
 
 
+NO_BENCHMARKS: Final = (
+    "No benchmark is kept yet. Choose a model above and click **Measure**: it shows what would be "
+    "sent before it is sent, and the figures stay here to be compared with later ones."
+)
+
+
 def benchmark_links(results: Sequence[Benchmark]) -> str:
     """The chosen ones as files."""
     facts = json.dumps(benchmark_facts(results), indent=2, default=str)
@@ -15070,6 +15724,341 @@ def rung_line(rung: Rung) -> str:
         f"{format_measure(rung.output_tokens_per_second)} tokens/s, P95 until the first token "
         f"{format_measure(rung.first_answer.p95)} ms{energy}{failed}"
     )
+
+
+# --- the Overview -----------------------------------------------------------------
+
+
+def button_html(label: str, verb: str, subject: str = "", look: str = "") -> str:
+    """A button in a picture, whose click tells the verb and the subject."""
+    return (
+        f'<button type="button" class="act {look}" data-verb="{verb}" '
+        f'data-subject="{html.escape(subject, quote=True)}">{html.escape(label)}</button>'
+    )
+
+
+def matters_html(snapshot: Snapshot) -> str:
+    """One line and one button per matter, the worst first; else that all is well."""
+    matters = attention(snapshot)
+    if not matters:
+        return f'<p class="all-well">{_calm_text(snapshot)}</p>'
+    lines = "".join(
+        f'<li class="{matter.verb}"><span><span class="sign" aria-hidden="true">!</span> '
+        f"{html.escape(matter.text)}</span>{_matter_button(matter)}</li>"
+        for matter in matters[:SHOWN_MATTERS]
+    )
+    more = len(matters) - SHOWN_MATTERS
+    rest = f"<li>and {more} more, once these are done</li>" if more > 0 else ""
+    return f'<ul class="matters" role="list" aria-label="What needs you">{lines}{rest}</ul>'
+
+
+SHOWN_MATTERS: Final = 8
+
+
+def _matter_button(matter: Attention) -> str:
+    opens = matter.verb in {"open", "free"}
+    subject = matter.tab.lower() if opens else matter.subject
+    look = "" if opens or matter.verb == "log" else "first"
+    return button_html(matter.button, "open" if opens else matter.verb, subject, look)
+
+
+def _calm_text(snapshot: Snapshot) -> str:
+    """What it means that all is well, in figures."""
+    state, observed = snapshot.state, snapshot.observed
+    if state is None or observed is None or not state.models:
+        register = button_html("Register a model", "open", "models")
+        return f"<b>All is well.</b> No model is registered · {_looked(snapshot)} {register}"
+    phases = [phase_of(state, m, observed, is_busy(snapshot, m)) for m in state.wished_models]
+    watts = [w for w in snapshot.energy.gpu_watts.values() if w is not None]
+    busy = sum(load.running for m in state.models if (load := model_load(snapshot, m)))
+    facts = [
+        f"{phases.count('ready')} of {len(phases)} models that should run are ready",
+        *([f"{html.escape(base_url(state.edge))} answers"] if endpoint_answers(snapshot) else []),
+        f"{busy} request{'s' * (busy != 1)} running",
+        *([f"{format_count(math.fsum(watts))} W on {len(watts)} GPUs"] if watts else []),
+        _looked(snapshot),
+    ]
+    return f"<b>{'All is well.' if running_job(snapshot) is None else 'Under way.'}</b> " + (
+        " · ".join(facts)
+    )
+
+
+def _looked(snapshot: Snapshot) -> str:
+    return f"looked at {format_time(snapshot.taken_at, snapshot.zone)}"
+
+
+LIVE_HEADERS: Final = (
+    "Model", "State", "Running", "Waiting", "KV cache", "Tokens/s in", "Tokens/s out", "Power",
+    "Placement", "Since",
+)  # fmt: skip
+LIVE_WIDTHS: Final = ("16%", "9%", "8%", "8%", "7%", "8%", "9%", "8%", "17%", "10%")
+
+
+def live_models(snapshot: Snapshot) -> Json:
+    """The table of models; without any it would only be a line of headers."""
+    rows = live_rows(snapshot)
+    return {"value": rows, "visible": bool(rows)}
+
+
+def live_rows(snapshot: Snapshot) -> list[list[str]]:
+    """A row per model, those that need somebody first; the state is HTML."""
+    return [
+        [
+            model.name, phase_html(phase), *_load_cells(snapshot, model),
+            row["placement"], row["since"],
+        ]
+        for phase, row, model in by_standing(snapshot)
+    ]  # fmt: skip
+
+
+def _load_cells(snapshot: Snapshot, model: Model) -> list[str]:
+    load, rates = model_load(snapshot, model), snapshot.rates.get(model.name, EngineRates())
+    watts = snapshot.energy.model_watts.get(model.name)
+    return [
+        str(load.running) if load else NOTHING,
+        str(load.waiting) if load else NOTHING,
+        _percent(load.kv_cache_part if load else None),
+        _shown(rates.prompt_tokens),
+        _shown(rates.generated_tokens),
+        NOTHING if watts is None else f"{watts:.0f} W",
+    ]
+
+
+def jobs_html(snapshot: Snapshot) -> str:
+    """All that is under way anywhere, the oldest first: a new job moves no button."""
+    going = [job for job in reversed(snapshot.jobs) if job.finished_at is None]
+    return "".join(_job_html(job, snapshot) for job in going) or (
+        '<p class="calm">Nothing is under way. Changes, downloads and benchmarks show here.</p>'
+    )
+
+
+def _job_html(job: JobView, snapshot: Snapshot) -> str:
+    elapsed = format_age(snapshot.now - job.started_at)
+    said = job.progress or (job.lines[-1].strip() if job.lines else "")
+    far = said if job.id else "Another process of LLM Manager does it."
+    cancel = job_button("Cancel", "cancel", job) if job.id else ""
+    return (
+        f'<div class="job-line"><div><b>{html.escape(job.title)}</b> · {elapsed}<br>'
+        f"{html.escape(far)}</div>{cancel}{bar_html(job)}</div>"
+    )
+
+
+def job_button(label: str, verb: str, job: JobView) -> str:
+    """A button that never becomes another job's, or another one, under somebody's finger.
+
+    Gradio (6.31) writes new HTML into the elements that are there, unless their tags differ.
+    """
+    tag = f"job-{verb}-{job.id}"
+    return f"<{tag}>{button_html(label, verb, job.id)}</{tag}>"
+
+
+def job_bar_html(snapshot: Snapshot) -> str:
+    """What the shown job does now and how far it is, with its one button."""
+    job = shown_job(snapshot)
+    if job is None:
+        return ""
+    if job.finished_at is not None:
+        return f'<div class="job-line"><div></div>{job_button("Dismiss", "dismiss", job)}</div>'
+    last = job.lines[-1].strip() if job.lines else ""
+    cancel = job_button("Cancel", "cancel", job) if job.id else ""
+    return f'<div class="job-line"><div>{html.escape(last)}</div>{cancel}{bar_html(job)}</div>'
+
+
+CHANGE_HEADERS: Final = ("When", "What", "Who", "Result")
+
+
+def change_rows(snapshot: Snapshot) -> list[list[str]]:
+    """The last changes, the newest first, in the reader's zone."""
+    return [
+        [
+            format_time(entry.started_at, snapshot.zone),
+            entry.what,
+            entry.who if entry.channel == "itself" else f"{entry.who}, {entry.channel}",
+            _result_text(entry),
+        ]
+        for entry in reversed(snapshot.changes)
+    ]
+
+
+def _result_text(entry: AuditEntry) -> str:
+    if entry.finished_at is None:
+        return "under way, or broken off"
+    took = format_duration((entry.finished_at - entry.started_at).total_seconds())
+    return f"{entry.result} in {took}" + f": {entry.fault}" * bool(entry.fault)
+
+
+# --- a newcomer's first steps ---------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Suggestion:
+    """A model to begin with, and what it takes to run it well."""
+
+    repository: str
+    text: str
+    needed_gib: float
+
+
+# The largest first; weights in bfloat16, a cache for some thousand tokens, and overhead.
+SUGGESTIONS: Final = (
+    Suggestion(repository="Qwen/Qwen3-32B", text="a strong chat model", needed_gib=72),
+    Suggestion(repository="Qwen/Qwen3-8B", text="a good chat model", needed_gib=21),
+    Suggestion(repository="Qwen/Qwen3-0.6B", text="a small chat model", needed_gib=4),
+    Suggestion(repository="BAAI/bge-m3", text="an embedding model", needed_gib=4),
+)
+SLOW_GIB: Final = 8.0  # what is larger is no pleasure on a processor
+
+
+def suggestions(hardware: Hardware) -> list[Suggestion]:
+    """The two largest chat models that fit the largest GPU, else a processor, and one more."""
+    largest = largest_gpu(hardware)
+    room = largest.memory_mib / 1024 if largest and largest.memory_mib else SLOW_GIB
+    *chat, embedding = [each for each in SUGGESTIONS if each.needed_gib <= room] or SUGGESTIONS[-2:]
+    return [*chat[:2], embedding]
+
+
+def largest_gpu(hardware: Hardware) -> Gpu | None:
+    """The one with the most memory; None where no GPU tells how much it has."""
+    known = [gpu for gpu in hardware.gpus if gpu.memory_mib]
+    return max(known, key=lambda gpu: gpu.memory_mib or 0, default=None)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FirstStep:
+    """One step on the way to the first answer; its body is HTML."""
+
+    title: str
+    done: bool
+    body: str
+    stays: bool = False  # to be read also once it is done
+
+
+def first_run_view(snapshot: Snapshot) -> Json:
+    shown = first_run_html(snapshot)
+    return {"value": shown, "visible": bool(shown)}
+
+
+def first_run_html(snapshot: Snapshot) -> str:
+    """The way from an empty server to the first answered request; empty once it is gone."""
+    state = snapshot.state
+    if snapshot.first_run is None or state is None:
+        return ""
+    steps = first_steps(snapshot, state, snapshot.first_run)
+    now = next((step for step in steps if not step.done), None)
+    lines = "".join(_step_html(step, is_now=step is now) for step in steps)
+    hide = button_html("Hide this", "hide")
+    return (
+        f'<section class="first-run" aria-label="First steps"><div class="first-head">'
+        f"<b>From an empty server to the first answer</b>{hide}</div><ol>{lines}</ol></section>"
+    )
+
+
+def _step_html(step: FirstStep, *, is_now: bool) -> str:
+    look = "done" if step.done else "now" if is_now else "later"
+    current = ' aria-current="step"' if is_now else ""
+    tick = ' <span class="tick">✓ done</span>' if step.done else ""
+    body = f"<div>{step.body}</div>" if is_now or step.stays else ""
+    return f'<li class="{look}"{current}><b>{step.title}</b>{tick}{body}</li>'
+
+
+def first_steps(snapshot: Snapshot, state: State, known: FirstRun) -> list[FirstStep]:
+    figures = snapshot.health.figures.deployments.values()
+    observed = snapshot.observed
+    ready = next((model for model in state.models if standing(snapshot, model) == "ready"), None)
+    return [
+        FirstStep(
+            title="What this server has", done=observed is not None, body=_found(snapshot),
+            stays=True,
+        ),
+        FirstStep(
+            title="Pick a model that fits", done=bool(state.models), body=_picks(snapshot.hardware)
+        ),
+        FirstStep(title="Deploy it", done=ready is not None, body=_deploying(snapshot, state)),
+        FirstStep(
+            title="Make a key", done=known.has_key or bool(state.direct_keys),
+            body="Each colleague gets a key of their own, with limits if you like. "
+            + button_html("Make a key", "open", "keys", "first"),
+        ),
+        FirstStep(
+            title="Send the first request", done=any(each.successes for each in figures),
+            body=_asking(state.edge, ready) if ready else "",
+        ),
+    ]  # fmt: skip
+
+
+def _found(snapshot: Snapshot) -> str:
+    """What a newcomer should know of the server, a line each."""
+    hardware, free = snapshot.hardware, snapshot.disk_free_bytes
+    names = Counter((gpu.name or UNKNOWN, memory_total(gpu)) for gpu in hardware.gpus)
+    gpus = [
+        f"{count} GPU{'s' * (count > 1)}: {name}, {memory}{' each' * (count > 1)}"
+        for (name, memory), count in names.items()
+    ]
+    is_low = free is not None and free < LOW_DISK_BYTES
+    lines = [
+        (snapshot.observed is not None, "Docker answers." if snapshot.observed is not None else
+         "Docker does not answer: see above."),
+        *((True, f"{each}, driver {hardware.driver_version or UNKNOWN}.") for each in gpus),
+        *([] if gpus else [(not hardware_matters(hardware), driver_text(hardware))]),
+        *([] if free is None else [(not is_low, f"{format_size(free)} free for images and weights."
+          + " A model of 8 billion parameters takes 16 GiB, its engine 20 GiB." * is_low)]),
+    ]  # fmt: skip
+    return "".join(
+        f"<div>{'✓' if good else '✕'} {html.escape(plain_words(text))}</div>"
+        for good, text in lines
+    )
+
+
+def plain_words(text: str) -> str:
+    """Markdown of ours without its stars, in one line."""
+    return " ".join(text.replace("**", "").split())
+
+
+def memory_total(gpu: Gpu) -> str:
+    return memory_text(replace(gpu, memory_used_mib=None))
+
+
+def _picks(hardware: Hardware) -> str:
+    largest = largest_gpu(hardware)
+    where = short_title(largest) if largest else "this server's processor"
+    picks = "".join(
+        f"<div>{button_html(each.repository, 'pick', each.repository, 'first')} "
+        f"{html.escape(each.text)}, about {each.needed_gib:.0f} GiB</div>"
+        for each in suggestions(hardware)
+    )
+    return (
+        f"These fit {html.escape(where)}; a click fills in the form.{picks}"
+        f"<div>{button_html('Find another', 'open', 'library')} on the Hugging Face hub, or "
+        f"{button_html('register a directory', 'open', 'models')} of this server.</div>"
+    )
+
+
+def _deploying(snapshot: Snapshot, state: State) -> str:
+    if running_job(snapshot) is not None:
+        return "It is being done; the bar below tells how far it is."
+    if not state.models:
+        return ""
+    name = (state.wished_models or state.models)[0].name
+    return (
+        "The plan is shown first: the weights are downloaded, an engine starts, and the HTTPS "
+        f"endpoint with its database. {button_html(f'Deploy {name}', 'deploy', name, 'first')}"
+    )
+
+
+def _asking(edge: Edge, ready: Model) -> str:
+    served = ready.served_model_name
+    example = html.escape(curl_example(edge, served, "YOUR KEY"))
+    return (
+        f"<pre>{example}</pre>From another computer, with the key of the step before; or from "
+        f"here, without one: {button_html('Send it', 'try', served, 'first')}"
+    )
+
+
+def trial_text(trial: Trial) -> str:
+    """What came of a request that was tried, in Markdown."""
+    *hops, (_, took, said) = hop_rows(trial)
+    way = ", ".join(f"{plain(hop)} {lasted}" for hop, lasted, _ in hops)
+    return f"**{plain(said)}** after {took}: {way}."
 
 
 # =============================================================================
@@ -15175,6 +16164,12 @@ class StateStore:
         names = (path.name for path in (self.home / "history").iterdir())
         return sorted(int(name) for name in names if name.isdigit())
 
+    def written_at(self, number: int) -> datetime:
+        """When an earlier version was written; its copy has kept that."""
+        with file_errors("read the history"):
+            copied = self.home / "history" / f"{number:06d}" / "config.json"
+            return datetime.fromtimestamp(copied.stat().st_mtime, UTC)
+
     def version(self, number: int) -> State:
         """An earlier state as it was saved, its secrets included; see `returning_to`."""
         path = self.home / "history" / f"{number:06d}" / "config.json"
@@ -15220,8 +16215,8 @@ class StateStore:
 
         return release
 
-    def under_way(self) -> tuple[JobView, ...]:
-        """The changes and tasks of every process, by the locks that the kernel knows of.
+    def under_way(self, *, elsewhere: bool = False) -> tuple[JobView, ...]:
+        """The changes and tasks of every process, or other ones, by the kernel's list of locks.
 
         What a change fetches beforehand, without the lock, is not among them.
         """
@@ -15236,6 +16231,7 @@ class StateStore:
                 for path in sorted(self.home.glob("lock*"))
                 if (told := re.fullmatch(r"(.*), since \S+ UTC, process (\d+)", path.read_text()))
                 and (told[2], str(path.stat().st_ino)) in held
+                and not (elsewhere and told[2] == str(os.getpid()))
             )  # fmt: skip
         return ()
 
@@ -15475,11 +16471,12 @@ class AuditTrail:
     def newest(self, count: int) -> list[AuditEntry]:
         """The last ones, oldest first, out of no more than the ends of the files."""
         with file_errors("read the audit"):
-            lines = self._lines(self._path, AUDIT_TAIL_BYTES)
+            ends = min(count * AUDIT_ENTRY_BYTES, AUDIT_TAIL_BYTES)
+            lines = self._lines(self._path, ends)
             for path in reversed(self._full()):
                 if len(lines) > 2 * count:
                     break
-                lines = self._lines(path, AUDIT_TAIL_BYTES) + lines
+                lines = self._lines(path, ends) + lines
         return parse_audit(lines)[-count:]
 
     def _full(self) -> list[Path]:
@@ -15528,6 +16525,7 @@ class AuditTrail:
 
 AUDIT_FILE: Final = "audit-%Y%m%d-%H%M%S.jsonl"
 AUDIT_TAIL_BYTES: Final = 1024**2
+AUDIT_ENTRY_BYTES: Final = 8192  # more than a change ever takes: its beginning and its end
 MOST_PROOFS: Final = 20
 _MEASURED: Final = pydantic.TypeAdapter(dict[str, Measured])
 MOST_MEASURED: Final = 500
@@ -15708,9 +16706,10 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def disk_bytes(path: Path) -> int:
-    """All that the disk there can hold."""
-    return shutil.disk_usage(path).total
+def disk_room(path: Path) -> tuple[int, int]:
+    """The free bytes of the disk there, and all that it can hold."""
+    usage = shutil.disk_usage(path)
+    return usage.free, usage.total
 
 
 # =============================================================================
@@ -16566,6 +17565,19 @@ HEALTH: Final[Mapping[str, HttpAnswers]] = {
 }
 
 
+R = TypeVar("R")
+
+
+def side_by_side(
+    do: Callable[[T], R], each: Collection[T], *, at_most: int | None = None
+) -> list[R]:
+    """What comes of each, in their order; one alone needs no thread."""
+    if len(each) <= 1:
+        return [do(one) for one in each]
+    with concurrent.futures.ThreadPoolExecutor(at_most or len(each)) as pool:
+        return list(pool.map(do, each))
+
+
 class HttpProbes:
     """Readiness over HTTP; no answer is an answer."""
 
@@ -16576,11 +17588,8 @@ class HttpProbes:
 
     def fill(self, observed: Observed) -> Observed:
         """The same observation with `ready` asked of every running container, side by side."""
-        names = list(observed.containers)
-        with concurrent.futures.ThreadPoolExecutor(max_workers=max(len(names), 1)) as pool:
-            seen = dict(
-                zip(names, pool.map(self._asked, observed.containers.values()), strict=True)
-            )
+        asked = side_by_side(self._asked, observed.containers.values())
+        seen = dict(zip(observed.containers, asked, strict=True))
         edges = [c for c in seen.values() if c.role == "edge" and c.running]
         return replace(observed, containers=seen, edge=self._loaded(edges[0]) if edges else None)
 
@@ -16717,6 +17726,12 @@ def _body(asked: Json | None, audio: bytes | None) -> Json:
     if audio is not None:
         return {"data": asked, "files": {"file": ("silence.wav", audio)}}
     return {"json": asked}
+
+
+class EdgeApi(Protocol):
+    """Requests to the published ports; see `EdgeClient`."""
+
+    def send(self, request: EdgeRequest, bearer: pydantic.SecretStr | None) -> EdgeReply: ...
 
 
 class EdgeClient:
@@ -16867,6 +17882,21 @@ def provider_errors(provider: Provider) -> Iterator[None]:
         ) from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise connection_fault(provider, str(error)) from error
+
+
+class KeyApi(Protocol):
+    """Where keys and groups live; see `LiteLlmApi`."""
+
+    def create_key(self, request: Json) -> pydantic.SecretStr: ...
+    def update_key(self, key_hash: str, request: Json) -> None: ...
+    def list_keys(self) -> list[VirtualKey]: ...
+    def delete_keys(self, hashes: Sequence[str]) -> None: ...
+    def block_key(self, key_hash: str, *, blocked: bool) -> None: ...
+    def list_groups(self) -> list[KnownGroup]: ...
+    def create_group(self, request: Json) -> None: ...
+    def update_group(self, request: Json) -> None: ...
+    def block_group(self, name: str, *, blocked: bool) -> None: ...
+    def delete_group(self, name: str) -> None: ...
 
 
 class LiteLlmApi:
@@ -17232,6 +18262,12 @@ READER_TABLES: Final = (
     "LiteLLM_VerificationToken", "LiteLLM_DeletedVerificationToken",
     "LiteLLM_TeamTable", "LiteLLM_DeletedTeamTable",
 )  # fmt: skip
+
+
+class Tables(Protocol):
+    """Where use is added up; see `UsageTables`."""
+
+    def rows(self, query: Sql) -> list[tuple[Any, ...]]: ...
 
 
 class UsageTables:
@@ -19930,6 +20966,11 @@ class Tools:
     database: Database
     failures: tuple[KnownFailure, ...] = ()  # what engines say when they cannot start
     providers: ProviderApi = field(default_factory=HttpProviders)
+    # These are opened anew each time, at an address that may be another.
+    key_api: Callable[[str, pydantic.SecretStr, Callable[[Sql], list[Any]]], KeyApi] = LiteLlmApi
+    tables: Callable[[str, pydantic.SecretStr, pydantic.SecretStr], Tables] = UsageTables
+    edge_client: Callable[[Edge, str], EdgeApi] = EdgeClient
+    disk_room: Callable[[Path], tuple[int, int]] = disk_room
 
 
 class Control:
@@ -19985,8 +21026,7 @@ def observe(tools: Tools, edge: Edge | None = None) -> Observed:
     """One whole look at the world; of certificates, at the one that this edge names."""
     found, hardware = tools.containers.observe(), tools.gpus.read()
     with_gpu = [c for c in found.containers.values() if c.running and c.devices]
-    with concurrent.futures.ThreadPoolExecutor(max_workers=len(with_gpu) or 1) as pool:
-        sights = list(pool.map(tools.containers.visible_devices, with_gpu))
+    sights = side_by_side(tools.containers.visible_devices, with_gpu)
     looked = {c.name: replace(c, devices_seen=s) for c, s in zip(with_gpu, sights, strict=True)}
     seen = replace(
         found,
@@ -20093,8 +21133,7 @@ def _counting(
 
 def _side_by_side(stages: Sequence[Stage], tools: Tools, control: Control) -> list[ManagerError]:
     """Stages that share nothing at the same time, the others one after another."""
-    with concurrent.futures.ThreadPoolExecutor(max_workers=len(stages) or 1) as pool:
-        attempts = list(pool.map(lambda lane: _attempt(lane, tools, control), lanes(stages)))
+    attempts = side_by_side(lambda lane: _attempt(lane, tools, control), lanes(stages))
     return [fault for faults in attempts for fault in faults]
 
 
@@ -20788,11 +21827,7 @@ def container_checks(state: State, observed: Observed) -> list[Check]:
     return checks
 
 
-LOW_DISK_BYTES: Final = 20 * 1024**3
-
-
-def disk_check(home: Path) -> Check:
-    free = free_bytes(home)
+def disk_check(free: int) -> Check:
     return Check(
         name="disk",
         ok=free > LOW_DISK_BYTES,
@@ -20988,9 +22023,7 @@ class Keys:
             api.delete_group(name)
         return len(keys)
 
-    def _found(
-        self, doing: str, name: str
-    ) -> tuple[LiteLlmApi, VirtualKey, *tuple[VirtualKey, ...]]:
+    def _found(self, doing: str, name: str) -> tuple[KeyApi, VirtualKey, *tuple[VirtualKey, ...]]:
         """What a change of a key begins with: that key, and what it replaced."""
         with self._refusal(f"{doing} {name}"):
             api = self._api()
@@ -21003,10 +22036,10 @@ class Keys:
         for settings in {settings.models: settings for settings in wished}.values():
             check_models(settings, state)
 
-    def _api(self) -> LiteLlmApi:
+    def _api(self) -> KeyApi:
         return self.gateway(self._store.load())
 
-    def gateway(self, state: State) -> LiteLlmApi:
+    def gateway(self, state: State) -> KeyApi:
         """The management API of the slot that serves; refused where none does."""
         observed = observe(self._tools)
         if is_database_down(state, observed):
@@ -21020,10 +22053,10 @@ class Keys:
                 continue
             # One that Caddy serves may be too busy to say that it is ready.
             if seen.ready or (seen.running and observed.edge):
-                return LiteLlmApi(
+                return self._tools.key_api(
                     seen.address,
                     state.secrets.master_key,
-                    lambda query: usage_tables(state, observed.containers).rows(query),
+                    lambda query: usage_tables(self._tools, state, observed.containers).rows(query),
                 )
         raise GatewayError(
             "The endpoint is not running, and keys live in its database.",
@@ -21035,7 +22068,7 @@ MAKING_KEYS: Final = "Create keys from a list"
 
 
 def _create_all(
-    wished: Sequence[KeySettings], gateway: Callable[[], LiteLlmApi], clock: Clock, control: Control
+    wished: Sequence[KeySettings], gateway: Callable[[], KeyApi], clock: Clock, control: Control
 ) -> pydantic.SecretStr:
     """All of these keys, as a CSV with their secrets; or none of them."""
     made: list[tuple[KeySettings, pydantic.SecretStr]] = []
@@ -21061,7 +22094,7 @@ def _create_all(
 
 def _take_back(
     made: Sequence[tuple[KeySettings, pydantic.SecretStr]],
-    gateway: Callable[[], LiteLlmApi],
+    gateway: Callable[[], KeyApi],
     clock: Clock,
 ) -> None:
     """LiteLLM is given two minutes to be back; raises GatewayError with whose keys may stay."""
@@ -21077,7 +22110,7 @@ def _take_back(
 
 def _take_rotation_back(
     key: VirtualKey, old: KeySettings, new_hash: str,
-    gateway: Callable[[], LiteLlmApi], clock: Clock,
+    gateway: Callable[[], KeyApi], clock: Clock,
 ) -> None:  # fmt: skip
     """The key as it was, however far its replacement came; raises GatewayError if it is not."""
     back = key_changes(old, key.settings, utc_now()) | {"metadata": _metadata(key.settings)}
@@ -21112,7 +22145,7 @@ def _last_fault(
     return fault
 
 
-def _delete_known(api: LiteLlmApi, hashes: Collection[str]) -> None:
+def _delete_known(api: KeyApi, hashes: Collection[str]) -> None:
     """Those of them that are there, which LiteLLM wants to be all."""
     there = [key.key_hash for key in api.list_keys() if key.key_hash in hashes]
     if there:
@@ -21122,7 +22155,7 @@ def _delete_known(api: LiteLlmApi, hashes: Collection[str]) -> None:
 TAKE_BACK_PAUSES: Final = (0, 2, 8, 20, 30, 60)  # seconds
 
 
-def _known_group(name: str, api: LiteLlmApi) -> KnownGroup:
+def _known_group(name: str, api: KeyApi) -> KnownGroup:
     found = [group for group in api.list_groups() if group.settings.name == name]
     if not found:
         raise UnknownError(
@@ -21131,12 +22164,12 @@ def _known_group(name: str, api: LiteLlmApi) -> KnownGroup:
     return found[0]
 
 
-def _check_groups(wished: Sequence[KeySettings], api: LiteLlmApi) -> None:
+def _check_groups(wished: Sequence[KeySettings], api: KeyApi) -> None:
     for group in sorted({settings.group for settings in wished if settings.group}):
         _known_group(group, api)
 
 
-def _keys_of(group: str, api: LiteLlmApi) -> list[VirtualKey]:
+def _keys_of(group: str, api: KeyApi) -> list[VirtualKey]:
     _known_group(group, api)
     return [key for key in api.list_keys() if key.settings.group == group]
 
@@ -21155,8 +22188,7 @@ class Providers:
     def all(self) -> list[ProviderHealth]:
         """The health of every provider by name, asked side by side."""
         known = sorted(self._store.load().providers, key=lambda provider: provider.name)
-        with concurrent.futures.ThreadPoolExecutor(max_workers=min(len(known), 16) or 1) as pool:
-            return list(pool.map(self._look, known))
+        return side_by_side(self._look, known, at_most=16)
 
     def _look(self, provider: Provider) -> ProviderHealth:
         if not model_lists(provider):
@@ -21326,9 +22358,7 @@ class Proofs:
             PROVING, lambda control: self._prove(state, gateway, client, control), ""
         )
 
-    def _prove(
-        self, state: State, gateway: LiteLlmApi, client: EdgeClient, control: Control
-    ) -> None:
+    def _prove(self, state: State, gateway: KeyApi, client: EdgeApi, control: Control) -> None:
         began, run = self._tools.clock.monotonic(), secrets.token_hex(12)
         calls = canary_requests(state, run)
         with bearers(state, gateway, client) as keys:
@@ -21358,13 +22388,13 @@ class Proofs:
         self._files.keep("privacy", proof.taken_at, _PRIVACY.dump_json(proof, indent=2).decode())
         control.report(privacy_headline(proof))
 
-    def client(self, state: State) -> EdgeClient:
+    def client(self, state: State) -> EdgeApi:
         """Whoever speaks to the endpoint from outside."""
         root = ""
         if isinstance(state.edge.tls, InternalTls):
             archive = self._tools.containers.contents.archive(edge_name(state), CADDY_ROOT)
             root = read_from_tar(archive).decode()
-        return EdgeClient(state.edge, root)
+        return self._tools.edge_client(state.edge, root)
 
     def _await_row(self, state: State, call_id: str, control: Control) -> None:
         """Until the accounting of a request is in the database, and with it of those before."""
@@ -21398,7 +22428,7 @@ PROOF_KEY_MINUTES: Final = 30
 
 @contextlib.contextmanager
 def bearers(
-    state: State, gateway: LiteLlmApi, client: EdgeClient
+    state: State, gateway: KeyApi, client: EdgeApi
 ) -> Iterator[dict[str, pydantic.SecretStr]]:
     """Every kind of key by its title; LiteLLM's own expire soon, and are revoked in any case."""
     wrong = pydantic.SecretStr(f"sk-{secrets.token_urlsafe(24)}")
@@ -21411,7 +22441,7 @@ def bearers(
 
 
 @contextlib.contextmanager
-def _temporary_key(gateway: LiteLlmApi) -> Iterator[pydantic.SecretStr]:
+def _temporary_key(gateway: KeyApi) -> Iterator[pydantic.SecretStr]:
     key = gateway.create_key({
         "key_alias": f"proof {secrets.token_hex(4)}",
         "duration": f"{PROOF_KEY_MINUTES}m",
@@ -21425,7 +22455,7 @@ def _temporary_key(gateway: LiteLlmApi) -> Iterator[pydantic.SecretStr]:
 
 def _sent(
     calls: Sequence[EdgeRequest], keys: Mapping[str, pydantic.SecretStr],
-    client: EdgeClient, control: Control, clock: Clock,
+    client: EdgeApi, control: Control, clock: Clock,
 ) -> Iterator[EdgeReply]:  # fmt: skip
     """The answers one by one; where LiteLLM has set all replicas aside it is waited for."""
     for number, request in enumerate(calls):
@@ -21984,8 +23014,7 @@ class Monitoring:
 
     def metrics(self, snapshot: Snapshot) -> str:
         """Figures of this program in Prometheus' text format."""
-        home = self._store.home
-        return render_metrics(manager_metrics(snapshot, free_bytes(home), disk_bytes(home)))
+        return render_metrics(manager_metrics(snapshot, *self._tools.disk_room(self._store.home)))
 
     def admits(self, shown: str) -> bool:
         """Whether this bearer may read them: Prometheus' own token, or an admin's."""
@@ -22063,15 +23092,17 @@ class Usage:
             for name, accounted, broken_off, guessed in self._tables().rows(tally_sql(starts))
         ]  # fmt: skip
 
-    def _tables(self) -> UsageTables:
-        return usage_tables(self._store.load(), self._tools.containers.observe().containers)
+    def _tables(self) -> Tables:
+        return usage_tables(
+            self._tools, self._store.load(), self._tools.containers.observe().containers
+        )
 
 
 class Energy:
     """What GPUs took, and whose it was, out of energy.sqlite and LiteLLM's tables of use."""
 
     def __init__(
-        self, records: EnergyReader, tables: Callable[[], UsageTables],
+        self, records: EnergyReader, tables: Callable[[], Tables],
         settings: Callable[[], EnergySettings],
     ) -> None:  # fmt: skip
         self._records = records
@@ -22129,7 +23160,7 @@ class Energy:
     def export(
         self, what: EnergyTable, first: date, last: date, style: CsvStyle
     ) -> Iterator[bytes]:
-        """A CSV in pieces, however long it is; README says what its columns are."""
+        """A CSV in pieces, however long it is; docs/reference.md says what its columns are."""
         match what:
             case "samples":
                 return self._records.samples(first, last, style)
@@ -22155,13 +23186,13 @@ def days_between(first: date, last: date) -> Iterator[date]:
 
 
 def usage_tables(
-    state: State, containers: Mapping[ContainerName, ObservedContainer]
-) -> UsageTables:
+    tools: Tools, state: State, containers: Mapping[ContainerName, ObservedContainer]
+) -> Tables:
     """Those of the database that runs. Raises DatabaseError."""
     seen = containers.get(database_name(state))
     if seen is None or not seen.running or seen.address is None:
         raise DatabaseError("PostgreSQL is down.", advice="Deploy a model, or run `apply`, first.")
-    return UsageTables(seen.address, state.secrets.database_password, reader_password(state))
+    return tools.tables(seen.address, state.secrets.database_password, reader_password(state))
 
 
 class JobKeeper:
@@ -22180,9 +23211,9 @@ class JobKeeper:
         """Newest first."""
         return [job.view() for job in reversed(list(self._jobs))]
 
-    def under_way(self) -> tuple[JobView, ...]:
+    def under_way(self, *, elsewhere: bool = False) -> tuple[JobView, ...]:
         """What this and other processes work on; see `StateStore.under_way`."""
-        return self._store.under_way()
+        return self._store.under_way(elsewhere=elsewhere)
 
     def job(self, job_id: str) -> JobView:
         return self._job(job_id).view()
@@ -22263,6 +23294,10 @@ class ChangeRunner(JobKeeper):
     def state(self) -> State:
         return self._store.load()
 
+    def free_bytes(self) -> int:
+        """Of the disk that holds the state."""
+        return self._tools.disk_room(self.home)[0]
+
     def hardware(self, *, fresh: bool = False) -> Hardware:
         """The GPUs as they are; where nothing can be seen, its `fault` says why."""
         return self._tools.gpus.read(fresh=fresh)
@@ -22274,6 +23309,10 @@ class ChangeRunner(JobKeeper):
     def plan(self, change: Change) -> Plan:
         """What the change would do; nothing is saved."""
         return self._planned(change, self._edited(change, self._store.load()))
+
+    def check(self, change: Change) -> None:
+        """Refuses what saving the change would refuse; nothing is saved."""
+        self._edited(change, self._store.load())
 
     def _planned(self, change: Change, state: State) -> Plan:
         return plan_state(
@@ -22508,6 +23547,10 @@ class Manager(ChangeRunner):
             changes = changes | {"source": asdict(source)}
         return revising(name, changes, self._options, self.images.recipes())
 
+    def versions(self) -> list[tuple[int, datetime]]:
+        """The earlier versions and when each was written, oldest first."""
+        return [(number, self._store.written_at(number)) for number in self._store.versions()]
+
     def returning(self, number: int | None) -> Change:
         """The change back to an earlier version; without a number, the one before this."""
         versions = self._store.versions()
@@ -22516,8 +23559,7 @@ class Manager(ChangeRunner):
 
     def loads(self, engines: Sequence[ObservedContainer]) -> dict[ContainerName, EngineLoad | None]:
         """What each of these engines is at, asked side by side; None where one does not say."""
-        with concurrent.futures.ThreadPoolExecutor(max_workers=len(engines) or 1) as pool:
-            loads = list(pool.map(self._tools.probes.load, engines))
+        loads = side_by_side(self._tools.probes.load, engines)
         return {engine.name: load for engine, load in zip(engines, loads, strict=True)}
 
     def answers(self, engine: ObservedContainer, seconds: float) -> bool:
@@ -22586,7 +23628,7 @@ class Manager(ChangeRunner):
             docker_checks = [Check(name="Docker", ok=False, text=error.fact, advice=error.advice)]
         return [
             *docker_checks,
-            disk_check(self.home),
+            disk_check(self.free_bytes()),
             *self._database_checks(),
             *gpu_checks(state, self.hardware(fresh=True)),
         ]
@@ -22684,9 +23726,13 @@ class Pulse:
     A hung engine answers late or never, and no page may wait for it.
     """
 
-    def __init__(self, manager: Manager, latest: Callable[[], Snapshot], stalls: Stalls) -> None:
+    def __init__(
+        self, manager: Manager, latest: Callable[[], Snapshot], closed: threading.Event,
+        stalls: Stalls,
+    ) -> None:  # fmt: skip
         self._manager = manager
         self._latest = latest
+        self._closed = closed
         self._stalls = stalls
         self._felt: Snapshot | None = None
         self.hung: Mapping[ModelName, str] = {}
@@ -22695,8 +23741,7 @@ class Pulse:
         threading.Thread(target=self._run, name="pulse", daemon=True).start()
 
     def _run(self) -> None:
-        while True:
-            time.sleep(self._stalls.pause)
+        while not self._closed.wait(self._stalls.pause):
             try:
                 self._feel()
             except Exception:  # boundary: one look must not end all of them
@@ -22712,10 +23757,10 @@ class Pulse:
         if observed is not None:
             self.window.feed(time.monotonic(), engine_counts(observed, loads))
         suspects = [engines[name] for name in self._stalls.suspects(loads, utc_now())]
-        with concurrent.futures.ThreadPoolExecutor(max_workers=len(suspects) or 1) as pool:
-            tries = [pool.submit(self._manager.answers, e, self._stalls.patience) for e in suspects]
-        for engine, tried in zip(suspects, tries, strict=True):
-            self._stalls.tried(engine.name, answered=tried.result())
+        patience = self._stalls.patience
+        answers = side_by_side(lambda engine: self._manager.answers(engine, patience), suspects)
+        for engine, answered in zip(suspects, answers, strict=True):
+            self._stalls.tried(engine.name, answered=answered)
         self.hung = {
             ModelName(engines[name].model_name or ""): self._stalls.report(
                 engines[name], loads[name], utc_now()
@@ -22727,9 +23772,13 @@ class Pulse:
 class Meter:
     """A thread of its own that follows LiteLLM's counters: a hung engine must not hold it up."""
 
-    def __init__(self, manager: Manager, latest: Callable[[], Snapshot], pause: float) -> None:
+    def __init__(
+        self, manager: Manager, latest: Callable[[], Snapshot], closed: threading.Event,
+        pause: float,
+    ) -> None:  # fmt: skip
         self._manager = manager
         self._latest = latest
+        self._closed = closed
         self._pause = pause
         self.breakers = Breakers()
         self._window = RateWindow()
@@ -22741,8 +23790,7 @@ class Meter:
         return self._window.rise([self.breakers.gateway])
 
     def _run(self) -> None:
-        while True:
-            time.sleep(self._pause)
+        while not self._closed.wait(self._pause):
             try:
                 if (observed := self._latest().observed) is not None:
                     known = self.breakers.figures
@@ -22755,21 +23803,28 @@ class Meter:
 
 
 class Gauge:
-    """A thread of its own that now and then asks the database for its size."""
+    """A thread of its own for what is asked now and then: the database's size, the alerts."""
 
-    def __init__(self, manager: Manager, latest: Callable[[], Snapshot]) -> None:
+    def __init__(
+        self, manager: Manager, latest: Callable[[], Snapshot], closed: threading.Event
+    ) -> None:
         self._manager = manager
         self._latest = latest
+        self._closed = closed
         self.size: DatabaseSize | None = None
+        self.alerts: tuple[Alert, ...] = ()
         threading.Thread(target=self._run, name="gauge", daemon=True).start()
 
     def _run(self) -> None:
-        while True:
+        for turn in itertools.count():
             try:
-                self.size = self._look()
+                self.alerts = self._firing()
+                if self.size is None or turn % GAUGE_TURNS == 0:
+                    self.size = self._look()
             except Exception:  # boundary: one look must not end all of them
-                log.exception("the database could not be measured")
-            time.sleep(GAUGE_SECONDS if self.size else GAUGE_SECONDS / 10)
+                log.exception("the database or the alerts could not be read")
+            if self._closed.wait(GAUGE_SECONDS):
+                return
 
     def _look(self) -> DatabaseSize | None:
         state, observed = self._latest().state, self._latest().observed
@@ -22779,8 +23834,19 @@ class Gauge:
                 return self._manager.database.size()
         return None
 
+    def _firing(self) -> tuple[Alert, ...]:
+        """None where monitoring is off, or does not answer: the Monitoring tab tells of that."""
+        state, observed = self._latest().state, self._latest().observed
+        name = monitor_name(state, "prometheus") if state and state.monitoring else None
+        seen = observed.containers.get(name) if observed and name else None
+        if seen is not None and seen.ready:
+            with contextlib.suppress(ManagerError):
+                return self._manager.monitoring.look().alerts
+        return ()
 
-GAUGE_SECONDS: Final = 300.0
+
+GAUGE_SECONDS: Final = 30.0
+GAUGE_TURNS: Final = 10  # until the size is asked for again
 
 
 class EnergySink(Protocol):
@@ -23079,6 +24145,34 @@ COUNT_SECONDS: Final = 30.0
 ENDING_SECONDS: Final = 3.0
 
 
+class Newcomer:
+    """Whether an installation still has its first steps before it; once over, that is for good."""
+
+    def __init__(self, home: Path, snapshot: Snapshot) -> None:
+        self._over = home / FIRST_RUN_OVER
+        self.steps = None if self._over.exists() else FirstRun()
+        if snapshot.state is not None and snapshot.state.wished_models:
+            self.end()
+
+    def look(self, snapshot: Snapshot) -> None:
+        """Tick off what was done meanwhile."""
+        if self.steps is None or snapshot.state is None:
+            return
+        made = any(e.result == "done" and e.what.startswith(KEY_CREATED) for e in snapshot.changes)
+        self.steps = FirstRun(has_key=self.steps.has_key or made)
+        if all(step.done for step in first_steps(snapshot, snapshot.state, self.steps)):
+            self.end()
+
+    def end(self) -> None:
+        self.steps = None
+        with contextlib.suppress(OSError):  # then it is shown again after the next start
+            self._over.touch(mode=0o600)
+
+
+FIRST_RUN_OVER: Final = "first-run-over"
+KEY_CREATED: Final = "Create the key"  # and the keys
+
+
 class Watch:
     """One thread that takes the snapshot which every open tab reads."""
 
@@ -23096,27 +24190,42 @@ class Watch:
         self._causes: dict[ModelName, str] = {}  # of models that are down: read once per end
         self._fates: dict[ModelName, str] = {}
         self._latest = manager.snapshot()
+        self._console_key = manager.state().secrets.console_key
+        self._changes: tuple[AuditEntry, ...] = ()
+        self._elsewhere: tuple[JobView, ...] = ()
+        self.dismissed: frozenset[str] = frozenset()
+        self.newcomer = Newcomer(manager.home, self._latest)
         self._repaired: set[ModelName] = set()
         self._renewed = ""  # the certificate that was last tried
-        self._pulse = Pulse(manager, lambda: self._latest, stalls or Stalls())
-        self._meter = Meter(manager, lambda: self._latest, seconds)
-        self._gauge = Gauge(manager, lambda: self._latest)
+        self._closed = closed = threading.Event()
+        self._pulse = Pulse(manager, lambda: self._latest, closed, stalls or Stalls())
+        self._meter = Meter(manager, lambda: self._latest, closed, seconds)
+        self._gauge = Gauge(manager, lambda: self._latest, closed)
         self.sampler = (
             EnergySampler(manager, records, lambda: self._latest, lambda: self._pulse.loads)
             if records is not None
             else None
         )
+        self._look_around()
         watching = manager.audit.acting_as(ITSELF)(self._run)
         threading.Thread(target=watching, name="watch", daemon=True).start()
 
     def close(self) -> None:
-        """Let what is recorded reach the disk."""
+        """No look begins any more; what is recorded reaches the disk."""
+        self._closed.set()
         if self.sampler is not None:
             self.sampler.close()
 
+    @property
+    def console_key(self) -> pydantic.SecretStr:
+        """As it is, or was when the state could last be read."""
+        if self._latest.state is not None:
+            self._console_key = self._latest.state.secrets.console_key
+        return self._console_key
+
     def latest(self) -> Snapshot:
         """The last look at the world, with the jobs as they are now."""
-        latest, jobs = self._latest, tuple(self._manager.jobs())
+        latest, jobs = self._latest, (*self._manager.jobs(), *self._elsewhere)
         return replace(
             latest,
             jobs=jobs,
@@ -23134,12 +24243,30 @@ class Watch:
             if latest.state and latest.observed
             else {},
             traffic=self._meter.traffic,
+            changes=self._changes,
+            alerts=self._gauge.alerts,
+            disk_free_bytes=self._free_bytes,
+            first_run=self.newcomer.steps,
+            dismissed=self.dismissed,
         )
 
+    def dismiss(self, job_id: str) -> None:
+        """Show this result no more, nor those of older jobs, on any page."""
+        older = itertools.dropwhile(lambda job: job.id != job_id, self._manager.jobs())
+        self.dismissed |= {job.id for job in older if job.finished_at is not None}
+
+    def _look_around(self) -> None:
+        """What other processes do, what was changed lately, and how much room there is."""
+        self._elsewhere = self._manager.under_way(elsewhere=True)
+        with contextlib.suppress(ManagerError):
+            self._changes = tuple(self._manager.audit.newest(SHOWN_CHANGES))
+        self._free_bytes = self._manager.free_bytes()
+        self.newcomer.look(self.latest())
+
     def _run(self) -> None:
-        while True:
-            time.sleep(self._seconds)
+        while not self._closed.wait(self._seconds):
             try:
+                self._look_around()  # first: it asks no Docker, which may hang
                 before, self._latest = self._latest, self._manager.snapshot()
                 absent = any(isinstance(fault, DockerAbsentError) for fault in before.faults)
                 if absent and self._latest.observed is not None:
@@ -23197,6 +24324,9 @@ class Watch:
             with contextlib.suppress(ManagerError):
                 self._manager.start(reviving(name))
                 del self._revivals.waiting[name], self._causes[name]
+
+
+SHOWN_CHANGES: Final = 8
 
 
 # =============================================================================
@@ -23588,35 +24718,101 @@ def build_metrics(manager: Manager, watch: Watch) -> fastapi.FastAPI:
     return app
 
 
+class Guesses:
+    """At most ten different wrong tokens a minute from each account of this server.
+
+    Who guesses shuts out nobody else, and itself for no more than a minute. The same wrong token
+    once more is no guess: a program with a revoked one does not shut out its neighbours.
+    """
+
+    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._monotonic = monotonic
+        self._wrong: dict[int | None, dict[str, float]] = {}  # when, by account and digest
+        self._lock = threading.Lock()
+
+    def wait(self, scope: Json, digest: str) -> int:
+        """The seconds for which no other token is looked at from there; 0 where it is."""
+        account = account_of(scope.get("client")) if self._wrong else None
+        with self._lock:
+            wrong = self._recent(account)
+        if len(wrong) < GUESSES or digest in wrong:
+            return 0
+        return math.ceil(min(wrong.values()) + GUESS_SECONDS - self._monotonic())
+
+    def note(self, scope: Json, digest: str) -> None:
+        """This token was wrong."""
+        account = account_of(scope.get("client"))
+        with self._lock:
+            self._wrong[account] = {digest: self._monotonic()} | self._recent(account)
+
+    def _recent(self, account: int | None) -> dict[str, float]:
+        since = self._monotonic() - GUESS_SECONDS
+        recent = {each: kept for each, wrong in self._wrong.items()
+                  if (kept := {one: at for one, at in wrong.items() if at > since})}  # fmt: skip
+        self._wrong = recent
+        return recent.get(account, {})
+
+
+GUESSES: Final = 10
+GUESS_SECONDS: Final = 60.0
+
+
+ESTABLISHED: Final = "01"  # in any other state, nobody may hold it: the kernel then tells root
+
+
+def account_of(client: Sequence[Any] | None) -> int | None:
+    """The user id of who holds the other end of a connection over loopback; None: unknown."""
+    if not client or client[0] != "127.0.0.1":
+        return None
+    wanted = f"0100007F:{client[1]:04X}"
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/net/tcp").read_text().splitlines():
+            _, local, _, state, _, _, _, user, *_ = line.split()
+            if local == wanted and state == ESTABLISHED:
+                return int(user)
+    return None
+
+
 class TokenGate:
     """ASGI gate of the API: nothing is answered, nor a body read, without an admin token."""
 
-    def __init__(self, app: Any, manager: Manager) -> None:
+    def __init__(self, app: Any, manager: Manager, guesses: Guesses | None = None) -> None:
         self._app = app
         self._manager = manager
+        self._guesses = guesses or Guesses()
 
     async def __call__(self, scope: Json, receive: Any, send: Any) -> None:
         scheme, _, shown = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
         digest = sha256(shown if scheme.lower() == b"bearer" else b"").hexdigest()
         try:
-            token = await fastapi.concurrency.run_in_threadpool(self._token, digest)
+            found = await fastapi.concurrency.run_in_threadpool(self._judge, scope, digest)
         except ManagerError as error:
-            answer = problem(error)
+            found = problem(error)
+        if isinstance(found, AdminToken):
+            with self._manager.audit.acting_as(Actor(name=found.name, channel="API")):
+                await self._app(scope, receive, send)
         else:
-            if token is not None:
-                with self._manager.audit.acting_as(Actor(name=token.name, channel="API")):
-                    await self._app(scope, receive, send)
-                return
-            answer = fastapi.responses.JSONResponse(
-                asdict(NO_TOKEN), status_code=401, headers={"www-authenticate": "Bearer"}
+            await found(scope, receive, send)
+
+    def _judge(self, scope: Json, digest: str) -> AdminToken | fastapi.Response:
+        """The token that was shown, or the answer to who shows none that is known."""
+        if wait := self._guesses.wait(scope, digest):
+            return fastapi.responses.JSONResponse(
+                asdict(TOO_MANY), status_code=429, headers={"retry-after": str(wait)}
             )
-        await answer(scope, receive, send)
+        for token in self._manager.state().admin_tokens:
+            if hmac.compare_digest(token.sha256, digest):
+                return token
+        self._guesses.note(scope, digest)
+        return fastapi.responses.JSONResponse(
+            asdict(NO_TOKEN), status_code=401, headers={"www-authenticate": "Bearer"}
+        )
 
-    def _token(self, digest: str) -> AdminToken | None:
-        known = self._manager.state().admin_tokens
-        return next((t for t in known if hmac.compare_digest(t.sha256, digest)), None)
 
-
+TOO_MANY: Final = Problem(
+    fact="Too many wrong tokens came from this account of the server.",
+    advice="Wait a minute, then show the right one.",
+)
 NO_TOKEN: Final = Problem(
     fact="This request shows no admin token that is known here.",
     advice="Make one with `llm_manager.py token create NAME`; send it as a bearer.",
@@ -23652,7 +24848,7 @@ def refuse_unknown_parameters(request: fastapi.Request) -> None:
 def build_api(manager: Manager, watch: Watch) -> fastapi.FastAPI:
     """The API without its gate."""
     faults: dict[int | str, Json] = {
-        code: {"model": Problem} for code in (400, 401, 404, 405, 409, 422, 503)
+        code: {"model": Problem} for code in (400, 401, 404, 405, 409, 422, 429, 503)
     }
     app = fastapi.FastAPI(
         title="LLM Manager", version="1", description=ABOUT_API, responses=faults,
@@ -24170,7 +25366,12 @@ class LiveLook:
         self._seconds = seconds
         self.latest: Snapshot | None = None
         self.fault = ""
+        self._closed = threading.Event()
         threading.Thread(target=self._run, name="look", daemon=True).start()
+
+    def close(self) -> None:
+        """A look under way may end, and no other begins."""
+        self._closed.set()
 
     def _run(self) -> None:
         while True:
@@ -24178,7 +25379,8 @@ class LiveLook:
                 self.latest, self.fault = self._lookout.look(), ""
             except Exception as error:  # noqa: BLE001 - boundary: shown, and the next look may do
                 self.fault = f"The last look failed: {error}"
-            time.sleep(self._seconds)
+            if self._closed.wait(self._seconds):
+                return
 
     def shown(self) -> Snapshot | None:
         """The last look, as old as it is now."""
@@ -24239,7 +25441,7 @@ def show_board(manager: Manager, seconds: float) -> None:
             )
         return draw(board(snapshot, console.width, console.height - len(notes)), *notes)
 
-    with terminal_restored():
+    with contextlib.closing(look), terminal_restored():
         if console.is_dumb_terminal:
             while not key_pressed("q", seconds):
                 console.print(drawn())
@@ -24293,45 +25495,73 @@ def terminal_restored() -> Iterator[None]:
 # =============================================================================
 
 LOOPBACK_HOSTS: Final = frozenset({"127.0.0.1", "localhost", "[::1]"})
+# Gradio's page (6.31) has scripts and styles inline, and its HTML and its plots make functions of
+# text. They can load nothing from elsewhere, though, and tell nobody.
+CONTENT_POLICY: Final = (
+    b"default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
+    b"style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
+    b"object-src 'none'; base-uri 'self'; form-action 'none'; frame-ancestors 'none'"
+)
 SECURITY_HEADERS: Final = (
+    (b"content-security-policy", CONTENT_POLICY),
+    (b"cross-origin-opener-policy", b"same-origin"),
+    (b"cross-origin-resource-policy", b"same-origin"),
     (b"x-frame-options", b"DENY"),
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
 )
+# What the page asks of Gradio, and the console's own. Gradio has more (uploads, files, a proxy,
+# deep links, recordings, named handlers), which no tab needs: it is shut.
+PAGE_PATHS: Final = re.compile(
+    r"/|/config|/theme\.css|/favicon\.ico|/manifest\.json|/assets/.+|/static/.+|/gradio_api/"
+    r"(info|app_id|startup-events|theme\.css|run/predict|queue/(join|data)|cancel|heartbeat/\w+)|"
+    rf"/news|/audit\.csv|{ENERGY_FILES}/\w+\.csv|{API_PAGE}"
+)
 
 
 class Guard:
-    """ASGI gate: only the operator's own browser passes, and only from this console's pages.
+    """ASGI gate: only the operator's own browser passes, and only to what its pages need.
 
     Gradio trusts any Origin behind a foreign Host and hides handlers without closing them
     (6.31), so every request is judged here, before Gradio sees it. What is below the API's path
     never comes to the console, and no cookie counts there: programs show tokens at their own gate.
     """
 
-    def __init__(self, app: Any, programs: Any, key: pydantic.SecretStr, instance: str) -> None:
+    def __init__(
+        self,
+        app: Any,
+        programs: Any,
+        key: Callable[[], pydantic.SecretStr],
+        instance: str,
+        guesses: Guesses | None = None,
+    ) -> None:
         self._app = app
         self._programs = programs
-        self._key = key.get_secret_value().encode()
+        self._current_key = key
         self._cookie = f"llm-manager-{instance}"
+        self._guesses = guesses or Guesses()
 
     async def __call__(self, scope: Json, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
-            return
-        headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
-        refused = foreign_request(headers)
-        if refused:
-            answer = _plain(403, refused)
-        elif scope["path"].startswith(f"{API}/") and scope["path"] != API_PAGE:
-            answer = self._programs
-        elif scope["path"] == "/" and (token := _query_token(scope["query_string"])):
-            answer = self._exchange(token)
-        elif not self.admits(headers.get("cookie", "")):
-            answer = _plain(401, "Open the address that `llm_manager.py url` prints.")
+        elif scope["type"] != "http":  # nothing here speaks over a WebSocket
+            await send({"type": "websocket.close", "code": 1008})
         else:
-            await self._app(scope, receive, _with_headers(send))
-            return
-        await answer(scope, receive, _with_headers(send))
+            await self._answer(scope)(scope, receive, _with_headers(send, scope["path"]))
+
+    def _answer(self, scope: Json) -> Any:
+        """The application that may answer this request, or the answer that refuses it."""
+        headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
+        path = scope["path"]
+        if refused := foreign_request(headers):
+            return _plain(403, refused)
+        if path.startswith(f"{API}/") and path != API_PAGE:
+            return self._programs
+        if path == "/" and (token := _query_token(scope["query_string"])):
+            return self._exchange(scope, token)
+        if not self.admits(headers.get("cookie", "")):
+            return _plain(401, "Open the address that `llm_manager.py url` prints.")
+        return self._app if PAGE_PATHS.fullmatch(path) else _plain(404, "There is nothing here.")
 
     def admits(self, cookies: str) -> bool:
         """Whether a Cookie header carries this console's session."""
@@ -24339,13 +25569,23 @@ class Guard:
         shown = found.get(self._cookie, "").encode()
         return hmac.compare_digest(shown, self._session().encode())
 
+    @property
+    def _key(self) -> bytes:
+        return self._current_key().get_secret_value().encode()
+
     def _session(self) -> str:
         return hmac.new(self._key, b"console session", sha256).hexdigest()
 
-    def _exchange(self, token: str) -> fastapi.Response:
+    def _exchange(self, scope: Json, token: str) -> fastapi.Response:
+        digest = sha256(token.encode()).hexdigest()
+        if wait := self._guesses.wait(scope, digest):
+            answer = _plain(429, f"{TOO_MANY.fact} {TOO_MANY.advice}")
+            answer.headers["retry-after"] = str(wait)
+            return answer
         if not hmac.compare_digest(token.encode(), self._key):
+            self._guesses.note(scope, digest)
             return _plain(401, "That token is wrong. `llm_manager.py url` prints the right one.")
-        answer = fastapi.responses.RedirectResponse("/", status_code=303)
+        answer = fastapi.responses.Response(status_code=303, headers={"location": "/"})
         month = 30 * 24 * 3600
         answer.set_cookie(
             self._cookie, self._session(), max_age=month, httponly=True, samesite="strict"
@@ -24373,10 +25613,19 @@ def _plain(status: int, text: str) -> fastapi.Response:
     return fastapi.responses.PlainTextResponse(text + "\n", status_code=status)
 
 
-def _with_headers(send: Any) -> Any:
+def _with_headers(send: Any, path: str) -> Any:
     async def sending(message: Json) -> None:
         if message["type"] == "http.response.start":
-            message["headers"] = [*message.get("headers", ()), *SECURITY_HEADERS]
+            # The address of these has a hash of what they are; all else may change.
+            lasts = (
+                path.startswith(("/assets/", "/theme.css")) and message["status"] == HTTPStatus.OK
+            )
+            kept = b"private, max-age=31536000, immutable" if lasts else b"no-store"
+            message["headers"] = [
+                *(pair for pair in message.get("headers", ()) if pair[0] != b"cache-control"),
+                (b"cache-control", kept),
+                *SECURITY_HEADERS,
+            ]
         await send(message)
 
     return sending
@@ -24397,6 +25646,8 @@ def shown_to_operator() -> Iterator[None]:
 
 PRIVATE: Final[Json] = {"api_visibility": "private"}
 QUIET: Final[Json] = PRIVATE | {"show_progress": "hidden", "concurrency_limit": None}
+# What only reads goes past Gradio's queue: the page's script may ask it again after a cut.
+READING: Final[Json] = QUIET | {"queue": False}
 
 
 View = Callable[[Snapshot], Any]
@@ -24412,35 +25663,146 @@ class Desk:
 
 
 def live(desk: Desk, component: Any, view: View) -> Any:
-    """Keep a component equal to a view of the snapshot, from the next `wire_live` on."""
+    """Keep a component equal to a view of the snapshot, while its tab is in front."""
     desk.views.append((component, view))
     return component
 
 
-def wire_live(desk: Desk, app: gr.Blocks) -> None:
-    """One tick of the page refreshes all that is live; what did not change is not sent."""
-    components = [component for component, _ in desk.views]
+class News:
+    """What live views show, computed at most once a second however many pages look.
 
-    def on_tick(shown: list[Any]) -> list[Any]:
-        snapshot = desk.watch.latest()
-        fresh = [view(snapshot) for _, view in desk.views]
-        updates = [
-            gr.skip() if new == old else _update(new)
-            for new, old in zip(fresh, shown or [None] * len(fresh), strict=True)
-        ]
-        return [*updates, fresh]
+    Looks are numbered, and each view bears the number of the look that changed it last: a page
+    that says which number it knows is sent what changed since, and nothing of other tabs. Pages
+    in other zones see other times.
+    """
 
-    shown = gr.State(None)
-    app.load(on_tick, shown, [*components, shown], **QUIET)
-    gr.Timer(REFRESH_SECONDS).tick(on_tick, shown, [*components, shown], **QUIET)
+    def __init__(self, watch: Watch, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._watch = watch
+        self._monotonic = monotonic
+        self._views: dict[str, list[View]] = {}
+        # By tab and zone: the number of the last look, and each view's.
+        self._shown: dict[tuple[str, tzinfo], tuple[int, list[tuple[int, Any]]]] = {}
+        self._number, self._looked_at = 0, 0.0
+        self._snapshot: Snapshot | None = None
+        self._lock = threading.Lock()
+        self._faulty: set[View] = set()
+
+    def add(self, tab: str, views: Sequence[View]) -> None:
+        self._views[tab] = [*views]
+
+    def of(self, tab: str, zone: tzinfo = UTC) -> list[tuple[int, Any]]:
+        """What a tab shows now, each view with its number."""
+        with self._lock:
+            now = self._monotonic()
+            if self._snapshot is None or now - self._looked_at >= FRESH_SECONDS:
+                self._snapshot, self._looked_at = self._watch.latest(), now
+                self._number += 1
+            views = self._views[tab]
+            nothing = [(0, self)] * len(views)  # equal to nothing that a view returns
+            number, shown = self._shown.get((tab, zone), (0, nothing))
+            if number != self._number:
+                snapshot = replace(self._snapshot, zone=zone)
+                shown = [
+                    self._seen(view, snapshot, old) for old, view in zip(shown, views, strict=True)
+                ]
+                self._shown[tab, zone] = self._number, shown
+            return shown
+
+    def _seen(self, view: View, snapshot: Snapshot, old: tuple[int, Any]) -> tuple[int, Any]:
+        try:
+            new = view(snapshot)
+        except Exception:  # boundary: a bug in one view must not shut all others
+            if view not in self._faulty:
+                log.exception("a view failed; the page keeps what it showed before")
+            self._faulty.add(view)
+            return old
+        return old if new == old[1] else (self._number, new)
+
+    def newest(self, tab: str, zone: tzinfo = UTC) -> Json:
+        """The tab and its newest number, as the page's script reads them."""
+        if tab not in self._views:  # the page has none yet
+            return {"tab": None, "number": 0}
+        return {"tab": [*self._views].index(tab), "number": max(n for n, _ in self.of(tab, zone))}
 
 
+NEWS_PATH: Final = "/news"
+FRESH_SECONDS: Final = 1.0
 REFRESH_SECONDS: Final = 1.5
+
+
+def wire_live(desk: Desk, tabs: gr.Tabs) -> News:
+    """For each tab a hidden button, which the page's script presses when there is news for it."""
+    news = News(desk.watch)
+    everywhere = [pair for pair in desk.views if not _is_within(pair[0], tabs)]
+    for number, tab in enumerate(cast("list[Any]", tabs.children)):
+        shown = everywhere + [pair for pair in desk.views if _is_within(pair[0], tab)]
+        news.add(tab.label, [view for _, view in shown])
+        known = gr.Number(0, precision=0, visible="hidden", elem_id=f"known-{number}")
+        press = gr.Button(visible="hidden", elem_id=f"news-{number}")
+        press.click(
+            _teller(news, tab.label), known, [*(component for component, _ in shown), known],
+            **READING,
+        )  # fmt: skip
+    return news
+
+
+def _teller(news: News, tab: str) -> Callable[..., list[Any]]:
+    # Gradio hands the request to a function with this annotation, and to no `partial` of one.
+    def tell(known: int, request: gr.Request) -> list[Any]:
+        return tell_news(news, tab, known, zone_of(request))
+
+    return tell
+
+
+def tell_news(news: News, tab: str, known: int, zone: tzinfo = UTC) -> list[Any]:
+    """Updates of what changed since the look that a page knows, and the number of the newest."""
+    shown = news.of(tab, zone)
+    told = [_update(value) if number > known else gr.skip() for number, value in shown]
+    return [*told, max(number for number, _ in shown)]
+
+
+def _is_within(component: Any, container: Any) -> bool:
+    while component is not None and component is not container:
+        component = component.parent
+    return component is container
+
+
+def zone_of(request: gr.Request | fastapi.Request) -> tzinfo:
+    """The zone of the browser that asks; UTC where it tells none that this server knows.
+
+    Any handler gets it: Gradio passes a `request: gr.Request` beside the inputs.
+    """
+    told = re.search(rf"(?:^|; *){ZONE_COOKIE}=([^;]*)", request.headers.get("cookie", ""))
+    try:
+        return zoneinfo.ZoneInfo(told[1]) if told else UTC
+    except (ValueError, KeyError, OSError):  # no zone has this name, or the system has none
+        return UTC
+
+
+ZONE_COOKIE: Final = "llm-manager-zone"
+TELL_ZONE: Final = f"""<script>
+document.cookie = "{ZONE_COOKIE}=" + Intl.DateTimeFormat().resolvedOptions().timeZone
+  + "; path=/; samesite=strict";
+</script>"""
 
 
 def _update(fresh: Any) -> Any:
     """A dict is an update of properties, all else is the value."""
     return gr.update(**fresh) if isinstance(fresh, dict) else fresh
+
+
+TELL_CLICK: Final = """
+element.addEventListener("click", event => {
+  const button = event.target.closest("button.act");
+  if (button) trigger("click", {verb: button.dataset.verb, subject: button.dataset.subject});
+});
+"""
+
+
+def picture(desk: Desk, view: View) -> gr.HTML:
+    """A view as HTML; a click on a button of `button_html` in it is a `gr.EventData`."""
+    shown = gr.HTML(js_on_load=TELL_CLICK, elem_classes="picture")
+    return cast("gr.HTML", live(desk, shown, view))
 
 
 def table(
@@ -24456,17 +25818,6 @@ def table(
         column_widths=list(widths) if widths else None, label=label, show_label=bool(label),
         visible=visible, show_search="filter" if search else "none",
     )  # fmt: skip
-
-
-def build_overview_tab(desk: Desk) -> None:
-    """Is all well, and if not, what to do."""
-    with gr.Tab("Overview"):
-        live(desk, gr.Markdown(), overview_text)
-        live(desk, gr.HTML(), cards_html)
-        gr.Markdown("### Models")
-        live(desk, table(MODEL_HEADERS), model_rows)
-        gr.Markdown("### Containers")
-        live(desk, table(COMPONENT_HEADERS), component_rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24485,13 +25836,12 @@ class PlanCard:
 
 
 def build_plan_card(desk: Desk, changes: Mapping[str, Callable[[Any], Change]]) -> PlanCard:
-    """A hidden card that shows a plan and asks; `pending` holds (verb, subject)."""
+    """A hidden card that shows a plan and asks; `pending` holds (verb, subject, plan)."""
 
-    def on_confirm(pending: tuple[str, Any]) -> tuple[Any, None]:
+    def on_confirm(pending: tuple[str, Any, str]) -> tuple[Any, ...]:
         with shown_to_operator():
-            verb, subject = pending
-            desk.manager.start(changes[verb](subject))
-            return gr.update(visible=False), None
+            verb, subject, _ = still_pending(pending)
+            return confirmed_plan(desk, pending, changes[verb](subject))
 
     with gr.Group(visible=False, elem_classes="plan-card") as group:
         picture = gr.HTML(visible=False)
@@ -24500,9 +25850,8 @@ def build_plan_card(desk: Desk, changes: Mapping[str, Callable[[Any], Change]]) 
             confirm = gr.Button("Do it", variant="primary")
             leave = gr.Button("Not now")
     pending = gr.State(None)
-    confirmed = confirm.click(
-        on_confirm, pending, [group, pending], concurrency_id="change", **PRIVATE
-    )
+    every = [group, picture, text, pending]
+    confirmed = confirm.click(on_confirm, pending, every, concurrency_id="change", **PRIVATE)
     leave.click(lambda: (gr.update(visible=False), None), None, [group, pending], **PRIVATE)
     return PlanCard(group, picture, text, pending, confirmed)
 
@@ -24522,16 +25871,68 @@ def wire_plan(
     button.click(on_click, subject, card.outputs, **PRIVATE)
 
 
+def wire_rules(desk: Desk, fields: Sequence[Any], described: Callable[..., Change | None]) -> None:
+    """A line, made here, that says what a change would be refused for, while it is typed.
+
+    `described` makes the change of the fields' values, or None while there is too little of it.
+    """
+
+    def on_typed(*values: Any) -> str:
+        def check() -> None:
+            if change := described(*values):
+                desk.manager.check(change)
+
+        fault = typed_fault(check)
+        return f"⚠️ {plain(fault)}" if fault else ""
+
+    said = gr.Markdown(elem_classes="rules")
+    for typed_in in fields:
+        typed_in.change(on_typed, [*fields], said, trigger_mode="always_last", **READING)
+
+
+def typed_fault(check: Callable[[], object]) -> str:
+    """Why what is typed would be refused; a bug is the journal's, and no message at every key."""
+    try:
+        check()
+    except ManagerError as error:
+        return str(error)
+    except Exception:  # boundary: who types must not be interrupted; the button says what is wrong
+        log.exception("what was typed could not be checked")
+    return ""
+
+
 def planned(desk: Desk, verb: str, subject: Any, wished: Change) -> tuple[Any, ...]:
-    """What opens the card: the fit of what would be deployed, the plan, and how to confirm it."""
+    """What opens the card: a picture of what is cut or deployed, the plan, and what confirms it."""
     text = plan_markdown(wished.title, desk.manager.plan(wished))
-    fit = None
-    if verb == "deploy":
-        fit = desk.manager.weights.fit(desk.manager.state().model(subject))
-    if fit and fit.verdict and not fit.starts:
-        text = f"⚠️ It will probably not start there. **Do it** tries it all the same.\n\n{text}"
-    shown = gr.HTML(fit_html(fit) if fit else "", visible=fit is not None)
-    return gr.update(visible=True), shown, text, (verb, subject)
+    pending = (verb, subject, AUTOMATIC_DUMP.sub("", text))  # a dump's name is the time
+    picture, state = "", desk.manager.state()
+    if verb == "cut":
+        picture = planned_card(wished, state, desk.manager.hardware())
+    if verb == "deploy" and (fit := desk.manager.weights.fit(state.model(subject))):
+        picture = fit_html(fit)
+        if fit.verdict and not fit.starts:
+            text = f"⚠️ It will probably not start there. **Do it** tries it all the same.\n\n{text}"
+    return gr.update(visible=True), gr.HTML(picture, visible=bool(picture)), text, pending
+
+
+def confirmed_plan(desk: Desk, pending: tuple[str, Any, str], wished: Change) -> tuple[Any, ...]:
+    """What closes the card, once the plan that it shows is under way; else the plan of now."""
+    verb, subject, shown = pending
+    card, picture, text, now = planned(desk, verb, subject, wished)
+    if now[-1] != shown:
+        return card, picture, f"{PLAN_CHANGED}\n\n{text}", now
+    desk.manager.start(wished)
+    return gr.update(visible=False), gr.skip(), gr.skip(), None
+
+
+PLAN_CHANGED: Final = "⚠️ The server changed meanwhile: this is the plan now."
+
+
+def still_pending(asked: Any) -> Any:
+    """What was asked about; a page that is open for long is forgotten, and its questions too."""
+    if asked is None:
+        raise RefusedError("This question is too old.", advice="Ask for it again.")
+    return asked
 
 
 def build_question(
@@ -24541,7 +25942,7 @@ def build_question(
 
     def on_confirm(pending: Any) -> tuple[Any, str]:
         with shown_to_operator():
-            return gr.update(visible=False), act(pending)
+            return gr.update(visible=False), act(still_pending(pending))
 
     with gr.Group(visible=False, elem_classes="plan-card") as group:
         text = gr.Markdown(padding=True)
@@ -24554,13 +25955,125 @@ def build_question(
     return [group, text, pending], said
 
 
+def wire_check(fields: Sequence[Any], check: Callable[..., object]) -> None:
+    """Under a form, as it is typed, why it would be refused; nothing while it would not."""
+
+    def on_typed(*values: Any) -> str:
+        wrong = typed_fault(partial(check, *values))
+        return fault_html(wrong) if wrong else ""
+
+    fault = gr.HTML()
+    changes = [field.change for field in fields]
+    gr.on(changes, on_typed, [*fields], fault, trigger_mode="always_last", **READING)
+
+
 def deletion_question(lines: Sequence[str], pending: Any) -> tuple[Any, ...]:
     """What opens the card before this is deleted."""
     text = "**This would be deleted:**\n" + code_block("\n".join(lines))
     return gr.update(visible=True), text, pending
 
 
-MODEL_VERBS: Final[Mapping[str, tuple[str, Literal["primary", "secondary", "stop"]]]] = {
+def build_overview(desk: Desk, tabs: gr.Tabs, models: ModelsTab) -> None:
+    """Is all well, and if not, what to do; what the server does now; what was done to it."""
+    matters = picture(desk, matters_html)
+    plans = {"apply": lambda _: applying(), "deploy": deploying, "restart": restarting}
+    card = build_plan_card(desk, plans)
+    build_first_run(desk, tabs, models.form, card)
+    picture(desk, gpu_tiles_html)
+    rows = live(desk, live_table(), live_models)
+    with gr.Row():
+        with gr.Column(scale=2, min_width=320):
+            gr.Markdown("### Under way")
+            jobs = picture(desk, jobs_html)
+        with gr.Column(scale=3, min_width=480):
+            gr.Markdown("### Last changes")
+            live(desk, table(CHANGE_HEADERS, ("30%", "32%", "18%", "20%")), change_rows)
+    with gr.Accordion("Containers", open=False):
+        live(desk, table(COMPONENT_HEADERS), component_rows)
+
+    def on_matter(event: gr.EventData) -> dict[Any, Any]:
+        with shown_to_operator():
+            if event.verb in plans:
+                return planned_on(desk, card, event.verb, event.subject, plans)
+            if event.verb == "log":
+                return {tabs: gr.Tabs(selected="models"), **models.opened(desk, event.subject)}
+            return {tabs: gr.Tabs(selected=event.subject)}
+
+    def on_model(event: gr.SelectData) -> dict[Any, Any]:
+        with shown_to_operator():
+            picked = models.picked(desk, str(event.row_value[0]))
+            return {tabs: gr.Tabs(selected="models"), **picked}
+
+    places = [tabs, models.chosen, models.log_fold, models.log]
+    matters.click(on_matter, None, [*places, *card.outputs], **PRIVATE)
+    rows.select(on_model, None, places[:2], **PRIVATE)
+    wire_jobs(desk, jobs)
+
+
+def live_table() -> Any:
+    """The models as they are now: the state is HTML of ours, all else is text."""
+    shown = table(LIVE_HEADERS, LIVE_WIDTHS, search=True, label="Models")
+    shown.datatype = ["html" if header == "State" else "str" for header in LIVE_HEADERS]
+    return shown
+
+
+def planned_on(
+    desk: Desk,
+    card: PlanCard,
+    verb: str,
+    subject: str,
+    plans: Mapping[str, Callable[[Any], Change]],
+) -> dict[Any, Any]:
+    """What opens the card, for a handler that has other outputs, too."""
+    shown = planned(desk, verb, subject, plans[verb](subject))
+    return dict(zip(card.outputs, shown, strict=True))
+
+
+def wire_jobs(desk: Desk, shown: gr.HTML) -> None:
+    """The buttons of jobs."""
+
+    def on_job(event: gr.EventData) -> None:
+        with shown_to_operator():
+            if event.verb == "dismiss":
+                desk.watch.dismiss(event.subject)
+            else:
+                desk.manager.cancel_job(event.subject)
+
+    shown.click(on_job, None, None, **PRIVATE)
+
+
+def build_first_run(desk: Desk, tabs: gr.Tabs, form: ModelForm, card: PlanCard) -> None:
+    """A newcomer's way to the first answer, until it is done or hidden."""
+    steps = picture(desk, first_run_view)
+    said = gr.Markdown(visible=False)
+
+    def on_step(event: gr.EventData) -> dict[Any, Any]:
+        with shown_to_operator():
+            match event.verb:
+                case "pick":
+                    filled = form_of(desk.manager, event.subject, None)
+                    return {
+                        tabs: gr.Tabs(selected="models"),
+                        **dict(zip(form.filled, filled, strict=True)),
+                    }
+                case "deploy":
+                    return planned_on(desk, card, event.verb, event.subject, {"deploy": deploying})
+                case "try":
+                    tried = desk.manager.traffic.try_out(event.subject, "Hello")
+                    return {said: gr.Markdown(trial_text(tried), visible=True)}
+                case "hide":
+                    desk.watch.newcomer.end()
+                    return {said: gr.Markdown(visible=False)}
+                case _:
+                    return {tabs: gr.Tabs(selected=event.subject)}
+
+    outputs = [tabs, said, *card.outputs, *form.filled]
+    clicked = steps.click(on_step, None, outputs, **PRIVATE)
+    described = [*form.inputs, form.at_once]
+    clicked.success(partial(preview, desk.manager), described, [form.fit, form.command], **QUIET)
+
+
+MODEL_VERBS: Final[Mapping[ModelVerb, tuple[str, Literal["primary", "secondary", "stop"]]]] = {
     "deploy": ("Deploy", "primary"),
     "stop": ("Stop", "secondary"),
     "restart": ("Restart", "secondary"),
@@ -24568,28 +26081,69 @@ MODEL_VERBS: Final[Mapping[str, tuple[str, Literal["primary", "secondary", "stop
 }
 
 
-def build_models_tab(desk: Desk) -> ModelForm:
+@dataclass(frozen=True, slots=True)
+class ModelsTab:
+    """What other tabs fill in on the Models tab."""
+
+    form: ModelForm
+    chosen: gr.Dropdown
+    log_fold: gr.Accordion
+    log: gr.Textbox
+
+    def picked(self, desk: Desk, name: str) -> dict[Any, Any]:
+        """A model chosen."""
+        names = [model.name for model in desk.manager.state().models]
+        return {self.chosen: gr.Dropdown(choices=names, value=name)}
+
+    def opened(self, desk: Desk, name: str) -> dict[Any, Any]:
+        """The same, with its log."""
+        return self.picked(desk, name) | {
+            self.log_fold: gr.Accordion(open=True),
+            self.log: desk.manager.logs.of(name),
+        }
+
+
+def build_models_tab(desk: Desk) -> ModelsTab:
     """The registered models, what can be done with one, its log, and a form for a new one."""
     changes = {"deploy": deploying, "stop": stopping, "restart": restarting, "remove": removing}
 
-    with gr.Tab("Models", id="models"):
-        rows = live(desk, table(MODEL_HEADERS), model_rows)
-        with gr.Row(elem_classes="actions"):
+    with gr.Tab("Models", id="models") as tab:
+        rows = live(desk, fleet_table(), fleet_view)
+        with live(desk, gr.Row(elem_classes="actions"), fleet_shown):
             chosen = gr.Dropdown(
                 label="Model", info="choose here, or click a row above", scale=2, min_width=240
             )
             live(desk, chosen, model_choices)
             buttons = {
-                verb: gr.Button(label, variant=variant, scale=0, min_width=110)
+                verb: gr.Button(label, variant=variant, scale=0, min_width=110, interactive=False)
                 for verb, (label, variant) in MODEL_VERBS.items()
             }
         card = build_plan_card(desk, changes)
+        details = gr.HTML(elem_classes="picture")
+        log_fold, log_text = build_log_view(desk, chosen)
         form = build_registration_form(desk, chosen, card)
-        build_log_view(desk, chosen)
     rows.select(first_cell, None, chosen, **PRIVATE)
+    # The card is one page's own; the rows tell whenever something about a model is new.
+    for changed in (tab.select, chosen.change, rows.change):
+        changed(partial(describe_model, desk), chosen, [details, *buttons.values()], **QUIET)
     for verb, button in buttons.items():
         wire_plan(desk, button, chosen, card, verb, changes[verb])
-    return form
+    return ModelsTab(form, chosen, log_fold, log_text)
+
+
+def fleet_table() -> Any:
+    """The models: the state is HTML of ours, all else is text."""
+    shown = table(FLEET_HEADERS, ("20%", "11%", "13%", "26%", "20%", "10%"), search=True)
+    shown.datatype = ["html" if header == "State" else "str" for header in FLEET_HEADERS]
+    return shown
+
+
+def describe_model(desk: Desk, name: str | None) -> tuple[Any, ...]:
+    """The card of a model, and which of the buttons make sense for it."""
+    snapshot = desk.watch.latest()
+    unable = why_not(snapshot, name)
+    able = (gr.update(interactive=not unable[verb]) for verb in MODEL_VERBS)
+    return model_card(snapshot, name), *able
 
 
 @dataclass(frozen=True, slots=True)
@@ -24602,13 +26156,11 @@ class ModelForm:
     facts: gr.Markdown
     fit: gr.HTML
     command: gr.Code
-    gpus: gr.CheckboxGroup  # of the inputs, too
 
     @property
-    def known(self) -> list[Any]:
-        """What the library fills in: name, type, origin, source, revision."""
-        name, kind, origin, source, _, _, revision, *_ = self.inputs
-        return [name, kind, origin, source, revision]
+    def filled(self) -> list[Any]:
+        """What `form_of` fills in."""
+        return [self.fold, self.facts, *self.inputs]
 
 
 def build_registration_form(desk: Desk, chosen: gr.Dropdown, card: PlanCard) -> ModelForm:
@@ -24628,8 +26180,16 @@ def build_registration_form(desk: Desk, chosen: gr.Dropdown, card: PlanCard) -> 
         with shown_to_operator():
             return planned(desk, "deploy", typed(name), deploying(typed(name)))
 
+    def described(*values: Any) -> Change | None:
+        raw = registration(*values)
+        place = "repository" if raw["source"]["kind"] == "hub" else "path"
+        if not raw["name"] or not raw["source"][place]:
+            return None
+        return registering(desk.manager.draft(raw), desk.manager.images.recipes())
+
     form = build_model_form(desk)
     with form.fold:
+        wire_rules(desk, form.inputs, described)
         with gr.Row():
             both = gr.Button("Register and deploy", variant="primary", scale=0, min_width=200)
             register = gr.Button("Register", scale=0, min_width=130)
@@ -24647,7 +26207,10 @@ def build_model_form(desk: Desk) -> ModelForm:
     with gr.Accordion("Register a model", open=not desk.watch.latest().state_has_models) as fold:
         with gr.Row():
             name = gr.Textbox(
-                label="Name", placeholder="chat", info="lower-case letters, digits, -"
+                label="Name",
+                placeholder="chat",
+                max_length=32,
+                info="lower-case letters, digits and inner hyphens",
             )
             kind = gr.Dropdown(list(MODEL_TYPES), value="chat", label="Type")
             origin = gr.Radio(list(ORIGINS), value=ORIGINS[0], label="Weights come from")
@@ -24664,10 +26227,12 @@ def build_model_form(desk: Desk) -> ModelForm:
             revision = gr.Textbox(label="Revision", info="empty: today's commit, from then on")
             image = gr.Textbox(label="Engine image", info="empty: the pinned vLLM image")
             recipe = gr.Dropdown(["", *recipes], value="", label="Recipe", info="empty: none")
-            kv_cache = gr.Number(4096, label="KV cache on the CPU (MiB)", precision=0, minimum=16)
-            replicas = gr.Number(1, label="Replicas", precision=0, minimum=1, maximum=16)
+            kv_cache = gr.Number(
+                CpuPlacement().kv_cache_mib, label="KV cache on the CPU (MiB)", precision=0
+            )
+            replicas = gr.Number(1, label="Replicas", precision=0)
             at_once = gr.Number(
-                1, label="Requests at a time", precision=0, minimum=1, info="for the sum below"
+                1, label="Requests at a time", precision=0, info="for the sum below"
             )
         placement = build_placement_fields(desk)
         fit = gr.HTML()
@@ -24676,7 +26241,7 @@ def build_model_form(desk: Desk) -> ModelForm:
         name, kind, origin, source, arguments, served, revision, image, kv_cache, replicas,
         *placement, recipe,
     ]  # fmt: skip
-    return ModelForm(fold, inputs, at_once, facts, fit, command, gpus=placement[0])
+    return ModelForm(fold, inputs, at_once, facts, fit, command)
 
 
 def wire_fit(desk: Desk, form: ModelForm) -> None:
@@ -24702,8 +26267,8 @@ def wire_fit(desk: Desk, form: ModelForm) -> None:
         entered(on_source, every, [kind, form.facts, *seen], **QUIET)
     # Not `input`: Gradio (6.31) fires that for keys, and neither for a paste nor for Backspace.
     for changed in (arguments.change, *(choice.change for choice in form.inputs[8:]), kind.input):
-        changed(on_typed, every, seen, trigger_mode="always_last", **QUIET)
-    form.at_once.change(on_typed, every, seen, trigger_mode="always_last", **QUIET)
+        changed(on_typed, every, seen, trigger_mode="always_last", **READING)
+    form.at_once.change(on_typed, every, seen, trigger_mode="always_last", **READING)
 
 
 def preview(manager: Manager, *values: Any) -> tuple[str, Any]:
@@ -24713,7 +26278,7 @@ def preview(manager: Manager, *values: Any) -> tuple[str, Any]:
         raw = registration(*described)
         names = {key: raw[key] or "draft" for key in ("name", "served_model_name")}
         model = manager.draft(raw | names)
-        fit = manager.weights.fit(model, int(at_once or 1))
+        fit = manager.weights.fit(model, max(1, int(at_once or 1)))
         return fit_html(fit) if fit else "", gr.update(value=format_command(model), visible=True)
     return "", gr.update(visible=False)
 
@@ -24723,22 +26288,22 @@ def build_placement_fields(desk: Desk) -> tuple[gr.CheckboxGroup, gr.Dropdown, g
     found = desk.manager.hardware().gpus
     with gr.Row(visible=bool(found)):
         gpus = gr.CheckboxGroup(
-            [*((short_title(gpu), gpu.uuid) for gpu in found), ("the processor", PROCESSOR)],
-            value=[] if found else [PROCESSOR], label="Whole GPUs",
-            info="none: a free one; several: tensor parallelism",
+            **gpu_boxes(desk.watch.latest()), value=[] if found else [PROCESSOR],
+            label="Whole GPUs", info="none: a free one; several: tensor parallelism", scale=2,
         )  # fmt: skip
+        live(desk, gpus, gpu_boxes)
         mig_slice = gr.Dropdown(
             label="or a MIG slice", info="free slices; cut more in the tab Hardware"
         )
         live(desk, mig_slice, slice_choices)
         fraction = gr.Number(
-            0, label="Share of the GPU's memory", minimum=0, maximum=1, step=0.05,
+            0, label="Share of the GPU's memory", step=0.05,
             info="0: all of it; needed where several models share a GPU",
         )  # fmt: skip
     return gpus, mig_slice, fraction
 
 
-def build_log_view(desk: Desk, chosen: gr.Dropdown) -> None:
+def build_log_view(desk: Desk, chosen: gr.Dropdown) -> tuple[gr.Accordion, gr.Textbox]:
     """The chosen model's log, live while it is followed; what was kept of it when it is gone."""
 
     def on_show(name: str | None, wanted: str | None, which: str) -> str:
@@ -24753,7 +26318,7 @@ def build_log_view(desk: Desk, chosen: gr.Dropdown) -> None:
             return on_show(name, wanted, which)
         return gr.skip()
 
-    with gr.Accordion("Log", open=False):
+    with gr.Accordion("Log", open=False) as fold:
         with gr.Row(elem_classes="actions"):
             wanted = gr.Textbox(label="Only lines with", placeholder="error", scale=2)
             which = gr.Radio(list(RUNS), value=RUNS[0], label="Of", scale=2)
@@ -24772,6 +26337,7 @@ def build_log_view(desk: Desk, chosen: gr.Dropdown) -> None:
         asked(on_show, inputs, text, **PRIVATE)
     # Its own autoscroll (6.31) stays at the top when a page shows a log for the first time.
     text.change(None, js=SCROLL_LOG, **QUIET)
+    return fold, text
 
 
 SCROLL_LOG: Final = (
@@ -24783,6 +26349,7 @@ RUNS: Final = ("this run", "the run before")
 def build_library_tab(desk: Desk, tabs: gr.Tabs, form: ModelForm) -> None:
     """Weights on the hub and on this server, and the images that engines run in."""
     with gr.Tab("Library", id="library") as tab:
+        gr.Markdown("## Find a model")
         build_search(desk, tabs, form)
         live(desk, gr.HTML(), tasks_html)
         build_task_cancel(desk)
@@ -24793,18 +26360,20 @@ def build_library_tab(desk: Desk, tabs: gr.Tabs, form: ModelForm) -> None:
 def build_search(desk: Desk, tabs: gr.Tabs, form: ModelForm) -> None:
     """Find a repository; then look at it, download it or make it a model."""
 
-    def on_search(text: str | None, kind: str) -> tuple[list[list[str]], str]:
+    def on_search(text: str | None, kind: str) -> tuple[Any, str]:
         with shown_to_operator():
             wanted = next((known for known in MODEL_TYPES if known == kind), None)
             hits = desk.manager.weights.search(typed(text), wanted)
-            return hit_rows(hits), "" if hits else "Nothing on the hub has that in its name."
+            rows = found_rows(hits, desk.manager.hardware())
+            said = "" if hits else "Nothing on the hub has that in its name."
+            return gr.update(value=rows, visible=bool(hits)), said
 
     with gr.Row(elem_classes="actions"):
         text = gr.Textbox(label="Search the Hugging Face hub", placeholder="qwen3 8b", scale=3)
         kind = gr.Dropdown([ANY_TYPE, *MODEL_TYPES], value=ANY_TYPE, label="Type", scale=1)
         search = gr.Button("Search", variant="primary", scale=0, min_width=110)
     said = gr.Markdown()
-    hits = table(HIT_HEADERS)
+    hits = table(FOUND_HEADERS, ("34%", "12%", "10%", "10%", "14%", "11%", "9%"), visible=False)
     for asked in (search.click, text.submit):
         asked(on_search, [text, kind], [hits, said], **PRIVATE)
     build_choice(desk, hits, tabs, form)
@@ -24831,7 +26400,7 @@ def build_choice(desk: Desk, hits: gr.Dataframe, tabs: gr.Tabs, form: ModelForm)
     with gr.Row(elem_classes="actions"):
         name = gr.Textbox(
             label="Repository, or directory of this server", placeholder="Qwen/Qwen3-8B", scale=3,
-            info="click a row above, or type it",
+            info="search above and click a row, or type it",
         )  # fmt: skip
         revision = gr.Textbox(label="Revision", info="empty: the newest", scale=1)
         look = gr.Button("Look at it", scale=0, min_width=110)
@@ -24845,20 +26414,22 @@ def build_choice(desk: Desk, hits: gr.Dataframe, tabs: gr.Tabs, form: ModelForm)
     for wanted in (look.click, name.submit):
         wanted(on_look, asked, seen, **PRIVATE)
     fetch.click(on_download, asked, None, **PRIVATE)
-    outputs = [tabs, form.fold, form.facts, form.gpus, *form.known]
-    filled = add.click(on_add, asked, outputs, **PRIVATE)
+    filled = add.click(on_add, asked, [tabs, *form.filled], **PRIVATE)
     described = [*form.inputs, form.at_once]
     filled.success(partial(preview, desk.manager), described, [form.fit, form.command], **QUIET)
 
 
 def form_of(manager: Manager, name: str | None, revision: str | None) -> tuple[Any, ...]:
-    """The registration form, opened and filled in with what was found: fold, facts, GPUs, …"""
+    """`ModelForm.filled` for what was found; nothing stays of a model that was typed before."""
     place = typed(name)
     facts, places = look_at(manager, place, revision)
     origin = ORIGINS[1] if place.startswith("/") else ORIGINS[0]
-    kind = guess_type(facts) or gr.skip()
-    known = (suggest_name(place), kind, origin, place, typed(revision))
-    return gr.Accordion(open=True), facts_line(facts), free_gpus(places) or gr.skip(), *known
+    gpus = free_gpus(places) or ([] if manager.hardware().gpus else [PROCESSOR])
+    return (
+        gr.Accordion(open=True), facts_line(facts),
+        suggest_name(place), guess_type(facts) or "chat", origin, place, "", "", typed(revision),
+        "", CpuPlacement().kv_cache_mib, 1, gpus, None, 0, "",
+    )  # fmt: skip
 
 
 def start_download(manager: Manager, name: str | None, revision: str | None) -> None:
@@ -24897,10 +26468,13 @@ def build_cache_view(desk: Desk, tab: gr.Tab) -> None:
     """What is stored, who uses it, and a way to make room that is shown first."""
     weights = desk.manager.weights
 
-    def on_list() -> tuple[str, list[list[str]]]:
+    def on_list() -> tuple[Any, ...]:
         with shown_to_operator():
             cache = weights.cache()
-            return cache_summary(cache), cache_rows(cache, desk.manager.state())
+            rows = stored_rows(cache, desk.manager.state())
+            names = [*dict.fromkeys(row[0] for row in rows)]
+            shown = gr.update(value=rows, visible=bool(rows))
+            return stored_summary(cache), shown, gr.update(choices=names)
 
     def on_remove(repository: str | None) -> tuple[Any, ...]:
         with shown_to_operator():
@@ -24919,18 +26493,21 @@ def build_cache_view(desk: Desk, tab: gr.Tab) -> None:
 
     with gr.Accordion("On this server", open=True):
         summary = gr.Markdown()
-        rows = table(CACHE_HEADERS)
+        rows = table(CACHE_HEADERS, ("32%", "16%", "10%", "15%", "16%", "11%"), search=True)
         with gr.Row(elem_classes="actions"):
-            chosen = gr.Textbox(label="Stored repository", info="click a row above", scale=3)
+            chosen = gr.Dropdown(
+                label="Stored repository", info="choose here, or click a row above", value=None,
+                scale=3,
+            )  # fmt: skip
             remove = gr.Button("Delete", variant="stop", scale=0, min_width=110)
-            prune = gr.Button("Delete all that is unused", scale=0, min_width=240)
+            prune = gr.Button("Delete all that is unused", variant="stop", scale=0, min_width=240)
             fresh = gr.Button("Refresh", scale=0, min_width=110)
         question, said = build_question("Delete for good", delete)
     rows.select(first_cell, None, chosen, **PRIVATE)
     remove.click(on_remove, chosen, question, **PRIVATE)
     prune.click(on_prune, None, question, **PRIVATE)
     for changed in (tab.select, fresh.click, said.change):
-        changed(on_list, None, [summary, rows], **QUIET)
+        changed(on_list, None, [summary, rows, chosen], **QUIET)
 
 
 def removal_question(removals: Sequence[Removal]) -> tuple[Any, ...]:
@@ -24971,7 +26548,7 @@ def build_image_view(desk: Desk, tab: gr.Tab) -> None:
     pull.click(on_pull, role, None, **PRIVATE)
     wire_plan(desk, pin, role, card, "pin", images.pinning_digest)
     for changed in (tab.select, pruned.change):
-        changed(images.rows, None, rows, **QUIET)
+        changed(lambda: shortened(images.rows()), None, rows, **QUIET)
 
 
 def build_image_pruning(desk: Desk) -> gr.Markdown:
@@ -24997,11 +26574,11 @@ def build_image_pruning(desk: Desk) -> gr.Markdown:
 
 def build_hardware_tab(desk: Desk) -> None:
     """The GPUs as pictures, how to cut them, how they are joined, and what a reboot would do."""
-    with gr.Tab("Hardware"):
+    with gr.Tab("Hardware", id="hardware"):
         live(desk, gr.Markdown(), driver_view)
-        live(desk, gr.HTML(), cards_html)
+        picture(desk, cards_html)
         build_mig_planner(desk)
-        with gr.Accordion("How the GPUs are joined", open=False):
+        with live(desk, gr.Accordion("How the GPUs are joined", open=False), topology_view):
             live(desk, gr.Markdown(), topology_text)
         build_reboot_view(desk)
 
@@ -25022,12 +26599,9 @@ def build_mig_planner(desk: Desk) -> None:
             if not uuid:
                 raise RefusedError("No GPU is chosen yet.", advice="Choose one first.")
             subject = f"{uuid}|{wish or ''}"
-            wished = change(subject)
-            text = plan_markdown(wished.title, desk.manager.plan(wished))
-            picture = planned_card(wished, desk.manager.state(), desk.manager.hardware())
-            return gr.update(visible=True), gr.HTML(picture, visible=True), text, ("cut", subject)
+            return planned(desk, "cut", subject, change(subject))
 
-    with gr.Accordion("Cut a GPU into MIG slices", open=False):
+    with live(desk, gr.Accordion("Cut a GPU into MIG slices", open=False), planner_view):
         with gr.Row(elem_classes="actions"):
             gpu = live(desk, gr.Dropdown(label="GPU", scale=1, min_width=240), gpu_choices)
             wish = gr.Dropdown(
@@ -25035,6 +26609,7 @@ def build_mig_planner(desk: Desk) -> None:
                 info="choose, or type 3g.20gb, 2x 1g.5gb, or GiB by model: chat=15, embed=4",
             )  # fmt: skip
             plan = gr.Button("Plan", variant="primary", scale=0, min_width=110)
+        wire_rules(desk, [gpu, wish], lambda *cut: desk.manager.cutting(*cut) if all(cut) else None)
         card = build_plan_card(desk, {"cut": change})
     gpu.change(on_gpu, gpu, wish, **PRIVATE)
     plan.click(on_plan, [gpu, wish], card.outputs, **PRIVATE)
@@ -25043,29 +26618,31 @@ def build_mig_planner(desk: Desk) -> None:
 def build_reboot_view(desk: Desk) -> None:
     """What would come back after a reboot, in which order, and how long it took last time."""
 
-    def on_check() -> tuple[str, list[list[str]]]:
+    def on_check() -> tuple[str, Any]:
         with shown_to_operator():
             state, observed = desk.manager.state(), desk.manager.observe()
             text = reboot_text(state, observed, desk.manager.boot_units())
-            return text, reboot_rows(state, observed)
+            return text, gr.update(value=reboot_rows(state, observed), visible=True)
 
     with gr.Accordion("Safe to reboot?", open=False):
-        check = gr.Button("Look")
+        with gr.Row():
+            check = gr.Button("Look", variant="primary", scale=0, min_width=110)
         verdict = gr.Markdown()
-        rows = table(REBOOT_HEADERS)
+        rows = table(REBOOT_HEADERS, ("25%", "55%", "20%"), visible=False)
     check.click(on_check, None, [verdict, rows], **PRIVATE)
 
 
 def build_routes_tab(desk: Desk) -> None:
     """The ways in as a picture, what can be changed about them, and one request along them."""
     with gr.Tab("Routes", id="routes") as tab:
-        live(desk, gr.HTML(), ways_html)
+        verdicts = gr.Markdown()
+        picture(desk, ways_html)
         build_try_out(desk)
         build_route_form(desk)
         build_provider_form(desk)
         build_direct_keys(desk)
         build_edge_switches(desk)
-        build_proofs_view(desk, tab)
+        build_proofs_view(desk, tab, verdicts)
 
 
 def plan_of(
@@ -25088,6 +26665,9 @@ def build_route_form(desk: Desk) -> None:
         known = next((r for r in desk.manager.state().routes if r.name == typed(name)), None)
         return route_fields(known) if known else tuple(gr.skip() for _ in fields_below)
 
+    def described(*values: Any) -> Change | None:
+        return routing(route_settings(*values)) if typed(values[0]) and values[1] else None
+
     with gr.Accordion("Change a route, or make one", open=False):
         with gr.Row():
             name = gr.Dropdown(
@@ -25104,14 +26684,15 @@ def build_route_form(desk: Desk) -> None:
             context = many(desk, "If a prompt is too long", "in this order", public_choices)
         with gr.Accordion("Limits", open=False), gr.Row():
             limits = [
-                gr.Number(usual, label=label, info=info, precision=0, minimum=0, min_width=130)
+                gr.Number(usual, label=label, info=info, precision=0, min_width=130)
                 for usual, (_, label, info) in zip(USUAL_LIMITS, ROUTE_LIMITS, strict=True)
             ]
+        fields_below = [members, aliases, strategy, weights, fallbacks, context, *limits]
+        wire_rules(desk, [name, *fields_below], described)
         with gr.Row(elem_classes="actions"):
             plan = gr.Button("Plan the route", variant="primary", scale=0, min_width=150)
             remove = gr.Button("Remove the route", variant="stop", scale=0, min_width=200)
         card = build_plan_card(desk, {"route": routing, "unroute": unrouting})
-    fields_below = [members, aliases, strategy, weights, fallbacks, context, *limits]
     name.input(on_name, name, fields_below, **QUIET)
     on_plan = plan_of(desk, "route", routing, route_settings)
     plan.click(on_plan, [name, *fields_below], card.outputs, **PRIVATE)
@@ -25134,8 +26715,13 @@ def build_provider_form(desk: Desk) -> None:
             rows = provider_rows(desk.manager.state().providers, found)
             return rows, gr.update(value=found_models(found), visible=True)
 
+    def described(*values: Any) -> Change | None:
+        name, _, *address, _ = map(typed, values)
+        return providing(provider_settings(*values)) if name and any(address) else None
+
     with gr.Accordion("Providers", open=False):
-        rows = live(desk, table(PROVIDER_HEADERS), known_providers)
+        rows = table(PROVIDER_HEADERS, ("13%", "12%", "28%", "7%", "30%", "10%"))
+        live(desk, rows, known_providers)
         look = gr.Button("Look at them", scale=0, min_width=150)
         models = gr.Textbox(
             label="Their models, as routes name them", lines=2, max_lines=10, interactive=False,
@@ -25150,6 +26736,7 @@ def build_provider_form(desk: Desk) -> None:
             url = gr.Textbox(label="Address", placeholder="http://10.0.0.7:11434")
             vendor = gr.Textbox(label="Vendor", info="a cloud's name in LiteLLM")
             key = gr.Textbox(label="Key", type="password", info="empty: the one it has")
+        wire_rules(desk, [name, kind, url, vendor, key], described)
         with gr.Row(elem_classes="actions"):
             plan = gr.Button("Plan the provider", variant="primary", scale=0, min_width=190)
             remove = gr.Button("Remove the provider", variant="stop", scale=0, min_width=220)
@@ -25168,14 +26755,20 @@ def build_direct_keys(desk: Desk) -> None:
             key = new_direct_key(typed(name), models or (), emergency=emergency)
             return *planned(desk, "grant", key, granting_direct(key)), key
 
-    def on_granted(key: DirectKey | None) -> tuple[Any, None]:
-        text = hand_out_direct(desk.manager.state(), key) if key else ""
-        return gr.update(value=text, visible=key is not None), None
+    def on_granted(key: DirectKey | None, pending: Any) -> tuple[Any, DirectKey | None]:
+        state = desk.manager.state()
+        text = hand_out_direct(state, key) if key in state.direct_keys else ""
+        # Where the plan changed meanwhile, the card still asks about the key.
+        return gr.update(value=text, visible=bool(text)), key if pending else None
+
+    def described(*values: Any) -> Change | None:
+        name, models, emergency = values
+        if not typed(name):
+            return None
+        return granting_direct(new_direct_key(typed(name), models or (), emergency=emergency))
 
     with gr.Accordion("Direct keys, past LiteLLM", open=False):
-        live(
-            desk, table(DIRECT_HEADERS), lambda seen: direct_rows(seen.state) if seen.state else []
-        )
+        live(desk, table(DIRECT_HEADERS, visible=False), direct_view)
         with gr.Row(elem_classes="actions"):
             name = gr.Dropdown(label="For whom", allow_custom_value=True, value=None, scale=2)
             live(desk, name, direct_choices)
@@ -25185,6 +26778,7 @@ def build_direct_keys(desk: Desk) -> None:
             )
             plan = gr.Button("Plan the key", variant="primary", scale=0, min_width=130)
             revoke = gr.Button("Revoke", variant="stop", scale=0, min_width=110)
+        wire_rules(desk, [name, models, emergency], described)
         card = build_plan_card(desk, {"grant": granting_direct, "revoke": revoking_direct})
         secret = gr.Textbox(
             label="Hand this over now: it is shown only once", lines=4, interactive=False,
@@ -25192,7 +26786,7 @@ def build_direct_keys(desk: Desk) -> None:
         )  # fmt: skip
     fresh = gr.State(None)
     plan.click(on_plan, [name, models, emergency], [*card.outputs, fresh], **PRIVATE)
-    card.confirmed.success(on_granted, fresh, [secret, fresh], **PRIVATE)
+    card.confirmed.success(on_granted, [fresh, card.pending], [secret, fresh], **PRIVATE)
     wire_plan(desk, revoke, name, card, "revoke", revoking_direct)
 
 
@@ -25214,7 +26808,7 @@ def build_edge_switches(desk: Desk) -> None:
             live(desk, models, open_models)
             opened = gr.Checkbox(label="Open routes exist", info="off closes all of them at once")
             live(desk, opened, lambda seen: bool(seen.state and seen.state.edge.open_routes))
-            mib = gr.Number(label="Largest request (MiB)", precision=0, minimum=1)
+            mib = gr.Number(label="Largest request (MiB)", precision=0)
             live(desk, mib, lambda seen: seen.state and seen.state.edge.max_request_mib)
         with gr.Row(elem_classes="actions"):
             plan = gr.Button("Plan these settings", variant="primary", scale=0, min_width=200)
@@ -25229,11 +26823,12 @@ def build_edge_switches(desk: Desk) -> None:
 def build_try_out(desk: Desk) -> None:
     """One request along a way, and where its time went; nothing of it is kept."""
 
-    def on_try(target: str | None, text: str | None) -> list[list[str]]:
+    def on_try(target: str | None, text: str | None) -> Any:
         with shown_to_operator():
             if not typed(target):
                 raise RefusedError("Nothing is chosen yet.", advice="Choose what to try first.")
-            return hop_rows(desk.manager.traffic.try_out(typed(target), typed(text)))
+            hops = hop_rows(desk.manager.traffic.try_out(typed(target), typed(text)))
+            return gr.update(value=hops, visible=True)
 
     with gr.Accordion("Try one request", open=False):
         with gr.Row(elem_classes="actions"):
@@ -25244,21 +26839,20 @@ def build_try_out(desk: Desk) -> None:
             live(desk, target, trial_choices)
             text = gr.Textbox(label="Prompt", placeholder="yes", info="or none", scale=3)
             ask = gr.Button("Try it", variant="primary", scale=0, min_width=110)
-        rows = table(HOP_HEADERS, ("25%", "15%", "60%"))
+        rows = table(HOP_HEADERS, ("25%", "15%", "60%"), visible=False)
     ask.click(on_try, [target, text], rows, concurrency_limit=None, **PRIVATE)
 
 
-def build_proofs_view(desk: Desk, tab: gr.Tab) -> None:
+def build_proofs_view(desk: Desk, tab: gr.Tab, verdicts: gr.Markdown) -> None:
     """That every way in answers as it should, and that nothing said is kept: proven and dated."""
     proofs = desk.manager.proofs
 
     def on_show() -> tuple[Any, ...]:
         with shown_to_operator():
             probe, privacy = proofs.last_probe(), proofs.last_privacy()
-            return (
-                probe_headline(probe), probe_rows(probe) if probe else [],
-                privacy_headline(privacy), privacy_rows(privacy) if privacy else [],
-            )  # fmt: skip
+            tables = (probe_rows(probe) if probe else [], privacy_rows(privacy) if privacy else [])
+            shown = (gr.update(value=rows, visible=bool(rows)) for rows in tables)
+            return proofs_text(probe, privacy), *shown
 
     def on_start(start: Callable[[], Job]) -> None:
         with shown_to_operator():
@@ -25268,90 +26862,120 @@ def build_proofs_view(desk: Desk, tab: gr.Tab) -> None:
         with gr.Row(elem_classes="actions"):
             probe = gr.Button("Probe every route", scale=0, min_width=170)
             prove = gr.Button("Prove privacy", scale=0, min_width=140)
-        shown = []
-        for headers in (PROBE_HEADERS, PRIVACY_HEADERS):
-            shown += [gr.Markdown(), table(headers)]
+        tables = [table(headers, visible=False) for headers in (PROBE_HEADERS, PRIVACY_HEADERS)]
         done = live(desk, gr.Textbox(visible="hidden"), proofs_done)
     probe.click(partial(on_start, proofs.probe), None, None, **PRIVATE)
     prove.click(partial(on_start, proofs.privacy), None, None, **PRIVATE)
     for changed in (tab.select, done.change):
-        changed(on_show, None, shown, **QUIET)
+        changed(on_show, None, [verdicts, *tables], **QUIET)
 
 
 def build_keys_tab(desk: Desk) -> None:
-    """A key per colleague and their groups: made, shown once, changed, revoked."""
+    """A key per colleague and their groups: made, shown once, changed, revoked; and their use."""
 
     def on_list() -> tuple[Any, ...]:
-        # Opening a tab must not shout: without an endpoint there simply are no keys yet.
-        listed: tuple[list[VirtualKey], list[KnownGroup]] = [], []
-        with contextlib.suppress(ManagerError):
-            listed = desk.manager.keys.with_groups()
-        keys, groups = listed
+        try:
+            keys, groups = desk.manager.keys.with_groups()
+        except ManagerError as error:  # opening a tab must not shout
+            return plain(str(error)), *[shown_rows([])] * 2, *[gr.update(choices=[])] * 4, ""
         now, names = utc_now(), [group.settings.name for group in groups]
         return (
-            key_rows(keys, now), gr.Dropdown(choices=[key.settings.alias for key in keys]),
-            group_rows(groups, keys, now), *[gr.Dropdown(choices=names)] * 3,
+            keys_text(keys, now), shown_rows(key_rows(keys, now)),
+            shown_rows(group_rows(groups, keys, now)),
+            gr.update(choices=[key.settings.alias for key in keys]),
+            *[gr.update(choices=names)] * 3, "" if groups else NO_GROUPS,
         )  # fmt: skip
 
-    with gr.Tab("Keys") as tab:
+    with gr.Tab("Keys & usage", id="keys") as tab:
         live(desk, gr.Markdown(), endpoint_text)
-        rows = table(KEY_HEADERS, search=True)
-        said = gr.Markdown()
-        secret = gr.Textbox(
-            label="Hand this over now: it is shown only once", elem_id="new-key", lines=14,
-            interactive=False, buttons=["copy"], visible=False,
-        )  # fmt: skip
-        build_offer(desk, secret, said)
-        chosen = gr.Dropdown(label="Key", value=None, info="of whom the buttons are")
-        build_key_actions(desk, chosen, secret, said)
-        belongs = build_key_form(desk, chosen, secret, said)
-        with gr.Accordion("Groups", open=False):
-            group_table = table(GROUP_HEADERS)
-            group = build_group_actions(desk, said)
-            build_group_form(desk, said)
-        all_of = build_many_keys(desk, said)
-        build_key_doctor(desk)
-        build_usage_view(desk)
-    shown = [rows, chosen, group_table, belongs, group, all_of]
-    for changed in (tab.select, said.change):
+        with gr.Tabs():
+            with gr.Tab("Keys"):
+                headline, rows = gr.Markdown(), table(KEY_HEADERS, visible=False, search=True)
+                chosen, belongs, all_of, said = build_keys_view(desk, rows)
+            with gr.Tab("Groups"):
+                no_groups, group_table = gr.Markdown(), table(GROUP_HEADERS, visible=False)
+                group_said = gr.Markdown()
+                group = build_group_actions(desk, group_said)
+                build_group_form(desk, group_said)
+            build_usage_tab(desk)
+    group_table.select(first_cell, None, group, **QUIET)
+    shown = [headline, rows, group_table, chosen, belongs, group, all_of, no_groups]
+    for changed in (tab.select, said.change, group_said.change):
         changed(on_list, None, shown, **QUIET)
 
 
-def build_usage_view(desk: Desk) -> None:
+def shown_rows(rows: Sequence[Sequence[Any]]) -> Any:
+    """An update of a table, which is there while it has rows."""
+    return gr.update(value=rows, visible=bool(rows))
+
+
+def build_keys_view(
+    desk: Desk, rows: gr.Dataframe
+) -> tuple[gr.Dropdown, gr.Dropdown, gr.Dropdown, gr.Markdown]:
+    """All about single keys: which one is chosen, the fields of groups, and what was done."""
+    said = gr.Markdown()
+    secret = gr.Textbox(
+        label="Hand this over now: it is shown only once", elem_id="new-key", lines=14,
+        interactive=False, buttons=["copy"], visible=False,
+    )  # fmt: skip
+    chosen = build_key_actions(desk, secret, said)
+    build_offer(desk, secret, said)
+    belongs = build_key_form(desk, chosen, secret, said)
+    all_of = build_many_keys(desk, said)
+    build_key_doctor(desk)
+    rows.select(first_cell, None, chosen, **QUIET)
+    return chosen, belongs, all_of, said
+
+
+def build_usage_tab(desk: Desk) -> None:
     """Who used how much: any range, added up by what the operator likes, and as a file."""
 
-    def on_show(by: str, first: str | None, last: str | None) -> tuple[Any, ...]:
+    def on_show(by: str, name: str, first: str | None, last: str | None) -> tuple[Any, ...]:
         with shown_to_operator():
+            hidden = gr.update(visible=False)
+            today = utc_now().date()
             try:
-                query = parse_usage_query(by, first or "", last or "", utc_now().date())
+                query = parse_usage_query(by, *days_of(name, first, last, today), today)
                 report = desk.manager.usage.report(query)
             except ManagerError as error:  # opening it must not shout
-                return html.escape(str(error)), gr.update(visible=False), gr.update(value=[])
-            bars = pd.DataFrame(usage_bars(report), columns=list(BAR_COLUMNS))
+                return f"<p>{html.escape(str(error))}</p>", hidden, hidden, hidden
+            bars = [drawn(BAR_COLUMNS, bars) for bars in usage_plots(report)]
             used = pd.DataFrame(usage_rows(report), columns=usage_headers(query), dtype=object)
-            return (
-                usage_html(report),
-                # With another title or order beside it Gradio (6.31) goes on drawing the old bars.
-                gr.update(value=bars, visible=not bars.empty),
-                gr.update(headers=[*used], value=used.style.format(format_figure)),
-            )
+            figures = used.style.format(format_figure)
+            shown = gr.update(headers=[*used], value=figures, visible=bool(report.rows))
+            return usage_html(report), *bars, shown
 
-    with gr.Accordion("Usage", open=False) as view:
+    with gr.Tab("Usage") as tab:
         with gr.Row(elem_classes="actions"):
-            by = gr.Dropdown(list(get_args(Grouping)), value="key", label="Added up by")
-            first = gr.DateTime(include_time=False, type="string", label="From (UTC)")
-            last = gr.DateTime(include_time=False, type="string", label="To, included")
-            show = gr.Button("Show", variant="primary", scale=0, min_width=110)
+            by = gr.Dropdown([*get_args(Grouping)], value="key", label="Added up by")
+            days = build_days()
+            again = gr.Button("Look again", scale=0, min_width=130)
         said = gr.HTML()
-        x, color, y = BAR_COLUMNS
-        plot = gr.BarPlot(
-            x=x, y=y, color=color, x_title=" ", x_label_angle=-35, height=280, visible=False
-        )
-        rows = table(["Key", *USAGE_HEADERS])
+        name, kind, tokens = BAR_COLUMNS
+        plots = [bar_plot(name, tokens, kind, sort=order) for order in (None, "-y")]
+        rows = table(["Key", *USAGE_HEADERS], visible=False, search=True)
         build_usage_checks(desk)
         build_statement_view(desk)
-    for asked in (show.click, by.change, view.expand):
-        asked(on_show, [by, first, last], [said, plot, rows], **QUIET)
+    for asked in (tab.select, again.click, by.change, *(each.change for each in days)):
+        asked(on_show, [by, *days], [said, *plots, rows], **QUIET)
+
+
+def build_days() -> list[Any]:
+    """Fields for a range of days: a name of one, or its ends; see `days_of`."""
+    days = gr.Dropdown([*RANGES], value="last 30 days", label="Days (of UTC)")
+    ends = [
+        gr.DateTime(include_time=False, type="string", label=label, visible=False)
+        for label in ("From (UTC)", "To, included")
+    ]
+    days.change(lambda name: [gr.update(visible=name == OWN_DAYS)] * 2, days, ends, **QUIET)
+    return [days, *ends]
+
+
+def bar_plot(x: str, y: str, color: str | None = None, **more: Any) -> Any:
+    """Bars that are hidden until there is something to draw."""
+    return gr.BarPlot(
+        x=x, y=y, color=color, x_title=" ", x_label_angle=-35, height=280, visible=False, **more
+    )
 
 
 def build_usage_checks(desk: Desk) -> None:
@@ -25361,17 +26985,19 @@ def build_usage_checks(desk: Desk) -> None:
     def on_attention() -> tuple[Any, Any]:
         with shown_to_operator():
             found = standing_rows(usage.standings(), utc_now())
-            return gr.update(headers=list(STANDING_HEADERS), value=found, visible=True), ""
+            shown = gr.update(headers=[*STANDING_HEADERS], value=found, visible=bool(found))
+            return shown, "" if found else "Nobody is close to a limit, and every key is in use."
 
-    def on_engines() -> tuple[Any, Any]:
+    def on_engines(request: gr.Request) -> tuple[Any, Any]:
         with shown_to_operator():
-            found = tally_rows(usage.tallies())
-            return gr.update(headers=list(TALLY_HEADERS), value=found, visible=True), TALLY_TEXT
+            found = tally_rows(usage.tallies(), zone_of(request))
+            return gr.update(headers=[*TALLY_HEADERS], value=found, visible=True), TALLY_TEXT
 
-    with gr.Row(elem_classes="actions"):
-        attention = gr.Button("Close to a limit, or unused", scale=0, min_width=270)
-        engines = gr.Button("Compare with the engines", scale=0, min_width=250)
-    rows, said = table(STANDING_HEADERS, visible=False), gr.Markdown()
+    with gr.Accordion("Who is close to a limit, and is every token accounted for?", open=False):
+        with gr.Row(elem_classes="actions"):
+            attention = gr.Button("Close to a limit, or unused", scale=0, min_width=270)
+            engines = gr.Button("Compare with the engines", scale=0, min_width=250)
+        rows, said = table(STANDING_HEADERS, visible=False), gr.Markdown()
     attention.click(on_attention, None, [rows, said], **PRIVATE)
     engines.click(on_engines, None, [rows, said], **PRIVATE)
 
@@ -25381,7 +27007,7 @@ def build_statement_view(desk: Desk) -> None:
 
     def on_state(month: str) -> tuple[Any, Any]:
         with shown_to_operator():
-            first = parse_month(month.strip(), utc_now().date())
+            first = parse_month(typed(month), utc_now().date())
             statement = desk.manager.usage.statement(first)
             name = f"statement-{first:%Y-%m}"
             links = [
@@ -25390,10 +27016,12 @@ def build_statement_view(desk: Desk) -> None:
             ]
             return gr.update(value=statement_rows(statement), visible=True), " · ".join(links)
 
-    with gr.Row(elem_classes="actions"):
-        month = gr.Textbox(label="Statement of the month", placeholder="empty: the last one")
-        make = gr.Button("Make statements", scale=0, min_width=180)
-    rows, links = table(STATEMENT_HEADERS, visible=False), gr.HTML()
+    with gr.Accordion("Statements of a month, a page for each group", open=False):
+        with gr.Row(elem_classes="actions"):
+            month = gr.Textbox(label="Month (empty: the last one)", placeholder="2026-10")
+            make = gr.Button("Make statements", variant="primary", scale=0, min_width=180)
+        wire_check([month], lambda text: parse_month(typed(text), utc_now().date()))
+        rows, links = table(STATEMENT_HEADERS, visible=False), gr.HTML()
     make.click(on_state, month, [rows, links], **PRIVATE)
 
 
@@ -25408,10 +27036,8 @@ def chosen_one(name: str | None) -> str:
     return name
 
 
-def build_key_actions(
-    desk: Desk, chosen: gr.Dropdown, secret: gr.Textbox, said: gr.Markdown
-) -> None:
-    """What can be done to one key with a click."""
+def build_key_actions(desk: Desk, secret: gr.Textbox, said: gr.Markdown) -> gr.Dropdown:
+    """What can be done to one key with a click; the field that chooses it."""
     keys = desk.manager.keys
 
     def on_block(blocked: bool, alias: str | None) -> str:
@@ -25435,16 +27061,18 @@ def build_key_actions(
         return done_at(f"Revoked the key of {alias}.")
 
     with gr.Row(elem_classes="actions"):
-        block = gr.Button("Block", scale=0, min_width=110)
+        chosen = gr.Dropdown(label="Key (or click its row)", value=None, scale=2)
+        block = gr.Button("Block", scale=0, min_width=90)
         unblock = gr.Button("Unblock", scale=0, min_width=110)
-        revoke = gr.Button("Revoke", variant="stop", scale=0, min_width=110)
-        hours = gr.Number(24, label="Old secret works for (hours)", precision=0, minimum=0)
+        hours = gr.Number(24, label="Old secret works for (hours)", precision=0)
         rotate = gr.Button("Another secret", scale=0, min_width=160)
+        revoke = gr.Button("Revoke", variant="stop", scale=0, min_width=110)
     question, _ = build_question("Revoke it", revoke_it, said)
     block.click(partial(on_block, True), chosen, said, **PRIVATE)
     unblock.click(partial(on_block, False), chosen, said, **PRIVATE)
     rotate.click(on_rotate, [chosen, hours], [secret, said], **PRIVATE)
     revoke.click(on_revoke, chosen, question, **PRIVATE)
+    return chosen
 
 
 def _shown_once(desk: Desk, settings: KeySettings, secret: pydantic.SecretStr) -> Any:
@@ -25453,17 +27081,23 @@ def _shown_once(desk: Desk, settings: KeySettings, secret: pydantic.SecretStr) -
 
 def build_allowance(desk: Desk) -> dict[str, Any]:
     """Fields of what a key or a group may use, by the names of their settings."""
-    models = gr.Dropdown(label="Models", multiselect=True, info="none: all of them")
+    models = gr.Dropdown(label="Models (none: all of them)", multiselect=True)
     live(desk, models, served_choices)
     with gr.Row():
         periods = [("never", ""), *((f"every {period}", period) for period in PERIODS)]
         return {
             "models": models,
-            "rpm_limit": gr.Number(0, label="Requests per minute", precision=0, info="0: any"),
-            "tpm_limit": gr.Number(0, label="Tokens per minute", precision=0, info="0: any"),
-            "budget": gr.Number(0, label="Budget (million tokens)", info="0: none"),
-            "period": gr.Dropdown(periods, value="", label="Whole again", info="the budget"),
+            "rpm_limit": whole_number("Requests per minute (0: any)"),
+            "tpm_limit": whole_number("Tokens per minute (0: any)"),
+            "budget": gr.Number(0, label="Budget in million tokens (0: none)"),
+            "period": gr.Dropdown(periods, value="", label="The budget is whole again"),
         }
+
+
+# Numbers have no bounds of Gradio's (6.31), which logs a traceback for each that is out of them:
+# the rules of what is made of a number say what is wrong with it.
+def whole_number(label: str, value: int = 0) -> gr.Number:
+    return gr.Number(value, label=label, precision=0)
 
 
 def build_key_fields(desk: Desk) -> dict[str, Any]:
@@ -25472,14 +27106,14 @@ def build_key_fields(desk: Desk) -> dict[str, Any]:
         who = {
             "alias": gr.Textbox(label="For whom", placeholder="Ada Lovelace"),
             "email": gr.Textbox(label="E-mail"),
-            "group": gr.Dropdown(label="Group", value=None, info="or none"),
+            "group": gr.Dropdown(label="Group (or none)", value=None),
+            "days": whole_number("Valid for days (0: for ever)"),
         }
     more = build_allowance(desk)
     with gr.Row():
         return who | more | {
-            "parallel": gr.Number(0, label="Requests at a time", precision=0, info="0: any"),
-            "days": gr.Number(0, label="Valid for (days)", precision=0, info="0: for ever"),
-            "note": gr.Textbox(label="Note"),
+            "parallel": whole_number("Requests at a time (0: any)"),
+            "note": gr.Textbox(label="Note", scale=3),
         }  # fmt: skip
 
 
@@ -25507,8 +27141,13 @@ def build_key_form(desk: Desk, chosen: gr.Dropdown, secret: gr.Textbox, said: gr
             settings = keys.edit(chosen_one(alias), settings_of(values))
             return done_at(f"Saved the key of {settings.alias}.")
 
+    def check(*values: Any) -> None:
+        if any(typed(field) for field in values[:2]):  # who has typed nothing yet is not told off
+            parse_key_settings(settings_of(values))
+
     with gr.Accordion("Create or change a key", open=True):
         form = build_key_fields(desk)
+        wire_check([*form.values()], check)
         with gr.Row(elem_classes="actions"):
             create = gr.Button("Create key", variant="primary", scale=0, min_width=150)
             load = gr.Button("Fill in from the chosen key", scale=0, min_width=270)
@@ -25554,10 +27193,10 @@ def build_group_actions(desk: Desk, said: gr.Markdown) -> gr.Dropdown:
             return done_at(f"Unblocked the group {name}.")
 
     with gr.Row(elem_classes="actions"):
-        chosen = gr.Dropdown(label="Group", value=None, scale=2)
+        chosen = gr.Dropdown(label="Group (or click its row)", value=None, scale=2)
         block = gr.Button("Block all", scale=0, min_width=110)
-        unblock = gr.Button("Unblock all", scale=0, min_width=120)
-        days = gr.Number(30, label="Valid for (days)", precision=0, info="0: for ever")
+        unblock = gr.Button("Unblock all", scale=0, min_width=130)
+        days = whole_number("Valid for days (0: for ever)", 30)
         extend = gr.Button("Extend all", scale=0, min_width=120)
         revoke = gr.Button("Revoke all", variant="stop", scale=0, min_width=120)
     question, _ = build_question("Do it", partial(act_on_group, keys), said)
@@ -25573,14 +27212,22 @@ def build_group_actions(desk: Desk, said: gr.Markdown) -> gr.Dropdown:
 def build_group_form(desk: Desk, said: gr.Markdown) -> None:
     """A new group, or another allowance for one."""
 
+    def settings_of(name: str | None, values: Sequence[Any]) -> Json:
+        return {"name": typed(name)} | allowance_fields(dict(zip(form, values, strict=True)))
+
+    def check(name: str | None, *values: Any) -> None:
+        if typed(name):
+            parse_group(settings_of(name, values))
+
     def on_save(name: str | None, *values: Any) -> str:
         with shown_to_operator():
-            settings = allowance_fields(dict(zip(form, values, strict=True)))
-            group = desk.manager.keys.set_group({"name": typed(name)} | settings)
+            group = desk.manager.keys.set_group(settings_of(name, values))
             return done_at(f"Saved the group {group.name}.")
 
+    gr.Markdown("### Create or change a group")
     name = gr.Textbox(label="New group, or the name of one", placeholder="Course ML 2027")
     form = build_allowance(desk)
+    wire_check([name, *form.values()], check)
     save = gr.Button("Save the group", variant="primary", scale=0, min_width=150)
     save.click(on_save, [name, *form.values()], said, **PRIVATE)
 
@@ -25618,8 +27265,8 @@ def build_many_keys(desk: Desk, said: gr.Markdown) -> gr.Dropdown:
             info="its first line names the columns, of which only name is needed",
         )  # fmt: skip
         with gr.Row():
-            group = gr.Dropdown(label="Group", value=None, info="of who has none in the list")
-            days = gr.Number(180, label="Valid for (days)", precision=0, info="0: for ever")
+            group = gr.Dropdown(label="Group of who has none in the list", value=None)
+            days = whole_number("Valid for days (0: for ever)", 180)
         form = {"group": group, "days": days, **build_allowance(desk)}
         make = gr.Button("Create these keys", variant="primary", scale=0, min_width=170)
     make.click(on_make, [people, *form.values()], said, **PRIVATE)
@@ -25645,59 +27292,56 @@ def build_key_doctor(desk: Desk) -> None:
 
 def build_energy_tab(desk: Desk) -> None:
     """What GPUs take now, what any range took and whose it was, as files too, and its price."""
-    with gr.Tab("Energy") as tab:
+    with gr.Tab("Energy", id="energy") as tab:
         live(desk, gr.HTML(), live_energy_html)
         with gr.Row(elem_classes="actions"):
             by = gr.Dropdown(list(get_args(EnergyGrouping)), value="model", label="Added up by")
-            first = gr.DateTime(include_time=False, type="string", label="From (UTC)")
-            last = gr.DateTime(include_time=False, type="string", label="To, included")
-            show = gr.Button("Show", variant="primary", scale=0, min_width=110)
+            days = build_days()
+            again = gr.Button("Look again", scale=0, min_width=130)
         said = gr.Markdown()
         with gr.Row():
-            stack = energy_plot(*STACK_COLUMNS)
-            per_token = energy_plot(*PER_TOKEN_COLUMNS)
-        rows = table(["Model", *ENERGY_HEADERS])
+            day, model, kwh = STACK_COLUMNS
+            stack = bar_plot(day, kwh, model, scale=2)
+            per_token = bar_plot(*PER_TOKEN_COLUMNS, sort="-y")
+        rows = table(["Model", *ENERGY_HEADERS], visible=False, search=True)
         with gr.Accordion("Sessions: each replica from ready to stopped", open=False):
             sessions = table(SESSION_HEADERS)
         with gr.Accordion("Files", open=False):
             style = gr.Radio(list(CSV_STYLES), value=next(iter(CSV_STYLES)), label="Written for")
             files = gr.HTML()
         build_energy_settings(desk)
-    asked = [by, first, last]
-    for event in (show.click, by.change, tab.select):
+    asked = [by, *days]
+    for event in (tab.select, again.click, by.change, *(each.change for each in days)):
         event(_energy_shower(desk), asked, [said, stack, per_token, rows, sessions], **QUIET)
         event(on_energy_files, [*asked, style], files, **QUIET)
     style.change(on_energy_files, [*asked, style], files, **QUIET)
 
 
-def energy_plot(x: str, color: str, y: str) -> Any:
-    """Bars that are hidden until there is something to draw."""
-    return gr.BarPlot(
-        x=x, y=y, color=color, x_title=" ", x_label_angle=-35, height=280, visible=False
-    )
-
-
 def _energy_shower(desk: Desk) -> Callable[..., tuple[Any, ...]]:
-    def on_show(by: str, first: str | None, last: str | None) -> tuple[Any, ...]:
+    def on_show(
+        by: str, name: str, first: str | None, last: str | None, request: gr.Request
+    ) -> tuple[Any, ...]:
         with shown_to_operator():
-            energy = desk.manager.energy
+            energy, today = desk.manager.energy, utc_now().date()
             try:
-                query = parse_energy_query(by, first or "", last or "", utc_now().date())
+                query = parse_energy_query(by, *days_of(name, first, last, today), today)
                 report = energy.report(query)
                 by_day = energy.parts(replace(query, by="day"))
-                used = session_rows(energy.sessions(query.first, query.last))
+                used = session_rows(energy.sessions(query.first, query.last), zone_of(request))
                 by_model = (
                     report if query.by == "model" else energy.report(replace(query, by="model"))
                 )
                 per_token = tokens_by_model(by_model)
             except ManagerError as error:  # opening the tab must not shout
                 hidden = gr.update(visible=False)
-                return plain(str(error)), hidden, hidden, gr.update(value=[]), []
+                return plain(str(error)), hidden, hidden, hidden, []
             return (
                 energy_headline(report),
-                drawn(STACK_COLUMNS, energy_stack(by_day)),
+                drawn(STACK_COLUMNS, energy_stack([*by_day], query)),
                 drawn(PER_TOKEN_COLUMNS, per_token),
-                gr.update(headers=energy_headers(query), value=energy_rows(report)),
+                shown_rows(energy_rows(report)) | {"headers": energy_headers(query)}
+                if report.rows
+                else gr.update(visible=False),
                 used,
             )
 
@@ -25709,39 +27353,46 @@ def drawn(columns: Sequence[str], bars: Sequence[Sequence[Any]]) -> Any:
     return gr.update(value=pd.DataFrame(bars, columns=list(columns)), visible=bool(bars))
 
 
-def on_energy_files(by: str, first: str | None, last: str | None, style: str) -> str:
+def on_energy_files(by: str, name: str, first: str | None, last: str | None, style: str) -> str:
     with shown_to_operator():
-        query = parse_energy_query(by, first or "", last or "", utc_now().date())
+        today = utc_now().date()
+        query = parse_energy_query(by, *days_of(name, first, last, today), today)
         return energy_files_html(query.first, query.last, style)
 
 
 def build_energy_settings(desk: Desk) -> None:
     """How often GPUs are looked at, and what a kilowatt-hour is worth; kept with each record."""
 
-    def on_save(period: float, price: float | None, co2: float | None, overhead: float) -> str:
+    def change_of(*values: Any) -> Change:
+        names = [f.name for f in fields(EnergySettings)]
+        period, price, co2, overhead = values
+        given = (period, price or None, co2 or None, overhead)
+        return setting_energy(dict(zip(names, given, strict=True)))
+
+    def check(*values: Any) -> None:
+        change_of(*values).edit(desk.manager.state())
+
+    def on_save(*values: Any) -> str:
         with shown_to_operator():
-            given = {
-                "period_seconds": period, "price_per_kwh": price or None,
-                "co2_grams_per_kwh": co2 or None, "overhead": overhead,
-            }  # fmt: skip
-            desk.manager.save(setting_energy(given))
+            desk.manager.save(change_of(*values))
             return done_at("Saved, for what is recorded from now on.")
 
-    def stored(label: str, info: str, view: Callable[[EnergySettings], Any]) -> Any:
-        number = gr.Number(label=label, info=info)
+    def stored(label: str, view: Callable[[EnergySettings], Any]) -> Any:
+        number = gr.Number(label=label)
         return live(desk, number, lambda seen: seen.state and (view(seen.state.energy) or 0))
 
     with gr.Accordion("Price, CO₂ and how often GPUs are looked at", open=False):
         with gr.Row():
-            fields = [
-                stored("A look every (s)", "0.5 to 60", lambda kept: kept.period_seconds),
-                stored("Price of a kWh", "0: unknown", lambda kept: kept.price_per_kwh),
-                stored("CO₂ of a kWh (g)", "0: unknown", lambda kept: kept.co2_grams_per_kwh),
-                stored("Overhead (PUE)", "of the room, 1 is none", lambda kept: kept.overhead),
+            kept = [
+                stored("A look every (s, 0.5 to 60)", lambda kept: kept.period_seconds),
+                stored("Price of a kWh (0: unknown)", lambda kept: kept.price_per_kwh),
+                stored("CO₂ of a kWh (g, 0: unknown)", lambda kept: kept.co2_grams_per_kwh),
+                stored("Overhead of the room (PUE, 1: none)", lambda kept: kept.overhead),
             ]
-        save = gr.Button("Save")
+        wire_check(kept, check)
+        save = gr.Button("Save", variant="primary")
         said = gr.Markdown()
-    save.click(on_save, fields, said, **PRIVATE)
+    save.click(on_save, kept, said, **PRIVATE)
 
 
 def build_benchmark_tab(desk: Desk) -> None:
@@ -25757,55 +27408,64 @@ def build_benchmark_tab(desk: Desk) -> None:
         desk.manager.benchmarks.start(wish)
         return done_at("It is under way, as a job.")
 
-    with gr.Tab("Benchmark") as tab:
-        gr.Markdown("Requests straight to a model's engine, so many at once, rung by rung.")
-        with gr.Row(elem_classes="actions"):
-            models = gr.Dropdown(label="Measure", multiselect=True, info="one after the other")
+    def check(models: Sequence[str], *values: Any) -> None:
+        benchmark_wish(models or ["any"], *values)  # who has chosen none yet is not told off
+
+    with gr.Tab("Benchmark", id="benchmark") as tab:
+        gr.Markdown(
+            "How many requests at once a model carries: they go straight to its engine, so many "
+            "at a time, rung by rung."
+        )
+        with gr.Row():
+            models = gr.Dropdown(
+                label="Models, measured one after the other", multiselect=True, scale=2
+            )
             live(desk, models, measurable)
-            kinds = [("by type", ""), *((kind, kind) for kind in LOADS)]
+            kinds = [("of the model's type", ""), *((kind, kind) for kind in LOADS)]
             profile = gr.Dropdown(kinds, value="", label="Load")
-            ladder = gr.Textbox("1, 2, 4, 8, 16", label="Requests at once")
+            ladder = gr.Textbox("1, 2, 4, 8, 16", label="Requests at once, the rungs")
+        with gr.Row(elem_classes="actions"):
             sizes = [
-                gr.Number(0, label=label, info="0: the load's", precision=0, minimum=0)
-                for label in ("Prompt tokens", "Output tokens")
+                whole_number("Prompt tokens (0: the load's)"),
+                whole_number("Output tokens (0: the load's)"),
+                whole_number("Requests per rung (0: by the rung)"),
             ]
-            each = gr.Number(
-                0, label="Requests per rung", info="0: eight for each at once, at least 32",
-                precision=0, minimum=0,
-            )  # fmt: skip
             ask = gr.Button("Measure", variant="primary", scale=0, min_width=110)
+        wished = [models, profile, ladder, *sizes]
+        wire_check(wished, check)
         question, _ = build_question("Measure it", measure)
         build_benchmark_results(desk, tab)
-    ask.click(on_ask, [models, profile, ladder, *sizes, each], question, **PRIVATE)
+    ask.click(on_ask, wished, question, **PRIVATE)
+
+
+RUNG_WIDTHS: Final = [f"{part}%" for part in (12, 5.5, 7.5, 6.5, 14, 12, 14, 8.5, 7, 6, 7)]
 
 
 def build_benchmark_results(desk: Desk, tab: gr.Tab) -> None:
     """Kept benchmarks side by side: as curves, as tables, as files."""
     benchmarks = desk.manager.benchmarks
 
-    def on_list(chosen: list[str]) -> Any:
+    def on_list(chosen: list[str]) -> tuple[Any, ...]:
         with shown_to_operator():
             names = [result.name for result in benchmarks.results()]
             kept = [name for name in chosen if name in names] or names[:1]
-            return gr.update(choices=names, value=kept)
+            told = gr.skip() if names else NO_BENCHMARKS
+            return gr.update(choices=names, value=kept), gr.update(visible=bool(names)), told
 
     def on_show(chosen: list[str], limit: float | None) -> tuple[Any, ...]:
         with shown_to_operator():
             results = benchmarks.named(chosen)
-            curves = pd.DataFrame(benchmark_curves(results), columns=list(CURVE_COLUMNS))
+            curves = [drawn(CURVE_COLUMNS, benchmark_curves(results)) for _ in plots]
             headers, rows = comparison(results)
             said = plain_lines(carrying_text(results, limit)) if limit else ""
-            # With another title or order beside it Gradio (6.31) goes on drawing the old lines.
-            drawn = [gr.update(value=curves, visible=not curves.empty) for _ in plots]
-            return (
-                said, *drawn, gr.update(headers=headers, value=rows, visible=bool(rows)),
-                benchmark_rows(results), benchmark_links(results),
-            )  # fmt: skip
+            beside = gr.update(headers=headers, value=rows, visible=len(results) > 1)
+            every = shown_rows(benchmark_rows(results))
+            return said, *curves, beside, every, benchmark_links(results)
 
     gr.Markdown("### Results")
-    with gr.Row(elem_classes="actions"):
-        chosen = gr.Dropdown(label="Benchmarks", value=[], multiselect=True, scale=3)
-        limit = gr.Number(500, label="P95 until the first token within (ms)", minimum=0)
+    with gr.Row(elem_classes="actions", visible=False) as choice:
+        chosen = gr.Dropdown(label="Benchmarks, side by side", value=[], multiselect=True, scale=3)
+        limit = gr.Number(500, label="P95 until the first token within (ms)")
     said = gr.Markdown()
     at_once, whose, *figures = CURVE_COLUMNS
     with gr.Row():
@@ -25814,44 +27474,53 @@ def build_benchmark_results(desk: Desk, tab: gr.Tab) -> None:
             for figure in figures
         ]
     beside = table(["Figure", "At once"], visible=False)
-    with gr.Accordion("Every rung; times are P50 / P95 / P99", open=False):
-        rungs = table(RUNG_HEADERS)
+    rungs = table(
+        RUNG_HEADERS, RUNG_WIDTHS, label="Every rung; times are P50 / P95 / P99", visible=False
+    )
     links = gr.HTML()
     done = live(desk, gr.Textbox(visible="hidden"), benchmarks_done)
     for changed in (tab.select, done.change):
-        changed(on_list, chosen, chosen, **QUIET)
+        changed(on_list, chosen, [chosen, choice, said], **QUIET)
     shown = [said, *plots, beside, rungs, links]
     for changed in (chosen.change, limit.change):
         changed(on_show, [chosen, limit], shown, **QUIET)
 
 
 def build_monitoring_tab(desk: Desk) -> None:
-    """The switch, what runs of it, what Prometheus sees, and who is told."""
+    """The switch, what alerts say, what runs and is watched, and who is told."""
 
-    def on_look() -> tuple[Any, ...]:
-        if not desk.manager.state().monitoring:
-            return [], []
+    def on_look(request: gr.Request) -> tuple[Any, ...]:
         with shown_to_operator():
-            seen = desk.manager.monitoring.look()
-            return alert_rows(seen), watched_rows(seen)
+            if not desk.manager.state().monitoring:
+                return "", shown_rows([]), shown_rows([])
+            try:
+                seen = desk.manager.monitoring.look()
+            except ManagerError as error:  # it starts, or is down: opening the tab must not shout
+                return plain(str(error)), shown_rows([]), shown_rows([])
+            alerts = shown_rows(alert_rows(seen, zone_of(request)))
+            return alerts_text(seen), alerts, shown_rows(watched_rows(seen))
 
     def switch(wished: str) -> Change:
         return switching_monitoring(on=wished == "on")
 
-    with gr.Tab("Monitoring") as tab:
+    with gr.Tab("Monitoring", id="monitoring") as tab:
         live(desk, gr.Markdown(), monitoring_text)
-        with gr.Row(elem_classes="actions"):
-            buttons = [gr.Button(f"Switch {wished}", scale=0, min_width=140)
-                       for wished in ON_OR_OFF]  # fmt: skip
-            look = gr.Button("Look again", scale=0, min_width=140)
+        on = live(desk, gr.Button("Switch on", variant="primary", visible=False), while_unmonitored)
         card = build_plan_card(
             desk, {"switch": switch, "set": lambda changes: switching_monitoring(changes=changes)}
         )
-        live(desk, table(PART_HEADERS), part_rows)
-        shown = [table(ALERT_HEADERS), table(WATCHED_HEADERS)]
+        with live(desk, gr.Column(visible=False), while_monitored):
+            gr.Markdown("### Alerts")
+            shown = [gr.Markdown(), table(ALERT_HEADERS, visible=False)]
+            look = gr.Button("Look again", scale=0)
+            gr.Markdown("### What runs for it")
+            live(desk, table(PART_HEADERS), part_rows)
+            gr.Markdown("### What it watches, those that are down first")
+            shown.append(table(WATCHED_HEADERS, visible=False, search=True))
+            off = gr.Button("Switch off", variant="stop", scale=0)
         build_monitoring_form(desk, card)
-    for button, wished in zip(buttons, ON_OR_OFF, strict=True):
-        wire_plan(desk, button, gr.State(wished), card, "switch", switch)
+        for button, wished in zip((on, off), ON_OR_OFF, strict=True):
+            wire_plan(desk, button, gr.State(wished), card, "switch", switch)
     look.click(on_look, None, shown, **PRIVATE)
     tab.select(on_look, None, shown, **QUIET)
 
@@ -25865,22 +27534,33 @@ def build_monitoring_form(desk: Desk, card: PlanCard) -> None:
     def mail(read: Callable[[MailAlerts], Any], default: Any = "") -> View:
         return known(lambda settings: read(settings.mail) if settings.mail else default)
 
+    def check(*typed: Any) -> None:
+        changes = monitoring_changes(desk.manager, *typed)
+        switching_monitoring(changes=changes).edit(desk.manager.state())
+
     with gr.Accordion("What is kept, and who is told", open=False):
         with gr.Row():
-            days = gr.Number(label="Days that series are kept", precision=0, minimum=1)
-            size = gr.Number(label="But no more than (GB)", precision=0, minimum=1)
-            port = gr.Number(label="Port of the manager's own figures", precision=0, minimum=1)
-        with gr.Row():
-            hook = gr.Checkbox(label="Alerts to a webhook")
-            url = gr.Textbox(label="Its address", type="password", placeholder="as it is")
-        with gr.Row():
-            mailed = gr.Checkbox(label="Alerts by mail")
-            to, sender = gr.Textbox(label="To"), gr.Textbox(label="From")
-            server = gr.Textbox(label="Mail server", placeholder="mail.lan:587")
-            user = gr.Textbox(label="User there")
-            password = gr.Textbox(label="Password", type="password", placeholder="as it is")
-            starttls = gr.Checkbox(label="STARTTLS", value=True)
+            days = gr.Number(label="Days that series are kept", precision=0)
+            size = gr.Number(label="But no more than (GB)", precision=0)
+            port = gr.Number(label="Port of the manager's own figures", precision=0)
+        hook = gr.Checkbox(label="Alerts to a webhook")
+        url = gr.Textbox(
+            label="Its address", type="password", placeholder="as it is", visible=False
+        )
+        mailed = gr.Checkbox(label="Alerts by mail")
+        with gr.Column(visible=False) as by_mail:
+            with gr.Row():
+                to, sender = gr.Textbox(label="To"), gr.Textbox(label="From")
+                server = gr.Textbox(label="Mail server", placeholder="mail.lan:587")
+            with gr.Row():
+                user = gr.Textbox(label="User there")
+                password = gr.Textbox(label="Password", type="password", placeholder="as it is")
+                starttls = gr.Checkbox(label="STARTTLS", value=True)
+        typed = [days, size, port, hook, url, mailed, to, sender, server, user, password, starttls]
+        wire_check(typed, check)
         plan = gr.Button("Plan these settings", variant="primary", scale=0, min_width=200)
+    for ticked, there in ((hook, url), (mailed, by_mail)):
+        ticked.change(lambda is_on: gr.update(visible=is_on), ticked, there, **QUIET)
     for field_, view in (
         (days, known(lambda settings: settings.retention_days)),
         (size, known(lambda settings: settings.retention_gb)),
@@ -25894,7 +27574,6 @@ def build_monitoring_form(desk: Desk, card: PlanCard) -> None:
         (starttls, mail(lambda known: known.starttls, default=True)),
     ):
         live(desk, field_, view)
-    typed = [days, size, port, hook, url, mailed, to, sender, server, user, password, starttls]
     described = partial(monitoring_changes, desk.manager)
     on_plan = plan_of(desk, "set", lambda changes: switching_monitoring(changes=changes), described)
     plan.click(on_plan, typed, card.outputs, **PRIVATE)
@@ -25917,78 +27596,103 @@ def monitoring_changes(manager: Manager, *typed: Any) -> Json:
 
 
 def build_system_tab(desk: Desk) -> None:
-    """The plan, the server's health, the endpoint's settings, the way back."""
-    with gr.Tab("System") as tab:
-        gr.Markdown("### What is planned")
-        live(desk, gr.Markdown(), pending_plan_text)
-        apply_button = gr.Button("Apply the plan", variant="primary")
-        live(desk, apply_button, plan_button)
-        changes = {"apply": lambda _: applying(), "roll back": _returning(desk)}
-        card = build_plan_card(desk, changes)
-        wire_plan(desk, apply_button, gr.State("now"), card, "apply", changes["apply"])
-        build_doctor_view(desk)
-        build_endpoint_form(desk)
-        changes["restore the database"] = desk.manager.database.restoring
-        build_database_view(desk, card, changes["restore the database"])
-        build_audit_view(desk, tab)
-        build_token_view(desk)
-        with gr.Accordion("Earlier versions", open=False), gr.Row(elem_classes="actions"):
-            version = gr.Textbox(label="Version", placeholder="12", info="from history/", scale=3)
-            back = gr.Button("Roll back", variant="stop", scale=0, min_width=110)
-        wire_plan(desk, back, version, card, "roll back", changes["roll back"])
+    """The plan and the server's health, the endpoint's settings, the database, who did what."""
+    with gr.Tab("System", id="system") as tab, gr.Tabs():
+        with gr.Tab("Plan and health"):
+            build_pending_plan(desk)
+            build_doctor_view(desk)
+        with gr.Tab("HTTPS endpoint"):
+            build_endpoint_form(desk)
+        with gr.Tab("Database"):
+            build_database_view(desk)
+        with gr.Tab("Changes") as changes:
+            build_audit_view(desk, [tab, changes])
+        with gr.Tab("Programs"):
+            build_token_view(desk)
 
 
-def _returning(desk: Desk) -> Callable[[str], Change]:
-    def change(text: str) -> Change:
-        if not text.strip().isdigit():
-            raise RefusedError("A version is a number.", advice="history/ holds them.")
-        return desk.manager.returning(int(text))
-
-    return change
+def build_pending_plan(desk: Desk) -> None:
+    """What is still to be done until all is as wished, and the button that does it."""
+    gr.Markdown("### What is planned")
+    live(desk, gr.Markdown(), pending_plan_text)
+    apply_button = live(desk, gr.Button("Apply the plan", variant="primary"), plan_button)
+    changes = {"apply": lambda _: applying()}
+    card = build_plan_card(desk, changes)
+    wire_plan(desk, apply_button, gr.State("now"), card, "apply", changes["apply"])
 
 
 def build_doctor_view(desk: Desk) -> None:
     """Checks of everything this program needs from its server."""
 
-    def on_check() -> list[list[str]]:
+    def on_check() -> tuple[str, Any]:
         with shown_to_operator():
-            return check_rows(desk.manager.doctor())
+            checks = desk.manager.doctor()
+            return checks_text(checks), gr.update(value=check_rows(checks), visible=True)
 
-    with gr.Accordion("Health of this server", open=False):
-        check = gr.Button("Check now")
-        rows = table(("Check", "Verdict", "Found", "Advice"))
-    check.click(on_check, None, rows, **PRIVATE)
+    gr.Markdown("### Health of this server")
+    said = gr.Markdown("Docker, the disk, the database and the GPUs are asked when you click.")
+    check = gr.Button("Check now")
+    rows = table(("Check", "Verdict", "Found", "Advice"), visible=False)
+    check.click(on_check, None, [said, rows], **PRIVATE)
 
 
-def build_database_view(desk: Desk, card: PlanCard, restoring: Callable[[str], Change]) -> None:
+def build_database_view(desk: Desk) -> None:
     """Its size and its dumps; a new one, and the way back to one."""
+    restoring = desk.manager.database.restoring
 
-    def on_dump(name: str) -> None:
+    def on_dump(name: str | None) -> None:
         with shown_to_operator():
-            desk.manager.database.dump(name.strip())
+            desk.manager.database.dump(typed(name))
 
-    with gr.Accordion("Database", open=False):
-        live(desk, gr.Markdown(), database_text)
-        live(desk, table(DUMP_HEADERS), lambda seen: dump_rows(seen.dumps))
-        with gr.Row(elem_classes="actions"):
-            name = gr.Textbox(label="Dump", placeholder="before-summer", scale=3,
-                              info="a name for a new one, or the one to return to")  # fmt: skip
-            take = gr.Button("Dump now", scale=0, min_width=120)
-            back = gr.Button("Restore", variant="stop", scale=0, min_width=110)
+    live(desk, gr.Markdown(), database_text)
+    with gr.Row(elem_classes="actions"):
+        name = gr.Textbox(label="New dump (empty: named by its time)", placeholder="before-summer")
+        take = gr.Button("Dump now", variant="primary", scale=0, min_width=120)
+    live(desk, gr.Markdown(), dumps_text)
+    live(desk, table(DUMP_HEADERS), dump_table)
+    with gr.Row(elem_classes="actions"):
+        chosen = live(
+            desk,
+            gr.Dropdown(label="Dump to return to", value=None, allow_custom_value=True),
+            dump_choices,
+        )
+        back = gr.Button("Restore", variant="stop", scale=0, min_width=110)
+    card = build_plan_card(desk, {"restore the database": restoring})
     take.click(on_dump, name, None, **PRIVATE)
-    wire_plan(desk, back, name, card, "restore the database", restoring)
+    wire_plan(desk, back, chosen, card, "restore the database", restoring)
 
 
-def build_audit_view(desk: Desk, tab: gr.Tab) -> None:
-    """The newest changes, and all of them as a file."""
-    with gr.Accordion("Who changed what", open=False):
-        rows = table(AUDIT_HEADERS)
-        with gr.Row(elem_classes="actions"):
-            gr.Button("Export all as CSV", link=AUDIT_CSV_PATH, size="sm", scale=0, min_width=200)
-    tab.select(lambda: audit_rows(desk.manager.audit.newest(50)), None, rows, **QUIET)
+def build_audit_view(desk: Desk, tabs: Sequence[gr.Tab]) -> None:
+    """The newest changes, all of them as a file, and the way back to an earlier version."""
+
+    def on_list(request: gr.Request) -> tuple[Any, ...]:
+        with shown_to_operator():
+            entries = desk.manager.audit.newest(AUDIT_SHOWN)
+            zone, versions = zone_of(request), desk.manager.versions()
+            return audit_rows(entries, zone), gr.Dropdown(version_choices(versions, zone))
+
+    def returning(number: str) -> Change:
+        return desk.manager.returning(int(number))
+
+    gr.Markdown(f"### Who changed what: the newest {AUDIT_SHOWN}")
+    rows = table(AUDIT_HEADERS, AUDIT_WIDTHS, search=True)
+    gr.Button("Export all as CSV", link=AUDIT_CSV_PATH, size="sm", scale=0)
+    gr.Markdown(
+        "### Earlier versions\nEach change keeps the state before it. Rolling back is a change as "
+        "any other: it shows its plan first, and keys stay as they are."
+    )
+    with gr.Row(elem_classes="actions"):
+        version = gr.Dropdown(label="Version, the newest first", value=None)
+        back = gr.Button("Roll back", variant="stop", scale=0, min_width=110)
+    card = build_plan_card(desk, {"roll back": returning})
+    wire_plan(desk, back, version, card, "roll back", returning)
+    for tab in tabs:
+        tab.select(on_list, None, [rows, version], **QUIET)
 
 
 AUDIT_CSV_PATH: Final = "/audit.csv"
+AUDIT_SHOWN: Final = 100
+AUDIT_WIDTHS: Final = ("16%", "9%", "9%", "24%", "26%", "7%", "9%")
 
 
 def build_token_view(desk: Desk) -> None:
@@ -26010,20 +27714,21 @@ def build_token_view(desk: Desk) -> None:
         desk.manager.save(revoking_token(name))
         return done_at(f"Revoked the token of {name}.")
 
-    with gr.Accordion("Programs", open=False):
-        gr.Markdown("An admin token opens to a program all that this console can do.")
-        with gr.Row(elem_classes="actions"):
-            name = gr.Textbox(label="New token for", placeholder="ci", info="the audit names it")
-            create = gr.Button("Create token", variant="primary", scale=0, min_width=130)
-            chosen = gr.Dropdown(label="Token", value=None, info="that is there")
-            live(desk, chosen, token_choices)
-            revoke = gr.Button("Revoke", variant="stop", scale=0, min_width=110)
-            gr.Button("The API for programs", link=API_PAGE, size="sm", scale=0, min_width=200)
-        secret = gr.Textbox(
-            label="Hand this over now: it is shown only once", elem_id="new-token",
-            interactive=False, buttons=["copy"], visible=False,
-        )  # fmt: skip
-        question, said = build_question("Revoke it", revoke_it)
+    gr.Markdown(
+        "An admin token opens to a program all that this console can do: scripts, CI, a dashboard."
+    )
+    with gr.Row(elem_classes="actions"):
+        name = gr.Textbox(label="New token for (the audit names it)", placeholder="ci")
+        create = gr.Button("Create token", variant="primary", scale=0, min_width=150)
+    secret = gr.Textbox(
+        label="Hand this over now: it is shown only once", elem_id="new-token",
+        interactive=False, buttons=["copy"], visible=False,
+    )  # fmt: skip
+    with live(desk, gr.Row(elem_classes="actions", visible=False), has_tokens):
+        chosen = live(desk, gr.Dropdown(label="Token", value=None), token_choices)
+        revoke = gr.Button("Revoke", variant="stop", scale=0, min_width=110)
+    question, said = build_question("Revoke it", revoke_it)
+    gr.Button("The API for programs", link=API_PAGE, size="sm", scale=0)
     create.click(on_create, name, [secret, said, name], **PRIVATE)
     revoke.click(on_revoke, chosen, question, **PRIVATE)
 
@@ -26034,65 +27739,78 @@ def build_endpoint_form(desk: Desk) -> None:
     def on_save(*values: Any) -> str:
         with shown_to_operator():
             desk.manager.save(configuring_edge(edge_settings(*values)))
-            return "Saved. Review **What is planned** above, then apply it."
+            return "Saved. Review **Plan and health**, then apply it."
+
+    def check(*values: Any) -> None:
+        configuring_edge(edge_settings(*values)).edit(desk.manager.state())
 
     def stored(component: Any, view: Callable[[Edge], Any]) -> Any:
         # Follows the stored state, which the command line may change; typing is left alone.
         return live(desk, component, lambda seen: seen.state and view(seen.state.edge))
 
-    with gr.Accordion("HTTPS endpoint", open=False):
-        with gr.Row():
-            names = stored(gr.Textbox(label="Host names"), lambda edge: ", ".join(edge.hostnames))
-            https = stored(gr.Number(label="HTTPS port", precision=0), lambda edge: edge.https_port)
-            http = stored(gr.Number(label="HTTP port", precision=0), lambda edge: edge.http_port)
-        with gr.Row():
-            tls = gr.Dropdown(
-                list(TLS_CHOICES), label="Certificate",
-                info="internal: Caddy's own authority; own: files of this server; acme: by e-mail",
-            )  # fmt: skip
-            stored(tls, lambda edge: edge.tls.kind)
-            details = [
-                stored(gr.Textbox(label=label), partial(tls_detail, key))
-                for key, label in TLS_DETAILS.items()
-            ]
-        save = gr.Button("Save")
-        said = gr.Markdown()
-    save.click(on_save, [names, https, http, tls, *details], said, **PRIVATE)
+    gr.Markdown("Where colleagues find the service, and by which certificate they know it.")
+    with gr.Row():
+        names = stored(
+            gr.Textbox(label="Host names, the first in every example"),
+            lambda edge: ", ".join(edge.hostnames),
+        )
+        https = stored(gr.Number(label="HTTPS port", precision=0), lambda edge: edge.https_port)
+        http = stored(gr.Number(label="HTTP port", precision=0), lambda edge: edge.http_port)
+    tls = stored(gr.Radio([*TLS_CHOICES], label="Certificate"), lambda edge: edge.tls.kind)
+    with gr.Row():
+        details = [
+            stored(gr.Textbox(label=label), partial(tls_detail, key))
+            for key, label in TLS_DETAILS.items()
+        ]
+    typed_in = [names, https, http, tls, *details]
+    wire_check(typed_in, check)
+    save = gr.Button("Save", variant="primary")
+    said = gr.Markdown()
+    tls.change(lambda kind: [*map(_update, shown_tls_details(kind))], tls, details, **QUIET)
+    save.click(on_save, typed_in, said, **PRIVATE)
 
 
 def build_job_panel(desk: Desk) -> None:
     """The newest job, on every tab; any page that opens later shows the same lines."""
 
-    def on_cancel() -> None:
-        job = shown_job(desk.watch.latest())
-        if job is not None:
-            desk.manager.cancel_job(job.id)
-
     with live(desk, gr.Group(visible=False, elem_id="job"), job_group):
-        live(desk, gr.Markdown(padding=True), job_title)
-        log_lines = gr.Textbox(
-            label="Progress", lines=8, max_lines=12, interactive=False, buttons=["copy"]
-        )
-        live(desk, log_lines, job_log)
-        cancel = live(desk, gr.Button("Cancel", size="sm"), job_cancel)
-    cancel.click(on_cancel, None, None, **PRIVATE)
+        live(desk, gr.Markdown(elem_classes="job-title"), job_title)
+        bar = picture(desk, job_bar_html)
+        with live(desk, gr.Accordion("What it did", open=False), job_fold):
+            lines = gr.Textbox(
+                show_label=False, lines=8, max_lines=8, interactive=False, buttons=["copy"]
+            )
+        live(desk, lines, job_log)
+    wire_jobs(desk, bar)
 
 
 STYLE: Final = """
+.gradio-container [role="columnheader"] * { overflow-wrap: normal !important;
+  word-break: normal !important; }
 .gradio-container table td, .gradio-container table th, .gradio-container [role="gridcell"] *
   { font-family: var(--font) !important; }
 .plan-card { border: 2px solid var(--color-accent) !important; }
-button.lg { align-self: flex-start; flex-grow: 0 !important; min-width: 130px; }
+button.lg { align-self: flex-start; flex-grow: 0 !important; min-width: 130px; width: fit-content; }
 .actions { align-items: end; }
 .actions button { max-height: 42px; }
 .actions button.lg { align-self: flex-end; }
-.actions button, button.lg { white-space: nowrap; }
+.actions button, button.lg { white-space: nowrap; flex-basis: auto !important; }
+.typed-fault { color: var(--body-text-color); border-left: 4px solid #b91c1c; padding-left: 10px; }
 .plan-card .row { padding: 12px; }
 .plan-card pre { max-height: 32em; overflow: auto; white-space: pre-wrap; }
 #job textarea, #new-key textarea, .log textarea { font-family: var(--font-mono); font-size: 12px; }
 footer { display: none !important; }
+.tab-container button { padding: 0 14px !important; }
+#notice { position: fixed; z-index: 99; top: 0; left: 50%; transform: translateX(-50%);
+  padding: 8px 20px; border-radius: 0 0 8px 8px; background: #92400e; color: #fff; }
+#notice button { margin-left: 16px; text-decoration: underline; }
 .gpu-card { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 10px 14px;
   margin-bottom: 10px; background: var(--background-fill-primary); }
+.gpu-cards { display: grid; gap: 0 16px;
+  grid-template-columns: repeat(auto-fill, minmax(min(560px, 100%), 1fr)); }
+.gpu-cards .gpu-card { margin: 0 0 10px !important; }
+.gpu-cards .card-bar .slice { padding: 6px 4px; font-size: 12px; }
+.rules:not(:has(p)) { display: none; }
 .card-head { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 4px 24px;
   margin-bottom: 8px; color: var(--body-text-color); }
 .card-bar { position: relative; height: 56px; border-radius: 4px; overflow: hidden;
@@ -26109,10 +27827,84 @@ footer { display: none !important; }
 .card-bar .empty { background: var(--background-fill-secondary);
   border-color: var(--border-color-primary); }
 .card-bar .free { border: none; opacity: 0.75; }
+.said.bad { color: #b91c1c; margin: 0 0 8px; } .dark .said.bad { color: #fca5a5; }
+.model-card { border: 1px solid var(--border-color-primary); border-radius: 8px;
+  padding: 10px 14px; color: var(--body-text-color); }
+.model-card h2 { font-size: 16px; font-weight: 700; margin: 0 0 8px; }
+.model-card h3 { font-size: 14px; font-weight: 600; margin: 12px 0 4px; }
+.model-card h2 .phase { margin-left: 12px; }
+.model-card dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 3px 20px;
+  margin: 0; }
+.model-card dt { opacity: 0.75; }
+.model-card dd { margin: 0; overflow-wrap: anywhere; }
+.model-card pre { margin: 0; padding: 8px 10px; font-size: 12px; overflow-x: auto;
+  border-radius: 6px; background: var(--background-fill-secondary); }
 .task-bar { height: 10px; border-radius: 5px; overflow: hidden; margin-bottom: 6px;
   background: var(--border-color-primary); }
 .task-bar div { height: 100%; background: var(--color-accent); }
 .card-foot { margin-top: 6px; font-size: 13px; color: var(--body-text-color-subdued); }
+"""
+OVERVIEW_STYLE: Final = """
+button.act { border: 1px solid var(--button-secondary-border-color); border-radius: 6px;
+  padding: 4px 12px; white-space: nowrap; cursor: pointer; font-weight: 600; font-size: 14px;
+  background: var(--button-secondary-background-fill);
+  color: var(--button-secondary-text-color); }
+button.act:hover { background: var(--button-secondary-background-fill-hover); }
+button.act:focus-visible { outline: 3px solid var(--color-accent); outline-offset: 1px; }
+button.act.first { background: #1d4ed8; border-color: #1d4ed8; color: #fff; }
+button.act.first:hover { background: #1e40af; }
+p.all-well { margin: 0; padding: 10px 14px; border-radius: 8px; border-left: 4px solid #15803d;
+  background: var(--background-fill-secondary); }
+ul.matters { list-style: none; margin: 0; padding: 0; }
+ul.matters li { display: flex; justify-content: space-between; align-items: center; gap: 16px;
+  margin: 0 0 6px; padding: 8px 12px; border-radius: 8px; border-left: 4px solid #b91c1c;
+  background: var(--background-fill-secondary); }
+ul.matters .sign { display: inline-block; width: 20px; height: 20px; border-radius: 50%;
+  text-align: center; line-height: 20px; font-weight: 700; background: #b91c1c; color: #fff;
+  margin-right: 6px; }
+ul.matters li.apply { border-color: #b45309; } ul.matters .apply .sign { background: #b45309; }
+.gpu-tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(max(270px, 22%), 1fr));
+  gap: 10px; }
+.gpu-tile { height: 100%; box-sizing: border-box; padding: 8px 12px; border-radius: 8px;
+  border: 1px solid var(--border-color-primary); font-size: 13px; }
+.tile-head { display: flex; gap: 8px; margin-bottom: 6px; white-space: nowrap; }
+.tile-head span { overflow: hidden; text-overflow: ellipsis;
+  color: var(--body-text-color-subdued); }
+.tile-head .tile-heat { margin-left: auto; }
+.gpu-tile .card-bar { height: 32px; margin-bottom: 6px; }
+.gpu-tile .card-bar .slice { padding: 2px 6px; }
+.tile-meter { display: grid; grid-template-columns: 58px 1fr auto; align-items: center; gap: 8px; }
+.meter { height: 6px; border-radius: 3px; background: var(--border-color-primary);
+  overflow: hidden; }
+.meter div { height: 100%; background: var(--color-accent); }
+.tile-note { color: var(--body-text-color-subdued); }
+.on-processor { margin: 8px 0 0; }
+.phase { font-weight: 600; white-space: nowrap; }
+.phase.good { color: #15803d; } .phase.busy { color: #1d4ed8; } .phase.bad { color: #b91c1c; }
+.dark .phase.good { color: #4ade80; } .dark .phase.busy { color: #93c5fd; }
+.dark .phase.bad { color: #fca5a5; }
+.job-line { display: grid; grid-template-columns: 1fr auto; gap: 4px 16px; align-items: center;
+  margin-bottom: 6px; overflow-wrap: anywhere; }
+.job-line .task-bar { grid-column: 1 / -1; }
+.calm { color: var(--body-text-color-subdued); }
+#job { position: fixed; left: 0; right: 0; bottom: 0; z-index: 40; max-height: 60vh;
+  overflow: auto; border-top: 2px solid var(--color-accent) !important; border-radius: 0;
+  background: var(--background-fill-primary); box-shadow: 0 -4px 16px #0003; }
+#job .styler { display: grid; grid-template-columns: fit-content(60%) 1fr; align-items: center;
+  gap: 0 24px; padding: 6px 32px; background: none; }
+#job .block { min-width: 0; width: auto; margin: 0; }
+#job .gr-accordion { grid-column: 1 / -1; padding: 2px 0; background: none; }
+#job .label-wrap { margin: 0; font-size: 13px; justify-content: start; gap: 8px; }
+.picture .html-container { padding: 0 !important; }
+.gradio-container { padding-bottom: 96px !important; }
+.first-run { padding: 12px 16px; border: 2px solid var(--color-accent); border-radius: 8px; }
+.first-head { display: flex; justify-content: space-between; align-items: center; gap: 16px; }
+.first-run ol { margin: 8px 0 0; padding-left: 24px; }
+.first-run li { margin: 6px 0; } .first-run li.later { color: var(--body-text-color-subdued); }
+.first-run li div { margin: 4px 0; font-weight: 400; }
+.first-run .tick { color: #15803d; } .dark .first-run .tick { color: #4ade80; }
+.first-run pre { white-space: pre-wrap; padding: 8px; border-radius: 6px;
+  background: var(--background-fill-secondary); }
 """
 # Fonts of the operator's own machine: the console must not ask the internet for any.
 FONTS: Final = ("system-ui", "sans-serif")
@@ -26121,28 +27913,116 @@ MONOSPACE_FONTS: Final = ("ui-monospace", "monospace")
 
 # Gradio never finishes a page of which a component's file did not arrive, as happens in Chromium
 # whenever a network interface comes or goes: it says "Loading..." for good. Vite tells of it.
-RELOAD: Final = """<script>
+#
+# Gradio (6.31) also gives a page up when one request of it fails: it says so in red, and reloads
+# once it is answered again, whatever was typed. So nothing is sent while nobody answers.
+PAGE_SCRIPT: Final = """<script>
 addEventListener("vite:preloadError", () => {
   const tried = Number(sessionStorage.getItem("reloads"));
   sessionStorage.setItem("reloads", tried + 1);
   if (tried < 5) setTimeout(() => location.reload(), 500 * tried);
 }, {once: true});
 setTimeout(() => sessionStorage.removeItem("reloads"), 30000);
+{
+  let answered = Date.now(), failures = 0, typed = false, over = false, timer;
+  const send = window.fetch.bind(window);
+  const say = (text, offer) => {
+    const old = document.getElementById("notice");
+    if (text === (old?.dataset.text ?? "")) return;
+    old?.remove();
+    if (!text) return;
+    const notice = document.createElement("div");
+    Object.assign(notice, {id: "notice", role: "status", textContent: text});
+    notice.dataset.text = text;
+    notice.append(...offer ? [Object.assign(document.createElement("button"),
+      {textContent: "Reload", onclick: () => location.reload()})] : []);
+    document.body.append(notice);
+  };
+  // What Gradio (6.31) leaves without a name that a screen reader could say.
+  const nameless = {"input.search-input": "Filter the table", "button.calendar": "Choose a day"};
+  const look = async () => {
+    let wait = 1500;
+    for (const [what, name] of Object.entries(nameless))
+      for (const part of document.querySelectorAll(what)) part.ariaLabel ??= name;
+    if (!document.hidden && !over) try {
+      const front = document.querySelector('[role="tab"][aria-selected="true"]');
+      const tab = encodeURIComponent(front?.textContent.trim() ?? "");
+      const answer = await send("/news?tab=" + tab, {signal: AbortSignal.timeout(5000)});
+      if ([401, 502, 503, 504].includes(answer.status)) throw answer.status;
+      // Any other is an answer, if not the one that was hoped for: nothing waits for a better one.
+      const news = answer.ok ? await answer.json() : {start: "START"};
+      over = news.start !== "START";
+      if (over && !typed) return location.reload();
+      say(over ? "The console was started anew. What you typed can still be copied." : "", over);
+      answered = Date.now();
+      failures = 0;
+      const known = document.querySelector(`#known-${news.tab} input`);
+      if (!known) wait = answer.ok ? 50 : wait;
+      else if (known.value < news.number) document.getElementById(`news-${news.tab}`).click();
+    } catch (fault) {
+      failures += 1;
+      if (fault === 401) say("This session has ended. `llm_manager.py url` prints a new address.");
+      else if (failures > 1) say("The console does not answer. Trying again; what is typed stays.");
+    }
+    clearTimeout(timer);
+    timer = setTimeout(look, wait);
+  };
+  window.fetch = async (what, how) => {
+    if (how?.method !== "POST") return send(what, how);
+    for (;;) {
+      while (over || failures || Date.now() - answered > 5000)
+        await new Promise(done => setTimeout(done, 100));
+      try {
+        return await send(what, how);
+      } catch (fault) {
+        if (!String(what).includes("/run/")) throw fault;
+        failures += 1;  // what goes past the queue only reads: it is asked again
+      }
+    }
+  };
+  addEventListener("input", event => { typed ||= event.isTrusted; }, true);
+  addEventListener("visibilitychange", look, true);
+  new MutationObserver(changes => changes.some(change => change.target.role === "tab") && look())
+    .observe(document, {subtree: true, attributeFilter: ["aria-selected"]});
+  look();
+}
 </script>"""
 
 
-def build_console(manager: Manager, watch: Watch) -> gr.Blocks:
-    """The whole page."""
+def build_theme() -> gr.themes.Base:
+    """Gradio's own, where it does not take good eyes to read it."""
+    red, darker_red = "#b91c1c", "#991b1b"
+    return gr.themes.Default(primary_hue="blue", font=FONTS, font_mono=MONOSPACE_FONTS).set(
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_800",
+        button_cancel_background_fill=red,
+        button_cancel_background_fill_hover=darker_red,
+        button_cancel_background_fill_dark=red,
+        button_cancel_background_fill_hover_dark=darker_red,
+    )
+
+
+# Gradio (6.31) keeps 2 MiB of each page, of the last 10,000 that were used.
+PAGES: Final = 24
+
+
+def build_console(manager: Manager, watch: Watch) -> tuple[gr.Blocks, News]:
+    """The whole page, and what its script asks for."""
     app = gr.Blocks(title="LLM Manager", analytics_enabled=False, fill_width=True)
+    app.state_session_capacity = PAGES
     with app:
         desk = Desk(manager, watch)
         gr.Markdown("# LLM Manager")
         live(desk, gr.Markdown(), summary_line)
         build_job_panel(desk)
         with gr.Tabs() as tabs:
-            build_overview_tab(desk)
-            form = build_models_tab(desk)
-            build_library_tab(desk, tabs, form)
+            overview = gr.Tab("Overview", id="overview")
+            models = build_models_tab(desk)
+            build_library_tab(desk, tabs, models.form)
             build_hardware_tab(desk)
             build_routes_tab(desk)
             build_keys_tab(desk)
@@ -26150,8 +28030,10 @@ def build_console(manager: Manager, watch: Watch) -> gr.Blocks:
             build_benchmark_tab(desk)
             build_monitoring_tab(desk)
             build_system_tab(desk)
-        wire_live(desk, app)
-    return app
+        with overview:  # last, because it leads to what the others have
+            build_overview(desk, tabs, models)
+        news = wire_live(desk, tabs)
+    return app, news
 
 
 def build_app(manager: Manager, watch: Watch) -> Guard:
@@ -26159,7 +28041,19 @@ def build_app(manager: Manager, watch: Watch) -> Guard:
     state = manager.state()
     app = fastapi.FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     programs = build_api(manager, watch)
-    guard = Guard(app, TokenGate(programs, manager), state.secrets.console_key, state.instance)
+    page, news = build_console(manager, watch)
+    start = secrets.token_hex(8)
+    guard = Guard(app, TokenGate(programs, manager), lambda: watch.console_key, state.instance)
+
+    # Gradio would hold a stream open here for each page, to know when it is closed. Browsers open
+    # six connections to a server at most: the seventh page would stay blank.
+    @app.get("/gradio_api/heartbeat/{session}")
+    def stay_alive(session: str) -> str:
+        return session
+
+    @app.get(NEWS_PATH)
+    def tell_newest(tab: str, request: fastapi.Request) -> Json:
+        return {"start": start, **news.newest(tab, zone_of(request))}
 
     @app.get(AUDIT_CSV_PATH)
     def export_audit() -> fastapi.Response:
@@ -26190,31 +28084,2330 @@ def build_app(manager: Manager, watch: Watch) -> Guard:
 
     gr.mount_gradio_app(
         app,
-        build_console(manager, watch),
+        page,
         path="/",
         auth_dependency=operator,
         app_kwargs={"openapi_url": None, "docs_url": None, "redoc_url": None},
-        css=STYLE + FIT_STYLE + ROUTE_STYLE + WATTS_STYLE,
-        head=RELOAD,
-        theme=gr.themes.Default(primary_hue="blue", font=FONTS, font_mono=MONOSPACE_FONTS),
+        css=STYLE + OVERVIEW_STYLE + FIT_STYLE + ROUTE_STYLE + WATTS_STYLE,
+        head=TELL_ZONE + PAGE_SCRIPT.replace("START", start),
+        theme=build_theme(),
         footer_links=[],
         run_history=False,
         enable_monitoring=False,
         show_error=False,
         ssr_mode=False,
     )
+    # Gradio (6.31) looks a thousand times a second for something to do: 5% of a core, for nothing.
+    page._queue.sleep_when_free = 0.1  # noqa: SLF001
     return guard
 
 
 # =============================================================================
-# §39 Main — effects: arguments, wiring, systemd
+# §39 Simulation — effects: a server that is only imagined, for `demo` and the tests
+# =============================================================================
+
+
+# --- recipes/demo.yaml ----------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImaginedUse:
+    """What colleagues ask of a model on a working day: requests, and the tokens of one."""
+
+    requests: int
+    prompt: int
+    completion: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImaginedWeights:
+    """What a repository has, as far as its fit asks for it."""
+
+    gib: float
+    config: Json
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImaginedSlice:
+    """A place on a GPU that is cut, by the GPU's number."""
+
+    gpu: int
+    profile: str
+    start: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImaginedModel:
+    """A model of the imagined server; on neither GPUs nor a slice it is on the processor."""
+
+    name: str
+    type: ModelType
+    repository: str
+    weights: ImaginedWeights
+    gpus: tuple[int, ...] = ()
+    memory_fraction: float | None = None
+    slice: ImaginedSlice | None = None
+    use: ImaginedUse | None = None
+    watts: float = 0.0  # of each of its GPUs, under its usual load
+    wish: Wish = "running"
+    needs_gib: float = 0.0  # of a GPU or slice; it ends on less
+    says: str = ""  # its last words then
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImaginedGroup:
+    """Colleagues with a key each, and what all of them may."""
+
+    name: str
+    people: tuple[str, ...]
+    models: tuple[str, ...] = ()  # all
+    tpm_limit: int | None = None
+    rpm_limit: int | None = None
+    days_left: int | None = None
+    blocked: int = 0  # people, from the end
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImaginedCards:
+    """GPUs of one kind, by its name in `recipes/mig.yaml`."""
+
+    card: str
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImaginedDisk:
+    """The disk that holds weights and images."""
+
+    total_gib: float
+    free_gib: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImaginedServer:
+    """What `recipes/demo.yaml` describes."""
+
+    gpus: tuple[ImaginedCards, ...]
+    idle_watts: float
+    slices: Mapping[int, str]
+    images_gib: Mapping[str, float]
+    disk: ImaginedDisk
+    start_seconds: float
+    days: int
+    seed: int
+    prices: tuple[Json, ...]
+    energy: Json
+    models: tuple[ImaginedModel, ...]
+    providers: tuple[Json, ...]
+    routes: tuple[Json, ...]
+    groups: tuple[ImaginedGroup, ...]
+
+
+def parse_imagined(text: str) -> ImaginedServer:
+    """The server of `recipes/demo.yaml`."""
+    loaded = yaml.load(text, YAML_LOADER)  # noqa: S506 - the safe one, in C
+    return pydantic.TypeAdapter(ImaginedServer).validate_python(loaded)
+
+
+# --- GPUs ------------------------------------------------------------------------
+
+SIMULATED_DRIVER: Final = "580.95.05"
+# The beginning of a card's name -> its architecture.
+CARD_ARCHITECTURES: Final = {
+    "A100": "Ampere", "A30": "Ampere", "H100": "Hopper", "H200": "Hopper", "GH200": "Hopper",
+    "B200": "Blackwell", "GB200": "Blackwell", "RTX PRO": "Blackwell",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedCard:
+    """A kind of GPU; without a geometry it cannot be cut."""
+
+    name: str
+    architecture: str
+    memory_mib: int
+    geometry: MigGeometry | None = None
+    pci_device: str | None = None
+
+    @property
+    def keeps_mode(self) -> bool:
+        """Whether MIG mode is written into the card: Ampere keeps it, and needs a reset for it."""
+        return self.architecture == "Ampere"
+
+
+@cache
+def _geometries() -> Mapping[str, MigGeometry]:
+    return parse_geometries((RECIPES / "mig.yaml").read_text())
+
+
+def simulated_card(name: str) -> SimulatedCard:
+    """A card of `recipes/mig.yaml`, by what that calls it."""
+    device, geometry = next(found for found in _geometries().items() if found[1].card == name)
+    largest = max(geometry.profiles, key=lambda profile: profile.usable_mib)
+    return SimulatedCard(
+        name=f"NVIDIA {name}",
+        architecture=next(
+            arch for start, arch in CARD_ARCHITECTURES.items() if name.startswith(start)
+        ),
+        memory_mib=largest.usable_mib,
+        geometry=geometry,
+        pci_device=device,
+    )
+
+
+class Interference(Protocol):
+    """What may happen to an effect; `around` yields whether the effect really takes place."""
+
+    def alive(self) -> None: ...
+    def around(self) -> contextlib.AbstractContextManager[bool]: ...
+
+
+class NoInterference:
+    def alive(self) -> None:
+        """Nobody dies here."""
+
+    def around(self) -> contextlib.AbstractContextManager[bool]:
+        return contextlib.nullcontext(enter_result=True)
+
+
+@dataclass
+class SimulatedGpu:
+    """One card in its place, with what the driver and the card remember."""
+
+    card: SimulatedCard
+    index: int
+    uuid: GpuUuid
+    mig: bool = False
+    pending: bool = False
+    lost: bool = False  # fallen off the bus
+    used_mib: int | None = None
+    told: Mapping[str, Any] = field(default_factory=dict)  # more fields of `Gpu`
+    slices: dict[Slice, str | None] = field(default_factory=dict)  # UUID, once it is complete
+    clients: list[tuple[str, GpuClient]] = field(default_factory=list)  # with their device
+
+    @property
+    def devices(self) -> set[str]:
+        """What a container could be given."""
+        return {self.uuid, *filter(None, self.slices.values())}
+
+    def seen_clients(self) -> tuple[GpuClient, ...]:
+        places = {device: place for place, device in self.slices.items()}
+        return tuple(replace(c, slice=places.get(device)) for device, c in self.clients)
+
+    def computing(self, place: Slice | None = None) -> bool:
+        """Whether somebody computes on a slice, or anywhere on the GPU."""
+        return any(c.computes and place in {None, c.slice} for c in self.seen_clients())
+
+    def view(self, *, is_root: bool) -> Gpu:
+        """This GPU as the driver shows it."""
+        cuttable = self.card.geometry is not None
+        return Gpu(
+            uuid=self.uuid,
+            index=self.index,
+            name=self.card.name,
+            memory_mib=self.card.memory_mib,
+            memory_used_mib=self.used_mib,
+            architecture=self.card.architecture,
+            pci_bus_id=f"00000000:{self.index + 1:02X}:00.0",
+            pci_device=self.card.pci_device,
+            mig_enabled=self.mig if cuttable else None,
+            mig_pending=self.pending if cuttable else None,
+            geometry=self.card.geometry,
+            slices=self._seen_slices() if is_root or not self.mig else None,
+            clients=self.seen_clients(),
+            **self.told,
+        )
+
+    def _seen_slices(self) -> tuple[MigDevice, ...]:
+        return tuple(
+            MigDevice(
+                profile=name, start=start, uuid=device, memory_mib=self.profile(name).memory_mib
+            )
+            for (name, start), device in sorted(self.slices.items(), key=lambda s: s[0][1])
+        )
+
+    def refuse_unless(self, *, mig: bool) -> None:
+        if self.card.geometry is None or self.mig != mig:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+    def profile(self, name: str) -> MigProfile:
+        if self.card.geometry is None:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return self.card.geometry.profile(name)
+
+    def fits(self, wanted: Slice) -> bool:
+        """As the driver decides it: a place of its own, compute and media engines that are left."""
+        geometry, joining = self.card.geometry, self.profile(wanted[0])
+        units = {*range(wanted[1], wanted[1] + joining.size)}
+        compute, same, media = int(wanted[0][0]), 1, [wanted[0].partition("gb")[2]]
+        for name, start in self.slices:
+            units -= {*range(start, start + self.profile(name).size)}
+            compute += int(name[0])
+            same += name == wanted[0]
+            media.append(name.partition("gb")[2])
+        takes_all = "+me.all" in media and sum(variant != "-me" for variant in media) > 1
+        return (
+            geometry is not None
+            and wanted[1] in joining.starts
+            and len(units) == joining.size
+            and compute <= geometry.compute_slices
+            and same <= joining.most
+            and media.count("+me") <= 1
+            and not takes_all
+        )
+
+
+class SimulatedGpus:
+    """The GPUs of one server; `around` of `trouble` surrounds every effect on them."""
+
+    def __init__(self, cards: Sequence[SimulatedCard] = ()) -> None:
+        self.gpus = [SimulatedGpu(card, n, simulated_uuid(n)) for n, card in enumerate(cards)]
+        self.links: dict[frozenset[GpuUuid], Link] = {}
+        self.stable_uuids = False  # whether a slice that is made again gets the UUID it had
+        self.is_root = True
+        self.fault: ManagerError | None = None
+        self.kernel_version = self.library_version = SIMULATED_DRIVER if cards else None
+        self.mig_manager = False
+        self.uses_cdi = False
+        self.listed: set[str] = {gpu.uuid for gpu in self.gpus}  # in the CDI specification
+        self.trouble: Interference = NoInterference()
+        self.looks: dict[GpuUuid, GpuLook] = {}  # what they tell a sampler
+        self._numbers = 0
+        self._lock = threading.RLock()
+
+    # --- what the manager asks and does -------------------------------------------------------
+
+    def read(self, *, fresh: bool = False) -> Hardware:  # noqa: ARG002 - it is always fresh
+        self.trouble.alive()
+        with self._lock:
+            hardware = Hardware(
+                kernel_version=self.kernel_version,
+                library_version=self.library_version,
+                uses_cdi=self.uses_cdi,
+                cdi_missing=frozenset(self._slice_uuids() - self.listed if self.uses_cdi else ()),
+                mig_manager=self.mig_manager,
+            )
+            if self.fault is not None:
+                return replace(hardware, fault=self.fault)
+            return replace(
+                hardware,
+                gpus=tuple(g.view(is_root=self.is_root) for g in self.gpus if not g.lost),
+                lost=tuple(
+                    f"GPU {g.index} does not answer: GPU is lost." for g in self.gpus if g.lost
+                ),
+                links={pair: self._link(pair, link) for pair, link in self.links.items()},
+                driver_version=self.kernel_version,
+                cuda_version="13.0" if self.gpus else None,
+            )
+
+    def _link(self, pair: frozenset[GpuUuid], link: Link) -> Link:
+        """MIG takes peer access away, and leaves the bus."""
+        cut = any(gpu.mig for gpu in self.gpus if gpu.uuid in pair)
+        return Link("NODE") if cut and link.lanes else link
+
+    def set_mig_mode(self, gpu: GpuUuid, *, enabled: bool) -> None:
+        with self._effect(gpu, f"turn MIG {'on' if enabled else 'off'}") as changed:
+            if changed is None:
+                return
+            changed.refuse_unless(mig=changed.mig)
+            in_the_way = changed.computing() or (changed.card.keeps_mode and changed.clients)
+            if changed.mig != enabled and (in_the_way or changed.slices):
+                if changed.card.keeps_mode and not changed.slices:
+                    changed.pending = enabled  # until somebody resets the card, or reboots
+                raise pynvml.NVMLError(pynvml.NVML_ERROR_IN_USE)
+            changed.mig = changed.pending = enabled
+
+    def create_slice(self, gpu: GpuUuid, wanted: Slice) -> None:
+        """Two effects, the GPU instance and its compute instance: one can be killed between.
+
+        An instance that is there without is filled.
+        """
+        action = f"create {wanted[0]} at {wanted[1]}"
+        known = self._gpu(gpu).slices
+        was_there = wanted in known and known[wanted] is None
+        with self._effect(gpu, action) as changed:
+            if changed is not None and not was_there:
+                changed.refuse_unless(mig=True)
+                if not changed.fits(wanted):
+                    raise pynvml.NVMLError(pynvml.NVML_ERROR_INSUFFICIENT_RESOURCES)
+                changed.slices[wanted] = None
+        try:
+            with self._effect(gpu, action) as changed:
+                if changed is not None:
+                    if wanted not in changed.slices:
+                        raise pynvml.NVMLError(pynvml.NVML_ERROR_INVALID_ARGUMENT)
+                    changed.slices[wanted] = self._new_uuid(changed, wanted)
+        except ManagerError:
+            if not was_there:
+                self._gpu(gpu).slices.pop(wanted, None)
+            raise
+
+    def _new_uuid(self, gpu: SimulatedGpu, wanted: Slice) -> str:
+        age = 0 if self.stable_uuids else self._number()
+        return f"MIG-{uuid.uuid5(uuid.NAMESPACE_OID, f'{gpu.uuid} {wanted} {age}')}"
+
+    def destroy_slice(self, gpu: GpuUuid, wanted: Slice) -> None:
+        """Two effects again: first its compute instance, which nobody may use, then the rest."""
+        action = f"remove {wanted[0]} at {wanted[1]}"
+        with self._effect(gpu, action) as changed:
+            if changed is not None:
+                changed.refuse_unless(mig=True)
+                if wanted not in changed.slices:
+                    return
+                if changed.computing(wanted):
+                    raise pynvml.NVMLError(pynvml.NVML_ERROR_IN_USE)
+                changed.slices[wanted] = None
+        with self._effect(gpu, action) as changed:
+            if changed is not None:
+                if changed.slices.get(wanted) is not None:
+                    raise pynvml.NVMLError(pynvml.NVML_ERROR_IN_USE)
+                changed.slices.pop(wanted, None)
+
+    def look(
+        self,
+        shared: Mapping[GpuUuid, Collection[str]],  # noqa: ARG002 - all is told
+    ) -> Mapping[GpuUuid, GpuLook]:
+        lost = {gpu.uuid for gpu in self.gpus if gpu.lost}
+        return {uuid: look for uuid, look in self.looks.items() if uuid not in lost}
+
+    def give_way(self) -> bool:
+        return False
+
+    def refresh_cdi(self) -> None:
+        if self.uses_cdi:
+            with self.trouble.around() as real:
+                if real:
+                    self.listed = self._devices()
+
+    @contextlib.contextmanager
+    def _effect(self, gpu: GpuUuid, action: str) -> Iterator[SimulatedGpu | None]:
+        """The card to change, or None where the driver will only say that it was done."""
+
+        def clients() -> Sequence[GpuClient]:
+            return self._gpu(gpu).seen_clients()
+
+        with self.trouble.around() as real, self._lock, nvml_errors(action, clients):
+            yield self._answering(gpu) if real else None
+
+    def _answering(self, gpu: GpuUuid) -> SimulatedGpu:
+        """That card, if this user may change it and it answers."""
+        if self.fault is not None:
+            raise self.fault
+        if not self.is_root:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NO_PERMISSION)
+        found = self._gpu(gpu)
+        if found.lost:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+        return found
+
+    def _gpu(self, gpu: GpuUuid) -> SimulatedGpu:
+        for found in self.gpus:
+            if found.uuid == gpu:
+                return found
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+
+    # --- what Docker and the container toolkit ask --------------------------------------------
+
+    def why_not(self, device: str) -> str:
+        """What the toolkit says against handing out a device; nothing where it can."""
+        if self.fault is not None or self.kernel_version != self.library_version:
+            return "nvidia-container-cli: nvml error: driver/library version mismatch"
+        if self.uses_cdi and device not in self.listed:
+            return f"CDI device injection failed: unresolvable CDI devices nvidia.com/gpu={device}"
+        if device not in self._devices():
+            return f"nvidia-container-cli: device error: {device}: unknown device"
+        return ""
+
+    def computes(self, device: str) -> bool:
+        """Whether CUDA finds something on it: of a GPU that is cut, only the slices."""
+        return device in self._devices() - {gpu.uuid for gpu in self.gpus if gpu.mig}
+
+    def _devices(self) -> set[str]:
+        return {device for gpu in self.gpus if not gpu.lost for device in gpu.devices}
+
+    def _slice_uuids(self) -> set[str]:
+        return self._devices() - {gpu.uuid for gpu in self.gpus}
+
+    def memory_mib(self, device: str) -> int:
+        """What a program on it can have; a slice of unknown size has none."""
+        for gpu in self.gpus:
+            for (profile, _), known in gpu.slices.items():
+                if known == device:
+                    return gpu.profile(profile).memory_mib or 0
+            if gpu.uuid == device:
+                return gpu.card.memory_mib
+        return 0
+
+    def exists(self, device: str) -> bool:
+        return device in self._devices()
+
+    # --- what happens to the server -----------------------------------------------------------
+
+    def open(
+        self, device: str, name: str, *, container_id: str | None = None, computes: bool = True
+    ) -> None:
+        """A process begins to use a GPU or a slice."""
+        client = GpuClient(
+            pid=4000 + self._number(), name=name, container_id=container_id, computes=computes
+        )
+        for gpu in self.gpus:
+            if device in gpu.devices:
+                gpu.clients.append((device, client))
+
+    def close(self, *, name: str | None = None, container_id: str | None = None) -> None:
+        """The processes of that name, or of that container, end."""
+        for gpu in self.gpus:
+            gpu.clients = [
+                (device, c)
+                for device, c in gpu.clients
+                if c.name != name and (container_id is None or c.container_id != container_id)
+            ]
+
+    def reboot(self) -> None:
+        """Every slice is gone; MIG mode is kept in Ampere cards alone."""
+        self.kernel_version = self.library_version
+        for gpu in self.gpus:
+            gpu.slices, gpu.clients = {}, []
+            gpu.mig = gpu.pending = gpu.pending and gpu.card.keeps_mode
+        self.listed = self._devices()
+
+    def _number(self) -> int:
+        with self._lock:
+            self._numbers += 1
+            return self._numbers
+
+
+def simulated_uuid(index: int) -> GpuUuid:
+    return GpuUuid(f"GPU-{str((index + 1) % 10) * 8}-aaaa-bbbb-cccc-{index:012d}")
+
+
+# --- Docker ----------------------------------------------------------------------
+
+
+class SimulatedClock:
+    """Time that passes only when somebody sleeps."""
+
+    def __init__(self, pace: float = 1.0) -> None:
+        self.began = utc_now()
+        self.now = 0.0
+        self.pace = pace  # a long wait in few looks
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds * self.pace
+
+    def utc_now(self) -> datetime:
+        return self.began + timedelta(seconds=self.now)
+
+
+# Docker gives every container an id of 64 hexadecimal digits, and none twice.
+SIMULATED_IDS: Final = itertools.count(1)
+
+
+@dataclass
+class SimulatedContainer:
+    """A container as Docker holds it, with what its program read when it started."""
+
+    name: ContainerName
+    spec: ContainerSpec
+    running: bool = False
+    exit_code: int | None = None
+    started_at: datetime | None = None
+    loaded: str = ""
+    log: list[str] = field(default_factory=list)
+    runs_from: int = 0  # the line of its log where its last run begins
+    container_id: str = field(default_factory=lambda: f"{next(SIMULATED_IDS):064x}")
+
+
+@dataclass
+class SimulatedHost:
+    """What Docker has: it outlives every connection, and so every crash of the manager."""
+
+    files: Files
+    gpus: SimulatedGpus = field(default_factory=SimulatedGpus)
+    clock: Clock = field(default_factory=SimulatedClock)
+    made_at: datetime = field(default_factory=utc_now)
+    containers: dict[ContainerName, SimulatedContainer] = field(default_factory=dict)
+    images: set[str] = field(default_factory=set)
+    image_bytes: Mapping[str, int] = field(default_factory=dict)
+    hub_tells_all: bool = False  # what it does not tell of, it does not have
+    disk_room: tuple[int, int] = 2**40, 2**41  # free, and in all
+    last_words: dict[str, str] = field(default_factory=dict)  # where its GPU is too small
+    built: dict[str, dict[str, str]] = field(default_factory=dict)  # labels, by image
+    networks: set[str] = field(default_factory=set)
+    volumes: set[str] = field(default_factory=set)
+    absent_images: set[str] = field(default_factory=set)  # no registry has these
+    broken: set[str] = field(default_factory=set)  # an image or argument; such engines exit
+    deaf: set[str] = field(default_factory=set)  # containers that miss their health checks
+    blind: set[str] = field(default_factory=set)  # that lost their GPU, as by a daemon-reload
+    foreign_devices: dict[str, frozenset[str]] = field(default_factory=dict)
+    weights: dict[str, frozenset[str]] = field(default_factory=dict)
+    absent_weights: set[str] = field(default_factory=set)  # the hub does not have these
+    while_downloading: Callable[[], None] = lambda: None
+    repositories: dict[str, RepositoryFacts] = field(default_factory=dict)  # it tells of these
+    needs: dict[str, int] = field(default_factory=dict)  # MiB of a GPU, by container
+    rejected: str = "\0"  # Caddy rejects a Caddyfile with this in it
+    start_seconds: float = 0.0
+    says: str = ""  # what every container says when it starts
+    docker_answers: bool = True
+    loads: dict[str, EngineLoad] = field(default_factory=dict)  # of engines, by container
+    hung: set[str] = field(default_factory=set)  # engines that answer no request
+    figures: dict[str, GatewayFigures] = field(default_factory=dict)  # of gateways
+    watched: Watched | None = None  # what Prometheus sees
+    tables: str = "tables, keys"  # LiteLLM's database: its tables, then what is in them
+    loaded_dump: str | None = None  # the database beside it that a dump was loaded into
+    former: str | None = None  # the one that was LiteLLM's before
+    dumps: dict[str, str] = field(default_factory=dict)  # the tables, by file
+    migrations: dict[str, str] = field(default_factory=dict)  # the tables of a LiteLLM, by image
+
+    def boot(self, container: SimulatedContainer) -> None:
+        """Start it: it reads its files now, and ends at once if it is broken."""
+        spec = container.spec
+        self._refuse_to_start(container)
+        self.blind.discard(container.name)
+        container.running, container.exit_code = True, None
+        container.started_at = self.clock.utc_now()
+        container.loaded = self.file_of(spec)
+        container.runs_from = len(container.log)
+        container.log += [f"{container.name} starts", *self.says.splitlines()]
+        if spec.image in self.migrations:
+            self.tables = self.migrations[spec.image]
+        program = "dcgm-exporter" if spec.devices == ALL_GPUS else "VLLM::EngineCore"
+        for device in self.devices_of(spec):
+            self.gpus.open(device, program, container_id=container.container_id)
+        if self.is_broken(spec) or self.finds_its_volume_taken(container):
+            container.log.append("ValueError: The model does not fit.")
+            self.end(container.name, 1)
+        elif spec.devices != ALL_GPUS and not all(map(self.gpus.computes, spec.devices)):
+            container.log.append("RuntimeError: No CUDA GPUs are available.")
+            self.end(container.name, 1)
+        elif self.is_too_large(container):
+            said = self.last_words.get(container.name, NO_CACHE)
+            container.log += said.splitlines()
+            self.end(container.name, 1)
+
+    def devices_of(self, spec: ContainerSpec) -> Collection[str]:
+        """What is visible inside; who has all GPUs has their slices, too."""
+        if spec.devices != ALL_GPUS:
+            return spec.devices
+        return {device for gpu in self.gpus.gpus for device in gpu.devices}
+
+    def is_too_large(self, container: SimulatedContainer) -> bool:
+        needed = self.needs.get(container.name, 0)
+        devices = self.devices_of(container.spec)
+        return any(self.gpus.memory_mib(device) < needed for device in devices)
+
+    def _refuse_to_start(self, container: SimulatedContainer) -> None:
+        """What Docker, the kernel and the container toolkit would say."""
+        spec = container.spec
+        for other in self.containers.values():
+            if other.running and other is not container and {*other.spec.ports} & {*spec.ports}:
+                raise ContainerFailedError(
+                    f"Docker could not start {container.name}: a port it publishes is taken.",
+                    advice="Free the port.",
+                )
+        if spec.network not in self.networks:
+            raise ContainerFailedError(
+                f"Docker could not start {container.name}: network {spec.network} not found.",
+                advice="Apply the plan.",
+            )
+        for said in filter(None, map(self.gpus.why_not, self.devices_of(spec))):
+            raise _docker_fault(f"start {container.name}", said)
+
+    def finds_its_volume_taken(self, container: SimulatedContainer) -> bool:
+        """Two servers on one database would destroy it; PostgreSQL refuses by its lock file."""
+        return container.spec.role == "database" and any(
+            other.running and other is not container and other.spec.role == "database"
+            for other in self.containers.values()
+        )
+
+    def is_broken(self, spec: ContainerSpec) -> bool:
+        return bool(self.broken & {spec.image, *spec.command})
+
+    def end(self, name: str, exit_code: int = 0) -> None:
+        container = self.containers[ContainerName(name)]
+        container.running, container.exit_code = False, exit_code
+        self.gpus.close(container_id=container.container_id)
+
+    def reboot(self) -> None:
+        """The server is switched off and on; Docker starts again what it may."""
+        again = [c for c in self.containers.values() if c.running and c.spec.restart != "no"]
+        for name in self.running():
+            self.end(name, 137)
+        self.gpus.reboot()
+        for container in again:
+            with contextlib.suppress(ContainerFailedError):
+                self.boot(container)
+
+    def file_of(self, spec: ContainerSpec) -> str:
+        paths = {"edge": CADDYFILE, "gateway": f"litellm-{spec.name[-1]}/config.yaml"}
+        return self.files.read_generated().get(paths.get(spec.role, ""), "")
+
+    def answers(self, container: SimulatedContainer) -> bool:
+        """Whether its program does its work now."""
+        if not container.running or container.name in self.deaf:
+            return False
+        if container.started_at and self.clock.utc_now() < container.started_at + self.takes:
+            return False
+        match container.spec.role:
+            case "gateway":
+                return bool(container.loaded) and any(
+                    other.spec.role == "database" and other.running
+                    for other in self.containers.values()
+                )
+            case "edge":
+                return caddyfile_hash(container.loaded) != ""
+            case _:
+                return True
+
+    @property
+    def takes(self) -> timedelta:
+        """How long a program needs until it answers."""
+        return timedelta(seconds=self.start_seconds)
+
+    def routed(self) -> set[str]:
+        """The names that a client gets an answer for, through the edge and its gateway."""
+        edges = [c for c in self.containers.values() if c.spec.role == "edge" and self.answers(c)]
+        found: set[str] = set()
+        for edge in edges:
+            for gateway in self.containers.values():
+                if f"reverse_proxy {gateway.name}:" in edge.loaded and self.answers(gateway):
+                    found |= {name for name, replica in entries_of(gateway.loaded)
+                              if self.serves(replica)}  # fmt: skip
+        return found
+
+    def serves(self, replica: str) -> bool:
+        container = self.containers.get(ContainerName(replica))
+        return container is not None and self.answers(container)
+
+    def instance(self) -> str:
+        """Which installation builds here."""
+        return self.files.load().instance if isinstance(self.files, StateStore) else ""
+
+    def running(self) -> set[str]:
+        return {c.name for c in self.containers.values() if c.running}
+
+
+NO_CACHE: Final = "ValueError: No available memory for the cache blocks."
+
+
+@lru_cache(maxsize=8)
+def entries_of(litellm_config: str) -> frozenset[tuple[str, str]]:
+    """(served name, replica) of every entry."""
+    loaded = yaml.load(litellm_config, YAML_LOADER)  # noqa: S506 - it is the safe one
+    listed = (loaded or {}).get("model_list", [])
+    ids = [(entry["model_name"], entry["model_info"]["id"]) for entry in listed]
+    return frozenset((name, deployment.partition("@")[2]) for name, deployment in ids)
+
+
+class SimulatedContainers:
+    """The `Containers` protocol over a simulated host; trouble can strike at every effect."""
+
+    def __init__(self, host: SimulatedHost, trouble: Interference | None = None) -> None:
+        self.host = host
+        self.contents: Contents = SimulatedContents(host)
+        self.trouble: Interference = trouble or NoInterference()
+
+    def observe(self) -> Observed:
+        self._connected()
+        host = self.host
+        return Observed(
+            containers={name: self._seen(c) for name, c in host.containers.items()},
+            images=frozenset(host.images),
+            networks=frozenset(host.networks),
+            volumes=frozenset(host.volumes),
+        )
+
+    def look(self, name: ContainerName) -> ObservedContainer | None:
+        self._connected()
+        container = self.host.containers.get(name)
+        return None if container is None else self._seen(container)
+
+    def _seen(self, container: SimulatedContainer) -> ObservedContainer:
+        spec, host = container.spec, self.host
+        healthy = "healthy" if host.answers(container) else "starting"
+        return ObservedContainer(
+            name=container.name,
+            role=spec.role,
+            spec_hash=spec.hash,
+            running=container.running,
+            address="172.20.0.9" if container.running else None,
+            image=spec.image,
+            exit_code=None if container.running else container.exit_code,
+            started_at=container.started_at if container.running else None,
+            model_name=spec.labels.get(LABEL_MODEL_NAME),
+            model_type=spec.labels.get(LABEL_MODEL_TYPE),
+            served_model_name=spec.labels.get(LABEL_SERVED_NAME),
+            docker_health=healthy if spec.healthcheck and container.running else None,
+            container_id=container.container_id,
+            devices=spec.devices,
+        )
+
+    def _connected(self) -> None:
+        self.trouble.alive()
+        if not self.host.docker_answers:
+            raise DockerAbsentError("Docker does not answer.", advice="Start it.")
+
+    @contextlib.contextmanager
+    def _effect(self) -> Iterator[None]:
+        self._connected()
+        with self.trouble.around():
+            yield
+
+    def _known(self, name: ContainerName) -> SimulatedContainer:
+        self._connected()
+        if name not in self.host.containers:
+            raise ContainerGoneError(f"{name} is gone.", advice="Apply the plan.")
+        return self.host.containers[name]
+
+    def pull(self, image: str, report: Callable[[Json], None]) -> None:
+        self._connected()
+        if image in self.host.images:
+            return
+        with self._effect():
+            if image in self.host.absent_images:
+                raise ContainerFailedError(
+                    f"Docker could not pull {image}: there is no such image.",
+                    advice="Correct the image's name, or log in to its registry.",
+                )
+            for done in (10, 100):
+                detail = {"current": done, "total": 100}
+                report({"status": "Downloading", "id": "layer", "progressDetail": detail})
+            self.host.images.add(image)
+
+    def create_network(self, name: str) -> None:
+        with self._effect():
+            self.host.networks.add(name)
+
+    def create_volume(self, name: str) -> None:
+        with self._effect():
+            self.host.volumes.add(name)
+
+    def create(self, spec: ContainerSpec) -> None:
+        with self._effect():
+            self._refuse_impossible(spec)
+            self.host.containers[spec.name] = SimulatedContainer(spec.name, spec)
+        self.start(spec.name)
+
+    def _refuse_impossible(self, spec: ContainerSpec) -> None:
+        if spec.name in self.host.containers:
+            raise ContainerFailedError(
+                f"Docker could not start {spec.name}: another container has its name.",
+                advice="Give one of them a home of its own.",
+            )
+        if spec.image not in self.host.images:
+            raise ContainerFailedError(
+                f"Docker could not start {spec.name}: there is no such image.",
+                advice="Correct the image's name, or log in to its registry.",
+            )
+
+    def start(self, name: ContainerName) -> None:
+        container = self._known(name)
+        with self._effect():
+            if not container.running:
+                self.host.boot(container)
+
+    def stop(self, name: ContainerName, seconds: int) -> None:  # noqa: ARG002
+        container = self._known(name)
+        with self._effect():
+            if container.running:
+                self.host.end(name, 0)
+
+    def _rename(self, name: ContainerName, new: ContainerName) -> None:
+        container = self._known(name)
+        with self._effect():
+            if new in self.host.containers:
+                raise ContainerFailedError(
+                    f"Docker could not rename {name}: another container has its name.",
+                    advice="Give one of them a home of its own.",
+                )
+            del self.host.containers[name]
+            container.name = new
+            self.host.containers[new] = container
+
+    def set_aside(self, name: ContainerName, seconds: int) -> None:
+        self.stop(name, seconds)
+        self._rename(name, aside(name))
+
+    def bring_back(self, name: ContainerName) -> None:
+        self._rename(aside(name), name)
+        self.start(name)
+
+    def remove(self, name: ContainerName, seconds: int) -> None:
+        if name in self.host.containers:
+            self.stop(name, seconds)
+        with self._effect():
+            self.host.containers.pop(name, None)
+
+    def check_caddyfile(self, spec: ContainerSpec, text: str) -> None:  # noqa: ARG002
+        with self._effect():
+            if self.host.rejected in text:
+                raise ContainerFailedError(
+                    "Caddy rejects the generated Caddyfile: unrecognized directive.",
+                    advice="What ran before still runs. Correct the HTTPS settings.",
+                )
+
+    def check_files(
+        self,
+        spec: ContainerSpec,  # noqa: ARG002
+        command: Sequence[str],
+        texts: Mapping[str, str],
+    ) -> None:
+        with self._effect():
+            if any(self.host.rejected in text for text in texts.values()):
+                raise ContainerFailedError(
+                    f"{command[0]} rejects what was generated: unknown field.",
+                    advice="What ran before still runs.",
+                )
+
+    def reload_caddyfile(self, name: ContainerName) -> None:
+        container = self._known(name)
+        with self._effect():
+            if not container.running:
+                raise ContainerFailedError(
+                    f"Docker could not reload {name}: it is not running.", advice="Apply the plan."
+                )
+            container.loaded = self.host.file_of(container.spec)
+
+    def logs(self, name: ContainerName, tail: int, *, last_run: bool = False) -> str:
+        container = self._known(name)
+        return "\n".join(container.log[container.runs_from if last_run else 0 :][-tail:])
+
+    def follow(self, name: ContainerName) -> Iterator[str]:
+        yield from self._known(name).log
+
+    def visible_devices(self, seen: ObservedContainer) -> frozenset[str] | None:
+        container = self.host.containers.get(seen.name)
+        if container is None or not container.running:
+            return None
+        if seen.name in self.host.blind:
+            return frozenset()
+        devices = self.host.devices_of(container.spec)
+        return frozenset(filter(self.host.gpus.exists, devices))
+
+    def foreign_devices(self) -> dict[str, frozenset[str]]:
+        self._connected()
+        return {**self.host.foreign_devices}
+
+    def host_address(self) -> str:
+        self._connected()
+        return "127.0.0.1"
+
+
+class SimulatedContents:
+    """What is in simulated containers: what they said, and a load generator that makes it up."""
+
+    def __init__(self, host: SimulatedHost) -> None:
+        self.host = host
+
+    def log(self, name: ContainerName) -> Iterator[bytes]:
+        return (f"{line}\n".encode() for line in self.host.containers[name].log)
+
+    def volumes(self, name: ContainerName) -> tuple[str, ...]:  # noqa: ARG002
+        return ()
+
+    def changed(self, name: ContainerName) -> list[str]:  # noqa: ARG002
+        return []
+
+    def archive(self, name: ContainerName, path: str) -> Iterator[bytes]:
+        raise self._nothing_in(name, path)
+
+    def output(self, name: ContainerName, command: Sequence[str]) -> Iterator[bytes]:
+        raise self._nothing_in(name, command[0])
+
+    def put(self, name: ContainerName, source: Path, target: str) -> None:  # noqa: ARG002
+        raise self._nothing_in(name, target)
+
+    @staticmethod
+    def _nothing_in(name: ContainerName, what: str) -> ContainerFailedError:
+        return ContainerFailedError(
+            f"This server is only imagined: there is no {what} in {name}.",
+            advice="A real one shows this: start `llm_manager.py serve` there.",
+        )
+
+    def attended(
+        self, name: ContainerName, command: Sequence[str], check: Callable[[], None]
+    ) -> Iterator[bytes]:
+        """As if `vllm bench serve` ran: a rung of some seconds, slower the more come at once."""
+        if not any(part.startswith("--max-concurrency") for part in command):
+            raise self._nothing_in(name, command[0])
+        options = dict(itertools.pairwise(command))
+        at_once = int(options["--max-concurrency"])
+        prompt, output = (int(options[f"--random-{way}-len"]) for way in ("input", "output"))
+        made = 0 if "embed" in options["--backend"] else output
+        yield f"{LOAD_BEGINS}\n".encode()
+        for _ in range(RUNG_SECONDS):
+            check()
+            self.host.clock.sleep(1)
+        slow = 0.6 + int(sha256(name.encode()).hexdigest()[:2], 16) / 300  # each in its own way
+        gap = slow * (8 + 0.45 * at_once)  # milliseconds from one token to the next
+        first = slow * (25 + 0.08 * prompt) * (1 + at_once / 9)
+        whole = first + gap * made
+        asked = max(at_once, int(RUNG_SECONDS * 1000 / whole * at_once))
+        shown = {"ttft": first, "itl": gap} if made else {}
+        yield json.dumps({
+            "num_prompts": asked, "completed": asked, "errors": [], "duration": RUNG_SECONDS,
+            "total_input_tokens": asked * prompt, "total_output_tokens": asked * made,
+            **{
+                f"p{percentile}_{what}_ms": value * factor
+                for what, value in {**shown, "e2el": whole}.items()
+                for percentile, factor in {50: 1.0, 95: 1.3, 99: 1.7}.items()
+            },
+        }).encode()  # fmt: skip
+
+
+RUNG_SECONDS: Final = 4
+
+
+class SimulatedImages:
+    """The `LocalImages` protocol over a host; a Dockerfile's `RUN exit N` fails as it would."""
+
+    def __init__(self, host: SimulatedHost, trouble: Interference) -> None:
+        self.host = host
+        self.trouble = trouble
+
+    def build(
+        self,
+        image: str,
+        dockerfile: str,
+        labels: Mapping[str, str],
+        report: Callable[[str], None],
+        check: Callable[[], None],
+    ) -> None:
+        if image in self.host.images:
+            return
+        commands = [line for line in dockerfile.splitlines() if not line.startswith("#")]
+        for number, command in enumerate(commands, 1):
+            check()
+            report(f"Step {number}/{len(commands)} : {command}\n ---> Running in 0123456789ab\n")
+            if match := re.fullmatch(r"RUN exit (\d+)", command):
+                said = f"The command '/bin/sh -c {command}' returned a non-zero code: {match[1]}"
+                report(f"{said}\n")
+                raise ContainerFailedError(f"Docker could not build {image}.", advice="Look.")
+        with self.trouble.around():
+            self.host.images.add(image)
+            self.host.built[image] = {**labels, LABEL_IMAGE_INSTANCE: self.host.instance()}
+
+    def observe(self) -> tuple[ObservedImage, ...]:
+        if not self.host.docker_answers:
+            raise DockerAbsentError("Docker does not answer.", advice="Start it.")
+        return tuple(map(self._seen, sorted(self.host.images)))
+
+    def _seen(self, image: str) -> ObservedImage:
+        base = Images().vllm_cpu
+        below = ("layer of a base",) if image in {base, *self.host.built} else ()
+        users = [c.name for c in self.host.containers.values() if c.spec.image == image]
+        return ObservedImage(
+            image_id=f"sha256:{sha256(image.encode()).hexdigest()}",
+            tags=() if "@" in image else (image,),
+            digests=(image,) if "@" in image else (),
+            size_bytes=self.host.image_bytes.get(image, 1000) + 24 * (image in self.host.built),
+            created_at=self.host.made_at,
+            layers=(*below, *((image,) if image != base else ())),
+            labels=self.host.built.get(image, {}),
+            used_by=tuple(users),
+        )
+
+    def remove(self, image: ObservedImage) -> None:
+        with self.trouble.around():
+            self.host.images -= {*image.tags}
+
+
+class SimulatedProbes:
+    """The `Probes` protocol over a simulated host: what answers is what the host says does."""
+
+    def __init__(self, host: SimulatedHost) -> None:
+        self.host = host
+
+    def fill(self, observed: Observed) -> Observed:
+        filled = {
+            name: replace(seen, ready=self._answers(name)) if seen.running else seen
+            for name, seen in observed.containers.items()
+        }
+        return replace(observed, containers=filled, edge=self._loaded())
+
+    def _answers(self, name: ContainerName) -> bool:
+        container = self.host.containers.get(name)
+        return container is not None and self.host.answers(container)
+
+    def _loaded(self) -> LoadedCaddyfile | None:
+        for container in self.host.containers.values():
+            if container.spec.role == "edge" and self.host.answers(container):
+                slot: Slot = "a" if "ok a " in container.loaded else "b"
+                return LoadedCaddyfile(slot, caddyfile_hash(container.loaded))
+        return None
+
+    def is_ready(self, spec: ContainerSpec, seen: ObservedContainer) -> bool:
+        container = self.host.containers[seen.name]
+        if not self.host.answers(container):
+            return False
+        match spec.readiness:
+            case GatewayServes(model_names=names):
+                return {name for name, _ in entries_of(container.loaded)} >= {*names}
+            case _:
+                return True
+
+    def load(self, seen: ObservedContainer) -> EngineLoad | None:
+        return self.host.loads.get(seen.name)
+
+    def figures(self, seen: ObservedContainer, key: pydantic.SecretStr) -> GatewayFigures | None:  # noqa: ARG002
+        told = self.host.figures.get(seen.name)
+        return replace(told) if told else None
+
+    def watched(self, seen: ObservedContainer) -> Watched | None:
+        empty = Watched(targets=(), alerts=())
+        return (self.host.watched or empty) if self._answers(seen.name) else None
+
+    def answers(
+        self,
+        seen: ObservedContainer,
+        wanted: EngineAnswers,
+        seconds: float,  # noqa: ARG002
+    ) -> bool:
+        load = self.host.loads.get(seen.name)
+        readiness_request(wanted.model_type, wanted.served_model_name)
+        if load is None or seen.name in self.host.hung:
+            return False
+        self.host.loads[seen.name] = replace(load, tokens=load.tokens + 3)
+        return True
+
+
+class SimulatedDatabase:
+    """The `Database` protocol over a simulated host: a dump is broken where the host says so."""
+
+    def __init__(self, host: SimulatedHost, trouble: Interference) -> None:
+        self.host = host
+        self.trouble = trouble
+
+    def dumps(self) -> list[Dump]:
+        return [
+            Dump(file=file, size_bytes=len(tables), taken_at=self.host.made_at)
+            for file, tables in sorted(self.host.dumps.items(), reverse=True)
+        ]
+
+    def find(self, name: str) -> Path:
+        for file in (name, f"{name}.dump"):
+            if Path(file).name in self.host.dumps:
+                return Path("/backups") / file
+        raise UnknownError(f"There is no dump {name!r}.", advice="See the list.")
+
+    def drop_dump(self, dump: Dump) -> None:
+        with self.trouble.around():
+            self.host.dumps.pop(dump.file, None)
+
+    @contextlib.contextmanager
+    def _running(self, server: ContainerName) -> Iterator[None]:
+        container = self.host.containers.get(server)
+        if container is None or not container.running:
+            raise ContainerFailedError(f"{server} is not running.", advice="Apply the plan.")
+        with self.trouble.around():
+            yield
+
+    def dump(self, server: ContainerName, file: str, tell: Callable[[int], None]) -> int:
+        with self._running(server):
+            tell(len(self.host.tables))
+            self.host.dumps[file] = self.host.tables
+        return len(self.host.tables)
+
+    def is_as_in(self, server: ContainerName, path: Path) -> bool:
+        with self._running(server):
+            then, now = self.host.dumps[path.name], self.host.tables
+            return then.partition(",")[0] == now.partition(",")[0]
+
+    def load(self, server: ContainerName, path: Path) -> None:
+        with self._running(server):
+            if path.name in self.host.broken:
+                raise RefusedError(f"{path.name} cannot be restored.", advice="Take another.")
+            self.host.loaded_dump, self.host.former = self.host.dumps[path.name], None
+
+    def turn(self, server: ContainerName) -> None:
+        host = self.host
+        with self._running(server):
+            if host.loaded_dump is None or host.former is not None:
+                raise ContainerFailedError("No database was loaded.", advice="Load one.")
+            host.tables, host.former, host.loaded_dump = host.loaded_dump, host.tables, None
+
+    def turn_back(self, server: ContainerName) -> None:
+        host = self.host
+        with self._running(server):
+            if host.former is not None:
+                host.tables, host.former, host.loaded_dump = host.former, None, host.tables
+
+    def drop_loaded(self, server: ContainerName) -> None:
+        with self._running(server):
+            self.host.loaded_dump = None
+
+    def drop_former(self, server: ContainerName) -> None:
+        with self._running(server):
+            self.host.former = None
+
+    def withhold_contents(self, server: ContainerName) -> None:
+        with self._running(server):
+            pass  # its tables here have no rows of requests
+
+    def size(self, server: ContainerName) -> DatabaseSize:
+        with self._running(server):
+            return DatabaseSize(
+                database_bytes=len(self.host.tables),
+                spend_log_bytes=0,
+                spend_log_rows=None,
+                oldest_row_at=None,
+                free_bytes=self.host.disk_room[0],
+            )
+
+
+@dataclass
+class SimulatedShelf:
+    """The cache of weights of a simulated server: names alone, no files."""
+
+    host: SimulatedHost
+
+    def stored(self) -> dict[str, frozenset[str]]:
+        return {**self.host.weights}
+
+    def commit(self, repository: str, revision: str | None = None) -> str | None:  # noqa: ARG002
+        return None
+
+    def inspect(self, repository: str, revision: str | None = None) -> RepositoryFacts | None:
+        here = (revision or "main") in self.host.weights.get(repository, ())
+        return self.host.repositories.get(repository) if here else None
+
+    def read(self) -> WeightsCache:
+        known = {name: facts for name, facts in self.host.repositories.items()
+                 if name in self.host.weights}  # fmt: skip
+        return WeightsCache(
+            revisions=tuple(
+                CachedRevision(
+                    repository=name, commit=facts.commit or "f" * 40, refs=("main",),
+                    blobs={f"{name}/{file.path}": file.size_bytes for file in facts.files},
+                    files=len(facts.files), used_at=facts.updated_at,
+                )
+                for name, facts in sorted(known.items())
+            ),
+            free_bytes=self.host.disk_room[0],
+        )  # fmt: skip
+
+    def remove(self, removal: Removal) -> None:
+        self.host.weights.pop(removal.repository, None)
+
+
+@dataclass
+class SimulatedHub:
+    """A hub that has whatever is not absent; it can be asked for what it was given."""
+
+    host: SimulatedHost
+    trouble: Interference
+
+    @property
+    def cache(self) -> SimulatedShelf:
+        return SimulatedShelf(self.host)
+
+    def _refuse(self, repository: str) -> None:
+        told = self.host.repositories
+        if repository in self.host.absent_weights or (
+            self.host.hub_tells_all and repository not in told
+        ):
+            raise HubError("absent", Wanted(endpoint="https://hub", repository=repository))
+
+    def search(self, text: str, *, kind: ModelType | None = None) -> Sequence[RepositoryHit]:
+        wanted = text.casefold()
+        found = (facts for name, facts in self.host.repositories.items()
+                 if wanted in name.casefold())  # fmt: skip
+        return [RepositoryHit(repository=facts.repository) for facts in found
+                if kind in {None, guess_type(facts)}]  # fmt: skip
+
+    def inspect(self, repository: str, revision: str | None = None) -> RepositoryFacts:
+        self._refuse(repository)
+        return replace(self.host.repositories[repository], revision=revision)
+
+    def resolve(self, repository: str, revision: str | None = None) -> str:
+        self._refuse(repository)
+        raise HubError(
+            "offline",
+            Wanted(endpoint="https://hub", repository=repository, revision=revision or ""),
+        )
+
+    def download(
+        self, repository: str, revision: str | None = None, *,
+        kind: ModelType | None = None,  # noqa: ARG002
+        on_progress: Callable[[DownloadProgress], None], check: Callable[[], None],
+    ) -> str:  # fmt: skip
+        self._refuse(repository)
+        self.host.while_downloading()
+        facts = self.host.repositories.get(repository)
+        total = facts.download_bytes if facts else 8
+        for tenth in range(11):
+            check()
+            done = FileProgress(
+                path="model.safetensors", bytes_done=total * tenth // 10, bytes_total=total
+            )
+            on_progress(DownloadProgress(repository=repository, files=(done,)))
+            self.host.clock.sleep(1)
+        with self.trouble.around():
+            whole = self.host.weights.get(repository, frozenset())
+            self.host.weights[repository] = whole | {revision or "main"}
+        return "f" * 40
+
+
+class SimulatedGateway:
+    """The keys and groups that LiteLLM would have."""
+
+    def __init__(self) -> None:
+        self.keys: dict[str, Json] = {}  # by their hashes
+        self.groups: dict[str, Json] = {}
+
+    def _answer(self) -> None:
+        """Nobody keeps it from answering; a test may."""
+
+    def list_keys(self) -> list[VirtualKey]:
+        self._answer()
+        return [read_key(entry) for entry in self.keys.values()]
+
+    def create_key(self, request: Json) -> pydantic.SecretStr:
+        self._answer()
+        alias = request["key_alias"]
+        if any(known["key_alias"] == alias for known in self.keys.values()):
+            raise GatewayError("LiteLLM refuses that: it is there.", advice="Correct it.")
+        secret = request.get("key") or f"sk-{secrets.token_urlsafe(16)}"
+        token = sha256(secret.encode()).hexdigest()
+        self.keys[token] = {"token": token, "key_name": f"sk-...{secret[-4:]}"}
+        self._set(self.keys[token], request)
+        return pydantic.SecretStr(secret)
+
+    def _set(self, entry: Json, request: Json) -> None:
+        entry |= {name: value for name, value in request.items() if name != "key"}
+        if "duration" in request:
+            number, unit = re.fullmatch(r"([0-9.]+)([smhd]?)", request["duration"] or "0").groups()  # type: ignore[union-attr]
+            seconds = float(number) * {"m": 60, "h": 3600, "d": DAY_SECONDS}.get(unit, 1)
+            ends = utc_now() + timedelta(seconds=min(seconds, 1e9))
+            entry["expires"] = ends.isoformat() if seconds else None
+
+    def update_key(self, key_hash: str, request: Json) -> None:
+        self._answer()
+        self._set(self.keys[key_hash], request)
+
+    def block_key(self, key_hash: str, *, blocked: bool) -> None:
+        self._answer()
+        self.keys[key_hash]["blocked"] = blocked
+
+    def delete_keys(self, hashes: Sequence[str]) -> None:
+        self._answer()
+        for key_hash in hashes:
+            del self.keys[key_hash]
+
+    def list_groups(self) -> list[KnownGroup]:
+        self._answer()
+        return [read_group(entry) for entry in self.groups.values()]
+
+    def create_group(self, request: Json) -> None:
+        self._answer()
+        self.groups[request["team_id"]] = dict(request)
+
+    def update_group(self, request: Json) -> None:
+        self._answer()
+        self.groups[request["team_id"]] |= request
+
+    def block_group(self, name: str, *, blocked: bool) -> None:
+        self._answer()
+        self.groups[name]["blocked"] = blocked
+
+    def delete_group(self, name: str) -> None:
+        self._answer()
+        del self.groups[name]
+
+
+class SimulatedEdge:
+    """The published ports, as Caddy and LiteLLM would answer for the state of a simulated host."""
+
+    def __init__(self, host: SimulatedHost, state: Callable[[], State], keys: KeyApi) -> None:
+        self.host = host
+        self._state = state
+        self._keys = keys
+
+    def send(self, request: EdgeRequest, bearer: pydantic.SecretStr | None) -> EdgeReply:
+        began = self.host.clock.monotonic()
+        if request.method == "POST":
+            self.host.clock.sleep(0.4)
+        reply = self._answer(request, bearer)
+        return replace(reply, seconds=self.host.clock.monotonic() - began + 0.002)
+
+    def _answer(self, request: EdgeRequest, bearer: pydantic.SecretStr | None) -> EdgeReply:
+        if request.path == HEALTH_PATH:
+            return EdgeReply(status=200)
+        if request.plain_http:
+            return EdgeReply(status=308, location=f"https://{request.path}")
+        found = re.fullmatch(r"(?:/(models|open)/([^/]+))?(/v1/[a-z/-]+)", request.path)
+        if found is None or found[3] not in {"/v1/models", *map(_path_of, get_args(ModelType))}:
+            return EdgeReply(status=404)
+        secret = bearer.get_secret_value() if bearer else ""
+        match found[1]:
+            case "models":
+                return self._direct(found[2], secret)
+            case "open":
+                return self._open(found[2], secret)
+            case _:
+                return self._gateway(secret, str((request.fields or {}).get("model", "")))
+
+    def _direct(self, name: str, secret: str) -> EdgeReply:
+        state = self._state()
+        running = {model.name for model in state.wished_models}
+        opens = [key for key in state.direct_keys if key.opens(ModelName(name))]
+        if secret not in {key.secret.get_secret_value() for key in opens}:
+            return EdgeReply(status=401)
+        return EdgeReply(status=200, by_edge=False) if name in running else EdgeReply(status=404)
+
+    def _open(self, name: str, secret: str) -> EdgeReply:
+        state = self._state()
+        if not any(model.name == name and state.edge.opens(model) for model in state.wished_models):
+            return EdgeReply(status=404)
+        return EdgeReply(status=200, by_edge=False) if secret else EdgeReply(status=401)
+
+    def _gateway(self, secret: str, name: str) -> EdgeReply:
+        state = self._state()
+        known = {state.secrets.master_key.get_secret_value()}
+        known |= {key.secret.get_secret_value() for key in state.direct_keys if key.emergency}
+        digest = sha256(secret.encode()).hexdigest()
+        able = any(key.key_hash == digest and not key.blocked for key in self._keys.list_keys())
+        if not (secret in known or able):
+            return EdgeReply(status=401, by_edge=False)
+        if name and name not in self.host.routed():
+            down = name in {name for c in self.host.containers.values() for name, _ in
+                            (entries_of(c.loaded) if c.spec.role == "gateway" else ())}  # fmt: skip
+            return EdgeReply(status=503 if down else 404, by_edge=False)
+        return EdgeReply(status=200, by_edge=False, call_id=str(uuid.uuid4()))
+
+
+def _path_of(kind: ModelType) -> str:
+    return readiness_request(kind, "any").path
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedProviders:
+    """Providers that answer, by their names, with the models they have."""
+
+    models: Mapping[str, tuple[str, ...]]
+
+    def look(self, provider: Provider, host_address: str | None) -> ProviderHealth:  # noqa: ARG002
+        if provider.name not in self.models:
+            return ProviderHealth(
+                provider=provider.name, verdict="fails", fault="This server is only imagined.",
+                advice="It reaches nobody.",
+            )  # fmt: skip
+        return ProviderHealth(
+            provider=provider.name, verdict="answers", models=self.models[provider.name],
+            latency_ms=12.0,
+        )  # fmt: skip
+
+
+def simulated_tools(host: SimulatedHost, trouble: Interference | None = None) -> Tools:
+    """Doors into a simulated host for one life of the manager; trouble strikes on all of them."""
+    trouble = trouble or NoInterference()
+    host.gpus.trouble = trouble
+    return Tools(
+        SimulatedContainers(host, trouble), SimulatedProbes(host), host.files, host.clock,
+        host.gpus, SimulatedHub(host, trouble), SimulatedImages(host, trouble),
+        SimulatedDatabase(host, trouble),
+    )  # fmt: skip
+
+
+# --- the server of recipes/demo.yaml -------------------------------------------
+
+
+def imagined_state(server: ImaginedServer, gpus: SimulatedGpus, state: State) -> State:
+    """What its operator wishes."""
+    uuids = [gpu.uuid for gpu in gpus.gpus]
+    wished = replace(
+        state,
+        endpoint="running",
+        models=tuple(_imagined_model(model, uuids) for model in server.models),
+        edge=Edge(hostnames=("llm.example.org",), tls=AcmeTls(email="operator@example.org")),
+        providers=tuple(
+            Provider(name=p["name"], kind=p["kind"], base_url=p["base_url"])
+            for p in server.providers
+        ),
+        routes=tuple(Route(**_as_tuples(route)) for route in server.routes),
+        prices=Prices(models=tuple(Price(**price) for price in server.prices)),
+        energy=parse_energy(server.energy),
+    )
+    for number, wish in server.slices.items():
+        gpu = gpus.read().named(str(number))
+        wished = cutting_as_typed(wished, gpu, wish).edit(wished)
+    return wished
+
+
+def _as_tuples(raw: Json) -> Json:
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in raw.items()}
+
+
+def _imagined_model(model: ImaginedModel, uuids: Sequence[GpuUuid]) -> Model:
+    placement: Placement = CpuPlacement()
+    if model.slice:
+        placement = MigPlacement(
+            gpu_uuid=uuids[model.slice.gpu], profile=model.slice.profile, start=model.slice.start
+        )
+    elif model.gpus:
+        placement = GpuPlacement(
+            gpu_uuids=tuple(uuids[n] for n in model.gpus), memory_fraction=model.memory_fraction
+        )
+    return Model(
+        name=ModelName(model.name), type=model.type, served_model_name=model.name,
+        source=HubSource(repository=model.repository), placement=placement, wish=model.wish,
+    )  # fmt: skip
+
+
+def imagined_repository(model: ImaginedModel) -> RepositoryFacts:
+    """What the hub would tell of it."""
+    size = int(model.weights.gib * 2**30)
+    return RepositoryFacts(
+        repository=model.repository,
+        commit=sha256(model.repository.encode()).hexdigest()[:40],
+        gated=False,
+        licence="apache-2.0",
+        pipeline_tag=next(p for p, kind in PIPELINES.items() if kind == model.type),
+        library="transformers",
+        files=(
+            RepositoryFile(path="config.json", size_bytes=1200),
+            RepositoryFile(path="model.safetensors", size_bytes=size),
+        ),
+        parameters={"BF16": size // 2},
+        config=model.weights.config,
+    )
+
+
+# --- a month before now ---------------------------------------------------------
+
+# How busy each hour of a working day is, in the server's zone, beside the busiest.
+_DAY: Final = (
+    *(0.03, 0.02, 0.02, 0.02, 0.02, 0.03, 0.08, 0.3), *(0.75, 0.95, 1.0, 0.95, 0.55, 0.75),
+    *(0.95, 1.0, 0.9, 0.6), *(0.3, 0.2, 0.16, 0.13, 0.09, 0.05),
+)  # fmt: skip
+_WEEKEND: Final = 0.2
+_AWAKE: Final = 0.6  # at least, while the demo is open: it is opened at night, too
+_BUSIEST: Final = 1 / math.fsum(_DAY)  # part of a working day's requests in its busiest hour
+_FAILED: Final = 0.004
+_BURST: Final = 10  # times the mean of its hour has the busiest minute
+_SPOKEN_MS: Final = {"speech-to-text": 2300, "text-to-speech": 3400}  # of a request
+_WRITTEN_LATE: Final = 15.0  # seconds until LiteLLM has written a request down
+
+Work = tuple[float, ...]  # whole figures where it is told: see `_REQUESTS` and the rest
+_REQUESTS, _FAILURES, _PROMPT, _CACHED, _COMPLETION, _TOOK_MS = range(6)
+_NOTHING: Final[Work] = (0,) * 6
+_Pair = tuple[str, str]  # a model's name and a person's
+
+
+def _add(a: Work, b: Work) -> Work:
+    return tuple(map(operator.add, a, b))
+
+
+def _in_all(works: Iterable[Work]) -> Work:
+    return reduce(_add, works, _NOTHING)
+
+
+class ImaginedWork:
+    """What colleagues asked of models, hour by hour until now.
+
+    What an hour of the past has follows from the seed and the hour alone; from the present one on
+    somebody is always at work. That one is had in part, and never less at a later moment; how fast
+    it comes swings within minutes.
+    """
+
+    def __init__(self, server: ImaginedServer, now: datetime) -> None:
+        self._seed = server.seed
+        self._uses = {model.name: (model, model.use) for model in server.models if model.use}
+        self._turns = {name: 11 + 4 * n for n, name in enumerate(self._uses)}  # of its pace, hourly
+        self._shares = _shares(server)
+        self._opened = now.replace(minute=0, second=0, microsecond=0)
+        begin = self._opened - timedelta(days=server.days)
+        self.start, self.now = int(begin.timestamp()), begin.timestamp()
+        self._hours: list[Mapping[_Pair, Work]] = []
+        self._totals: list[Work] = []
+        self._days: dict[date, dict[_Pair, Work]] = {}  # of hours that are over
+        self._sums = {name: [_NOTHING] for name in self._uses}  # before each hour
+        self._add_hour()
+        self.advance(now)
+
+    def advance(self, now: datetime) -> None:
+        """What came until now; a clock that was set back changes nothing."""
+        while now.timestamp() >= self.start + len(self._hours) * HOUR_SECONDS:
+            day = self._days.setdefault(self.moment(len(self._hours) - 1).date(), {})
+            for pair, work in self._hours[-1].items():
+                day[pair] = _add(day.get(pair, _NOTHING), work)
+            self._add_hour()
+        self.now = max(self.now, now.timestamp())
+
+    def moment(self, hour: int) -> datetime:
+        """When an hour begins."""
+        return datetime.fromtimestamp(self.start + hour * HOUR_SECONDS, UTC)
+
+    def _add_hour(self) -> None:
+        begin = self.moment(len(self._hours))  # of the first that is not there yet
+        chance = random.Random(f"{self._seed} {begin}")  # noqa: S311 - nothing to guard
+        local = begin.astimezone()
+        mood = random.Random(f"{self._seed} {local:%Y-%m-%d}")  # noqa: S311 - nothing to guard
+        moods = {name: mood.uniform(0.65, 1.3) for name in self._uses}  # of the day
+        busy = _DAY[local.hour] * (_WEEKEND if local.isoweekday() > FRIDAY else 1)
+        busy = _BUSIEST * (busy if begin < self._opened else max(busy, _AWAKE))
+        found: dict[_Pair, Work] = {}
+        for (name, person), share in self._shares.items():
+            model, use = self._uses[name]
+            mean = use.requests * share * busy * moods[name] * chance.uniform(0.6, 1.4)
+            if asked := int(mean + chance.random()):
+                found[name, person] = _asked(model, use, asked, chance)
+        self._hours.append(found)
+        self._totals.append(_in_all(found.values()))
+        for name, sums in self._sums.items():
+            done = (work for (asked_of, _), work in found.items() if asked_of == name)
+            sums.append(reduce(_add, done, sums[-1]))
+
+    def hours_of(self, day: date) -> range:
+        """Which of its hours have begun, of a day of UTC."""
+        midnight = int(datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp())
+        first = (midnight - self.start) // HOUR_SECONDS
+        return range(max(first, 0), min(first + 24, len(self._hours)))
+
+    def hour(self, hour: int) -> Mapping[_Pair, Work]:
+        """What it has until now, in whole requests and tokens."""
+        if hour < len(self._hours) - 1:
+            return self._hours[hour]
+        seconds = self.now - self.start - hour * HOUR_SECONDS
+        parts = {name: self._part(name, seconds) for name in self._uses}
+        return {
+            (name, person): tuple(int(figure * parts[name]) for figure in work)
+            for (name, person), work in self._hours[hour].items()
+        }
+
+    def hour_total(self, hour: int) -> Work:
+        if hour < len(self._hours) - 1:
+            return self._totals[hour]
+        return _in_all(self.hour(hour).values())
+
+    def day(self, day: date) -> Mapping[_Pair, Work]:
+        """What a day of UTC has until now."""
+        over, present = self._days.get(day, {}), len(self._hours) - 1
+        if present not in self.hours_of(day):
+            return over
+        now = self.hour(present)
+        both = over.keys() | now.keys()
+        return {pair: _add(over.get(pair, _NOTHING), now.get(pair, _NOTHING)) for pair in both}
+
+    def _part(self, model: str, seconds: float) -> float:
+        """How much of an hour's work is done so many seconds into it: from nothing to all."""
+        phase, turns = self._turns[model], 2 * math.pi * self._turns[model]
+        at = seconds / HOUR_SECONDS
+        return at + 0.7 * (math.sin(turns * at + phase) - math.sin(phase)) / turns
+
+    def until(self, model: str, at: float) -> Work:
+        """What a model was asked from the beginning until a moment, which is at the latest now."""
+        if model not in self._sums:
+            return _NOTHING
+        hour, seconds = divmod(min(max(at, self.start), self.now) - self.start, HOUR_SECONDS)
+        before, after = self._sums[model][int(hour) : int(hour) + 2]
+        part = self._part(model, seconds)
+        return tuple(a + (b - a) * part for a, b in zip(before, after, strict=True))
+
+    def between(self, model: str, start: float, end: float) -> Work:
+        return tuple(map(operator.sub, self.until(model, end), self.until(model, start)))
+
+    def activity(self, model: str, start: float, end: float) -> float:
+        """How busy a model was, beside the busiest hour of its working day."""
+        if model not in self._uses or end <= start:
+            return 0.0
+        usual = self._uses[model][1].requests * _BUSIEST / HOUR_SECONDS
+        return min(1.2, self.between(model, start, end)[_REQUESTS] / (end - start) / usual)
+
+
+FRIDAY: Final = 5
+
+
+def _shares(server: ImaginedServer) -> dict[_Pair, float]:
+    """Which part of a model's requests is whose; who is blocked has none."""
+    chance = random.Random(f"{server.seed} people")  # noqa: S311 - nothing to guard
+    eager: dict[_Pair, float] = {}
+    for group in server.groups:
+        for person in group.people[: len(group.people) - group.blocked]:
+            much = chance.lognormvariate(0, 0.7)
+            for model in server.models:
+                if model.use and (not group.models or model.name in group.models):
+                    eager[model.name, person] = much * chance.uniform(0.2, 1.0)
+    sums = {
+        model.name: math.fsum(part for (name, _), part in eager.items() if name == model.name)
+        for model in server.models
+    }
+    return {pair: part / sums[pair[0]] for pair, part in eager.items()}
+
+
+def _asked(model: ImaginedModel, use: ImaginedUse, asked: int, chance: random.Random) -> Work:
+    """So many requests of an hour; what failed has neither tokens nor a time."""
+    failed = int(asked * _FAILED + chance.random())
+    answered = asked - failed
+    prompt = int(answered * use.prompt * chance.uniform(0.7, 1.3))
+    completion = int(answered * use.completion * chance.uniform(0.7, 1.3))
+    cached = int(prompt * chance.uniform(0.15, 0.5)) if completion else 0
+    took_ms = answered * _SPOKEN_MS.get(model.type, 40) + prompt // 8 + completion * 24
+    return asked, failed, prompt, cached, completion, took_ms
+
+
+class SimulatedUse:
+    """What LiteLLM's tables and counters, and those of engines, tell of imagined work.
+
+    The alias of a key is its person's name; nobody asks anything of models that are not described.
+    """
+
+    def __init__(self, server: ImaginedServer, work: ImaginedWork, keys: Mapping[str, str]) -> None:
+        self.work = work
+        self._server = server
+        self._keys = keys
+        self._groups = {person: g.name for g in server.groups for person in g.people}
+        self._lock = threading.Lock()
+        day = date(2000, 1, 1)
+        self._answers: dict[str, Callable[[Mapping[str, Any]], list[tuple[Any, ...]]]] = {
+            STANDINGS_SQL.text: lambda _: self._standings(),
+            tally_sql({}).text: self._tallies,
+            statement_sql(day).text: self._statement,
+            uses_sql(day, "key").text: partial(self._used, by="key"),
+            uses_sql(day, "group").text: partial(self._used, by="group"),
+        }
+        for by in get_args(Grouping):
+            text = usage_sql(UsageQuery(first=day, last=day, by=by)).text
+            self._answers[text] = partial(self._usage, by=by)
+
+    def advance(self, now: datetime) -> None:
+        """What colleagues did since the last call."""
+        with self._lock:
+            self.work.advance(now)
+
+    def rows(self, query: Sql) -> list[tuple[Any, ...]]:
+        """As `UsageTables.rows`, for the statements of this program alone. Raises DatabaseError."""
+        if query.text not in self._answers:
+            raise DatabaseError(
+                "The simulated database does not know this statement.",
+                advice="Teach it to `SimulatedUse`.",
+            )
+        with self._lock:
+            return self._answers[query.text](query.values)
+
+    # --- LiteLLM's tables ------------------------------------------------------------
+
+    def _subject(self, pair: _Pair, by: Grouping) -> tuple[str, str]:
+        """As LiteLLM accounts for it, and its name."""
+        model, person = pair
+        match by:
+            case "key":
+                return self._keys[person], person
+            case "group":
+                return self._groups[person], self._groups[person]
+            case _:
+                return f"hosted_vllm/{model}", model
+
+    def _usage(self, values: Mapping[str, Any], by: Grouping) -> list[tuple[Any, ...]]:
+        sums: dict[tuple[str, str], Work] = {}
+        days = days_between(*(date.fromisoformat(values[end]) for end in ("first", "last")))
+        for subject, work in self._each(days, by):
+            sums[subject] = _add(sums.get(subject, _NOTHING), work)
+        if by in ("day", "hour"):
+            found = sorted(sums.items())
+        else:
+            found = sorted(sums.items(), key=lambda item: (*_most_first(item[1]), item[0]))
+        rows = [(("", ""), _in_all(sums.values())), *found[: values["limit"]]]
+        return [
+            (*subject, *work[:_TOOK_MS], _latency_ms(work), len(sums)) for subject, work in rows
+        ]
+
+    def _each(self, days: Iterable[date], by: Grouping) -> Iterator[tuple[tuple[str, str], Work]]:
+        for day in days:
+            if by == "hour":
+                for hour in self.work.hours_of(day):
+                    subject = f"{self.work.moment(hour):%Y-%m-%d %H:%M:%S}"
+                    yield (subject, subject), self.work.hour_total(hour)
+            else:
+                for pair, work in self.work.day(day).items():
+                    yield (str(day),) * 2 if by == "day" else self._subject(pair, by), work
+
+    def _statement(self, values: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+        sums: dict[_Pair, Work] = {}  # by group and model
+        for day in days_between(*(date.fromisoformat(values[end]) for end in ("first", "last"))):
+            for (model, person), work in self.work.day(day).items():
+                key = self._groups[person], model
+                sums[key] = _add(sums.get(key, _NOTHING), work)
+        return [
+            (group, group, model, work[_REQUESTS], *work[_PROMPT:_TOOK_MS])
+            for (group, model), work in sorted(sums.items())
+        ]
+
+    def _used(self, values: Mapping[str, Any], by: Literal["key", "group"]) -> list[Any]:
+        sums: dict[tuple[int, str, tuple[str, str]], Work] = {}
+        for hour in self.work.hours_of(date.fromisoformat(values["day"])):
+            start = int(self.work.moment(hour).timestamp())
+            for pair, work in self.work.hour(hour).items():
+                key = start, engine_url(engine_of(pair[0])), self._subject(pair, by)
+                sums[key] = _add(sums.get(key, _NOTHING), work)
+        return [
+            (hour, engine, *subject, work[_REQUESTS], work[_PROMPT], work[_COMPLETION])
+            for (hour, engine, subject), work in sums.items()
+            if work[_PROMPT] + work[_COMPLETION]
+        ]
+
+    def _tallies(self, values: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+        rows = []
+        for engine, start in zip(values["engines"], values["starts"], strict=True):
+            model, late = model_of(engine), self.work.now - _WRITTEN_LATE
+            work = self.work.between(model, start.timestamp(), max(late, start.timestamp()))
+            broken_off = int(work[_REQUESTS] * _FAILED)
+            guessed = int(work[_COMPLETION] * _FAILED / 2)
+            rows.append((engine, int(work[_PROMPT]) + int(work[_COMPLETION]), broken_off, guessed))
+        return rows
+
+    def _standings(self) -> list[tuple[Any, ...]]:
+        made_at, spent = _unzoned(self.made_at), self.spent()
+        rows: list[tuple[Any, ...]] = []
+        for group in self._server.groups:
+            limits = group.rpm_limit, group.tpm_limit
+            busiest = self._busiest(group.people, *limits)
+            of_all = math.fsum(spent.get(person, 0.0) for person in group.people)
+            rows.append(("group", group.name, made_at, None, of_all, None, *busiest))
+            for who in group.people:
+                used_at, busiest = _unzoned(self.used_at(who)), self._busiest((who,))
+                rows.append(("key", who, made_at, used_at, spent.get(who, 0.0), None, *busiest))
+        return sorted(rows, key=operator.itemgetter(0, 1))
+
+    def spent(self) -> dict[str, float]:
+        """What people used, in millions of tokens, as budgets are told."""
+        tokens: Counter[str] = Counter()
+        last = datetime.fromtimestamp(self.work.now, UTC).date()
+        for day in days_between(self.work.moment(0).date(), last):
+            for (_, person), work in self.work.day(day).items():
+                tokens[person] += int(work[_PROMPT] + work[_COMPLETION])
+        return {person: count / 1e6 for person, count in tokens.items()}
+
+    @property
+    def made_at(self) -> datetime:
+        """Since when keys and groups are there."""
+        return self.work.moment(0) - timedelta(days=5)
+
+    def used_at(self, person: str) -> datetime | None:
+        """The end of the last hour in which somebody asked something; None: never."""
+        last = self.work.hours_of(datetime.fromtimestamp(self.work.now, UTC).date())[-1]
+        for hour in range(last, -1, -1):
+            asked = (w[_REQUESTS] for (_, who), w in self.work.hour(hour).items() if who == person)
+            if any(asked):
+                end = min(self.work.moment(hour + 1).timestamp(), self.work.now)
+                return datetime.fromtimestamp(end, UTC)
+        return None
+
+    def _busiest(
+        self, people: Collection[str], rpm_limit: int | None = None, tpm_limit: int | None = None
+    ) -> tuple[Any, ...]:
+        """The busiest minute of the last day, beside its limits."""
+        present = int(self.work.now - self.work.start) // HOUR_SECONDS
+        most = _NOTHING
+        for hour in range(max(present - 23, 0), present + 1):
+            found = (work for (_, who), work in self.work.hour(hour).items() if who in people)
+            most = tuple(map(max, most, _in_all(found)))
+        asked = math.ceil(most[_REQUESTS] * _BURST / 60)
+        tokens = math.ceil((most[_PROMPT] + most[_COMPLETION]) * _BURST / 60)
+        return (
+            min(asked, rpm_limit or asked), rpm_limit,
+            min(tokens, tpm_limit or tokens), tpm_limit,
+        )  # fmt: skip
+
+    # --- what engines and the gateway count ------------------------------------------------
+
+    def load(self, engine: ContainerName, since: datetime) -> EngineLoad:
+        """What an engine is at, and has counted since it started."""
+        with self._lock:
+            model, now = model_of(engine), self.work.now
+            work = self.work.between(model, since.timestamp(), now)
+            recent = self.work.between(model, now - _LOOK_BACK, now)
+        return engine_load(model, work, recent, now)
+
+    def figures(self) -> GatewayFigures:
+        """What LiteLLM has counted: of a model that a route leads to, a part through that."""
+        routed = {
+            target: route["name"] for route in self._server.routes for target in route["members"]
+        }
+        found: dict[str, DeploymentFigures] = {}
+        with self._lock:
+            for model in (model.name for model in self._server.models if model.use):
+                asked, failed, *_ = map(int, self.work.until(model, self.work.now))
+                parts = {routed[model]: 0.4, model: 0.6} if model in routed else {model: 1.0}
+                for name, part in parts.items():
+                    found[f"{name}@{engine_of(model)}"] = DeploymentFigures(
+                        successes=int((asked - failed) * part),
+                        failures={failure_reason("400"): int(failed * part)},
+                    )
+            fallbacks = {
+                (route["name"], target): int(self.work.until(target, self.work.now)[_FAILURES])
+                for route in self._server.routes
+                for target in route.get("fallbacks", ())
+            }
+        return GatewayFigures(deployments=found, fallbacks=fallbacks)
+
+
+_LOOK_BACK: Final = 20.0  # seconds over which an engine's present load is told
+
+
+def _unzoned(moment: datetime | None) -> datetime | None:
+    """As LiteLLM's tables have it."""
+    return moment and moment.replace(tzinfo=None)
+
+
+def _most_first(work: Work) -> tuple[float, float]:
+    return -work[_PROMPT] - work[_COMPLETION], -work[_REQUESTS]
+
+
+def _latency_ms(work: Work) -> float | None:
+    timed = work[_REQUESTS] - work[_FAILURES]
+    return work[_TOOK_MS] / timed if timed else None
+
+
+def engine_of(model: str) -> ContainerName:
+    return ContainerName(f"llm-model-{model}-0")
+
+
+def model_of(engine: ContainerName) -> str:
+    found = _ENGINE_URL.match(engine_url(engine))
+    return found[1] if found else ""
+
+
+def engine_load(model: str, work: Work, recent: Work, now: float) -> EngineLoad:
+    """As `parse_load` would read it; `recent` is what was asked lately, `work` all."""
+    answered = work[_REQUESTS] - work[_FAILURES]
+    read, made = int(work[_PROMPT]), int(work[_COMPLETION])
+    # By Little's law so many are at it at a time; whole ones come and go.
+    at_once = 1.5 * recent[_TOOK_MS] / 1000 / _LOOK_BACK
+    running = int(at_once + random.Random(f"{model} {now // 4}").random())  # noqa: S311
+    each = (work[_PROMPT] + work[_COMPLETION]) / answered if answered else 0.0
+    counts = {
+        ("prompt_tokens_total", ""): float(read),
+        ("generation_tokens_total", ""): float(made),
+        ("prompt_tokens_cached_total", ""): float(int(work[_CACHED])),
+        ("prefix_cache_queries_total", ""): float(read),
+        ("prefix_cache_hits_total", ""): float(int(work[_CACHED])),
+        ("request_success_total", "stop"): float(int(answered)),
+    }
+    if made:
+        median = 0.03 + 1e-4 * work[_PROMPT] / answered
+        counts |= {
+            ("time_to_first_token_seconds_bucket", bound): float(
+                int(answered * (1 - 0.5 ** (float(bound) / median)))
+            )
+            for bound in ("0.02", "0.04", "0.08", "0.1", "0.25", "0.5", "1.0", "2.5", "+Inf")
+        }
+    return EngineLoad(
+        running=running,
+        waiting=max(0, running - 12),
+        tokens=read + made,
+        cached=min(0.97, running * each * 2 / 60_000),
+        counts=counts,
+    )
+
+
+def imagine_use(server: ImaginedServer, now: datetime, keys: Mapping[str, str]) -> SimulatedUse:
+    """The use of the month before now; `keys` are hashes of keys, by person."""
+    return SimulatedUse(server, ImaginedWork(server, now), keys)
+
+
+# --- and its energy ------------------------------------------------------------------
+
+
+class SimulatedPower:
+    """What GPUs take while models are at imagined work, by the GPUs' numbers."""
+
+    def __init__(self, server: ImaginedServer, work: ImaginedWork) -> None:
+        self._idle = server.idle_watts
+        self._work = work
+        self._on = {
+            gpu: [model for model in server.models if model.use and gpu in _gpus_of(model)]
+            for gpu in range(sum(cards.count for cards in server.gpus))
+        }
+        self._last: dict[int, EnergyReading] = {}
+
+    def watts(self, gpu: int, serving: Collection[str]) -> float:
+        """What it takes now, with these models in service."""
+        now = self._work.now
+        models = [model for model in self._on[gpu] if model.name in serving]
+        busy = math.fsum(
+            model.watts * self._work.activity(model.name, now - 5, now) for model in models
+        )
+        return (self._idle + busy) * (1 + 0.02 * math.sin(now / 7 + gpu))
+
+    def look(self, gpu: int, serving: Collection[str]) -> EnergyReading:
+        """The same as a GPU tells it, with a counter of what it took between the looks."""
+        at, watts = self._work.now, self.watts(gpu, serving)
+        last = self._last.get(gpu, EnergyReading(at=at, counter_mj=0, power_w=watts))
+        taken = (at - last.at) * (watts + (last.power_w or 0.0)) / 2
+        counter = (last.counter_mj or 0) + round(1000 * taken)
+        self._last[gpu] = EnergyReading(at=at, counter_mj=counter, power_w=watts)
+        return self._last[gpu]
+
+    def activities(self, gpu: int, start: float, end: float) -> dict[str, float]:
+        """How busy models had their part of a GPU, in percent, as its driver would tell it."""
+        return {
+            model.name: min(
+                100.0,
+                100 * self._work.activity(model.name, start, end)
+                * model.watts / (_FULL_WATTS * _part_of(model)),
+            )
+            for model in self._on[gpu]
+        }  # fmt: skip
+
+    def shares(self, gpu: int, uuid: str, start: float, end: float) -> list[EnergyShare]:
+        """What it took between two moments of the past, as `EnergyMeter` would have told."""
+        on, active = self._on[gpu], self.activities(gpu, start, end)
+        busy = math.fsum(m.watts * self._work.activity(m.name, start, end) for m in on)
+        taken = round(1000 * (end - start) * (self._idle + busy))
+        return attribute(
+            Interval(seconds=end - start, energy_mj=taken, method="counter"), start, uuid,
+            [
+                GpuTenant(model=model.name, part=_part_of(model),
+                          device=model.name if model.slice else "", pids=frozenset({n}))
+                for n, model in enumerate(on)
+            ],
+            {m.name if m.slice else n: active[m.name] for n, m in enumerate(on)},
+            self._idle,
+        )  # fmt: skip
+
+
+_FULL_WATTS: Final = 400.0  # above its rest, of a whole GPU
+
+
+def _gpus_of(model: ImaginedModel) -> tuple[int, ...]:
+    return (model.slice.gpu,) if model.slice else model.gpus
+
+
+def _part_of(model: ImaginedModel) -> float:
+    return int(model.slice.profile[0]) / 7 if model.slice else 1.0
+
+
+_STEPS: Final = (1800, 300)  # seconds of a share, of the month and of its last days
+_FINE_DAYS: Final = 2
+
+
+def imagine_energy(
+    server: ImaginedServer, use: SimulatedUse, gpus: Sequence[str], path: Path
+) -> None:  # fmt: skip
+    """Record the energy of the month until now, of these GPUs; what is there already stays."""
+    if path.exists():
+        return
+    work, power = use.work, SimulatedPower(server, use.work)
+    rates = energy_rates(None, parse_energy(server.energy))
+    records = EnergyRecords(path, lambda: work.now)
+    hours = range(math.ceil((work.now - work.start) / HOUR_SECONDS))
+    models = [model for model in server.models if model.use]
+    sessions: dict[str, tuple[str, float]] = {}  # containers, and when they were ready
+    for hour in hours:
+        begin = work.moment(hour).timestamp()
+        for n, model in enumerate(models):
+            if hour in (0, (37 + 97 * n) % len(hours)):  # deployed, and later once more
+                container = sha256(f"{model.name} {hour}".encode()).hexdigest()
+                uuids = [gpus[gpu] for gpu in _gpus_of(model)]
+                records.open_session(model.name, 0, container, uuids, begin)
+                sessions[model.name] = container, begin
+        *steps, last = _steps(begin, work.now)
+        looked = hour != len(hours) * 2 // 3  # else the server was being updated
+        for step in steps:
+            records.add(_shares_of(power, gpus, *step, looked=looked), rates)
+        # Now, because after the last look they would belong to the next hour.
+        for name, (container, since) in sessions.items():
+            _count_tokens(records, container, work.between(name, since, last[1]))
+        records.add(_shares_of(power, gpus, *last, looked=looked), rates)
+    records.close()
+
+
+def _count_tokens(records: EnergyRecords, container: str, work: Work) -> None:
+    asked, failed, prompt, cached, completion, _ = map(int, work)
+    records.count_tokens(container, prompt, completion, cached, asked - failed)
+
+
+def _shares_of(
+    power: SimulatedPower, gpus: Sequence[str], start: float, end: float, *, looked: bool
+) -> list[EnergyShare]:
+    if looked:
+        each = (power.shares(n, uuid, start, end) for n, uuid in enumerate(gpus))
+    else:
+        lost = Interval(seconds=end - start, energy_mj=None, method="unmeasured")
+        each = (attribute(lost, start, uuid, ()) for uuid in gpus)
+    return [*itertools.chain.from_iterable(each)]
+
+
+def _steps(hour: float, now: float) -> Iterator[tuple[float, float]]:
+    """The parts of an hour that is over, or of the present one until now."""
+    seconds = _STEPS[hour > now - _FINE_DAYS * DAY_SECONDS]
+    until = min(hour + HOUR_SECONDS, now)
+    while hour < until:
+        yield hour, min(hour + seconds, until)
+        hour += seconds
+
+
+# --- and its benchmarks ----------------------------------------------------------------
+
+_LADDER: Final = (1, 2, 4, 8, 16, 32, 64)
+# Days ago, of what, with which load; ms of a token alone, requests at once that double it, and ms
+# that a token of a prompt takes.
+_CLIMBS: Final[tuple[tuple[int, str, LoadProfile, float, float, float], ...]] = (
+    (16, "gpt-oss-20b", "document", 7.1, 13.0, 0.052),
+    (9, "qwen3-14b", "chat", 11.8, 26.0, 0.085),
+    (9, "gpt-oss-20b", "chat", 6.4, 21.0, 0.052),
+)
+
+
+def imagine_benchmarks(server: ImaginedServer, home: Path, now: datetime) -> None:
+    """Keep a few benchmarks that nobody ran, which their image says, unless some are kept."""
+    files = BenchmarkFiles(home / "benchmarks")
+    known = {model.name: model for model in server.models}
+    for hour, (days, name, profile, *speeds) in enumerate([] if files.read() else _CLIMBS):
+        if model := known.get(name):
+            started_at = now.replace(minute=4, second=11, microsecond=0) - timedelta(days=days)
+            result = Benchmark(
+                model=ModelName(name), type=model.type, container=engine_of(name),
+                image="imagined, not measured", started_at=started_at + timedelta(hours=hour),
+                load=LOADS[profile], ladder=_LADDER,
+            )  # fmt: skip
+            files.keep(replace(result, rungs=_rungs(result, model.watts, *speeds)))
+
+
+def _rungs(
+    result: Benchmark, watts: float, token_ms: float, crowd: float, prompt_ms: float
+) -> tuple[Rung, ...]:  # fmt: skip
+    """A plausible climb: more at once make more, and each of them waits longer."""
+    rungs: list[Rung] = []
+    for at_once in result.ladder:
+        asked = BenchmarkWish(models=()).requests_at(at_once)
+        ttft = 18 + result.load.prompt_tokens * prompt_ms * (1 + at_once / 9)
+        each = token_ms * (1 + at_once / crowd)
+        whole = ttft + each * result.load.output_tokens
+        seconds = asked / at_once * whole / 1000
+        taken = seconds * (30 + watts * (0.5 + 0.5 * at_once / (at_once + 5)))
+        begun = rungs[-1].started_at + timedelta(seconds=rungs[-1].seconds + 9) if rungs else None
+        rungs.append(
+            Rung(
+                concurrency=at_once, started_at=begun or result.started_at, seconds=seconds,
+                requests=asked, failed=0, prompt_tokens=asked * result.load.prompt_tokens,
+                output_tokens=asked * result.load.output_tokens, ttft=_spread(ttft, 1.6),
+                inter_token=_spread(each, 1.25), end_to_end=_spread(whole, 1.4), others=0,
+                energy_mj=round(1000 * taken),
+            )
+        )  # fmt: skip
+    return tuple(rungs)
+
+
+def _spread(median: float, wide: float) -> Milliseconds:
+    slowest = (median, median * wide, median * wide * 1.3)
+    p50, p95, p99 = (round(ms, 2) for ms in slowest)
+    return Milliseconds(p50=p50, p95=p95, p99=p99)
+
+
+# --- from now on -----------------------------------------------------------------
+
+
+class ImaginedInstallation:
+    """A manager with a home of its own and the server of `recipes/demo.yaml` as its world."""
+
+    def __init__(self, server: ImaginedServer, home: Path) -> None:
+        self.server = server
+        self.store = StateStore(home, Actor(name="you", channel="console"))
+        self.gateway = SimulatedGateway()
+        self.host = self._host()
+        state = self.store.ensure(fixed_names=True)
+        self.store.save(imagined_state(server, self.host.gpus, state))
+        self._start()
+        now = utc_now()
+        self.use = imagine_use(server, now, self._give_keys(now))
+        self._remember(now)
+        # As after a restart of it, what was before is in the audit trail alone.
+        self.manager = self._manager()
+        self._power = SimulatedPower(server, self.use.work)
+
+    def _host(self) -> SimulatedHost:
+        server = self.server
+        cards = [simulated_card(c.card) for c in server.gpus for _ in range(c.count)]
+        refs = {role: getattr(Images(), role) for role in server.images_gib}
+        return SimulatedHost(
+            self.store,
+            SimulatedGpus(cards),
+            images={*refs.values()},
+            image_bytes={refs[r]: int(gib * 2**30) for r, gib in server.images_gib.items()},
+            hub_tells_all=True,
+            disk_room=(int(server.disk.free_gib * 2**30), int(server.disk.total_gib * 2**30)),
+            weights={model.repository: frozenset({"main"}) for model in server.models},
+            repositories={m.repository: imagined_repository(m) for m in server.models},
+        )
+
+    def _manager(self) -> Manager:
+        home, provided = self.store.home, self.server.providers
+        tools = replace(
+            simulated_tools(self.host),
+            failures=parse_failures((RECIPES / "failures.yaml").read_text()),
+            providers=SimulatedProviders({p["name"]: tuple(p["models"]) for p in provided}),
+            key_api=lambda *_: self.gateway,
+            tables=lambda *_: self.use,
+            disk_room=lambda _: self.host.disk_room,
+            edge_client=lambda *_: SimulatedEdge(self.host, self.store.load, self.gateway),
+        )
+        return Manager(
+            self.store,
+            tools,
+            Site(
+                generated=str(self.store.generated),
+                hugging_face_home=str(home / "huggingface"),
+                compile_caches=str(home / "compiled"),
+            ),
+            engine_options=parse_engine_options((RECIPES / "vllm.yaml").read_text()),
+            recipes=lambda: parse_recipes(read_recipes(RECIPES, home / "recipes")),
+            enabled=lambda _: True,
+        )
+
+    def _start(self) -> None:
+        """All that is wished is started, in no time; from then on time takes its time."""
+        state = self.store.load()
+        for model in self.server.models:
+            for replica in replica_names(state, state.model(model.name)):
+                self.host.needs[replica] = int(model.needs_gib * 1024)
+                if model.says:
+                    self.host.last_words[replica] = model.says
+        with contextlib.suppress(ManagerError):  # not all of it can start
+            list(self._manager().start(restoring()).follow())
+        self.host.clock, self.host.start_seconds = SystemClock(), self.server.start_seconds
+
+    def _give_keys(self, now: datetime) -> dict[str, str]:
+        """Each colleague has a key; their hashes."""
+        for group in self.server.groups:
+            allowed = Group(
+                name=group.name, models=group.models, rpm_limit=group.rpm_limit,
+                tpm_limit=group.tpm_limit,
+            )  # fmt: skip
+            self.gateway.create_group(group_body(allowed))
+            ends = now + timedelta(days=group.days_left) if group.days_left else None
+            for number, person in enumerate(group.people):
+                mail = f"{person.lower().replace(' ', '.')}@example.org"
+                settings = KeySettings(alias=person, group=group.name, email=mail, expires_at=ends)
+                self.gateway.create_key(key_body(settings, now))
+                *_, key_hash = self.gateway.keys
+                if number >= len(group.people) - group.blocked:
+                    self.gateway.block_key(key_hash, blocked=True)
+        return {entry["key_alias"]: key_hash for key_hash, entry in self.gateway.keys.items()}
+
+    def _remember(self, now: datetime) -> None:
+        """The month before now: what was started when, used, measured, and taken of energy."""
+        home, gpus = self.store.home, [gpu.uuid for gpu in self.host.gpus.gpus]
+        self.store.note_idle_watts(dict.fromkeys(gpus, self.server.idle_watts))
+        imagine_energy(self.server, self.use, gpus, home / ENERGY_FILE)
+        imagine_benchmarks(self.server, home, now)
+        spent = self.use.spent()
+        for entry in self.gateway.keys.values():
+            used_at = self.use.used_at(entry["key_alias"])
+            entry["created_at"] = self.use.made_at.isoformat()
+            entry["spend"] = spent.get(entry["key_alias"], 0.0)
+            entry["last_active"] = used_at and used_at.isoformat()
+        changes: list[AuditEntry] = []
+        for number, container in enumerate(self.host.containers.values()):
+            started_at = now - timedelta(hours=5 + number * 37 % (24 * self.server.days))
+            container.started_at = started_at
+            took = 24 + number * 29 % 110
+            self.store.note_start(container.name, took)
+            if model := container.spec.labels.get(LABEL_MODEL_NAME):
+                begun = AuditEntry(
+                    who="operator", channel="console", what=deploying(model).title,
+                    started_at=started_at,
+                )  # fmt: skip
+                changes.append(begun.ended(None, started_at + timedelta(seconds=took)))
+        keep_changes(home, changes)
+
+    def go_on(self, now: datetime) -> None:
+        """What engines, the gateway and GPUs tell at a moment."""
+        self.use.advance(now)
+        host = self.host
+        running = [c for c in [*host.containers.values()] if host.answers(c)]
+        engines = {c.spec.labels.get(LABEL_MODEL_NAME, ""): c for c in running
+                   if c.spec.role == "engine"}  # fmt: skip
+        routed = {replica for c in running if c.spec.role == "gateway"
+                  for _, replica in entries_of(c.loaded)}  # fmt: skip
+        loads = {
+            c.name: self.use.load(c.name, c.started_at) for c in engines.values() if c.started_at
+        }
+        host.loads = {
+            name: load if name in routed else replace(load, running=0, waiting=0, cached=0.0)
+            for name, load in loads.items()
+        }
+        host.figures = {c.name: self.use.figures() for c in running if c.spec.role == "gateway"}
+        models = {model.name: model for model in self.store.load().models}
+        taken = {name: _taken_part(models.get(ModelName(name))) for name in engines}
+        for gpu in host.gpus.gpus:
+            self._tell(gpu, engines, taken, now.timestamp())
+
+    def _tell(
+        self, gpu: SimulatedGpu, engines: Mapping[str, SimulatedContainer],
+        taken: Mapping[str, float], now: float,
+    ) -> None:  # fmt: skip
+        """What the driver says of one GPU, of whose memory each model has its part."""
+        serving = [name for name, c in engines.items() if {*c.spec.devices} & gpu.devices]
+        reading = self._power.look(gpu.index, serving)
+        of = {client.container_id: (device, client.pid) for device, client in gpu.clients}
+        busy = self._power.activities(gpu.index, now - 5, now)
+        places = {name: of[engines[name].container_id] for name in serving
+                  if engines[name].container_id in of}  # fmt: skip
+        self.host.gpus.looks[gpu.uuid] = GpuLook(
+            reading=reading,
+            activities={
+                device if gpu.mig else pid: busy.get(name, 0.0)
+                for name, (device, pid) in places.items()
+            },
+        )
+        watts = reading.power_w or 0.0
+        memory = self.host.gpus.memory_mib
+        gpu.used_mib = int(sum(taken[name] * memory(of) for name, (of, _) in places.items()))
+        gpu.told = {
+            "power_w": round(watts, 1),
+            "power_limit_w": 700.0,
+            "temperature_c": round(29 + watts / 11),
+            "utilisation_percent": None if gpu.mig else min(100, round(sum(busy.values()))),
+        }
+
+    @contextlib.contextmanager
+    def living(self) -> Iterator[None]:
+        """Time passes at this server until the end of the block."""
+        over = threading.Event()
+
+        def run() -> None:
+            while not over.wait(0.5):  # whoever looks each second finds something new
+                try:
+                    self.go_on(utc_now())
+                except Exception:  # boundary: one moment must not end all of them
+                    log.exception("the imagined server stood still")
+
+        self.go_on(utc_now())
+        life = threading.Thread(target=run, name="imagination", daemon=True)
+        life.start()
+        try:
+            yield
+        finally:
+            over.set()
+            life.join()
+
+
+def keep_changes(home: Path, changes: Iterable[AuditEntry]) -> None:
+    """Nothing but these is in the audit trail, the oldest first."""
+    lines = (_AUDIT_ENTRY.dump_json(each) for each in sorted(changes, key=lambda c: c.started_at))
+    (home / "audit.jsonl").write_bytes(b"\n".join([*lines, b""]))
+
+
+def _taken_part(model: Model | None) -> float:
+    """What part of its place an engine of a model takes."""
+    given = getattr(model.placement, "memory_fraction", None) if model else None
+    return given or DEFAULT_FRACTION
+
+
+# =============================================================================
+# §40 Main — effects: arguments, wiring, systemd
 # =============================================================================
 
 DONE, FAILED, WRONG_USAGE, TO_DO = range(4)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; exit status as in the README."""
+    """Run one command; exit status as in FIRST_STEPS."""
     if argv is None and sys.argv[1:] == [FETCH_WEIGHTS]:
         return command_fetch_weights()
     arguments = build_parser().parse_args(join_values(sys.argv[1:] if argv is None else argv))
@@ -26300,9 +30493,12 @@ def join_values(argv: Sequence[str]) -> list[str]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Every command; tests compare this with the README."""
+    """Every command; tests compare this with docs/reference.md."""
     parser = argparse.ArgumentParser(
-        prog="llm_manager.py", description="The operator console of a shared GPU server."
+        prog="llm_manager.py",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="The operator console of a shared GPU server.",
+        epilog=FIRST_STEPS,
     )
     parser.set_defaults(command=command_serve, port=CONSOLE_PORT)
     parser.add_argument(
@@ -26311,15 +30507,21 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND")
 
     def add(name: str, command: Callable[[argparse.Namespace], int], text: str) -> Any:
-        sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(command=command)
+        sub = _verb(commands, name, command, text)
         sub.add_argument("--json", action="store_true", help="print facts as JSON")
         return sub
 
     serve = add("serve", command_serve, "the console (the default); restores first")
-    serve.add_argument("--port", type=int, default=CONSOLE_PORT)
+    demo = add("demo", command_demo, "the console over an imagined server; touches nothing")
     url = add("url", command_url, "the console's address with its access token")
-    url.add_argument("--port", type=int, default=CONSOLE_PORT)
+    url.add_argument(
+        "--renew", action="store_true", help="with another token; every open session ends"
+    )
+    for sub in (serve, demo, url):
+        sub.add_argument(
+            "--port", type=int, default=CONSOLE_PORT,
+            help=f"of {CONSOLE_HOST}; default: {CONSOLE_PORT}",
+        )  # fmt: skip
     _add_watching(add)
     add("plan", command_plan, "what would be done; exit status 3 if anything")
     apply = add("apply", _changes(_applying), "do what is planned")
@@ -26352,10 +30554,40 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+FIRST_STEPS: Final = """first steps:
+  llm_manager.py demo                        look at it; touches nothing
+  llm_manager.py                             the console, for a browser
+  llm_manager.py model add chat --repository Qwen/Qwen3-0.6B
+  llm_manager.py deploy chat --plan          what would happen; without --plan it does
+  llm_manager.py key create "Ada Lovelace"   what a colleague needs
+
+exit status: 0 done, 1 failed, 2 wrong usage, 3 there is something to do"""
+
+
+def _group(commands: Any, name: str, text: str) -> Any:
+    """A command that has verbs of its own."""
+    sub = commands.add_parser(name, help=text, description=text)
+    return sub.add_subparsers(required=True, metavar="COMMAND")
+
+
+def _verb(
+    group: Any, name: str, command: Callable[[argparse.Namespace], int], text: str, **settings: Any
+) -> Any:
+    sub = group.add_parser(name, help=text, description=text, **settings)
+    sub.set_defaults(command=command)
+    return sub
+
+
 def _add_watching(add: Callable[..., Any]) -> None:
     add("status", command_status, "models and containers as they are; exit status 3 if not well")
     top = add("top", command_top, "the whole server, live in this terminal; q quits")
-    top.add_argument("--interval", type=interval, default=2.0, metavar="SECONDS")
+    top.add_argument(
+        "--interval",
+        type=interval,
+        default=2.0,
+        metavar="SECONDS",
+        help="between looks; default: 2",
+    )
 
 
 def _applying(_: Manager, arguments: argparse.Namespace) -> Change:
@@ -26372,28 +30604,31 @@ def add_model_commands(commands: Any, add: Callable[..., Any]) -> None:
         _add_named_change(add(name, command_serve, text), make)
     logs = add("logs", command_logs, "a model's log, or what was kept of its last start")
     logs.add_argument("name")
-    logs.add_argument("-f", "--follow", action="store_true")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on as it grows")
     logs.add_argument("--search", default="", help="only the lines that have this text")
     logs.add_argument("--previous", action="store_true", help="of the run or failed start before")
-    group = commands.add_parser("model", help="register and change models").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
-    for verb, command in (("add", command_model_add), ("set", command_model_set)):
-        sub = group.add_parser(verb)
-        sub.set_defaults(command=command)
+    group = _group(commands, "model", "register and change models")
+    for verb, command, text in (
+        ("add", command_model_add, "register a model; nothing starts"),
+        ("set", command_model_set, "change what is named; the rest stays"),
+    ):
+        sub = _verb(group, verb, command, text)
         sub.add_argument("name")
         _add_model_options(sub, required=verb == "add")
-    for verb, command in (("list", command_model_list), ("show", command_model_show)):
-        sub = group.add_parser(verb)
-        sub.set_defaults(command=command)
+    for verb, command, text in (
+        ("list", command_model_list, "the registered models, and how they are"),
+        ("show", command_model_show, "all settings of one"),
+    ):
+        sub = _verb(group, verb, command, text)
         sub.add_argument("--json", action="store_true")
         if verb == "show":
             sub.add_argument("name")
-    fit = group.add_parser("fit", help="whether it fits its place, and where else it would")
-    fit.set_defaults(command=command_model_fit)
+    fit = _verb(
+        group, "fit", command_model_fit, "whether it fits its place, and where else it would"
+    )
     fit.add_argument("name")
     fit.add_argument("--at-once", type=positive, default=1, help="requests at a time")
-    _add_named_change(group.add_parser("remove"), removing)
+    _add_named_change(group.add_parser("remove", help="stop a model and forget it"), removing)
 
 
 def _add_named_change(sub: argparse.ArgumentParser, make: Callable[[str], Change]) -> None:
@@ -26406,13 +30641,13 @@ def _add_model_options(sub: argparse.ArgumentParser, *, required: bool) -> None:
     source = sub.add_mutually_exclusive_group(required=required)
     source.add_argument("--repository", help="on the Hugging Face hub")
     source.add_argument("--path", help="a directory of this server")
-    sub.add_argument("--revision")
-    sub.add_argument("--type", default="chat" if required else None)
+    sub.add_argument("--revision", help="branch, tag or commit; default: today's commit")
+    sub.add_argument("--type", default="chat" if required else None, help=", ".join(MODEL_TYPES))
     sub.add_argument("--served-as", help="what clients ask for; default: the name")
     sub.add_argument("--arguments", help='for the engine: "--max-model-len 8192"')
     sub.add_argument("--image", help="instead of the pinned engine image")
     sub.add_argument("--recipe", help="whose image is built here; empty for none")
-    sub.add_argument("--replicas", type=int)
+    sub.add_argument("--replicas", type=int, help="engines that share its requests; default: 1")
     sub.add_argument(
         "--open-route", choices=YES_OR_NO, help="any key at /open/NAME, while those are open"
     )
@@ -26454,7 +30689,7 @@ def add_weights_commands(commands: Any, add: Callable[..., Any]) -> None:
     """`search`, `inspect`, `pull`, `cache …`."""
     search = add("search", command_search, "find models on the Hugging Face hub")
     search.add_argument("text")
-    search.add_argument("--type", choices=MODEL_TYPES)
+    search.add_argument("--type", choices=MODEL_TYPES, help="these alone")
     look = add(
         "inspect", command_inspect, "what a repository or directory holds, and where it fits"
     )
@@ -26465,40 +30700,31 @@ def add_weights_commands(commands: Any, add: Callable[..., Any]) -> None:
         sub.add_argument("--type", choices=MODEL_TYPES, help="default: guessed")
     look.add_argument("--arguments", default="", help='for the engine: "--max-model-len 8192"')
     look.add_argument("--at-once", type=positive, default=1, help="requests at a time")
-    cache = commands.add_parser("cache", help="the weights on this server").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
-    listing = cache.add_parser("list", help="what is stored, and which models use it")
-    listing.set_defaults(command=command_cache_list)
+    cache = _group(commands, "cache", "the weights on this server")
+    listing = _verb(cache, "list", command_cache_list, "what is stored, and which models use it")
     listing.add_argument("--json", action="store_true")
-    remove = cache.add_parser("remove", help="delete weights that no model uses")
-    remove.set_defaults(command=command_cache_remove)
+    remove = _verb(cache, "remove", command_cache_remove, "delete weights that no model uses")
     remove.add_argument("repository")
     remove.add_argument("--revision", help="default: all of them")
     remove.add_argument("--despite-use", action="store_true", help="models that use it fail then")
-    prune = cache.add_parser("prune", help="delete all that no registered model uses")
-    prune.set_defaults(command=command_cache_prune)
+    prune = _verb(cache, "prune", command_cache_prune, "delete all that no registered model uses")
     for sub in (remove, prune):
         sub.add_argument("--plan", action="store_true", help="show what would go")
 
 
 def add_gpu_commands(commands: Any) -> None:
     """`gpu …` and `mig …`."""
-    group = commands.add_parser("gpu", help="the GPUs of this server").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
-    for verb, command in (("list", command_gpu_list), ("topology", command_gpu_topology)):
-        sub = group.add_parser(verb)
-        sub.set_defaults(command=command)
+    group = _group(commands, "gpu", "the GPUs of this server")
+    for verb, command, text in (
+        ("list", command_gpu_list, "memory, load, heat, watts, slices, and what sits on each"),
+        ("topology", command_gpu_topology, "how they are joined"),
+    ):
+        sub = _verb(group, verb, command, text)
         sub.add_argument("--json", action="store_true")
-    mig = commands.add_parser("mig", help="cut GPUs into slices").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
-    show = mig.add_parser("show", help="slices as they are and as they are wished")
-    show.set_defaults(command=command_mig_show)
+    mig = _group(commands, "mig", "cut GPUs into slices")
+    show = _verb(mig, "show", command_mig_show, "slices as they are and as they are wished")
     show.add_argument("--json", action="store_true")
-    choices = mig.add_parser("layouts", help="every way to cut a GPU")
-    choices.set_defaults(command=command_mig_layouts)
+    choices = _verb(mig, "layouts", command_mig_layouts, "every way to cut a GPU")
     choices.add_argument("gpu", help="index or UUID")
     for verb, text in (("plan", "what a cut would do"), ("apply", "cut a GPU; all or nothing")):
         sub = mig.add_parser(verb, help=text)
@@ -26520,9 +30746,8 @@ def _add_layout_files(mig: Any) -> None:
     taking.add_argument("file", type=Path)
     taking.add_argument("--label", help="which of its configurations")
     taking.add_argument("--plan", action="store_true", help="show the plan only")
-    export = mig.add_parser("export", help="the wished layouts in mig-parted's format")
-    export.set_defaults(command=command_mig_export)
-    export.add_argument("--label", default="llm-manager")
+    export = _verb(mig, "export", command_mig_export, "the wished layouts in mig-parted's format")
+    export.add_argument("--label", default="llm-manager", help="of the configuration in it")
 
 
 def _importing(manager: Manager, arguments: argparse.Namespace) -> Change:
@@ -26533,46 +30758,46 @@ def _importing(manager: Manager, arguments: argparse.Namespace) -> Change:
 
 def add_key_commands(commands: Any) -> None:
     """`key …` and `group …`."""
-    verbs = commands.add_parser("key", help="virtual keys for colleagues").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
-    for verb, command in (("create", command_key_create), ("set", command_key_set)):
-        sub = verbs.add_parser(verb)
-        sub.set_defaults(command=command)
+    verbs = _group(commands, "key", "virtual keys for colleagues")
+    for verb, command, text in (
+        ("create", command_key_create, "a new key; its secret is shown this once"),
+        ("set", command_key_set, "change what is named; the rest stays"),
+    ):
+        sub = _verb(verbs, verb, command, text)
         sub.add_argument("name")
         _add_key_options(sub)
         sub.add_argument("--json", action="store_true")
-    many = verbs.add_parser("import", help="a key per line of a CSV: name,email,group")
-    many.set_defaults(command=command_key_import)
+    many = _verb(verbs, "import", command_key_import, "a key per line of a CSV: name,email,group")
     many.add_argument("file", type=Path)
     _add_key_options(many)
-    listing = verbs.add_parser("list")
-    listing.set_defaults(command=command_key_list)
+    listing = _verb(verbs, "list", command_key_list, "all keys, with limits, use and last use")
     listing.add_argument("--json", action="store_true")
-    rotate = verbs.add_parser("rotate", help="another secret for the same key")
-    rotate.set_defaults(command=command_key_rotate)
+    rotate = _verb(verbs, "rotate", command_key_rotate, "another secret for the same key")
     rotate.add_argument("name")
     rotate.add_argument("--grace-hours", type=float, default=24.0, help="the old one works on")
     rotate.add_argument("--json", action="store_true")
-    why = verbs.add_parser("why", help="why a key works or fails")
-    why.set_defaults(command=command_key_why)
+    why = _verb(verbs, "why", command_key_why, "why a key works or fails")
     why.add_argument("name", nargs="?", help="whose it is; else its secret is asked for")
-    why.add_argument("--model", default="")
+    why.add_argument("--model", default="", help="whether it may ask for this one")
     _add_blocking(verbs, command_key_verb)
     _add_group_commands(commands)
 
 
 def _add_blocking(verbs: Any, command: Callable[[argparse.Namespace], int]) -> None:
-    for verb, done in (("block", "Blocked"), ("unblock", "Unblocked"), ("revoke", "Revoked")):
-        sub = verbs.add_parser(verb)
-        sub.set_defaults(command=command, verb=verb, done=done)
+    for verb, done, text in (
+        ("block", "Blocked", "refuse its requests until it is unblocked"),
+        ("unblock", "Unblocked", "take its requests again"),
+        ("revoke", "Revoked", "end it for good; what it used stays accounted for"),
+    ):
+        sub = _verb(verbs, verb, command, text)
+        sub.set_defaults(verb=verb, done=done)
         sub.add_argument("name")
 
 
 def _add_key_options(parser: Any) -> None:
-    parser.add_argument("--email")
+    parser.add_argument("--email", help="of the colleague; '' for none")
     parser.add_argument("--group", help="its name; '' for none")
-    parser.add_argument("--note")
+    parser.add_argument("--note", help="for yourself")
     parser.add_argument("--days", type=int, help="valid for; 0: for ever")
     _add_allowance_options(parser)
     parser.add_argument("--parallel", type=int, help="requests at a time; 0: any number")
@@ -26589,19 +30814,14 @@ def _add_allowance_options(parser: Any) -> None:
 
 
 def _add_group_commands(commands: Any) -> None:
-    verbs = commands.add_parser("group", help="keys that share limits").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
-    change = verbs.add_parser("set", help="make one, or change it")
-    change.set_defaults(command=command_group_set)
+    verbs = _group(commands, "group", "keys that share limits")
+    change = _verb(verbs, "set", command_group_set, "make one, or change it")
     change.add_argument("name")
-    change.add_argument("--note")
+    change.add_argument("--note", help="for yourself")
     _add_allowance_options(change)
-    listing = verbs.add_parser("list")
-    listing.set_defaults(command=command_group_list)
+    listing = _verb(verbs, "list", command_group_list, "all groups, with limits and use")
     listing.add_argument("--json", action="store_true")
-    extend = verbs.add_parser("extend", help="another end for all its keys")
-    extend.set_defaults(command=command_group_extend)
+    extend = _verb(verbs, "extend", command_group_extend, "another end for all its keys")
     extend.add_argument("name")
     extend.add_argument("--days", type=int, required=True, help="from now; 0: for ever")
     _add_blocking(verbs, command_group_verb)
@@ -26609,15 +30829,13 @@ def _add_group_commands(commands: Any) -> None:
 
 def add_token_commands(commands: Any) -> None:
     """`token …`."""
-    group = commands.add_parser("token", help="admin tokens, for programs that use the API")
-    verbs = group.add_subparsers(required=True, metavar="COMMAND")
-    for verb, command in (
-        ("create", command_token_create),
-        ("list", command_token_list),
-        ("revoke", command_token_revoke),
+    verbs = _group(commands, "token", "admin tokens, for programs that use the API")
+    for verb, command, text in (
+        ("create", command_token_create, "a new token, shown this once"),
+        ("list", command_token_list, "whose there are"),
+        ("revoke", command_token_revoke, "it opens nothing any more"),
     ):
-        sub = verbs.add_parser(verb)
-        sub.set_defaults(command=command)
+        sub = _verb(verbs, verb, command, text)
         if verb != "list":
             sub.add_argument("name", help="the program's; the audit shows it")
         if verb != "revoke":
@@ -26626,15 +30844,17 @@ def add_token_commands(commands: Any) -> None:
 
 def add_energy_commands(commands: Any) -> None:
     """`energy show | export`."""
-    group = commands.add_parser("energy", help="what GPUs took, and whose it was")
-    verbs = group.add_subparsers(required=True, metavar="COMMAND")
-    show = verbs.add_parser("show", help="kWh, money, CO2 and joules per token")
-    show.set_defaults(command=command_energy_show)
+    verbs = _group(commands, "energy", "what GPUs took, and whose it was")
+    show = _verb(verbs, "show", command_energy_show, "kWh, money, CO2 and joules per token")
     grouping = (*get_args(EnergyGrouping), "session")
-    show.add_argument("--by", choices=grouping, default="model")
+    show.add_argument("--by", choices=grouping, default="model", help="default: model")
     show.add_argument("--json", action="store_true")
-    export = verbs.add_parser("export", help="a CSV, however long; README lists the columns")
-    export.set_defaults(command=command_energy_export)
+    export = _verb(
+        verbs,
+        "export",
+        command_energy_export,
+        "a CSV, however long; docs/reference.md lists its columns",
+    )
     export.add_argument("what", choices=get_args(EnergyTable))
     export.add_argument("--separator", default=",", help="; for a German spreadsheet")
     export.add_argument("--decimal", default=".", metavar="MARK", help=", for a German spreadsheet")
@@ -26647,7 +30867,7 @@ def add_energy_commands(commands: Any) -> None:
 def add_usage_commands(commands: Any, add: Callable[..., Any]) -> None:
     """`usage`, `statement`, `price …`."""
     usage = add("usage", command_usage, "requests and tokens, out of LiteLLM's database")
-    usage.add_argument("--by", choices=get_args(Grouping), default="key")
+    usage.add_argument("--by", choices=get_args(Grouping), default="key", help="default: key")
     usage.add_argument("--from", dest="first", metavar="DAY", default="", help="such as 2026-11-21")
     usage.add_argument("--to", dest="last", metavar="DAY", default="", help="included; else today")
     other = usage.add_mutually_exclusive_group()
@@ -26662,38 +30882,33 @@ def add_usage_commands(commands: Any, add: Callable[..., Any]) -> None:
     shown = statement.add_mutually_exclusive_group()
     shown.add_argument("--csv", action="store_true", help="every line, for other programs")
     shown.add_argument("--html", action="store_true", help="a page to print")
-    price = commands.add_parser("price", help="of a million tokens, on statements alone")
-    verbs = price.add_subparsers(required=True, metavar="COMMAND")
-    named = verbs.add_parser("set")
-    named.set_defaults(command=command_price_set)
+    verbs = _group(commands, "price", "of a million tokens, on statements alone")
+    named = _verb(verbs, "set", command_price_set, "the price of a model, or of all others")
     named.add_argument("model", help="as in `usage --by model`, or * for all others")
-    named.add_argument("--prompt", type=float, required=True)
-    named.add_argument("--completion", type=float, required=True)
+    named.add_argument("--prompt", type=float, required=True, help="of a million tokens")
+    named.add_argument("--completion", type=float, required=True, help="of a million tokens")
     named.add_argument("--currency", help="of all prices: three letters")
-    removed = verbs.add_parser("remove")
-    removed.set_defaults(command=command_price_remove)
+    removed = _verb(verbs, "remove", command_price_remove, "no price any more for that model")
     removed.add_argument("model")
-    listed = verbs.add_parser("list")
-    listed.set_defaults(command=command_price_list)
+    listed = _verb(verbs, "list", command_price_list, "what a million tokens cost")
     listed.add_argument("--json", action="store_true")
 
 
 def add_direct_commands(commands: Any) -> None:
     """`direct …`."""
-    group = commands.add_parser("direct", help="keys past the gateway, straight to engines")
-    verbs = group.add_subparsers(required=True, metavar="COMMAND")
-    create = verbs.add_parser("create", help="a new key, or another one in its namesake's place")
-    create.set_defaults(command=command_direct_create)
+    verbs = _group(commands, "direct", "keys past the gateway, straight to engines")
+    create = _verb(
+        verbs, "create", command_direct_create, "a new key, or another one in its namesake's place"
+    )
     create.add_argument("name")
     create.add_argument("--model", action="append", default=[], help="repeat; none: all of them")
     create.add_argument(
         "--emergency", action="store_true", help="opens /v1 too, and needs no PostgreSQL"
     )
-    listing = verbs.add_parser("list")
-    listing.set_defaults(command=command_direct_list)
+    listing = _verb(verbs, "list", command_direct_list, "whose there are, and what they open")
     for sub in (create, listing):
         sub.add_argument("--json", action="store_true")
-    _add_named_change(verbs.add_parser("revoke"), revoking_direct)
+    _add_named_change(verbs.add_parser("revoke", help="it opens nothing any more"), revoking_direct)
 
 
 def _add_looks(add: Callable[..., Any]) -> None:
@@ -26706,38 +30921,37 @@ def _add_looks(add: Callable[..., Any]) -> None:
 def add_route_commands(commands: Any, add: Callable[..., Any]) -> None:
     """`routes`, `try`, `provider …` and `route …`."""
     _add_looks(add)
-    group = commands.add_parser("provider", help="servers of models elsewhere").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
+    group = _group(commands, "provider", "servers of models elsewhere")
     # Not even a key that is given by mistake, as `--key sk-…`, may pass for a file's name.
-    provider = group.add_parser("add", help="a new one, or a known one anew", allow_abbrev=False)
-    provider.set_defaults(command=command_provider_add)
+    provider = _verb(
+        group, "add", command_provider_add, "a new one, or a known one anew", allow_abbrev=False
+    )
     provider.add_argument("name")
-    provider.add_argument("--kind", required=True, choices=PROVIDER_KINDS)
+    provider.add_argument(
+        "--kind", required=True, choices=PROVIDER_KINDS, help="openai: any compatible address"
+    )
     provider.add_argument("--url", help=f"like http://10.0.0.7:11434; this server: {HOST_NAME}")
     provider.add_argument("--vendor", help="LiteLLM's name of a cloud; default: the name")
     key = provider.add_mutually_exclusive_group()
     key.add_argument("--ask-key", action="store_true", help="from the keyboard or standard input")
     key.add_argument("--key-file", type=Path, help="an empty one forgets the key")
-    listing = group.add_parser("list", help="the providers, asked for their health")
-    listing.set_defaults(command=command_provider_list)
-    models = group.add_parser("models", help="what it has, as routes name it")
-    models.set_defaults(command=command_provider_models)
+    listing = _verb(group, "list", command_provider_list, "the providers, asked for their health")
+    models = _verb(group, "models", command_provider_models, "what it has, as routes name it")
     models.add_argument("name")
     for sub in (listing, models):
         sub.add_argument("--json", action="store_true")
-    _add_named_change(group.add_parser("remove"), unproviding)
-    routes = commands.add_parser("route", help="public names, and who answers").add_subparsers(
-        required=True, metavar="COMMAND"
+    _add_named_change(group.add_parser("remove", help="forget it, with its key"), unproviding)
+    routes = _group(commands, "route", "public names, and who answers")
+    change = _verb(
+        routes, "set", command_route_set, "make or change a route; what is not named stays"
     )
-    change = routes.add_parser("set", help="make or change a route; what is not named stays")
-    change.set_defaults(command=command_route_set)
     change.add_argument("name", help="a new public name, a model's own, or a pattern like lab/*")
     _add_route_options(change)
-    every = routes.add_parser("list", help="every public name, and who answers for it")
-    every.set_defaults(command=command_route_list)
+    every = _verb(routes, "list", command_route_list, "every public name, and who answers for it")
     every.add_argument("--json", action="store_true")
-    _add_named_change(routes.add_parser("remove"), unrouting)
+    _add_named_change(
+        routes.add_parser("remove", help="that name is no way in any more"), unrouting
+    )
 
 
 def _add_route_options(sub: argparse.ArgumentParser) -> None:
@@ -26755,7 +30969,9 @@ def _add_route_options(sub: argparse.ArgumentParser) -> None:
         "--weight", dest="weights", action="append", type=positive, metavar="N",
         help="of each member, in their order; sets the strategy",
     )  # fmt: skip
-    sub.add_argument("--strategy", choices=STRATEGIES)
+    sub.add_argument(
+        "--strategy", choices=STRATEGIES, help="who gets a request; default: least-busy"
+    )
     for option, field_name, metavar, text in (
         ("--timeout", "timeout_seconds", "SECONDS", "for a whole answer"),
         ("--retries", "retries", "N", "before the fallbacks"),
@@ -26803,24 +31019,20 @@ def add_benchmark_command(add: Callable[..., Any]) -> None:
 
 def add_database_commands(commands: Any) -> None:
     """`database …`."""
-    group = commands.add_parser("database", help="keys and usage on the disk").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
-    show = group.add_parser("show", help="its size, and how long requests are kept")
-    show.set_defaults(command=command_database_show)
-    listing = group.add_parser("list", help="its dumps, newest first")
-    listing.set_defaults(command=command_database_list)
+    group = _group(commands, "database", "keys and usage on the disk")
+    show = _verb(group, "show", command_database_show, "its size, and how long requests are kept")
+    listing = _verb(group, "list", command_database_list, "its dumps, newest first")
     for sub in (show, listing):
         sub.add_argument("--json", action="store_true")
-    dump = group.add_parser("dump", help="a new dump, read back whole before it counts")
-    dump.set_defaults(command=command_database_dump)
+    dump = _verb(
+        group, "dump", command_database_dump, "a new dump, read back whole before it counts"
+    )
     dump.add_argument("file", nargs="?", default="", help="a name of your own; it never makes way")
     back = group.add_parser("restore", help="return to a dump; all or nothing")
     back.set_defaults(command=_changes(lambda m, a: m.database.restoring(a.file)))
     back.add_argument("file", help="from `database list`, or an absolute path")
     back.add_argument("--plan", action="store_true", help="show the plan only")
-    keep = group.add_parser("set", help="what is kept, and for how long")
-    keep.set_defaults(command=command_database_set)
+    keep = _verb(group, "set", command_database_set, "what is kept, and for how long")
     keep.add_argument(
         "--retention", type=number_or_off, metavar="DAYS", help="of single requests, or off"
     )
@@ -26829,45 +31041,44 @@ def add_database_commands(commands: Any) -> None:
 
 def add_monitoring_commands(commands: Any) -> None:
     """`monitoring …`; the switch is `config set --monitoring`."""
-    group = commands.add_parser("monitoring", help="Prometheus and Grafana").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
-    show = group.add_parser("show", help="what is scraped, and which alerts hold")
-    show.set_defaults(command=command_monitoring_show)
+    group = _group(commands, "monitoring", "Prometheus and Grafana")
+    show = _verb(group, "show", command_monitoring_show, "what is scraped, and which alerts hold")
     show.add_argument("--json", action="store_true")
-    password = group.add_parser("password", help="of Grafana's admin")
-    password.set_defaults(command=command_monitoring_password)
-    change = group.add_parser("set", help="how much is kept, and who is told of alerts")
-    change.set_defaults(command=command_monitoring_set)
-    change.add_argument("--retention-days", type=positive, metavar="DAYS")
+    _verb(group, "password", command_monitoring_password, "of Grafana's admin")
+    change = _verb(
+        group, "set", command_monitoring_set, "how much is kept, and who is told of alerts"
+    )
+    change.add_argument("--retention-days", type=positive, metavar="DAYS", help="of figures")
     change.add_argument("--retention-gb", type=positive, metavar="GB", help="the lower one counts")
     change.add_argument("--metrics-port", type=positive, metavar="PORT", help="for our own figures")
     change.add_argument("--webhook", choices=ON_OR_OFF, help="on asks for its address")
     change.add_argument("--mail", choices=ON_OR_OFF, help="on asks for the password, if any")
-    change.add_argument("--mail-to", default="", metavar="ADDRESS")
-    change.add_argument("--mail-from", default="", metavar="ADDRESS")
-    change.add_argument("--mail-server", default="", metavar="HOST:PORT")
-    change.add_argument("--mail-user", default="", metavar="NAME")
-    change.add_argument("--mail-starttls", choices=YES_OR_NO, default="yes")
+    change.add_argument("--mail-to", default="", metavar="ADDRESS", help="who is told")
+    change.add_argument("--mail-from", default="", metavar="ADDRESS", help="the sender")
+    change.add_argument("--mail-server", default="", metavar="HOST:PORT", help="who sends it")
+    change.add_argument(
+        "--mail-user", default="", metavar="NAME", help="there; asks for the password"
+    )
+    change.add_argument("--mail-starttls", choices=YES_OR_NO, default="yes", help="default: yes")
 
 
 def add_config_commands(commands: Any) -> None:
     """`config …`."""
-    config = commands.add_parser("config", help="the stored state").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
-    config.add_parser("show").set_defaults(command=command_config_show)
-    config.add_parser("check").set_defaults(command=command_config_check)
-    edge = config.add_parser("set", help="the HTTPS endpoint, energy, and monitoring")
-    edge.set_defaults(command=command_config_set)
-    edge.add_argument("--hostname", action="append")
+    config = _group(commands, "config", "the stored state")
+    _verb(config, "show", command_config_show, "all settings; secrets are stars")
+    _verb(config, "check", command_config_check, "whether config.json can be read")
+    edge = _verb(config, "set", command_config_set, "the HTTPS endpoint, energy, and monitoring")
+    edge.add_argument("--hostname", action="append", help="of the endpoint; repeatable")
     edge.add_argument("--address", help="to listen on")
-    edge.add_argument("--https-port", type=int)
-    edge.add_argument("--http-port", type=int)
-    edge.add_argument("--tls", choices=TLS_CHOICES)
-    edge.add_argument("--certificate", default="")
-    edge.add_argument("--key", default="")
-    edge.add_argument("--email", default="")
+    edge.add_argument("--https-port", type=int, help="default: 443")
+    edge.add_argument("--http-port", type=int, help="leads to HTTPS; default: 80")
+    edge.add_argument(
+        "--tls", choices=[kind for _, kind in TLS_CHOICES],
+        help="Caddy's own authority, files of this server, or Let's Encrypt",
+    )  # fmt: skip
+    edge.add_argument("--certificate", default="", metavar="FILE", help="of own: the chain")
+    edge.add_argument("--key", default="", metavar="FILE", help="of own: its private key")
+    edge.add_argument("--email", default="", help="of acme: who is told of trouble")
     edge.add_argument("--acme-directory", default="", help="a company's own ACME server")
     edge.add_argument("--open-routes", choices=YES_OR_NO, help="no closes all of them at once")
     edge.add_argument("--max-request-mib", type=positive, metavar="MIB", help="larger ones: 413")
@@ -26878,8 +31089,7 @@ def add_config_commands(commands: Any) -> None:
         "--overhead", type=float, metavar="N", help="what the room takes beside (PUE)"
     )
     edge.add_argument("--monitoring", choices=ON_OR_OFF, help="Prometheus and Grafana")
-    token = config.add_parser("token", help="the Hugging Face token, from standard input")
-    token.set_defaults(command=command_config_token)
+    _verb(config, "token", command_config_token, "the Hugging Face token, from standard input")
 
 
 def add_system_commands(commands: Any, add: Callable[..., Any]) -> None:
@@ -26894,20 +31104,13 @@ def add_system_commands(commands: Any, add: Callable[..., Any]) -> None:
     audit.add_argument("--since", metavar="DATE", help="like 2026-03-31, in UTC")
     install = add("install", command_install, "install and start the systemd service")
     install.add_argument("--root", type=Path, default=Path("/"), help="for packagers")
-    install.add_argument("--no-start", action="store_true")
+    install.add_argument("--no-start", action="store_true", help="write the unit only")
 
 
 def add_image_commands(commands: Any) -> None:
     """`image …`."""
-    image = commands.add_parser("image", help="the images, pulled and built").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
-
-    def add(verb: str, command: Callable[[argparse.Namespace], int], text: str) -> Any:
-        sub = image.add_parser(verb, help=text, description=text)
-        sub.set_defaults(command=command)
-        return sub
-
+    image = _group(commands, "image", "the images, pulled and built")
+    add = partial(_verb, image)
     listing = add("list", command_image_list, "what is pinned, and what of it is here")
     listing.add_argument("--json", action="store_true")
     build = add("build", command_image_build, "build and pin the image of a recipe")
@@ -26947,12 +31150,11 @@ def open_manager(actor: Actor | None = None) -> Manager:
         with file_errors("make the weights' directory"):
             (cache / "hub").mkdir(parents=True, exist_ok=True)
     docker_url = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
-    recipes = PROGRAM.parent / "recipes"
     system = GpuSystem()
-    tables = parse_geometries((recipes / "mig.yaml").read_text())
+    tables = parse_geometries((RECIPES / "mig.yaml").read_text())
     gpus = NvmlGpus(tables, system, turn=store.home / "lock-gpus")
     containers = DockerContainers(docker_url, state.instance)
-    failures = parse_failures((recipes / "failures.yaml").read_text())
+    failures = parse_failures((RECIPES / "failures.yaml").read_text())
     images = DockerImages(docker_url, state.instance, build_arguments(os.environ))
     weights = HuggingFace(HubCache(cache), lambda: store.load().secrets.hugging_face_token)
     database = PostgresPrograms(containers.contents, store.home / "backups")
@@ -26967,8 +31169,8 @@ def open_manager(actor: Actor | None = None) -> Manager:
             hugging_face_home=str(cache),
             compile_caches=str(store.home / "compiled"),
         ),
-        engine_options=parse_engine_options((recipes / "vllm.yaml").read_text()),
-        recipes=lambda: parse_recipes(read_recipes(recipes, store.home / "recipes")),
+        engine_options=parse_engine_options((RECIPES / "vllm.yaml").read_text()),
+        recipes=lambda: parse_recipes(read_recipes(RECIPES, store.home / "recipes")),
         enabled=system.enabled,
     )
 
@@ -27028,22 +31230,57 @@ def follow(job: Job, *, quiet: bool = False) -> int:
 
 def command_serve(arguments: argparse.Namespace) -> int:
     """Restore, then serve the console until told to stop."""
-    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    logging.getLogger("llm_manager").setLevel(logging.INFO)
     manager = open_manager(Actor(name="console", channel="console"))
     listener = listen(arguments.port)
-    state = manager.state()
-    if state.wishes_anything:
+    if manager.state().wishes_anything:
         try:
             with manager.audit.acting_as(ITSELF):
                 manager.start(restoring())
         except BusyError as error:
             log.warning("%s", error)
+    watch = serve_console(manager, listener, arguments, show_url=sys.stdout.isatty())
+    # A job may wait an hour for an engine; systemd must not. The next plan heals it, but no plan
+    # knows of keys whose secrets nobody was told.
+    manager.break_off(MAKING_KEYS, BREAK_OFF_SECONDS)
+    watch.close()
+    logging.shutdown()
+    os._exit(DONE)
+
+
+def command_demo(arguments: argparse.Namespace) -> int:
+    """The console over a server that is only imagined; its home is gone in the end."""
+    # However it ends, its home goes; uvicorn knows nothing of a terminal that is closed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
+    listener = listen(arguments.port)
+    imagined = parse_imagined((RECIPES / "demo.yaml").read_text())
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        tempfile.TemporaryDirectory(prefix="llm-manager-demo-", ignore_cleanup_errors=True) as home,
+    ):
+        installation = ImaginedInstallation(imagined, Path(home))
+        with installation.living():
+            serve_console(installation.manager, listener, arguments, show_url=True).close()
+    logging.shutdown()
+    os._exit(DONE)
+
+
+def serve_console(
+    manager: Manager, listener: socket.socket, arguments: argparse.Namespace, *, show_url: bool
+) -> Watch:
+    """Serve it until told to stop; what looked at the server goes on until it is closed."""
+    os.environ |= {
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "GRADIO_TEMP_DIR": str(manager.home / "pages"),  # it may hold what an operator uploads
+    }
+    logging.getLogger("llm_manager").setLevel(logging.INFO)
+    state = manager.state()
     watch = Watch(manager, records=manager.energy_records)
     app = build_app(manager, watch)
     MetricsServer(manager, watch)
     config = uvicorn.Config(app, log_level="warning", log_config=None, timeout_graceful_shutdown=3)
-    if sys.stdout.isatty():  # the journal must not hold the token
+    if show_url:  # the journal must not hold the token
         out(f"LLM Manager: {console_url(state, arguments.port)}")
     else:
         say = log.info if arguments.log_json else out
@@ -27052,12 +31289,7 @@ def command_serve(arguments: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listener])
-    # A job may wait an hour for an engine; systemd must not. The next plan heals it, but no plan
-    # knows of keys whose secrets nobody was told.
-    manager.break_off(MAKING_KEYS, BREAK_OFF_SECONDS)
-    watch.close()
-    logging.shutdown()
-    os._exit(DONE)
+    return watch
 
 
 class MetricsServer:
@@ -27116,7 +31348,7 @@ def listen(port: int) -> socket.socket:
         listener.close()
         raise ManagerError(
             f"Port {port} of {CONSOLE_HOST} cannot be used: {error.strerror}.",
-            advice="Is the console running already? Else choose another one: `serve --port 7861`.",
+            advice="Is the console running already? Else choose another one: `--port 7861`.",
         ) from error
     return listener
 
@@ -27127,7 +31359,10 @@ def console_url(state: State, port: int) -> str:
 
 
 def command_url(arguments: argparse.Namespace) -> int:
-    out(console_url(open_manager().state(), arguments.port))
+    manager = open_manager()
+    if arguments.renew:
+        manager.save(renewing_console_key(pydantic.SecretStr(secrets.token_urlsafe(32))))
+    out(console_url(manager.state(), arguments.port))
     return DONE
 
 

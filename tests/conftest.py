@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, settings
 # No test asks the real hub, not even by mistake: this one refuses at once.
 os.environ.setdefault("HF_ENDPOINT", "http://127.0.0.1:9")
 
-pytest_plugins = ["reporting"]
+pytest_plugins = ["browsing", "reporting"]
 GOLDEN = Path(__file__).parent / "golden"
 DOCKER_SOCKET = "unix:///var/run/docker.sock"
 
@@ -106,6 +106,18 @@ def need(kind: str, *, listed_as: str = "") -> None:
     if (listed_as or kind) in listed("LLM_MANAGER_TESTS_REQUIRE"):
         pytest.fail(f"{reason}, and LLM_MANAGER_TESTS_REQUIRE wants it", pytrace=False)
     pytest.skip(reason)
+
+
+# What runs file by file on two processes ends soonest when no long file is left to the last.
+LONGEST_FIRST = (
+    "test_engines", "test_benchmark_runs", "test_engine_reports", "test_gpu_story",
+    "test_library_story", "test_routing", "test_images", "test_fit_truth", "test_proofs",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {name: rank for rank, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -52,7 +52,7 @@ class Program:
         self.manager.usage._tables = FakeTables  # type: ignore[method-assign,assignment]
         self.api = lm.build_api(self.manager, lm.Watch(self.manager, seconds=3600))
         gate = lm.TokenGate(self.api, self.manager)
-        self.app = lm.Guard(console, gate, SecretStr("k"), "a1b2c3")
+        self.app = lm.Guard(console, gate, lambda: SecretStr("k"), "a1b2c3")
         token, secret = lm.new_admin_token("ci")
         self.manager.save(lm.granting_token(token))
         self.secret = secret.get_secret_value()
@@ -556,6 +556,14 @@ def test_what_is_not_there_is_told_alike(
     answer = settled.ask(method, path)
     problem(answer, status)
     assert (status == 405) == ("allow" in answer.headers)
+
+
+def test_who_guesses_tokens_must_wait(program: Program) -> None:
+    for guess in range(10):
+        assert program.get("status", authorization=f"Bearer {guess}").status_code == 401
+    answer = program.get("status")
+    assert "Too many wrong tokens" in problem(answer, 429)
+    assert 0 < int(answer.headers["retry-after"]) <= 60
 
 
 def test_a_state_of_before_has_no_tokens(settled: Program) -> None:

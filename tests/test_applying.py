@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 from builders import GPU_0, GPU_1, a_model, a_site, a_state, an_engine, on_gpus, only
-from fake_gpus import SimulatedGpus, a_card
-from fakes import Crash, FakeFiles, Trouble, World, a_world, some_tools
+from fakes import Crash, FakeFiles, Trouble, a_world, copy_of, some_tools
 
 import llm_manager as lm
 
@@ -37,7 +36,7 @@ class Outcome:
 
 def run(
     state: lm.State,
-    world: World,
+    world: lm.SimulatedHost,
     trouble: Trouble | None = None,
     *,
     model: str | None = None,
@@ -62,28 +61,28 @@ def run(
     return outcome
 
 
-def two_gpus() -> SimulatedGpus:
-    return SimulatedGpus([a_card("H100 80 GB")] * 2)
+def two_gpus() -> lm.SimulatedGpus:
+    return lm.SimulatedGpus([lm.simulated_card("H100 80 GB")] * 2)
 
 
-def a_server_with(state: lm.State) -> World:
+def a_server_with(state: lm.State) -> lm.SimulatedHost:
     world = a_world()
     world.broken.add(BROKEN)
     assert run(state, world).error is None
     return world
 
 
-def plan_for(state: lm.State, world: World) -> str:
+def plan_for(state: lm.State, world: lm.SimulatedHost) -> str:
     return str(lm.plan_state(state, lm.observe(some_tools(world)), a_site()))
 
 
-def shape(world: World) -> dict[str, tuple[str, bool]]:
+def shape(world: lm.SimulatedHost) -> dict[str, tuple[str, bool]]:
     """Every container with its settings, and whether it runs."""
     return {name: (str(c.spec.hash), c.running) for name, c in world.containers.items()}
 
 
 @pytest.fixture(scope="module")
-def two_models() -> World:
+def two_models() -> lm.SimulatedHost:
     """Copy it: every test has a server of its own."""
     return a_server_with(TWO)
 
@@ -97,8 +96,8 @@ def test_a_first_deployment_ends_routed_and_with_nothing_left_to_do() -> None:
     assert plan_for(TWO, world) == ""
 
 
-def test_the_start_log_of_an_engine_is_kept(two_models: World) -> None:
-    world = two_models.copy()
+def test_the_start_log_of_an_engine_is_kept(two_models: lm.SimulatedHost) -> None:
+    world = copy_of(two_models)
     assert run(CHANGED, world).error is None
     assert isinstance(world.files, FakeFiles)
     assert set(world.files.kept) == {CHAT}
@@ -139,7 +138,7 @@ NEWER = a_state(a_model(replicas=2, engine_arguments=("--seed", "1")))
 SECOND = lm.ContainerName("llm-model-chat-1")
 
 
-def replicas_routed(world: World) -> set[str]:
+def replicas_routed(world: lm.SimulatedHost) -> set[str]:
     """What the gateway that the edge turns to would send requests to."""
     slot = lm.serving_slot(lm.observe(some_tools(world)))
     gateway = world.containers[lm.gateway_name(REPLICAS, slot or "a")]
@@ -173,7 +172,7 @@ def test_a_replica_is_not_stopped_before_it_is_idle() -> None:
 def test_a_failure_among_replicas_leaves_only_those_routed_that_answer() -> None:
     settled = a_server_with(REPLICAS)
     for at, later in strikes(NEWER, settled):
-        world = settled.copy()
+        world = copy_of(settled)
         run(NEWER, world, Trouble((at,), after=later, error=a_failure))
         assert world.routed() == {"chat"}, (at, later)
         assert all(map(world.serves, replicas_routed(world))), (at, later)
@@ -181,9 +180,9 @@ def test_a_failure_among_replicas_leaves_only_those_routed_that_answer() -> None
         assert plan_for(NEWER, world) == "", (at, later)
 
 
-def test_two_engines_on_two_gpus_are_both_made(two_models: World) -> None:
+def test_two_engines_on_two_gpus_are_both_made(two_models: lm.SimulatedHost) -> None:
     state = a_state(a_model(placement=on_gpus(GPU_0)), a_model("other", placement=on_gpus(GPU_1)))
-    world = two_models.copy()
+    world = copy_of(two_models)
     world.gpus = two_gpus()
     assert run(state, world).error is None
     assert plan_for(state, world) == ""
@@ -203,9 +202,9 @@ def test_two_engines_on_two_gpus_are_both_made(two_models: World) -> None:
     ids=["changed", "failing", "stopped", "removed", "added", "gateway image", "hostname"],
 )
 def test_another_model_is_routed_at_every_moment_of_a_change(
-    two_models: World, after: lm.State
+    two_models: lm.SimulatedHost, after: lm.State
 ) -> None:
-    world = two_models.copy()
+    world = copy_of(two_models)
 
     def watch() -> None:
         assert "other" in world.routed()
@@ -217,8 +216,8 @@ def test_another_model_is_routed_at_every_moment_of_a_change(
 # --- what fails ------------------------------------------------------------------------
 
 
-def test_a_failed_replacement_brings_the_old_container_back(two_models: World) -> None:
-    world = two_models.copy()
+def test_a_failed_replacement_brings_the_old_container_back(two_models: lm.SimulatedHost) -> None:
+    world = copy_of(two_models)
     before = shape(world)
     outcome = run(BREAKING, world, model="chat")
     assert str(outcome.error) == (
@@ -229,8 +228,8 @@ def test_a_failed_replacement_brings_the_old_container_back(two_models: World) -
     assert world.routed() == {"chat", "other"}
 
 
-def test_what_fails_is_undone_newest_first(two_models: World) -> None:
-    outcome = run(BREAKING, two_models.copy(), model="chat")
+def test_what_fails_is_undone_newest_first(two_models: lm.SimulatedHost) -> None:
+    outcome = run(BREAKING, copy_of(two_models), model="chat")
     image = TWO.images.vllm_cpu
     assert [line for line in outcome.lines if "undo" in line] == [
         f"undone: create llm-model-chat-0 from {image}: its settings changed",
@@ -238,12 +237,14 @@ def test_what_fails_is_undone_newest_first(two_models: World) -> None:
     ]
 
 
-def test_an_undo_that_fails_is_reported_and_the_next_still_runs(two_models: World) -> None:
+def test_an_undo_that_fails_is_reported_and_the_next_still_runs(
+    two_models: lm.SimulatedHost,
+) -> None:
     smooth = Trouble()
-    run(BREAKING, two_models.copy(), smooth, model="chat")
+    run(BREAKING, copy_of(two_models), smooth, model="chat")
     # stop, rename, create, start; then the undo: stop, remove, rename, start
     assert smooth.count == 8
-    world = two_models.copy()
+    world = copy_of(two_models)
     outcome = run(BREAKING, world, Trouble((3, 4), error=a_failure), model="chat")
     assert [line for line in outcome.lines if "undo" in line] == [
         f"could not undo create llm-model-chat-0 from {TWO.images.vllm_cpu}: its settings changed: "
@@ -255,10 +256,10 @@ def test_an_undo_that_fails_is_reported_and_the_next_still_runs(two_models: Worl
 
 @pytest.mark.parametrize(("last", "kept"), [(2, False), (99, True)])
 def test_a_container_that_cannot_be_taken_back_keeps_the_files_it_reads(
-    two_models: World, last: int, kept: bool
+    two_models: lm.SimulatedHost, last: int, kept: bool
 ) -> None:
     """Docker restarts a gateway by itself; without its configuration it would never come up."""
-    world = two_models.copy()
+    world = copy_of(two_models)
     tools = some_tools(world, Trouble(range(2, last + 1), error=a_failure))
     world.files.trouble = Trouble()  # type: ignore[attr-defined] - the disk is well
     spec = lm.render_gateway(TWO, "b", lm.served_models(TWO, TWO.models), a_site())
@@ -272,8 +273,8 @@ def test_a_container_that_cannot_be_taken_back_keeps_the_files_it_reads(
     assert ("litellm-b/config.yaml" in world.files.read_generated()) is kept
 
 
-def test_a_stop_that_fails_half_way_leaves_the_model_running(two_models: World) -> None:
-    world = two_models.copy()
+def test_a_stop_that_fails_half_way_leaves_the_model_running(two_models: lm.SimulatedHost) -> None:
+    world = copy_of(two_models)
     before = shape(world)
     run(CHANGED, world, Trouble((1,), after=True, error=a_failure), model="chat")
     assert shape(world) == before
@@ -299,8 +300,8 @@ def test_every_failure_of_one_change_is_named() -> None:
     assert error.advice == "Mend that, then deploy again; its whole log is kept."
 
 
-def test_an_image_that_no_registry_has_interrupts_nothing(two_models: World) -> None:
-    world = two_models.copy()
+def test_an_image_that_no_registry_has_interrupts_nothing(two_models: lm.SimulatedHost) -> None:
+    world = copy_of(two_models)
     world.absent_images.add("example/none:v1")
     before = shape(world)
     error = run(TWO.with_model(a_model(image="example/none:v1")), world, model="chat").error
@@ -309,8 +310,8 @@ def test_an_image_that_no_registry_has_interrupts_nothing(two_models: World) -> 
     assert shape(world) == before
 
 
-def test_weights_that_the_hub_does_not_have_interrupt_nothing(two_models: World) -> None:
-    world = two_models.copy()
+def test_weights_that_the_hub_does_not_have_interrupt_nothing(two_models: lm.SimulatedHost) -> None:
+    world = copy_of(two_models)
     world.absent_weights.add("acme/gone")
     moved = TWO.with_model(a_model(source=lm.HubSource(repository="acme/gone")))
     before = shape(world)
@@ -318,8 +319,8 @@ def test_weights_that_the_hub_does_not_have_interrupt_nothing(two_models: World)
     assert shape(world) == before
 
 
-def test_weights_are_fetched_once(two_models: World) -> None:
-    world = two_models.copy()
+def test_weights_are_fetched_once(two_models: lm.SimulatedHost) -> None:
+    world = copy_of(two_models)
     moved = TWO.with_model(a_model(source=lm.HubSource(repository="acme/new")))
     said = run(moved, world).lines
     assert "download acme/new: not on this server" in said
@@ -327,8 +328,8 @@ def test_weights_are_fetched_once(two_models: World) -> None:
     assert plan_for(moved, world) == ""
 
 
-def test_a_rejected_caddyfile_changes_nothing(two_models: World) -> None:
-    world = two_models.copy()
+def test_a_rejected_caddyfile_changes_nothing(two_models: lm.SimulatedHost) -> None:
+    world = copy_of(two_models)
     world.rejected = "example.org"
     before, files = shape(world), world.files.read_generated()
     state = replace(TWO, edge=replace(TWO.edge, hostnames=("example.org",)))
@@ -351,9 +352,9 @@ def test_a_database_that_does_not_come_up_leaves_the_endpoint_alone() -> None:
 
 @pytest.mark.parametrize("images", [{"postgres": "postgres:99"}, {"litellm": "litellm:99"}])
 def test_a_stopped_model_frees_its_gpu_even_while_the_endpoint_is_broken(
-    two_models: World, images: dict[str, str]
+    two_models: lm.SimulatedHost, images: dict[str, str]
 ) -> None:
-    world = two_models.copy()
+    world = copy_of(two_models)
     world.broken |= {*images.values()}
     stopped = TWO.with_model(a_model(wish="stopped"))
     outcome = run(replace(stopped, images=replace(TWO.images, **images)), world)
@@ -362,8 +363,10 @@ def test_a_stopped_model_frees_its_gpu_even_while_the_endpoint_is_broken(
     assert {OTHER, "llm-postgres", "llm-litellm-a", "llm-caddy"} <= world.running()
 
 
-def test_a_database_image_that_fails_brings_the_old_database_back(two_models: World) -> None:
-    world = two_models.copy()
+def test_a_database_image_that_fails_brings_the_old_database_back(
+    two_models: lm.SimulatedHost,
+) -> None:
+    world = copy_of(two_models)
     before = shape(world)
     world.broken.add("postgres:99")
     state = replace(TWO, images=replace(TWO.images, postgres="postgres:99"))
@@ -384,13 +387,13 @@ def test_a_second_replica_that_fails_brings_the_first_back_too() -> None:
     assert shape(world) == shaped
 
 
-def effects_of(after: lm.State, world: World) -> int:
+def effects_of(after: lm.State, world: lm.SimulatedHost) -> int:
     counted = Trouble()
-    run(after, world.copy(), counted)
+    run(after, copy_of(world), counted)
     return counted.count
 
 
-def strikes(after: lm.State, world: World) -> Iterator[tuple[int, bool]]:
+def strikes(after: lm.State, world: lm.SimulatedHost) -> Iterator[tuple[int, bool]]:
     """Every effect of a change, just before and just after it."""
     for at in range(1, effects_of(after, world) + 1):
         yield at, False
@@ -401,10 +404,10 @@ def strikes(after: lm.State, world: World) -> Iterator[tuple[int, bool]]:
     "after", [CHANGED, TWO.with_model(a_model("third"))], ids=["changed", "added"]
 )
 def test_a_failure_at_any_moment_drops_no_model_that_was_routed(
-    two_models: World, after: lm.State
+    two_models: lm.SimulatedHost, after: lm.State
 ) -> None:
     for at, later in strikes(after, two_models):
-        world = two_models.copy()
+        world = copy_of(two_models)
         run(after, world, Trouble((at,), after=later, error=a_failure))
         assert world.routed() >= {"chat", "other"}, (at, later)
         run(after, world)
@@ -415,8 +418,8 @@ def test_a_failure_at_any_moment_drops_no_model_that_was_routed(
 
 
 @pytest.mark.parametrize("line", ["set aside llm-model-chat", "create llm-model-chat", "wait unti"])
-def test_cancelling_undoes_what_was_begun(two_models: World, line: str) -> None:
-    world = two_models.copy()
+def test_cancelling_undoes_what_was_begun(two_models: lm.SimulatedHost, line: str) -> None:
+    world = copy_of(two_models)
     before = shape(world)
     outcome = run(CHANGED, world, model="chat", cancel_at=line)
     assert isinstance(outcome.error, lm.CancelledError)
@@ -442,8 +445,8 @@ def test_cancelling_while_the_old_ones_are_discarded_keeps_the_new_ones() -> Non
     assert {"llm-model-chat-0", "llm-model-chat-1"} <= world.running()
 
 
-def test_a_pull_can_be_cancelled_between_its_events(two_models: World) -> None:
-    world = two_models.copy()
+def test_a_pull_can_be_cancelled_between_its_events(two_models: lm.SimulatedHost) -> None:
+    world = copy_of(two_models)
     before = shape(world)
     state = TWO.with_model(a_model(image="example/engine:v2"))
     outcome = run(state, world, model="chat", cancel_at="10 B of 100 B")
@@ -480,7 +483,7 @@ def test_a_kill_at_any_moment_is_healed_by_the_next_plan(story: str) -> None:
     before, after = KILLED[story]
     settled = a_server_with(before)
     for at, later in strikes(after, settled):
-        world = settled.copy()
+        world = copy_of(settled)
         databases, volumes = len(databases_of(world)), set(world.volumes)
         assert isinstance(run(after, world, Trouble((at,), after=later)).error, Crash)
         assert len(databases_of(world)) >= databases, (at, later)
@@ -490,7 +493,7 @@ def test_a_kill_at_any_moment_is_healed_by_the_next_plan(story: str) -> None:
         assert len(databases_of(world)) >= databases, (at, later)
 
 
-def databases_of(world: World) -> list[str]:
+def databases_of(world: lm.SimulatedHost) -> list[str]:
     return [name for name, c in world.containers.items() if c.spec.role == "database"]
 
 
@@ -499,7 +502,7 @@ def test_after_a_kill_the_way_back_is_open_too(story: str) -> None:
     before, after = KILLED[story]
     settled = a_server_with(before)
     for at, later in strikes(after, settled):
-        world = settled.copy()
+        world = copy_of(settled)
         run(after, world, Trouble((at,), after=later))
         assert run(before, world).error is None, (at, later)
         assert plan_for(before, world) == "", (at, later)

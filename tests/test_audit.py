@@ -9,7 +9,7 @@ import stat
 import subprocess
 import sys
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, timedelta
 from pathlib import Path
 
 import pytest
@@ -116,6 +116,7 @@ def test_what_the_program_does_by_itself_is_nobody_elses_doing(server: Server) -
     watch = lm.Watch(server.manager, seconds=0.01, revivals=lm.Revivals(pauses=(0.0,)))
     server.world.end("llm-model-chat-0", 1)
     assert until(lambda: last(server).what == "Start chat again")
+    watch.close()
     assert (last(server).who, last(server).channel) == ("llm-manager", "itself")
     assert watch.latest().state is not None
 
@@ -242,6 +243,13 @@ def test_what_cannot_be_written_goes_to_the_journal_and_stops_nothing(
     assert '"what":"Register chat"' in caplog.text
 
 
+def test_versions_are_chosen_by_when_they_were_written() -> None:
+    versions = [(1, NOW), (2, NOW + timedelta(hours=1))]
+    assert lm.version_choices(versions, UTC) == [
+        ("2, as of 2026-03-04 06:06 UTC", "2"), ("1, as of 2026-03-04 05:06 UTC", "1"),
+    ]  # fmt: skip
+
+
 def test_entries_are_chosen_by_day_and_exported(trail: lm.AuditTrail) -> None:
     entries = [
         lm.AuditEntry(who="ada", channel="API", what='Route "a, b"', started_at=NOW, job="1")
@@ -253,8 +261,8 @@ def test_entries_are_chosen_by_day_and_exported(trail: lm.AuditTrail) -> None:
     assert trail.entries() == entries
     assert trail.entries(since=NOW + timedelta(hours=1)) == entries[1:]
     assert lm.audit_rows(entries)[::-1] == [
-        ["2026-03-04 05:06:07", "ada", "API", 'Route "a, b"', "failed: No. Yes.", "3 s", "1"],
-        ["2026-03-05 05:06:07", "bob", "console", "x", "begun", "", ""],
+        ["2026-03-04 05:06 UTC", "ada", "API", 'Route "a, b"', "failed: No. Yes.", "3 s", "1"],
+        ["2026-03-05 05:06 UTC", "bob", "console", "x", "begun", "", ""],
     ]
     first, _ = csv.DictReader(io.StringIO(lm.audit_csv(entries)))
     assert (first["what"], first["fault"]) == ('Route "a, b"', "No. Yes.")

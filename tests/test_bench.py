@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 from builders import GPU_0, NOW, a_model
-from fake_gpus import Card, SimulatedGpus
 from fakes import Server
 from hypothesis import given
 from hypothesis import strategies as st
@@ -62,9 +61,10 @@ def test_a_ladder_is_climbed_upwards_each_rung_once(text: str, ladder: tuple[int
 
 
 @pytest.mark.parametrize(
-    "text", ["", "0,1", "1,two", "-1", "1.5", "1025", ",".join(map(str, range(1, 14))), "1,", "²"]
+    "text",
+    ["", None, "0,1", "1,two", "-1", "1.5", "1025", ",".join(map(str, range(1, 14))), "1,", "²"],
 )
-def test_what_is_no_ladder_is_refused(text: str) -> None:
+def test_what_is_no_ladder_is_refused(text: str | None) -> None:
     with pytest.raises(lm.InvalidError, match="ladder"):
         lm.parse_ladder(text)
 
@@ -308,7 +308,7 @@ class Generator:
 @pytest.fixture
 def server(tmp_path: Path) -> Server:
     """It serves chat, on a GPU."""
-    made = Server(tmp_path / "home", SimulatedGpus([Card("H200", "Hopper", 143771)]))
+    made = Server(tmp_path / "home", lm.SimulatedGpus([lm.SimulatedCard("H200", "Hopper", 143771)]))
     made.manager.register(
         {"name": "chat", "type": "chat", "source": {"kind": "local", "path": "/srv/chat"},
          "placement": {"kind": "gpu", "gpu_uuids": [GPU_0]}}

@@ -200,5 +200,6 @@ def test_the_service_serves_a_renewed_certificate_by_itself_once(tmp_path: Path)
     assert until(
         lambda: not lm.running_job(watch.latest()) and not server.manager.plan(lm.applying())
     )
+    watch.close()
     titles = [job.title for job in watch.latest().jobs]
     assert titles.count("Serve the renewed certificate") == 1

@@ -436,6 +436,9 @@ def test_no_secret_is_printed_but_by_the_command_that_is_for_it(run: Run, tmp_pa
         ended = run(*command)
         assert not [value for value in values if value in ended.out + ended.err], command
     assert run("url").out == f"http://127.0.0.1:7860/?token={values[3]}\n"
+    renewed = run("url", "--renew").out
+    assert values[3] not in renewed
+    assert run("url").out == renewed
 
 
 def test_a_wish_is_kept_although_docker_is_absent(with_chat: Run) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
+import socket
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import timedelta
-from typing import Any
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, cast
 
 import gradio as gr
 import httpx
@@ -29,8 +32,7 @@ from builders import (
     seen,
     the,
 )
-from fake_gpus import Card, SimulatedGpus
-from fakes import a_world, some_tools
+from fakes import Server, a_world, some_tools
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
@@ -78,7 +80,7 @@ async def behind(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b"inside"})
 
 
-GUARD = lm.Guard(behind, behind, KEY, "a1b2c3")
+GUARD = lm.Guard(behind, behind, lambda: KEY, "a1b2c3")
 
 
 def ask(path: str = "/", app: Any = GUARD, **headers: str | bytes) -> httpx.Response:
@@ -131,7 +133,7 @@ def test_a_token_counts_on_the_first_page_alone() -> None:
 
 
 def test_another_installations_cookie_opens_nothing() -> None:
-    other = lm.Guard(behind, behind, a_secret("other"), "a1b2c3")
+    other = lm.Guard(behind, behind, lambda: a_secret("other"), "a1b2c3")
     assert ask(app=other, cookie=session()).status_code == 401
 
 
@@ -183,12 +185,91 @@ def test_the_operators_own_page_passes_through_any_tunnel(headers: dict[str, str
     assert ask(cookie=session(), **headers).text == "inside"
 
 
+@pytest.mark.parametrize("path", ["/", "/none", f"/?token={TOKEN}", "/?token=x", "/api/v1/status"])
 @pytest.mark.parametrize("cookie", ["", "good"])
-def test_every_answer_forbids_frames_and_referrers(cookie: str) -> None:
-    answer = ask(cookie=session() if cookie else "")
+def test_every_answer_forbids_frames_referrers_and_other_servers(path: str, cookie: str) -> None:
+    answer = ask(path, cookie=session() if cookie else "")
     assert answer.headers["x-frame-options"] == "DENY"
     assert answer.headers["referrer-policy"] == "no-referrer"
     assert answer.headers["x-content-type-options"] == "nosniff"
+    assert answer.headers["cross-origin-resource-policy"] == "same-origin"
+    policy = dict(
+        part.split(" ", 1) for part in answer.headers["content-security-policy"].split("; ")
+    )
+    assert policy["default-src"] == "'self'"
+    assert policy["frame-ancestors"] == policy["object-src"] == policy["form-action"] == "'none'"
+    assert "connect-src" not in policy, "so that default-src holds for it"
+    assert "//" not in answer.headers["content-security-policy"]
+
+
+def test_a_websocket_is_refused_whoever_opens_it() -> None:
+    said: list[Any] = []
+
+    async def send(message: Any) -> None:
+        said.append(message)
+
+    headers = [(b"host", HOST.encode()), (b"cookie", session().encode())]
+    asyncio.run(GUARD({"type": "websocket", "path": "/", "headers": headers}, None, send))
+    assert said == [{"type": "websocket.close", "code": 1008}]
+
+
+class Hands:
+    """A clock that is set by hand."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_who_guesses_must_wait_and_no_page_that_is_open_does() -> None:
+    clock = Hands()
+    guard = lm.Guard(behind, behind, lambda: KEY, "a1b2c3", lm.Guesses(clock))
+    cookie = session()
+    for guess in range(10):
+        assert ask(f"/?token={guess}", guard).status_code == 401
+        clock.now += 1
+    for token in ("another", TOKEN):
+        answer = ask(f"/?token={token}", guard)
+        assert answer.status_code == 429
+        assert answer.headers["retry-after"] == "50"
+        assert "set-cookie" not in answer.headers
+    assert ask(cookie=cookie, app=guard).text == "inside"
+    clock.now += 50
+    assert ask(f"/?token={TOKEN}", guard).status_code == 303, "no minute is longer than a minute"
+
+
+def test_the_same_wrong_token_is_one_guess_however_often_it_comes() -> None:
+    guard = lm.Guard(behind, behind, lambda: KEY, "a1b2c3", lm.Guesses(Hands()))
+    for _ in range(50):
+        assert ask("/?token=of-last-year", guard).status_code == 401
+    assert ask(f"/?token={TOKEN}", guard).status_code == 303
+
+
+def test_guesses_are_forgotten_and_kept_in_bounds() -> None:
+    clock = Hands()
+    guesses = lm.Guesses(clock)
+    guard = lm.Guard(behind, behind, lambda: KEY, "a1b2c3", guesses)
+    for guess in range(500):
+        ask(f"/?token={guess}", guard)
+    assert [len(wrong) for wrong in guesses._wrong.values()] == [10]
+    clock.now = 60
+    ask(f"/?token={TOKEN}", guard)
+    assert guesses._wrong == {}
+
+
+def test_one_account_of_the_server_shuts_out_no_other() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname()) as client,
+    ):
+        assert lm.account_of(client.getsockname()) == os.getuid()
+        address = client.getsockname()
+        client.close()  # the kernel keeps the connection, and says that it is root's
+        assert lm.account_of(address) is None
+    for stranger in (("127.0.0.1", 0), ("192.0.2.1", 7860), None):
+        assert lm.account_of(stranger) is None
 
 
 # --- the page, as Gradio builds it ------------------------------------------------------------
@@ -200,7 +281,7 @@ def manager(tmp_path_factory: pytest.TempPathFactory) -> lm.Manager:
     store.ensure(fixed_names=True)
     store.save(a_state(a_model(), hugging_face_home="/hub", secrets=a_state().secrets))
     site = lm.Site(generated=str(store.generated), hugging_face_home="/hub", compile_caches="/c")
-    gpus = SimulatedGpus([Card("<b>H200</b>", "Hopper", 143771)])
+    gpus = lm.SimulatedGpus([lm.SimulatedCard("<b>H200</b>", "Hopper", 143771)])
     return lm.Manager(store, some_tools(a_world(store, gpus)), site, engine_options={})
 
 
@@ -217,6 +298,24 @@ def test_the_whole_page_is_built_and_served_behind_the_gate(app: lm.Guard) -> No
     for path in ("/", "/config", "/gradio_api/info", "/theme.css", "/gradio_api/startup-events"):
         assert ask(path, app).status_code == 401
         assert ask(path, app, cookie=cookie, host="evil.example").status_code == 403
+
+
+def test_nothing_but_tabs_stands_among_the_tabs(app: lm.Guard) -> None:
+    # Of anything else there Gradio (6.31) makes the last tab twice, and its news goes astray.
+    cookie = ask(f"/?token={TOKEN}", app).headers["set-cookie"].split(";")[0]
+    config = ask("/config", app, cookie=cookie).json()
+    kinds = {component["id"]: component["type"] for component in config["components"]}
+    among = next(
+        node["children"] for node in nodes_of(config["layout"]) if kinds.get(node["id"]) == "tabs"
+    )
+    assert len(among) == 10
+    assert {kinds[child["id"]] for child in among} == {"tabitem"}
+
+
+def nodes_of(layout: Any) -> Iterator[Any]:
+    yield layout
+    for child in layout.get("children") or ():
+        yield from nodes_of(child)
 
 
 def test_no_handler_of_the_page_is_public_and_no_secret_is_in_it(app: lm.Guard) -> None:
@@ -236,6 +335,180 @@ def test_the_pages_of_fastapi_itself_are_off(app: lm.Guard) -> None:
         assert ask(path, app, cookie=cookie).status_code in {404, 403}, path
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("upload", "upload_progress", "file=/etc/hostname", "file/etc/hostname", "deep_link"),
+        *("proxy=http://127.0.0.1/", "run/on_register", "api/on_register", "call/on_register"),
+        *("call/v2/on_register", "stream/x", "component_server", "process_recording", "reset"),
+        *("vibe-code", "vibe-edit", "openapi.json", "dev/reload", "runs", "user", "token"),
+        *("profiling/traces", "custom_component/1/client/component/x.js", "queue/status"),
+    ],
+)
+def test_what_gradio_has_and_no_tab_needs_is_shut(app: lm.Guard, path: str) -> None:
+    cookie = ask(f"/?token={TOKEN}", app).headers["set-cookie"].split(";")[0]
+    assert ask(f"/gradio_api/{path}", app).status_code == 401
+    answer = ask(f"/gradio_api/{path}", app, cookie=cookie)
+    assert (answer.status_code, answer.text) == (404, "There is nothing here.\n")
+
+
+@pytest.mark.parametrize(
+    "path", ["login", "logout", "monitoring/summary", "pwa_icon", "robots.txt"]
+)
+def test_no_page_of_gradios_but_the_one_is_open(app: lm.Guard, path: str) -> None:
+    cookie = ask(f"/?token={TOKEN}", app).headers["set-cookie"].split(";")[0]
+    assert ask(f"/{path}", app, cookie=cookie).text == "There is nothing here.\n"
+
+
+def test_every_path_of_our_own_is_open_to_the_page(app: lm.Guard) -> None:
+    own = [route.path for route in app._app.routes if getattr(route, "endpoint", None)]
+    assert len(own) >= 5
+    assert [path for path in own if not lm.PAGE_PATHS.fullmatch(re.sub(r"{.+}", "x", path))] == []
+
+
+def test_only_what_bears_its_hash_in_its_name_is_kept_by_browsers(app: lm.Guard) -> None:
+    cookie = ask(f"/?token={TOKEN}", app).headers["set-cookie"].split(";")[0]
+    page = ask("/", app, cookie=cookie)
+    (script, *_) = re.findall(r"/assets/[\w.-]+\.js", page.text)
+    assert "immutable" in ask(script, app, cookie=cookie).headers["cache-control"]
+    for path in ("/", "/config", "/assets/none.js", "/news?tab=Overview", "/audit.csv"):
+        assert ask(path, app, cookie=cookie).headers["cache-control"] == "no-store", path
+
+
+def test_the_page_is_told_once_what_changed_in_its_tab(app: lm.Guard) -> None:
+    cookie = ask(f"/?token={TOKEN}", app).headers["set-cookie"].split(";")[0]
+    first = ask("/news?tab=Energy", app, cookie=cookie).json()
+    assert first == ask("/news?tab=Energy", app, cookie=cookie).json()
+    assert ask("/news?tab=", app, cookie=cookie).json() | {"start": ""} == {
+        "start": "", "tab": None, "number": 0
+    }  # fmt: skip
+    assert ask("/news?tab=Energy", app).status_code == 401
+
+
+class Looked:
+    """A watch that counts how often it is asked."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    def latest(self) -> lm.Snapshot:
+        self.looks += 1
+        return a_snapshot()
+
+
+def test_a_refresh_is_one_look_however_many_pages_there_are() -> None:
+    clock, watch, words = Hands(), Looked(), ["one"]
+    news = lm.News(cast("lm.Watch", watch), clock)
+    news.add("A", [lambda _: words[0], lm.summary_line])
+    news.add("B", [lm.summary_line])
+    for _ in range(10):
+        *shown, known = lm.tell_news(news, "A", 0)
+        assert shown == ["one", lm.summary_line(a_snapshot())]
+        lm.tell_news(news, "B", 0)
+    assert watch.looks == 1
+    clock.now += 2
+    assert lm.tell_news(news, "A", known) == [gr.skip(), gr.skip(), known]
+    assert watch.looks == 2
+    words[0], clock.now = "two", 4
+    told, kept, newer = lm.tell_news(news, "A", known)
+    assert (told, kept) == ("two", gr.skip())
+    assert newer > known
+    assert lm.tell_news(news, "A", 0)[:2] == ["two", lm.summary_line(a_snapshot())]
+
+
+def test_a_view_that_fails_keeps_what_it_showed_and_shuts_no_other(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    clock, words = Hands(), ["one"]
+
+    def fails(_: lm.Snapshot) -> str:
+        return words[0]
+
+    news = lm.News(cast("lm.Watch", Looked()), clock)
+    news.add("A", [fails, lambda _: clock.now])
+    assert lm.tell_news(news, "A", 0)[:2] == ["one", 0]
+    words.clear()
+    for clock.now in (2, 4):
+        assert lm.tell_news(news, "A", 0)[:2] == ["one", clock.now]
+    assert len(caplog.records) == 1
+    news.add("B", [fails, lambda _: "well"])
+    assert lm.tell_news(news, "B", 0)[:2] == [gr.skip(), "well"], "it never showed anything"
+
+
+def test_what_cannot_be_checked_is_no_message_at_every_key(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def broken() -> None:
+        raise KeyError("x")
+
+    assert lm.typed_fault(broken) == ""
+    assert "KeyError" in caplog.text
+    assert "ladder" in lm.typed_fault(lambda: lm.parse_ladder(None))
+    assert lm.typed_fault(lambda: lm.parse_ladder("1")) == ""
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> lm.Desk:
+    """Of a server with one model, which is stopped."""
+    server = Server(tmp_path)
+    server.store.save(
+        replace(server.manager.state(), models=(a_model(wish="stopped"),), endpoint="stopped")
+    )
+    return lm.Desk(server.manager, lm.Watch(server.manager, seconds=3600))
+
+
+def test_what_is_confirmed_is_what_was_shown(desk: lm.Desk) -> None:
+    manager, change = desk.manager, lm.deploying("chat")
+    *_, text, pending = lm.planned(desk, "deploy", "chat", change)
+    manager.save(lm.configuring_edge({"hostnames": ["gpu.lan"]}))
+    card, _, newer, now = lm.confirmed_plan(desk, pending, change)
+    assert card["visible"]
+    assert manager.jobs() == []
+    assert newer.startswith(lm.PLAN_CHANGED)
+    assert "gpu.lan" in newer
+    assert "gpu.lan" not in text
+    card, _, _, left = lm.confirmed_plan(desk, now, change)
+    assert (card["visible"], left) == (False, None)
+    assert [job.title for job in manager.jobs()] == [change.title]
+
+
+def test_the_time_in_the_name_of_a_dump_is_no_other_plan() -> None:
+    names = (lm.automatic_dump(NOW), lm.automatic_dump(NOW + timedelta(seconds=1)))
+    assert len({lm.AUTOMATIC_DUMP.sub("", f"dump into backups/{name}: x") for name in names}) == 1
+
+
+def test_only_a_key_that_opens_something_is_handed_out(desk: lm.Desk) -> None:
+    page, _ = lm.build_console(desk.manager, desk.watch)
+    on_granted = next(f.fn for f in page.fns.values() if f.name == "on_granted")
+    key = lm.new_direct_key("ada", (), emergency=False)
+    secret = key.secret.get_secret_value()
+    shown, kept = on_granted(key, None)
+    assert (shown["value"], shown["visible"], kept) == ("", False, None)
+    assert on_granted(key, ("grant", key, "another plan"))[1] == key
+    desk.manager.save(lm.granting_direct(key))
+    shown, kept = on_granted(key, None)
+    assert secret in shown["value"]
+    assert kept is None
+    assert on_granted(None, None)[0]["visible"] is False
+
+
+def test_a_form_that_is_filled_in_has_nothing_of_an_earlier_model(
+    desk: lm.Desk, tmp_path: Path
+) -> None:
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "config.json").write_text('{"architectures": ["Qwen3ForCausalLM"]}')
+    place = str(tmp_path / "weights")
+    _, _, *filled = lm.form_of(desk.manager, place, None)
+    raw = lm.registration(*filled)
+    assert raw == {
+        "name": "weights", "type": "chat", "source": {"kind": "local", "path": place},
+        "served_model_name": "weights", "engine_arguments": [], "image": None, "recipe": None,
+        "replicas": 1, "placement": {"kind": "cpu", "kv_cache_mib": 4096},
+    }  # fmt: skip
+    with gr.Blocks():
+        assert len(lm.build_model_form(desk).filled) == len(filled) + 2
+
+
 def test_the_audit_and_the_page_of_the_api_are_for_the_operator_alone(
     app: lm.Guard, manager: lm.Manager
 ) -> None:
@@ -249,6 +522,76 @@ def test_the_audit_and_the_page_of_the_api_are_for_the_operator_alone(
     assert "hf_x" not in exported.text
     assert "POST /api/v1/jobs" in ask("/api/v1/docs", app, cookie=cookie).text
     assert ask("/api/v1/status", app, cookie=cookie).status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("cookie", "shown"),
+    [
+        ("a=b; llm-manager-zone=Europe/Berlin; c=d", "2026-07-01 14:05 CEST"),
+        ("llm-manager-zone=America/New_York", "2026-07-01 08:05 EDT"),
+        ("llm-manager-zone=Mars/Olympus", "2026-07-01 12:05 UTC"),
+        ("llm-manager-zone=../../etc/passwd", "2026-07-01 12:05 UTC"),
+        ("llm-manager-zone=Europe", "2026-07-01 12:05 UTC"),
+        ("another-llm-manager-zone=Europe/Berlin", "2026-07-01 12:05 UTC"),
+        ("", "2026-07-01 12:05 UTC"),
+    ],
+)
+def test_times_are_shown_in_the_zone_that_the_browser_tells(cookie: str, shown: str) -> None:
+    request = gr.Request(headers={"cookie": cookie})
+    noon = datetime(2026, 7, 1, 12, 5, tzinfo=UTC)
+    assert lm.format_time(noon, lm.zone_of(request)) == shown
+
+
+def test_who_renews_the_token_ends_every_session(manager: lm.Manager) -> None:
+    watch = lm.Watch(manager, seconds=3600)
+    guard = lm.build_app(manager, watch)
+    before = manager.state()
+    cookie = ask(f"/?token={TOKEN}", guard).headers["set-cookie"].split(";")[0]
+    assert ask("/news?tab=", guard, cookie=cookie).status_code == 200
+    manager.save(lm.renewing_console_key(a_secret("new")))
+    watch._latest = manager.snapshot()
+    assert ask("/news?tab=", guard, cookie=cookie).status_code == 401
+    assert ask(f"/?token={TOKEN}", guard).status_code == 401
+    assert ask(f"/?token={a_secret('new').get_secret_value()}", guard).status_code == 303
+    watch._latest = replace(watch._latest, state=None)
+    assert ask("/news?tab=", guard, cookie=cookie).status_code == 401, "not even unreadable"
+    manager.save(lm.renewing_console_key(before.secrets.console_key))
+
+
+def test_what_is_wrong_with_what_is_typed_is_shown_as_text() -> None:
+    assert "&lt;img&gt;" in lm.fault_html("<img>")
+
+
+def test_a_certificate_is_described_by_the_fields_of_its_kind_alone() -> None:
+    shown = {
+        kind: [name for name, update in zip(lm.TLS_DETAILS, lm.shown_tls_details(kind), strict=True)
+               if update["visible"]]
+        for _, kind in lm.TLS_CHOICES
+    }  # fmt: skip
+    assert shown == {
+        "internal": [], "own": ["certificate_path", "key_path"], "acme": ["email", "directory_url"],
+    }  # fmt: skip
+
+
+def test_what_is_not_ok_is_told_first() -> None:
+    fine, wrong = (
+        lm.Check(name="disk", ok=True, text="free"),
+        lm.Check(name="Docker", ok=False, text="down", advice="Start it."),
+    )
+    assert [row[0] for row in lm.check_rows([fine, wrong])] == ["Docker", "disk"]
+    assert lm.checks_text([fine]) == "All 1 checks are ok."
+    assert lm.checks_text([fine, wrong]) == "**1 of 2 checks are not ok:** see its advice."
+
+
+def test_without_a_dump_it_is_said_what_one_is_for() -> None:
+    none = a_snapshot()
+    assert (lm.dumps_text(none), lm.dump_table(none)["visible"]) == (lm.NO_DUMPS, False)
+    dump = lm.Dump(file="one.dump", size_bytes=1, taken_at=NOW)
+    one = a_snapshot(dumps=(dump,))
+    assert (lm.dumps_text(one), lm.dump_choices(one)) == ("", {"choices": ["one.dump"]})
+    assert lm.dump_table(one) == {
+        "value": [["one.dump", "1 B", "2026-03-04 05:06 UTC", "stays"]], "visible": True,
+    }  # fmt: skip
 
 
 def test_an_error_is_shown_as_text_and_a_bug_only_by_its_number() -> None:
@@ -305,7 +648,7 @@ def test_hostile_text_stays_text_wherever_it_is_shown() -> None:
     )
     plan = lm.plan_state(a_state(a_model()), lm.Observed(), a_site())
     shown = [
-        lm.overview_text(snapshot),
+        lm.matters_html(snapshot),
         lm.job_title(snapshot),
         lm.job_title(replace(snapshot, jobs=(a_job(title=HOSTILE),))),
         lm.revoke_question(HOSTILE),
@@ -314,6 +657,85 @@ def test_hostile_text_stays_text_wherever_it_is_shown() -> None:
     ]
     for text in shown:
         assert not {"a", "b", "img"} & {*tags_in(text)}, text
+
+
+# --- the tab Models ------------------------------------------------------------
+
+
+def a_fleet() -> lm.Snapshot:
+    """One model that ended, one that is stopped, one that serves."""
+    state = a_state(*(a_model(name, wish=wish) for name, wish in FLEET))
+    wished = as_wished(state)
+    observed = but(wished, ended(the(wished, "llm-model-bad-0"), 1))
+    load = lm.EngineLoad(running=2, waiting=1, tokens=9, cached=0.1)
+    loads = {lm.ContainerName("llm-model-good-0"): load}
+    return a_snapshot(
+        state, observed=observed, plan=None, health=lm.RouteHealth(loads=loads),
+        rates={"good": lm.EngineRates(generated_tokens=312.0)},
+        fates={"bad": f"{HOSTILE} ran out of memory."},
+    )  # fmt: skip
+
+
+FLEET = (("calm", "stopped"), ("good", "running"), ("bad", "running"))
+
+
+def test_the_models_that_need_somebody_are_first_and_say_what_they_are_at() -> None:
+    rows = lm.fleet_rows(a_fleet())
+    assert [row[0] for row in rows] == ["bad", "good", "calm"]
+    assert all(len(row) == len(lm.FLEET_HEADERS) for row in rows)
+    assert [re.sub("<[^>]*>", "", row[1]) for row in rows] == ["✕ failed", "✓ ready", "■ stopped"]
+    assert rows[1][4] == "2 running, 1 waiting · 312 tokens/s"
+
+
+def test_without_a_model_there_is_no_empty_table_but_the_next_step() -> None:
+    assert lm.fleet_view(a_snapshot(a_state())) == {"value": [], "visible": False}
+    assert lm.fleet_view(a_fleet())["visible"]
+
+
+def test_a_button_is_off_only_with_a_reason() -> None:
+    able = {
+        name: {verb for verb, why in lm.why_not(a_fleet(), name).items() if not why}
+        for name in ("bad", "good", "calm", "gone", None)
+    }
+    assert able["bad"] == {"deploy", "stop", "restart", "remove"}
+    assert able["good"] == {"stop", "restart", "remove"}
+    assert able["calm"] == {"deploy", "remove"}
+    assert able["gone"] == able[None] == set()
+
+
+def test_a_model_that_serves_can_be_deployed_where_the_plan_would_change_it() -> None:
+    state = a_state(a_model(engine_arguments=("--seed", "1")))
+    before = as_wished(a_state(a_model()))
+    plan = lm.plan_state(state, before, a_site())
+    assert not lm.why_not(a_snapshot(state, observed=before, plan=plan), "chat")["deploy"]
+    whole = replace(a_snapshot(state), plan=lm.plan_state(state, as_wished(state), a_site()))
+    assert lm.why_not(whole, "chat")["deploy"]
+    other = a_state(a_model(), a_model("other"))
+    plan = lm.plan_state(other, as_wished(a_state(a_model())), a_site())
+    assert lm.why_not(a_snapshot(other, plan=plan), "chat")["deploy"]
+    assert not lm.why_not(a_snapshot(other, plan=plan), "other")["restart"]
+
+
+def test_the_card_of_a_model_has_its_address_a_request_and_its_fate_as_text() -> None:
+    card = lm.model_card(a_fleet(), "bad")
+    assert "&lt;b&gt;x&lt;/b&gt;" in card
+    assert "<b>x</b>" not in card
+    assert "https://" in card
+    assert "/chat/completions" in card
+    assert "Register and deploy" in lm.model_card(a_snapshot(a_state()), None)
+    assert "Click a row" in lm.model_card(a_fleet(), None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("chat", "/v1/chat/completions"), ("vision", '"content": "Hello"'), ("embedding", '"input"'),
+     ("rerank", "/v1/rerank"), ("speech-to-text", "-F file=@speech.wav"),
+     ("text-to-speech", "-o speech.wav"), ("image", "/v1/images/generations")],
+)  # fmt: skip
+def test_a_request_to_paste_is_of_the_models_own_kind(kind: lm.ModelType, said: str) -> None:
+    request = lm.curl_example(lm.Edge(), "name", "sk-x", kind)
+    assert said in request
+    assert "'Authorization: Bearer sk-x'" in request
 
 
 # --- what is shown ------------------------------------------------------------
@@ -383,7 +805,6 @@ def test_containers_are_rows_in_the_order_of_their_names() -> None:
 
 
 def test_the_overview_is_silent_when_all_is_well() -> None:
-    assert lm.overview_text(a_snapshot()) == ""
     assert lm.attention(a_snapshot()) == []
 
 
@@ -425,13 +846,6 @@ def test_the_overview_names_a_route_that_nobody_is_to_answer() -> None:
     assert lm.hollow_routes(replace(state, endpoint="stopped")) == []
 
 
-def test_a_newcomer_is_told_the_next_step() -> None:
-    empty = a_state(endpoint="stopped")
-    assert "Register your first model" in lm.overview_text(a_snapshot(empty))
-    registered = a_state(a_model(wish="stopped"), endpoint="stopped")
-    assert "Deploy chat" in lm.overview_text(a_snapshot(registered))
-
-
 def test_the_summary_counts_and_names_the_endpoint() -> None:
     state = a_state(a_model(), a_model("off", wish="stopped"))
     line = lm.summary_line(a_snapshot(state))
@@ -461,7 +875,7 @@ def test_a_task_hides_no_fault_and_no_change() -> None:
     assert lm.running_job(down) is None
     assert "chat should run" in lm.attention(down)[0].text
     assert "Download a/b" in lm.job_title(down)
-    assert lm.job_cancel(down) == {"visible": True}
+    assert "Cancel" in lm.job_bar_html(down)
     both = replace(down, jobs=(task, a_job()))
     assert "Deploy chat" in lm.job_title(both)
 

@@ -18,7 +18,6 @@ import nvml_standin
 import pynvml
 import pytest
 from builders import GPU_0
-from fake_gpus import SimulatedGpus, a_card
 
 import llm_manager as lm
 
@@ -73,7 +72,9 @@ class Bench:
 def bench(request: pytest.FixtureRequest) -> Bench:
     """Two A100 and an H100, behind either driver."""
     if request.param == "the simulation":
-        simulated = SimulatedGpus([a_card(A100), a_card(A100), a_card(H100)])
+        simulated = lm.SimulatedGpus(
+            [lm.simulated_card(A100), lm.simulated_card(A100), lm.simulated_card(H100)]
+        )
 
         def open_on(index: int, wanted: lm.Slice | None) -> None:
             gpu = simulated.gpus[index]
@@ -473,34 +474,32 @@ def test_a_cdi_list_counts_only_where_it_lists_nvidias_devices(tmp_path: Path) -
 
 
 @pytest.fixture
-def llm(library: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """The real program in its own process, on a server of an A100 and an H100."""
-    server = nvml_standin.Server(library, tmp_path / "server", [A100, H100])
-    environment = {
-        **os.environ, **server.environment(), "LLM_MANAGER_HOME": str(tmp_path / "home"),
-        "DOCKER_HOST": f"unix://{tmp_path}/no-docker.sock",
-    }  # fmt: skip
-
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, str(lm.PROGRAM), *words],
-            capture_output=True, text=True, check=False, env=environment, timeout=60,
-        )  # fmt: skip
-
-    return run
+def without_docker(stand_in: Stand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program is on a server of an A100 and an H100 whose Docker does not answer."""
+    stand_in(A100, H100)
+    monkeypatch.setenv("LLM_MANAGER_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/no-docker.sock")
 
 
-def test_the_command_line_shows_gpus_without_docker(
-    llm: Callable[..., subprocess.CompletedProcess[str]],
-) -> None:
-    listed = llm("gpu", "list")
-    assert listed.returncode == lm.DONE
+@pytest.mark.usefixtures("without_docker")
+def test_the_real_program_finds_the_driver() -> None:
+    listed = subprocess.run(
+        [sys.executable, str(lm.PROGRAM), "gpu", "list"],
+        capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
     assert "GPU 0  NVIDIA A100-SXM4-40GB" in listed.stdout
-    facts = json.loads(llm("gpu", "list", "--json").stdout)
+
+
+@pytest.mark.usefixtures("without_docker")
+def test_the_command_line_shows_gpus_without_docker(capsys: pytest.CaptureFixture[str]) -> None:
+    def told(*words: str) -> str:
+        assert lm.main(words) == lm.DONE
+        return capsys.readouterr().out
+
+    facts = json.loads(told("gpu", "list", "--json"))
     assert [gpu["architecture"] for gpu in facts["gpus"]] == ["Ampere", "Hopper"]
-    assert llm("mig", "layouts", "0").stdout.splitlines()[:3] == ["keep", "7g.40gb", "2x 3g.20gb"]
-    assert "GPU 1 (NVIDIA H100 80GB HBM3): MIG off" in llm("mig", "show").stdout
+    assert told("mig", "layouts", "0").splitlines()[:3] == ["keep", "7g.40gb", "2x 3g.20gb"]
+    assert "GPU 1 (NVIDIA H100 80GB HBM3): MIG off" in told("mig", "show")
     # Nothing is cut while nobody can tell which containers use the GPU.
-    refused = llm("mig", "apply", "0", "3g.20gb")
-    assert refused.returncode == lm.FAILED
-    assert "Docker does not answer" in refused.stderr
+    assert lm.main(("mig", "apply", "0", "3g.20gb")) == lm.FAILED
+    assert "Docker does not answer" in capsys.readouterr().err

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import threading
+import time
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -76,9 +78,14 @@ def report(energy: lm.Energy, by: lm.EnergyGrouping) -> lm.EnergyReport:
 
 @pytest.fixture
 def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds that somebody slept; they take no time."""
+    """The seconds that this test slept; they take no time, and other threads sleep on."""
     taken: list[float] = []
-    monkeypatch.setattr(lm.time, "sleep", taken.append)
+    really_sleep, tester = time.sleep, threading.get_ident()
+
+    def sleep(seconds: float) -> None:
+        (taken.append if threading.get_ident() == tester else really_sleep)(seconds)
+
+    monkeypatch.setattr(lm.time, "sleep", sleep)
     return taken
 
 
@@ -95,9 +102,11 @@ def test_what_a_replica_took_is_waited_for_until_a_look_that_covers_it_can_be_wr
     written = recorded.rename(recorded.with_name("written"))
     begin(recorded).close()
 
+    nap = lm.time.sleep
+
     def sleep(seconds: float) -> None:
-        naps.append(seconds)
-        if sum(naps) >= 10 + lm.COMMIT_SECONDS:
+        nap(seconds)
+        if sum(naps) >= 10 + lm.COMMIT_SECONDS and written.exists():
             written.replace(recorded)
 
     monkeypatch.setattr(lm.time, "sleep", sleep)
@@ -150,22 +159,45 @@ def test_what_the_operator_reads_is_a_row_for_each_and_the_total(energy: lm.Ener
     rows = lm.energy_rows(found)
     assert [row[0] for row in rows] == ["chat", "(idle)", "vision", "total"]
     assert {len(row) for row in rows} == {len(lm.energy_headers(found.query))}
-    assert rows[-1][1:5] == ["0.0002", "0.0000", "0.0000", "0.00"]
+    (total,) = lm.keyed(lm.energy_headers(found.query), rows[-1:])
+    assert [total[of] for of in ("kwh", "idle_kwh", "unmeasured_(h)")] == [
+        "0.0002", "0.0000", "0.00",
+    ]  # fmt: skip
     assert "0.0002 kWh" in lm.energy_headline(found)
     (row,) = lm.session_rows(energy.sessions(DAY, DAY))
-    assert row[:2] == ["chat 0", "2026-11-20 12:00, 2026-11-20 13:00"]
+    assert row[:2] == ["chat 0", "2026-11-20 12:00 UTC, 2026-11-20 13:00 UTC"]
     assert len(row) == len(lm.SESSION_HEADERS)
     nothing = lm.EnergyQuery(first=date(2020, 1, 1), last=date(2020, 1, 1))
     assert "No energy was recorded" in lm.energy_headline(energy.report(nothing))
 
 
 def test_bars_of_a_day_are_stacked_by_model(energy: lm.Energy) -> None:
-    parts = energy.parts(lm.EnergyQuery(first=DAY, last=NEXT, by="day"))
-    assert [(day, model, round(kwh * lm.KWH_MJ)) for day, model, kwh in lm.energy_stack(parts)] == [
-        ("2026-11-20", "(idle)", 50_000),
-        ("2026-11-20", "chat", 490_001),
-        ("2026-11-21", "vision", 7_000),
+    query = lm.EnergyQuery(first=DAY, last=NEXT, by="day")
+    stack = lm.energy_stack([*energy.parts(query)], query)
+    assert [(day, model, round(kwh * lm.KWH_MJ)) for day, model, kwh in stack] == [
+        ("11-20", "(idle)", 50_000),
+        ("11-20", "chat", 490_001),
+        ("11-21", "vision", 7_000),
     ]
+
+
+def test_an_amount_has_fewer_digits_after_the_point_the_more_are_before_it() -> None:
+    shown = [lm.format_amount(amount) for amount in (0, 0.00012, 4.128, 26.7434, 1461.8553)]
+    assert shown == ["0", "0.0001", "4.13", "26.74", "1,461.9"]
+
+
+def test_of_many_models_those_that_took_least_are_one_part_of_the_bar() -> None:
+    query = lm.EnergyQuery(first=DAY, last=DAY, by="day")
+    parts = [
+        lm.EnergyPart(start=0, subject=str(DAY), model=model, energy_mj=taken, estimated_mj=0,
+                      unmeasured_ms=0, rates=lm.EnergyRates())
+        for model, taken in [(lm.NOBODY, 1), *((f"m{n}", 10 * n) for n in range(1, 8))]
+    ]  # fmt: skip
+    stack = {model: round(kwh * lm.KWH_MJ) for _, model, kwh in lm.energy_stack(parts, query)}
+    assert stack == {
+        "(idle)": 1, "(others)": 30, "m3": 30, "m4": 40, "m5": 50, "m6": 60, "m7": 70,
+    }  # fmt: skip
+    assert lm.OTHERS not in {model for _, model, _ in lm.energy_stack(parts[:-1], query)}
 
 
 @pytest.mark.parametrize("what", lm.get_args(lm.EnergyTable))

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from builders import GPU_0, GPU_1, a_layout, a_model, a_state, on_gpus, on_slice
-from fake_gpus import SimulatedGpus, a_card
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -577,7 +576,7 @@ def test_large_gpus_compute_larger_batches_and_an_a100_does_not() -> None:
 
 
 def candidates(
-    simulated: SimulatedGpus, *arguments: str, state: lm.State | None = None, **changes: Any
+    simulated: lm.SimulatedGpus, *arguments: str, state: lm.State | None = None, **changes: Any
 ) -> list[lm.Candidate]:
     given: dict[str, Any] = {"weights_bytes": LLAMA_BYTES, "architecture": LLAMA} | changes
     return lm.places_that_fit(
@@ -590,7 +589,7 @@ def placements(found: list[lm.Candidate]) -> list[Any]:
 
 
 def test_the_smallest_slice_that_a_card_could_be_cut_into_is_offered() -> None:
-    simulated = SimulatedGpus([a_card("A100 80 GB")])
+    simulated = lm.SimulatedGpus([lm.simulated_card("A100 80 GB")])
     gpu = simulated.gpus[0].uuid
     found = candidates(simulated, "--max-model-len", "8K")
     assert placements(found)[0] == lm.GpuPlacement(gpu_uuids=(gpu,))
@@ -600,7 +599,7 @@ def test_the_smallest_slice_that_a_card_could_be_cut_into_is_offered() -> None:
 
 
 def test_the_pair_that_nobody_has_is_offered_before_the_best_joined_one() -> None:
-    simulated = SimulatedGpus([a_card("A100 80 GB")] * 4)
+    simulated = lm.SimulatedGpus([lm.simulated_card("A100 80 GB")] * 4)
     uuids = [gpu.uuid for gpu in simulated.gpus]
     busy = a_state(*(a_model(f"m{n}", placement=on_gpus(uuids[n])) for n in (0, 1)))
     offered = placements(candidates(simulated, state=busy))
@@ -613,7 +612,7 @@ def test_the_pair_that_nobody_has_is_offered_before_the_best_joined_one() -> Non
 
 
 def test_a_model_that_is_in_the_way_is_named_and_the_place_comes_last() -> None:
-    simulated = SimulatedGpus([a_card("A100 80 GB"), a_card("A100 80 GB")])
+    simulated = lm.SimulatedGpus([lm.simulated_card("A100 80 GB"), lm.simulated_card("A100 80 GB")])
     first, second = (gpu.uuid for gpu in simulated.gpus)
     other = a_model("other", placement=on_gpus(first))
     found = candidates(simulated, state=a_state(other))
@@ -625,7 +624,7 @@ def test_a_model_that_is_in_the_way_is_named_and_the_place_comes_last() -> None:
 
 
 def test_a_model_too_large_for_one_gpu_is_offered_several() -> None:
-    simulated = SimulatedGpus([a_card("A100 80 GB")] * 4)
+    simulated = lm.SimulatedGpus([lm.simulated_card("A100 80 GB")] * 4)
     found = candidates(
         simulated, "--max-model-len", "8K", weights_bytes=141_107_412_992,
         architecture=ALL["llama-3.1-70b"],
@@ -636,7 +635,7 @@ def test_a_model_too_large_for_one_gpu_is_offered_several() -> None:
 
 
 def test_existing_slices_are_offered_with_whoever_is_on_them() -> None:
-    simulated = SimulatedGpus([a_card("A100 80 GB")])
+    simulated = lm.SimulatedGpus([lm.simulated_card("A100 80 GB")])
     gpu = simulated.gpus[0].uuid
     simulated.set_mig_mode(gpu, enabled=True)
     for start in (0, 4):
@@ -649,8 +648,8 @@ def test_existing_slices_are_offered_with_whoever_is_on_them() -> None:
 
 
 def test_nothing_is_offered_where_nothing_fits() -> None:
-    assert candidates(SimulatedGpus([])) == []
-    assert candidates(SimulatedGpus([a_card("A30")]), weights_bytes=400 * GIB) == []
+    assert candidates(lm.SimulatedGpus([])) == []
+    assert candidates(lm.SimulatedGpus([lm.simulated_card("A30")]), weights_bytes=400 * GIB) == []
 
 
 # --- what the operator reads ------------------------------------------------------------------
@@ -691,7 +690,7 @@ def test_every_sum_can_be_drawn(model: lm.Architecture, memory_mib: int, gib: in
 
 
 def test_places_fill_a_table() -> None:
-    found = candidates(SimulatedGpus([a_card("A100 80 GB")]), "--max-model-len", "8K")
+    found = candidates(lm.SimulatedGpus([lm.simulated_card("A100 80 GB")]), "--max-model-len", "8K")
     rows = lm.place_rows(found)
     assert {len(row) for row in rows} == {len(lm.PLACE_HEADERS)}
     assert rows[0][0] == "GPU 0"

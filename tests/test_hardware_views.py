@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import partial
 
 from builders import GPU_0, GPU_1, NOW, a_model, a_state, as_wished, but, ended, on_gpus, the
-from fake_gpus import SimulatedGpus, a_card
 
 import llm_manager as lm
 
 SLICES: tuple[lm.Slice, ...] = (("1g.5gb", 0), ("3g.20gb", 4))
 
 
-def some_gpus() -> SimulatedGpus:
+def some_gpus() -> lm.SimulatedGpus:
     """An A100 that is cut, and one that is whole."""
-    gpus = SimulatedGpus([a_card("A100 40 GB"), a_card("A100 40 GB")])
+    gpus = lm.SimulatedGpus([lm.simulated_card("A100 40 GB"), lm.simulated_card("A100 40 GB")])
     gpus.set_mig_mode(GPU_0, enabled=True)
     for wanted in SLICES:
         gpus.create_slice(GPU_0, wanted)
@@ -47,7 +47,7 @@ def test_a_cut_card_is_drawn_from_its_first_slice_to_its_last() -> None:
     state = a_wish(a_model(placement=on_slice()))
     snapshot = a_snapshot(state)
     (gpu, _) = snapshot.hardware.gpus
-    assert looks(lm.card_blocks(gpu, state, snapshot.observed)) == [
+    assert looks(lm.card_blocks(gpu, state, partial(lm.standing, snapshot))) == [
         (0, 1 / 8, "empty", "1g.5gb empty"),
         (1 / 8, 3 / 8, "free", "not cut"),
         (4 / 8, 4 / 8, "ready", "3g.20gb chat: ready"),
@@ -64,7 +64,8 @@ def test_a_whole_card_is_drawn_by_the_shares_of_its_models() -> None:
     observed = snapshot.observed
     assert observed is not None
     failed = but(observed, ended(the(observed, "llm-model-embed-0"), 1))
-    drawn = looks(lm.card_blocks(snapshot.hardware.gpus[1], state, failed))
+    stands = partial(lm.standing, replace(snapshot, observed=failed))
+    drawn = looks(lm.card_blocks(snapshot.hardware.gpus[1], state, stands))
     assert [(round(start, 6), round(size, 6), *rest) for start, size, *rest in drawn] == [
         (0, 0.5, "ready", "50% chat: ready"),
         (0.5, 0.2, "failed", "20% embed: failed"),
@@ -109,8 +110,9 @@ def test_a_planned_card_shows_models_on_their_new_slices() -> None:
     hardware = some_gpus().read()
     change = lm.cutting_as_typed(state, hardware.gpus[0], "chat=9")
     drawn = lm.planned_card(change, state, hardware)
-    assert re.findall(r"<b>(\dg[^<]+)</b><span>([^<]*)", drawn) == [("2g.10gb", "chat")]
-    assert "after the change" in drawn
+    after = re.findall(r"<b>(\dg[^<]+)</b><span>([^<]*)", drawn.partition(">now<")[2])
+    assert after == [("2g.10gb", "chat")]
+    assert drawn.index(">now<") < drawn.index("after the change")
     assert "GPU 1" not in drawn
 
 
@@ -120,6 +122,29 @@ def test_what_the_driver_does_not_tell_is_unknown_and_never_zero() -> None:
     assert title == "GPU 0"
     assert cells == [*["unknown"] * 5, "cannot be cut", ""]
     assert "0" not in lm.card_html(bare.gpus[0], []).partition("<b>GPU 0</b>")[2].split("<div")[0]
+
+
+def test_figures_that_the_driver_keeps_are_not_listed_one_by_one() -> None:
+    bare = lm.Gpu(uuid=GPU_0)
+    assert "the driver tells no figures" in lm.card_html(bare, [])
+    shown = lm.card_html(replace(bare, memory_mib=81920, power_w=301.2), [])
+    assert "<span>80.0 GiB · 301 W</span>" in shown
+
+
+def test_where_no_link_is_known_there_is_no_matrix_of_unknowns() -> None:
+    unlinked = replace(some_gpus().read(), links={})
+    assert "does not tell" in lm.topology_text(a_snapshot(a_state(), hardware=unlinked))
+
+
+def test_only_what_can_be_cut_or_joined_is_offered() -> None:
+    hardware = some_gpus().read()
+    bare = a_snapshot(a_state(), hardware=lm.Hardware())
+    full = a_snapshot(a_wish(a_model(placement=on_slice())), hardware=hardware)
+    assert (lm.planner_view(bare)["visible"], lm.topology_view(bare)["visible"]) == (False, False)
+    assert (lm.planner_view(full)["visible"], lm.topology_view(full)["visible"]) == (True, True)
+    assert lm.gpu_boxes(bare)["choices"] == [("the processor", lm.PROCESSOR)]
+    (first, _), *_ = lm.gpu_boxes(full)["choices"]
+    assert first.endswith("· chat, cut")
 
 
 def test_slices_are_listed_with_who_wishes_them_and_who_is_on_them() -> None:

@@ -155,11 +155,18 @@ def test_a_grace_is_at_most_a_year() -> None:
 def test_a_key_is_a_row_that_never_holds_its_secret() -> None:
     key = a_key(tpm_limit=9, expires_at=NOW, secret="sk-hush-hush-1234")  # noqa: S106
     (row,) = lm.key_rows([key], NOW)
-    assert row[:6] == ["Ada", "sk-...1234", "", "all", "expired", "9 tokens/min"]
-    assert len(row) == len(lm.KEY_HEADERS)
+    (shown,) = lm.keyed(lm.KEY_HEADERS, [row])
+    assert (shown["for"], shown["key"], shown["models"]) == ("Ada", "sk-...1234", "all")
+    assert (shown["state"], shown["limits"]) == ("expired", "9 tokens/min")
     facts = lm.key_facts(key, NOW)
     assert (facts["alias"], facts["tpm_limit"], facts["state"]) == ("Ada", 9, "expired")
     assert "hush" not in repr((row, facts))
+
+
+def test_keys_are_counted_by_state_and_without_one_it_is_said_what_they_are_for() -> None:
+    keys = [a_key(), a_key(), a_key(expires_at=NOW)]
+    assert lm.keys_text(keys, NOW) == "**3 keys:** 2 active, 1 expired."
+    assert lm.keys_text([], NOW) == lm.NO_KEYS
 
 
 def test_a_replaced_key_leaves_its_name_and_ends_no_later_than_it_would() -> None:
@@ -306,7 +313,7 @@ def test_a_pattern_and_an_alias_allow_what_they_stand_for() -> None:
 
 @pytest.mark.parametrize(
     ("used", "said"),
-    [(0, "0 million tokens"), (6e-6, "6 tokens"), (0.0042, "4,200 tokens"), (1.5, "1.5 million"),
+    [(0, "nothing"), (6e-6, "6 tokens"), (0.0042, "4,200 tokens"), (1.5, "1.5 million"),
      (104.2, "104 million"), (1234.5, "1,234 million")],
 )  # fmt: skip
 def test_what_was_used_is_said_in_figures_that_can_be_read(used: float, said: str) -> None:

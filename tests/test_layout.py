@@ -21,7 +21,7 @@ IMPURE = {
 HOMES = {
     "fcntl": "Home", "docker": "Containers Images", "requests": "Containers",
     "tarfile": "Containers", "httpx": "Requests", "huggingface_hub": "Hub", "httpx2": "Hub",
-    "psycopg": "Database", "pynvml": "Drivers", "gr": "Console", "pd": "Console",
+    "psycopg": "Database", "pynvml": "Drivers Simulation", "gr": "Console", "pd": "Console",
     "grafana": "Monitoring", "grafana_queries": "Monitoring", "grafana_timeseries": "Monitoring",
     "grafana_encoder": "Monitoring", "grafana_models": "Monitoring",
     "fastapi": "Programs Console", "uvicorn": "Main", "argparse": "Main",

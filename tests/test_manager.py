@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 from builders import GPU_0, GPU_1, NOW, SECRET_MARK, a_site, on_gpus
-from fake_gpus import Card, SimulatedGpus, a_card
 from fakes import Server, some_tools, until
 
 import llm_manager as lm
 
-L40S = Card("NVIDIA L40S", "Ada", 46068)
+L40S = lm.SimulatedCard("NVIDIA L40S", "Ada", 46068)
 CHAT = {"name": "chat", "type": "chat", "source": {"kind": "hub", "repository": "a/b"}}
 
 
@@ -34,7 +33,7 @@ def server(tmp_path: Path) -> Server:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Callable[..., Server]:
-    return lambda *cards: Server(tmp_path, SimulatedGpus(cards))
+    return lambda *cards: Server(tmp_path, lm.SimulatedGpus(cards))
 
 
 # --- from registering to removing ---------------------------------------------------------------
@@ -125,6 +124,14 @@ def test_bad_input_loses_nothing(server: Server, raw: dict[str, Any]) -> None:
         server.manager.register(raw)
     assert server.store.config_path.read_text() == before
     assert server.store.versions() == versions
+
+
+def test_an_earlier_version_tells_when_it_was_written(server: Server) -> None:
+    written = server.store.config_path.stat().st_mtime
+    server.manager.register(CHAT)
+    assert [(number, at.timestamp()) for number, at in server.manager.versions()] == [
+        (1, pytest.approx(written))
+    ]
 
 
 def test_a_bad_revision_changes_nothing(server: Server) -> None:
@@ -488,7 +495,7 @@ def test_docker_coming_back_restores_what_was_wished(server: Server) -> None:
     watch = lm.Watch(manager, seconds=0.001)
     server.world.docker_answers = True
     assert until(lambda: server.world.routed() == {"chat"})
-    manager.rests_after = 0
+    watch.close()
     assert watch.latest().jobs[0].title == "Restore"
 
 
@@ -502,7 +509,7 @@ def test_a_container_that_lost_its_gpu_gets_it_back_by_itself_and_only_once(
     manager = watched(server)
     watch = lm.Watch(manager, seconds=0.001)
     assert until(lambda: not server.world.blind and server.world.routed() == {"chat"})
-    manager.rests_after = 0
+    watch.close()
     assert server.world.containers[lm.ContainerName("llm-model-chat-0")].container_id != before
     assert [job.title for job in watch.latest().jobs] == ["Give chat its GPU back"]
 
@@ -515,7 +522,7 @@ def test_a_model_that_ends_in_service_is_started_again(server: Server) -> None:
     watch = lm.Watch(manager, seconds=0.001, revivals=lm.Revivals(pauses=(0.0,)))
     assert until(lambda: server.world.routed() == {"chat"})
     assert until(lambda: watch.latest().fates == {})
-    manager.rests_after = 0
+    watch.close()
     assert [job.title for job in watch.latest().jobs] == ["Start chat again"]
 
 
@@ -527,7 +534,7 @@ def test_a_model_that_ends_again_and_again_stays_down_with_its_reason(server: Se
     watch = lm.Watch(manager, seconds=0.001, revivals=lm.Revivals(pauses=(0.0, 0.0)))
     stays_down = "chat ended 3 times within an hour and stays down: ValueError: The model does not"
     assert until(lambda: watch.latest().fates.get(lm.ModelName("chat"), "").startswith(stays_down))
-    manager.rests_after = 0
+    watch.close()
     assert len(watch.latest().jobs) == 2
     assert any(m.text.startswith(stays_down) for m in lm.attention(watch.latest()))
 
@@ -547,7 +554,7 @@ def test_the_cause_is_that_of_the_last_run_and_read_once_per_end(server: Server)
     looks = manager.looks
     assert until(lambda: manager.looks > looks + 2)
     assert watch.latest().fates[lm.ModelName("chat")].startswith(told)
-    manager.rests_after = 0
+    watch.close()
 
 
 def test_the_pauses_grow_and_an_hour_of_peace_forgets_them() -> None:
@@ -584,11 +591,11 @@ def test_an_engine_that_hangs_is_reported_and_not_restarted_until_it_makes_token
     manager = watched(server)
     watch = lm.Watch(manager, seconds=0.001, stalls=lm.Stalls(**STALLS))
     assert until(lambda: watch.latest().hung == {lm.ModelName("chat"): REPORT})
-    assert lm.Attention(REPORT, "Models") in lm.attention(watch.latest())
+    assert lm.Attention(REPORT, "Models", "restart", "chat") in lm.attention(watch.latest())
     server.world.hung.clear()
     server.world.loads["llm-model-chat-0"] = replace(busy, tokens=71)
     assert until(lambda: watch.latest().hung == {})
-    manager.rests_after = 0
+    watch.close()
     assert watch.latest().jobs == ()
 
 
@@ -599,7 +606,7 @@ def test_an_engine_that_answers_is_only_slow(server: Server) -> None:
     watch = lm.Watch(manager, seconds=0.001, stalls=lm.Stalls(**STALLS))
     assert until(lambda: server.world.loads["llm-model-chat-0"].tokens > 80), "it was tried"
     assert watch.latest().hung == {}
-    manager.rests_after = 0
+    watch.close()
 
 
 def test_what_litellm_counts_and_what_engines_are_at_reach_the_page(server: Server) -> None:
@@ -622,12 +629,12 @@ def test_what_litellm_counts_and_what_engines_are_at_reach_the_page(server: Serv
     assert circuit is not None
     assert (circuit.state, circuit.reason) == ("degraded", "it fails (500)")
     assert until(lambda: load in watch.latest().health.loads.values())
-    manager.rests_after = 0
+    watch.close()
     assert watch.latest().jobs == ()
 
 
 def test_the_doctor_warns_of_whoever_would_undo_a_layout(start: Callable[..., Server]) -> None:
-    server = start(a_card("H100 80 GB"))
+    server = start(lm.simulated_card("H100 80 GB"))
     server.world.gpus.mig_manager = True
     assert all(check.ok for check in server.manager.doctor() if "mig" in check.name)
     server.do(lm.cutting("Cut GPU 0", {GPU_0: [("3g.40gb", 0)]}))
@@ -643,15 +650,12 @@ def test_keys_need_an_endpoint_and_known_names(server: Server) -> None:
 
 
 class Watched(lm.Manager):
-    """Looks only as often as it is told to, and then rests for ever."""
+    """Counts its looks, and fails at one of them."""
 
     looks = 0
     faulty_look = 0
-    rests_after = 10**9
 
     def snapshot(self) -> lm.Snapshot:
-        if self.looks >= self.rests_after:
-            threading.Event().wait()
         self.looks += 1
         if self.looks == self.faulty_look:
             raise KeyError("a bug")
@@ -665,9 +669,10 @@ def watched(server: Server) -> Watched:
 def test_a_bug_in_one_look_does_not_end_the_watch(server: Server) -> None:
     """A page that stops changing would be taken for the truth."""
     manager = watched(server)
-    manager.faulty_look, manager.rests_after = 2, 3
+    manager.faulty_look = 2
     watch = lm.Watch(manager, seconds=0.001)
-    assert until(lambda: manager.looks == 3)
+    assert until(lambda: manager.looks >= 3)
+    watch.close()
     assert watch.latest().faults == ()
 
 

@@ -12,15 +12,14 @@ from typing import Any
 
 import pytest
 from builders import GPU_0, GPU_1, a_layout, a_model, a_site, a_state, on_gpus, on_slice
-from fake_gpus import Card, SimulatedGpus, a_card, readable_uuid
-from fakes import Crash, FakeClock, Server, Trouble, World, a_world, some_tools
+from fakes import Crash, Server, Trouble, a_world, some_tools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import llm_manager as lm
 
-A100, H100 = a_card("A100 40 GB"), a_card("H100 80 GB")
-GPU_2, GPU_3 = readable_uuid(2), readable_uuid(3)
+A100, H100 = lm.simulated_card("A100 40 GB"), lm.simulated_card("H100 80 GB")
+GPU_2, GPU_3 = lm.simulated_uuid(2), lm.simulated_uuid(3)
 CHAT = lm.ContainerName("llm-model-chat-0")
 EMBED = lm.ContainerName("llm-model-embed-0")
 OTHER = lm.ContainerName("llm-model-other-0")
@@ -38,7 +37,7 @@ def a_failure() -> lm.ManagerError:
 class Story:
     """A change of the layout of GPU 0, beside others that it does not concern."""
 
-    card: Card
+    card: lm.SimulatedCard
     chat: lm.Placement
     slices: tuple[lm.Slice, ...]
     change: lm.Change
@@ -48,7 +47,7 @@ class Story:
 
     def server(self, home: Path) -> Server:
         """It serves, and colleagues use other GPUs and slices without LLM Manager."""
-        gpus = SimulatedGpus([self.card, self.card, H100, H100])
+        gpus = lm.SimulatedGpus([self.card, self.card, H100, H100])
         gpus.uses_cdi = self.uses_cdi
         gpus.set_mig_mode(GPU_2, enabled=True)
         gpus.create_slice(GPU_2, ("3g.40gb", 0))
@@ -72,7 +71,7 @@ class Story:
         return server
 
 
-def slice_uuid(gpus: SimulatedGpus, index: int, wanted: lm.Slice) -> str:
+def slice_uuid(gpus: lm.SimulatedGpus, index: int, wanted: lm.Slice) -> str:
     uuid = gpus.gpus[index].slices[wanted]
     assert uuid is not None
     return uuid
@@ -150,13 +149,13 @@ def picture(server: Server) -> Picture:
     )
 
 
-def foreign_clients(world: World) -> frozenset[lm.GpuClient]:
+def foreign_clients(world: lm.SimulatedHost) -> frozenset[lm.GpuClient]:
     ours = {c.container_id for c in world.containers.values()}
     clients = {client for gpu in world.gpus.gpus for client in gpu.seen_clients()}
     return frozenset(c for c in clients if c.container_id not in ours)
 
 
-def neighbours(world: World) -> tuple[object, ...]:
+def neighbours(world: lm.SimulatedHost) -> tuple[object, ...]:
     """What no change of GPU 0 may touch at any moment."""
     untouched = [c for c in world.containers.values() if c.name in {OTHER, "llm-postgres"}]
     return (
@@ -275,8 +274,8 @@ def a_wish(*models: lm.Model, slices: tuple[lm.Slice, ...] = CUT) -> lm.State:
     return a_state(*models, endpoint="stopped", mig_layouts=(a_layout(*slices),))
 
 
-def settled(state: lm.State, *cards: Card) -> World:
-    world = a_world(gpus=SimulatedGpus(cards or [A100]))
+def settled(state: lm.State, *cards: lm.SimulatedCard) -> lm.SimulatedHost:
+    world = a_world(gpus=lm.SimulatedGpus(cards or [A100]))
     world.broken.add(BROKEN)
     converge(state, world)
     assert plan_for(state, world) == ""
@@ -284,7 +283,10 @@ def settled(state: lm.State, *cards: Card) -> World:
 
 
 def converge(
-    state: lm.State, world: World, change: lm.Change | None = None, trouble: Trouble | None = None
+    state: lm.State,
+    world: lm.SimulatedHost,
+    change: lm.Change | None = None,
+    trouble: Trouble | None = None,
 ) -> list[str]:
     """What the job would say."""
     lines = list[str]()
@@ -292,7 +294,7 @@ def converge(
     return lines
 
 
-def plan_for(state: lm.State, world: World, **options: Any) -> str:
+def plan_for(state: lm.State, world: lm.SimulatedHost, **options: Any) -> str:
     return str(lm.plan_state(state, lm.observe(some_tools(world)), a_site(), **options))
 
 
@@ -467,7 +469,7 @@ def test_slices_that_only_root_may_see_are_never_taken_for_none() -> None:
 
 
 def test_a_gpu_that_cannot_be_cut_is_said_to_be_one() -> None:
-    world = settled(a_state(endpoint="stopped"), Card("NVIDIA L40S", "Ada", 46068))
+    world = settled(a_state(endpoint="stopped"), lm.SimulatedCard("NVIDIA L40S", "Ada", 46068))
     assert plan_for(a_wish(), world) == expect("""
         MIG layout of GPU 0:
           cannot be done: GPU 0 (NVIDIA L40S) cannot be cut into MIG slices. Use it whole.
@@ -535,9 +537,9 @@ def test_a_mode_that_somebody_left_pending_is_planned_back() -> None:
 # --- the whole transaction ------------------------------------------------------------------
 
 
-def a_server(home: Path, state: lm.State, *cards: Card) -> Server:
+def a_server(home: Path, state: lm.State, *cards: lm.SimulatedCard) -> Server:
     """A server on which this state is already so."""
-    server = Server(home, SimulatedGpus(cards))
+    server = Server(home, lm.SimulatedGpus(cards))
     server.world.broken.add(BROKEN)
     server.store.save(state)
     server.do(lm.applying())
@@ -650,7 +652,7 @@ def test_somebody_who_comes_after_the_plan_is_seen_before_anything_is_stopped() 
 
 def test_a_slice_that_cannot_be_had_keeps_no_model_from_one_that_is_there(tmp_path: Path) -> None:
     """A stranger computes on 2g at 4, where 3g at 4 is wished; chat is bound to 3g at 0."""
-    gpus = SimulatedGpus([A100])
+    gpus = lm.SimulatedGpus([A100])
     gpus.set_mig_mode(GPU_0, enabled=True)
     for wanted in (("3g.20gb", 0), ("2g.10gb", 4)):
         gpus.create_slice(GPU_0, wanted)
@@ -665,7 +667,7 @@ def test_a_slice_that_cannot_be_had_keeps_no_model_from_one_that_is_there(tmp_pa
 
 def test_the_way_back_goes_as_far_as_it_can_and_the_first_fault_is_told(tmp_path: Path) -> None:
     """Another model of that GPU had no slice before: that is no reason to leave chat down."""
-    gpus = SimulatedGpus([A100])
+    gpus = lm.SimulatedGpus([A100])
     server = Server(tmp_path, gpus)
     chat = a_model("chat", placement=on_slice("3g.20gb", 4))
     server.store.save(a_wish(chat, slices=(("3g.20gb", 4),)))
@@ -692,7 +694,7 @@ def test_the_way_back_goes_as_far_as_it_can_and_the_first_fault_is_told(tmp_path
 
 
 def test_a_model_that_did_not_serve_before_does_not_take_a_cut_back(tmp_path: Path) -> None:
-    server = Server(tmp_path, SimulatedGpus([A100]))
+    server = Server(tmp_path, lm.SimulatedGpus([A100]))
     server.world.broken.add(BROKEN)
     bad = a_model("bad", placement=on_slice("3g.20gb", 0), engine_arguments=(BROKEN,))
     server.store.save(a_wish(bad))
@@ -704,7 +706,7 @@ def test_a_model_that_did_not_serve_before_does_not_take_a_cut_back(tmp_path: Pa
 
 def test_giving_a_model_its_gpu_back_cuts_nothing(tmp_path: Path) -> None:
     """A colleague made a slice on the same card by hand; repair and restart are about chat only."""
-    server = Server(tmp_path, SimulatedGpus([A100]))
+    server = Server(tmp_path, lm.SimulatedGpus([A100]))
     server.store.save(a_wish(a_model("chat", placement=on_slice("3g.20gb", 0)), slices=CUT[:1]))
     server.do(lm.applying())
     server.world.gpus.create_slice(GPU_0, ("1g.5gb", 4))
@@ -735,7 +737,7 @@ def test_nothing_is_cut_while_the_driver_waits_for_a_reboot() -> None:
 
 
 def test_a_roll_back_to_another_layout_is_all_or_nothing(tmp_path: Path) -> None:
-    server = Server(tmp_path / "home", SimulatedGpus([A100]))
+    server = Server(tmp_path / "home", lm.SimulatedGpus([A100]))
     earlier = a_wish(a_model("chat", placement=on_slice("4g.20gb", 0)), slices=(("4g.20gb", 0),))
     server.store.save(earlier)
     later = a_wish(a_model("chat", placement=on_slice("3g.20gb", 0)))
@@ -778,7 +780,7 @@ def test_only_slices_that_can_be_seen_whole_are_kept() -> None:
 
 def test_slices_that_cannot_be_seen_are_never_wished_away(tmp_path: Path) -> None:
     """Without rights, a refused cut must not leave "MIG off" behind for one with rights."""
-    gpus = SimulatedGpus([A100])
+    gpus = lm.SimulatedGpus([A100])
     gpus.set_mig_mode(GPU_0, enabled=True)
     gpus.create_slice(GPU_0, CUT[0])
     server = Server(tmp_path, gpus)
@@ -802,7 +804,7 @@ def test_a_model_whose_slice_cannot_be_seen_is_left_as_it_runs() -> None:
 
 
 def test_a_new_model_avoids_gpus_that_strangers_use_and_never_falls_to_the_processor() -> None:
-    gpus = SimulatedGpus([A100, A100])
+    gpus = lm.SimulatedGpus([A100, A100])
     gpus.open(GPU_0, "python")
     assert lm.default_placement(gpus.read(), []) == on_gpus(GPU_1)
     assert lm.choose_gpus(gpus.read(), 1).gpu_uuids == (GPU_1,)
@@ -826,7 +828,7 @@ def a_mixed_state(*more: lm.Model) -> lm.State:
     )
 
 
-def bound(world: World) -> dict[str, tuple[str, ...]]:
+def bound(world: lm.SimulatedHost) -> dict[str, tuple[str, ...]]:
     return {n: c.spec.devices for n, c in world.containers.items() if c.spec.devices}
 
 
@@ -896,7 +898,7 @@ def test_a_layout_that_cannot_come_back_stops_no_model_elsewhere(tmp_path: Path)
 def test_a_container_is_made_anew_only_where_its_slice_has_another_uuid(
     tmp_path: Path, *, stable: bool
 ) -> None:
-    server = Server(tmp_path, SimulatedGpus([A100]))
+    server = Server(tmp_path, lm.SimulatedGpus([A100]))
     server.world.gpus.stable_uuids = stable
     server.store.save(a_wish(a_model("chat", placement=on_slice("3g.20gb", 4))))
     server.do(lm.applying())
@@ -909,7 +911,7 @@ def test_a_container_is_made_anew_only_where_its_slice_has_another_uuid(
     assert leftover(server) == ""
 
 
-class SeenStarting(FakeClock):
+class SeenStarting(lm.SimulatedClock):
     """Time that calls somebody while anybody waits."""
 
     look: Callable[[], None] = staticmethod(lambda: None)
@@ -922,7 +924,7 @@ class SeenStarting(FakeClock):
 def a_restore_of_two(home: Path, first: lm.Placement, second: lm.Placement) -> Server:
     layouts = (a_layout(*CUT), a_layout(*CUT, gpu=GPU_1))
     models = (a_model("chat", placement=first), a_model("embed", placement=second))
-    server = Server(home, SimulatedGpus([A100, A100]))
+    server = Server(home, lm.SimulatedGpus([A100, A100]))
     server.store.save(a_state(*models, endpoint="stopped", mig_layouts=layouts))
     server.do(lm.applying())
     server.world.reboot()
@@ -932,7 +934,7 @@ def a_restore_of_two(home: Path, first: lm.Placement, second: lm.Placement) -> S
     return server
 
 
-def starting(world: World) -> set[str]:
+def starting(world: lm.SimulatedHost) -> set[str]:
     return {n for n, c in [*world.containers.items()] if c.running and not world.answers(c)}
 
 
@@ -1051,7 +1053,7 @@ loaded, so no new container would reach its GPU. Reboot; what runs goes on until
 def test_a_gpu_or_slice_is_never_booked_twice(
     tmp_path: Path, first: lm.Placement, second: lm.Placement, fault: str
 ) -> None:
-    server = Server(tmp_path, SimulatedGpus([A100, A100]))
+    server = Server(tmp_path, lm.SimulatedGpus([A100, A100]))
     models = (a_model("chat", placement=first), a_model("embed", placement=second, wish="stopped"))
     state = a_state(*models, endpoint="stopped", mig_layouts=(a_layout(*CUT, gpu=GPU_1),))
     server.store.save(state)
@@ -1072,7 +1074,7 @@ def test_a_cut_that_takes_a_models_slice_away_is_refused(tmp_path: Path) -> None
 
 
 def test_a_double_booking_written_by_hand_can_be_mended_step_by_step(tmp_path: Path) -> None:
-    server = Server(tmp_path, SimulatedGpus([A100]))
+    server = Server(tmp_path, lm.SimulatedGpus([A100]))
     on_first = on_gpus(GPU_0)
     server.store.save(
         a_state(
@@ -1089,11 +1091,11 @@ def test_a_double_booking_written_by_hand_can_be_mended_step_by_step(tmp_path: P
 
 # --- the law ----------------------------------------------------------------------------------
 
-CARDS = [a_card("A30"), A100, H100, a_card("RTX PRO 6000 Blackwell")]
+CARDS = [lm.simulated_card("A30"), A100, H100, lm.simulated_card("RTX PRO 6000 Blackwell")]
 
 
 @st.composite
-def wishes(draw: st.DrawFn) -> tuple[Card, list[frozenset[lm.Slice]]]:
+def wishes(draw: st.DrawFn) -> tuple[lm.SimulatedCard, list[frozenset[lm.Slice]]]:
     card = draw(st.sampled_from(CARDS))
     assert card.geometry is not None
     every = [layout for several in lm.layouts(card.geometry).values() for layout in several]
@@ -1103,10 +1105,10 @@ def wishes(draw: st.DrawFn) -> tuple[Card, list[frozenset[lm.Slice]]]:
 @settings(max_examples=40)
 @given(wishes(), st.booleans())
 def test_after_any_series_of_wishes_the_gpu_is_cut_exactly_so(
-    wish: tuple[Card, list[frozenset[lm.Slice]]], rebooted: bool
+    wish: tuple[lm.SimulatedCard, list[frozenset[lm.Slice]]], rebooted: bool
 ) -> None:
     card, layouts = wish
-    world = a_world(gpus=SimulatedGpus([card]))
+    world = a_world(gpus=lm.SimulatedGpus([card]))
     for layout in layouts:
         state = a_wish(slices=tuple(layout))
         converge(state, world)
@@ -1127,7 +1129,7 @@ def test_the_simulated_driver_and_the_planner_agree_on_what_fits(data: st.DataOb
     assert card.geometry is not None
     starts = st.integers(0, card.geometry.memory_units)
     names = st.sampled_from([profile.name for profile in card.geometry.profiles])
-    gpus = SimulatedGpus([card])
+    gpus = lm.SimulatedGpus([card])
     gpus.set_mig_mode(GPU_0, enabled=True)
     for wanted in data.draw(st.lists(st.tuples(names, starts), max_size=9)):
         joined = [*gpus.gpus[0].slices, wanted]
@@ -1139,7 +1141,7 @@ def test_the_simulated_driver_and_the_planner_agree_on_what_fits(data: st.DataOb
 
 
 def test_a_gpu_that_is_cut_is_joined_to_others_by_the_bus_alone() -> None:
-    gpus, pair = SimulatedGpus([H100, H100]), frozenset({GPU_0, GPU_1})
+    gpus, pair = lm.SimulatedGpus([H100, H100]), frozenset({GPU_0, GPU_1})
     gpus.links[pair] = lm.Link("NVSwitch", 18)
     assert str(gpus.read().links[pair]) == "NV18"
     gpus.set_mig_mode(GPU_0, enabled=True)

@@ -27,7 +27,6 @@ from builders import (
     on_gpus,
     the,
 )
-from fake_gpus import SimulatedGpus, a_card
 from fakes import Server, Trouble
 from starlette.testclient import TestClient
 
@@ -46,7 +45,7 @@ A_GPU = lm.Hardware(gpus=(lm.Gpu(uuid=GPU_0),))
 @pytest.fixture
 def server_of_one(tmp_path: Path) -> Server:
     """A server with one card, all of it watched."""
-    server = Server(tmp_path, SimulatedGpus([a_card("A100 40 GB")]))
+    server = Server(tmp_path, lm.SimulatedGpus([lm.simulated_card("A100 40 GB")]))
     server.do(lm.switching_monitoring(on=True))
     return server
 
@@ -414,6 +413,10 @@ def test_what_prometheus_sees_is_read_as_it_says_it() -> None:
         ["ModelDown", "firing", "2026-11-22 03:00 UTC"],
         ["GpuHot", "pending", "2026-11-22 03:00 UTC"],
     ]
+    assert lm.alerts_text(seen) == "**1 alert firing**, 1 pending; 1 of 3 targets down."
+    assert lm.alerts_text(replace(seen, alerts=(), targets=())) == (
+        "**No alert firing**, 0 pending; none of 0 targets down."
+    )
 
 
 def test_the_figures_are_for_who_shows_a_token(server_of_one: Server) -> None:
@@ -459,7 +462,10 @@ def test_the_tab_says_who_is_told_and_what_runs() -> None:
     stopped = replace(snapshot, state=replace(snapshot.state, endpoint="stopped"))
     assert "once a model is deployed" in lm.monitoring_text(stopped)
     off = replace(snapshot, state=replace(snapshot.state, monitoring=False))
-    assert lm.monitoring_text(off) == "Monitoring is off."
+    assert lm.monitoring_text(off) == lm.MONITORING_OFF
+    assert [lm.while_monitored(off), lm.while_unmonitored(off)] == [
+        {"visible": False}, {"visible": True},
+    ]  # fmt: skip
     assert lm.part_rows(off) == []
 
 

@@ -26,8 +26,7 @@ from builders import (
     set_aside,
     the,
 )
-from fake_gpus import SimulatedGpus, a_card
-from fakes import Crash, FakeContainer, FakeFiles, Trouble, World, a_world, some_tools
+from fakes import Crash, FakeFiles, Trouble, a_world, some_tools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -670,53 +669,53 @@ def states(draw: st.DrawFn, endpoint: st.SearchStrategy[lm.Wish] | None = None) 
     return a_state(*models, endpoint=wish, images=images, edge=edge)
 
 
-def stop_something(draw: st.DrawFn, world: World) -> None:
+def stop_something(draw: st.DrawFn, world: lm.SimulatedHost) -> None:
     if world.containers:
         world.end(draw(st.sampled_from(sorted(world.containers))), draw(st.sampled_from([0, 137])))
 
 
-def remove_something(draw: st.DrawFn, world: World) -> None:
+def remove_something(draw: st.DrawFn, world: lm.SimulatedHost) -> None:
     """Somebody typed `docker rm -f`."""
     if world.containers:
         del world.containers[draw(st.sampled_from(sorted(world.containers)))]
 
 
-def leave_aside(draw: st.DrawFn, world: World) -> None:
+def leave_aside(draw: st.DrawFn, world: lm.SimulatedHost) -> None:
     """As a change that was killed between its steps: without the new container, or with it."""
     free = [n for n in sorted(world.containers) if lm.aside(n) not in world.containers]
     names = [n for n in free if world.containers[n].spec.role != "gateway" and "." not in n]
     if names:
         name = draw(st.sampled_from(names))
         spec = world.containers[name].spec
-        world.containers[lm.aside(name)] = FakeContainer(lm.aside(name), spec, exit_code=0)
+        world.containers[lm.aside(name)] = lm.SimulatedContainer(lm.aside(name), spec, exit_code=0)
         if draw(st.booleans()):
             del world.containers[name]
 
 
-def delete_files(draw: st.DrawFn, world: World) -> None:
+def delete_files(draw: st.DrawFn, world: lm.SimulatedHost) -> None:
     files = world.files
     assert isinstance(files, FakeFiles)
     if files.generated:
         del files.generated[draw(st.sampled_from(sorted(files.generated)))]
 
 
-def lose_the_network(_: st.DrawFn, world: World) -> None:
+def lose_the_network(_: st.DrawFn, world: lm.SimulatedHost) -> None:
     """Docker refuses to remove a network while something runs on it."""
     if not world.running():
         world.networks.clear()
 
 
-def stop_everything(_: st.DrawFn, world: World) -> None:
+def stop_everything(_: st.DrawFn, world: lm.SimulatedHost) -> None:
     """The server was switched off."""
     for name in world.running():
         world.end(name, 137)
 
 
-def lose_images(_: st.DrawFn, world: World) -> None:
+def lose_images(_: st.DrawFn, world: lm.SimulatedHost) -> None:
     world.images.clear()
 
 
-def reload_something_old(_: st.DrawFn, world: World) -> None:
+def reload_something_old(_: st.DrawFn, world: lm.SimulatedHost) -> None:
     for container in world.containers.values():
         if container.spec.role == "edge":
             container.loaded = lm.render_caddyfile(a_state(instance="0"), "b", ())
@@ -729,9 +728,9 @@ DAMAGES = (
 
 
 @st.composite
-def worlds(draw: st.DrawFn) -> World:
+def worlds(draw: st.DrawFn) -> lm.SimulatedHost:
     """A server that has seen other states, killed changes and misfortune."""
-    world = a_world(gpus=SimulatedGpus([a_card("H100 80 GB")] * 2))
+    world = a_world(gpus=lm.SimulatedGpus([lm.simulated_card("H100 80 GB")] * 2))
     for state in draw(st.lists(states(), max_size=2)):
         killed_at = draw(st.sampled_from([0, 1, 2, 3, 5, 8, 11, 14, 17, 20, 25]))
         make_so(state, world, Trouble((killed_at,), after=draw(st.booleans())))
@@ -740,7 +739,7 @@ def worlds(draw: st.DrawFn) -> World:
     return world
 
 
-def make_so(state: lm.State, world: World, trouble: Trouble | None = None) -> None:
+def make_so(state: lm.State, world: lm.SimulatedHost, trouble: Trouble | None = None) -> None:
     control = lm.Control(lambda _: None)
     try:
         lm.converge(state, a_site(), some_tools(world, trouble), control)
@@ -748,13 +747,13 @@ def make_so(state: lm.State, world: World, trouble: Trouble | None = None) -> No
         some_tools(world)  # the next life of the manager
 
 
-def plan_for(state: lm.State, world: World) -> lm.Plan:
+def plan_for(state: lm.State, world: lm.SimulatedHost) -> lm.Plan:
     return lm.plan_state(state, lm.observe(some_tools(world)), a_site())
 
 
 @settings(max_examples=60)
 @given(states(), worlds())
-def test_after_a_change_nothing_is_left_to_do(state: lm.State, world: World) -> None:
+def test_after_a_change_nothing_is_left_to_do(state: lm.State, world: lm.SimulatedHost) -> None:
     make_so(state, world)
     assert str(plan_for(state, world)) == ""
     assert world.routed() == {m.served_model_name for m in state.wished_models}
@@ -781,7 +780,7 @@ def databases_over(plan: lm.Plan, observed: lm.Observed) -> list[set[str]]:
 @settings(max_examples=60)
 @given(states(), worlds(), st.sampled_from([None, "chat", "embed"]))
 def test_no_plan_discards_the_database_or_leaves_none(
-    state: lm.State, world: World, model: str | None
+    state: lm.State, world: lm.SimulatedHost, model: str | None
 ) -> None:
     observed = lm.observe(some_tools(world))
     plan = lm.plan_state(state, observed, a_site(), scope=only(model))
@@ -797,14 +796,14 @@ def test_no_plan_discards_the_database_or_leaves_none(
 
 @settings(max_examples=30)
 @given(states(), worlds())
-def test_a_plan_is_the_same_for_the_same_world(state: lm.State, world: World) -> None:
+def test_a_plan_is_the_same_for_the_same_world(state: lm.State, world: lm.SimulatedHost) -> None:
     assert str(plan_for(state, world)) == str(plan_for(state, world))
 
 
 @settings(max_examples=30)
 @given(states(), worlds())
 def test_a_change_of_one_model_touches_no_container_of_another(
-    state: lm.State, world: World
+    state: lm.State, world: lm.SimulatedHost
 ) -> None:
     plan = lm.plan_state(state, lm.observe(some_tools(world)), a_site(), scope=only("chat"))
     text = "\n".join(lm.describe(step) for stage in plan.stages for step in stage.steps)

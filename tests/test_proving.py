@@ -153,6 +153,13 @@ def test_a_result_is_green_only_when_all_was_as_it_should_be() -> None:
 # --- what is sent ---------------------------------------------------------------------------------
 
 
+def test_what_was_never_proven_is_said_with_where_to_prove_it() -> None:
+    assert "**Proofs**" in lm.proofs_text(None, PROOF)
+    assert "never been tried" in lm.proofs_text(None, PROOF)
+    green = lm.ProbeResult(taken_at=PROOF.taken_at, requests=())
+    assert "**Proofs**" not in lm.proofs_text(green, PROOF)
+
+
 def test_every_request_of_the_privacy_proof_carries_a_canary_of_its_own() -> None:
     calls = lm.canary_requests(a_server(), RUN)
     for number, call in enumerate(calls):

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 from builders import GPU_0, GPU_1, NOW, a_model, a_site, a_state, an_engine, on_gpus, on_slice, seen
-from fake_gpus import SimulatedGpus, a_card
-from fakes import World, a_world, some_tools
+from fakes import a_world, some_tools
 
 import llm_manager as lm
 
@@ -140,9 +139,9 @@ def test_where_nothing_is_recognised_the_last_line_is_shown() -> None:
 
 # --- what is remembered ---------------------------------------------------------------
 
-H100 = a_card("H100 80 GB")
-TWO_ALIKE = SimulatedGpus([H100, H100]).read()
-MIXED = SimulatedGpus([H100, a_card("A100 80 GB")]).read()
+H100 = lm.simulated_card("H100 80 GB")
+TWO_ALIKE = lm.SimulatedGpus([H100, H100]).read()
+MIXED = lm.SimulatedGpus([H100, lm.simulated_card("A100 80 GB")]).read()
 
 
 def key_of(hardware: lm.Hardware | None, image: str = "vllm:1", **changes: object) -> str:
@@ -183,7 +182,7 @@ def test_a_name_plays_no_part_and_all_that_costs_memory_does() -> None:
     assert len({alike, *different}) == 8
 
 
-def started(world: World, *models: lm.Model) -> dict[str, lm.Measured]:
+def started(world: lm.SimulatedHost, *models: lm.Model) -> dict[str, lm.Measured]:
     """What is remembered after these models were started."""
     control = lm.Control(lambda _: None)
     lm.converge(a_state(*models), a_site(), some_tools(world), control)
@@ -191,7 +190,7 @@ def started(world: World, *models: lm.Model) -> dict[str, lm.Measured]:
 
 
 def test_a_start_is_remembered_with_the_engines_report_and_the_memory_that_was_used() -> None:
-    world = a_world(gpus=SimulatedGpus([H100]))
+    world = a_world(gpus=lm.SimulatedGpus([H100]))
     world.says, world.start_seconds = GPUS, 25
     world.gpus.gpus[0].used_mib = 71234
     (measured,) = started(world, a_model(placement=on_gpus(GPU_0))).values()
@@ -203,7 +202,7 @@ def test_a_start_is_remembered_with_the_engines_report_and_the_memory_that_was_u
 
 
 def test_memory_that_is_shared_with_somebody_is_nobodys_measurement() -> None:
-    world = a_world(gpus=SimulatedGpus([H100]))
+    world = a_world(gpus=lm.SimulatedGpus([H100]))
     world.gpus.gpus[0].used_mib = 71234
     world.gpus.open(GPU_0, "python3", container_id="f" * 64)
     (measured,) = started(world, a_model(placement=on_gpus(GPU_0))).values()

@@ -8,7 +8,18 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from builders import NOW, a_model, a_secret, a_site, a_state, as_wished, but, ended, the
+from builders import (
+    NOW,
+    a_model,
+    a_secret,
+    a_site,
+    a_state,
+    an_observed,
+    as_wished,
+    but,
+    ended,
+    the,
+)
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -396,7 +407,7 @@ def test_no_text_of_the_picture_can_become_markup() -> None:
     }  # fmt: skip
 
 
-def test_from_the_thirteenth_name_on_members_that_need_no_words_share_a_line() -> None:
+def test_from_the_ninth_name_on_members_that_need_no_words_share_a_line() -> None:
     routes = [a_route(f"team-{n}") for n in range(12)]
     circuits = {"team-3@far/big": lm.Circuit(state="degraded", reason=BROKEN)}
     snapshot = a_snapshot(some_state(*routes), health=lm.RouteHealth(circuits=circuits))
@@ -405,8 +416,31 @@ def test_from_the_thirteenth_name_on_members_that_need_no_words_share_a_line() -
     assert BROKEN in shown
     two = a_model(replicas=2)
     state = a_state(two, *(a_model(f"m{n}") for n in range(12)))
-    assert "<b>chat-0, chat-1</b>" in lm.ways_html(a_snapshot(state))
+    assert "<b><bdi>chat-0</bdi>, <bdi>chat-1</bdi></b>" in lm.ways_html(a_snapshot(state))
     assert "<b>chat-0</b>" in lm.ways_html(a_snapshot(a_state(two)))
+
+
+def test_among_many_names_trouble_is_first_and_what_is_well_shares_a_line() -> None:
+    state = a_state(*(a_model(f"m{n}", wish="stopped" if n == 4 else "running") for n in range(60)))
+    observed = as_wished(state)
+    broken = but(observed, ended(the(observed, "llm-model-m9-0"), 1))
+    shown = lm.ways_html(a_snapshot(state, observed=broken)).partition("<section")[2]
+    names = re.findall(r'<div class="lane"><div><b>([^<]*)', shown)
+    assert names[:2] == ["m9", "59 more"]
+    assert "stopped</span><b>m4</b>" in shown
+    assert "<b><bdi>m0</bdi>, <bdi>m1</bdi>, <bdi>m10</bdi>," in shown
+    assert "60 names, none of which is reached this way now" in shown
+
+
+def test_before_the_first_deployment_nothing_is_said_to_be_broken() -> None:
+    ways = lm.ways_in(a_snapshot(a_state(endpoint="stopped"), observed=an_observed()))
+    assert {way.verdict for way in ways[:2]} == {"it starts with the first deployment"}
+
+
+def test_direct_keys_are_a_table_only_where_there_are_any() -> None:
+    key = lm.DirectKey(name="lab", secret=a_secret("direct"))
+    assert lm.direct_view(a_snapshot(a_state())) == {"value": [], "visible": False}
+    assert lm.direct_view(a_snapshot(a_state(direct_keys=(key,))))["visible"]
 
 
 # --- forms -------------------------------------------------------------------------------------
@@ -520,6 +554,7 @@ def test_past_litellm_there_are_two_hops() -> None:
 
 
 def test_a_refusal_is_told_with_who_refused() -> None:
+    assert lm.reply_text(lm.EdgeReply(status=529, by_edge=False)) == "529", "no status of HTTP"
     (_, last) = hops(lm.EdgeReply(status=401, by_edge=True, seconds=0.001))
     assert last[2] == "401 Unauthorized by Caddy"
     failed = hops(lm.EdgeReply(status=500, by_edge=False, call_id="1", seconds=0.01))

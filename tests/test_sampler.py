@@ -16,7 +16,6 @@ import nvml_standin
 import pynvml
 import pytest
 from builders import NOW, a_state, an_observed
-from fake_gpus import SimulatedGpus, a_card
 from fakes import Server, until
 
 import llm_manager as lm
@@ -565,7 +564,7 @@ def test_a_look_that_saw_no_containers_ends_nothing_and_a_model_without_gpu_has_
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[tuple[Server, Kept]]:
     """A simulated server with one GPU that tells its energy, looked at very often."""
-    gpus = SimulatedGpus([a_card(H100)])
+    gpus = lm.SimulatedGpus([lm.simulated_card(H100)])
     server, kept = Server(tmp_path / "home", gpus), Kept()
     server.manager.save(
         lm.setting_energy({"period_seconds": 0.5, "price_per_kwh": 0.3, "overhead": 1.2})

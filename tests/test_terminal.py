@@ -360,7 +360,7 @@ def names_in(schema: Any) -> set[str]:
             return set()
 
 
-def test_the_status_is_as_its_schema_and_the_readme_names_all_of_it() -> None:
+def test_the_status_is_as_its_schema_and_the_reference_names_all_of_it() -> None:
     facts = json.loads(json.dumps(lm.status_facts(a_busy_server())))
     check(SCHEMA, facts)
     assert facts["models"][0]["generated_tokens_per_second"] == 341.6
@@ -368,8 +368,8 @@ def test_the_status_is_as_its_schema_and_the_readme_names_all_of_it() -> None:
     assert facts["gpus"][1]["power_w"] is None
     assert facts["endpoint"]["successes_per_second"] == 3.1
     assert (facts["job"]["title"], facts["job"]["progress"]) == ("Download big", "3 of 9 GiB")
-    readme = lm.PROGRAM.with_name("README.md").read_text()
-    part = readme[readme.index("`llm status --json` and") :].partition("\n## ")[0]
+    page = (lm.PROGRAM.parent / "docs" / "reference.md").read_text()
+    part = page[page.index("`llm status --json` and") :].partition("\n## ")[0]
     assert names_in(SCHEMA) <= set(re.findall(r"`(\w+)`", part))
 
 
@@ -454,6 +454,7 @@ def test_the_console_knows_the_same_rates_until_nobody_tells_any_more(server: Se
     server.world.figures.clear()
     assert until(lambda: watch.latest().traffic is None)
     assert until(lambda: watch.latest().rates[lm.ModelName("chat")] == lm.EngineRates())
+    watch.close()
 
 
 def test_a_restarted_engine_counts_anew(server: Server) -> None:
@@ -498,6 +499,10 @@ def test_what_another_process_works_on_is_shown(server: Server) -> None:
             ("", "Download it", "task", ""),
         ]  # fmt: skip
         assert lm.status_facts(seen)["job"]["title"] == "Deploy big"
+        watch = lm.Watch(server.manager, seconds=3600)
+        going = [job.title for job in watch.latest().jobs if job.finished_at is None]
+        assert going == ["Deploy big", "Download it"]
+        watch.close()
         other.communicate("")
     assert server.store.under_way() == (), "although the files and their notes stay"
 
@@ -527,10 +532,10 @@ def test_a_look_that_fails_is_said_and_the_next_one_may_do(
         return whole()
 
     monkeypatch.setattr(server.manager, "snapshot", snapshot)
-    look = lm.LiveLook(server.manager, 0.2)
-    assert until(lambda: look.fault == "The last look failed: by zero")
-    assert look.shown() is None
-    assert until(lambda: look.latest is not None)
+    with contextlib.closing(lm.LiveLook(server.manager, 0.2)) as look:
+        assert until(lambda: look.fault == "The last look failed: by zero")
+        assert look.shown() is None
+        assert until(lambda: look.latest is not None)
     assert look.fault == ""
 
 

@@ -124,6 +124,39 @@ def test_a_range_without_use_is_said_in_words() -> None:
     assert lm.usage_bars(report) == []
 
 
+def test_where_nobody_asked_yet_it_is_said_how_use_comes_about() -> None:
+    assert lm.NO_USAGE in lm.usage_html(a_report())
+    assert "Download usage-by-key" in lm.usage_html(a_report(("k", "Ada", 1, 1)))
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "last"),
+    [
+        ("today and yesterday", "2026-02-28", "2026-03-01"),
+        ("last 7 days", "2026-02-23", "2026-03-01"),
+        ("last 30 days", "2026-01-31", "2026-03-01"),
+        ("last 365 days", "2025-03-02", "2026-03-01"),
+        ("this month", "2026-03-01", "2026-03-01"),
+        ("last month", "2026-02-01", "2026-02-28"),
+        (lm.OWN_DAYS, "2026-01-01", ""),
+    ],
+)
+def test_days_are_chosen_by_a_name_or_one_by_one(name: str, first: str, last: str) -> None:
+    assert name in lm.RANGES
+    assert lm.days_of(name, "2026-01-01", None, date(2026, 3, 1)) == (first, last)
+
+
+def test_bars_are_by_time_or_the_largest_first_and_a_day_has_its_year_where_it_must() -> None:
+    by_day = a_report(("2026-11-20", "2026-11-20", 1, 1), by="day")
+    assert lm.usage_plots(by_day) == (lm.usage_bars(by_day), [])
+    assert {name for name, _, _ in lm.usage_bars(by_day)} == {"11-20"}
+    by_key = a_report(("k", "2026-key", 1, 1))
+    assert lm.usage_plots(by_key) == ([], lm.usage_bars(by_key))
+    assert {name for name, _, _ in lm.usage_bars(by_key)} == {"2026-key"}
+    over_new_year = replace(by_day.query, first=date(2025, 12, 31))
+    assert lm.short_day("2026-11-20", over_new_year) == "2026-11-20"
+
+
 def test_an_hour_is_shown_without_its_seconds() -> None:
     report = a_report(("2026-11-21 18:00:00", "2026-11-21 18:00:00", 1, 1), by="hour")
     assert lm.usage_rows(report)[0][0] == "2026-11-21 18:00"

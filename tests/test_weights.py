@@ -339,6 +339,32 @@ def test_a_search_result_says_unknown_for_what_the_hub_did_not_say() -> None:
     assert empty == ["c/d", *["unknown"] * 6]
 
 
+@pytest.mark.parametrize(
+    ("gib", "said"),
+    [(None, "unknown"), (15, "one GPU"), (57, "one GPU"), (100, "2 GPUs together"),
+     (220, "no: too large")],
+)  # fmt: skip
+def test_a_search_result_says_how_many_of_the_gpus_it_takes(gib: int | None, said: str) -> None:
+    gpus = [lm.Gpu(uuid=lm.GpuUuid(f"GPU-{n}"), memory_mib=81559) for n in range(2)]
+    size = None if gib is None else gib * GIB
+    assert lm.room_text(size, lm.Hardware(gpus=tuple(gpus))) == said
+    assert lm.room_text(size, lm.Hardware()) == "the processor"
+    hit = lm.RepositoryHit(repository="a/b", weights_bytes=size)
+    (row,) = lm.found_rows([hit], lm.Hardware(gpus=tuple(gpus)))
+    assert dict(zip(lm.FOUND_HEADERS, row, strict=True))["Fits here, about"] == said
+
+
+def test_of_many_containers_of_an_image_two_are_named() -> None:
+    assert lm.shortened([["vllm", "a, b, c, d"], ["caddy", "e"], ["redis", ""]]) == [
+        ["vllm", "a, b and 2 more"], ["caddy", "e"], ["redis", ""],
+    ]  # fmt: skip
+
+
+def test_what_no_model_uses_is_listed_first() -> None:
+    rows = lm.stored_rows(a_cache(), a_user())
+    assert [row[4] for row in rows] == [*["no model"] * 3, "chat"]
+
+
 def test_a_repositorys_facts_name_what_stands_in_the_way() -> None:
     about = facts("model.safetensors", gated="manual", readable=False, parameters={"BF16": 8.03e9},
                   config={"auto_map": {}, "max_position_embeddings": 40960})  # fmt: skip

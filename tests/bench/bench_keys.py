@@ -25,17 +25,8 @@ sys.path[:0] = [str(ROOT.parent), str(ROOT), str(ROOT / "docker")]
 
 import docker
 from bench_usage import TARGET_SECONDS, say
-from browsing import (
-    FLAGS,
-    cell,
-    choose,
-    open_console,
-    open_tab,
-    resident_mib,
-    serving,
-    shown,
-    sort_by,
-)
+from browsing import FLAGS, cell, choose, open_console, open_tab, shown, sort_by
+from consoles import resident_mib, serving
 from installation import DOCKER_URL, Installation
 from playwright.sync_api import Page, expect, sync_playwright
 from usage_rows import database_of, empty, fill
@@ -84,7 +75,7 @@ def lists(here: Installation, rounds: int) -> dict[str, float]:
 
 
 def open_keys(page: Page) -> None:
-    open_tab(page, "Keys")
+    open_tab(page, "Keys & usage")
     expect(cell(page, "key 1")).to_be_visible()
 
 
@@ -100,7 +91,7 @@ def sort(page: Page) -> None:
 
 def usage(page: Page, by: str) -> None:
     if by == "key":
-        page.get_by_role("button", name="Usage").click()
+        open_tab(page, "Usage")
     else:
         choose(page, "Added up by", by)
     expect(page.get_by_role("link", name=f"Download usage-by-{by}")).to_be_visible()

@@ -22,7 +22,6 @@ sys.path[:0] = [str(ROOT.parent), str(ROOT)]
 
 from bench_render import milliseconds, say
 from builders import a_model, a_state, on_gpus
-from fake_gpus import SimulatedGpus, a_card
 from huggingface_hub import scan_cache_dir
 
 import llm_manager as lm
@@ -82,7 +81,7 @@ def look_at_the_cache(repositories: int, files: int, rounds: int) -> None:
 
 
 def sum_per_keystroke(rounds: int) -> None:
-    gpus = lm.Hardware(gpus=SimulatedGpus([a_card("H200 141 GB")] * 8).read().gpus)
+    gpus = lm.Hardware(gpus=lm.SimulatedGpus([lm.simulated_card("H200 141 GB")] * 8).read().gpus)
     place = lm.place_of(on_gpus(*(gpu.uuid for gpu in gpus.gpus)), gpus)
 
     def computed() -> lm.Fit:
@@ -98,7 +97,7 @@ def sum_per_keystroke(rounds: int) -> None:
 
 def find_places(rounds: int) -> None:
     """Eight GPUs of which two are cut, and one is somebody's."""
-    simulated = SimulatedGpus([a_card("H100 80 GB")] * 8)
+    simulated = lm.SimulatedGpus([lm.simulated_card("H100 80 GB")] * 8)
     for gpu in simulated.gpus[:2]:
         simulated.set_mig_mode(gpu.uuid, enabled=True)
         simulated.create_slice(gpu.uuid, ("3g.40gb", 4))

@@ -6,15 +6,12 @@ No `__init__.py` here: as a package, this folder would hide the Docker SDK from 
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import docker
 import pytest
-from browsing import FLAGS
 from installation import DOCKER_URL, Install, Installation, copied_models
-from playwright.sync_api import Browser, Page, expect, sync_playwright
 from reporting import SHOWN, TIMINGS
 
 
@@ -76,24 +73,6 @@ def installing(
         request.config.stash.setdefault(TIMINGS, []).extend(t for m in made for t in m.timings)
         for installation in made:
             installation.destroy()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = next(filter(None, map(shutil.which, names)))
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
-        expect.set_options(timeout=40_000)  # two cores may be busy with other things
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
-    page = browser.new_page(viewport={"width": 1280, "height": 900})
-    yield page
-    page.close()
 
 
 INSTALLED = pytest.StashKey[list[Installation]]()

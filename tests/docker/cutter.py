@@ -45,10 +45,11 @@ class Cutter:
                 engine.connect(self._engine)
                 self._open += [client, engine]
                 for pair in ((client, engine), (engine, client)):
-                    threading.Thread(target=_pass, args=pair, daemon=True).start()
+                    threading.Thread(target=pass_on, args=pair, daemon=True).start()
 
 
-def _pass(source: socket.socket, target: socket.socket) -> None:
+def pass_on(source: socket.socket, target: socket.socket) -> None:
+    """Until either ends."""
     with contextlib.suppress(OSError), source.makefile("rb", 0) as reader:
         with target.makefile("wb", 0) as writer:
             shutil.copyfileobj(reader, writer)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import nvml_standin
 import pytest
-from browsing import button, cell, choose, open_console, open_tab, serving, without_docker
+from browsing import button, cell, choose, open_console, open_tab
+from consoles import serving, without_docker
 from fake_hub import FakeHub
 from installation import CHEAP, Install, Installation
 from playwright.sync_api import Page, Route, expect
@@ -16,7 +17,7 @@ from test_story import ANSWER, ask
 
 pytestmark = pytest.mark.browser
 TABS = (
-    "Overview", "Models", "Library", "Hardware", "Routes", "Keys", "Energy", "Benchmark",
+    "Overview", "Models", "Library", "Hardware", "Routes", "Keys & usage", "Energy", "Benchmark",
     "Monitoring", "System",
 )  # fmt: skip
 DEPLOY_SECONDS = 240
@@ -56,7 +57,7 @@ def test_a_page_of_which_a_file_did_not_arrive_loads_itself_again(
     page.route(re.compile(r"/assets/(Blocks-.*|.*\.css)$"), lose_the_first_component)
     with serving(without_docker(tmp_path / "home")) as url:
         open_console(page, url)
-        open_tab(page, "Keys")
+        open_tab(page, "Keys & usage")
     assert asked.count(*lost) > 1
 
 
@@ -109,20 +110,20 @@ def test_the_story_in_the_console_with_a_reload_in_the_middle(
     with FakeHub() as hub, serving(here, HF_ENDPOINT=hub.url) as url:
         hub.add("acme/chat", tiny_models / "tiny-chat", pipeline_tag="text-generation")
         open_console(page, url)
-        expect(page.get_by_text("Register your first model")).to_be_visible()
+        expect(page.get_by_text("From an empty server to the first answer")).to_be_visible()
         add_from_the_hub(page, "acme/chat")
         choose_a_small_kv_cache(page)
         page.get_by_label("Engine arguments").press_sequentially(f"{CHEAP} --max-model-len 512")
         expect(page.locator(".fit-card:visible")).to_contain_text("requests of 512 tokens")
         register(page, "Chat_1")
-        expect(page.get_by_text("must be lower-case letters")).to_be_visible()
+        expect(page.get_by_text("must be lower-case letters").first).to_be_visible()
         register(page, "chat")
         with here.step("deploy from the hub in the console, with a reload in the middle"):
             deploy(page)
         secret = create_key(page, "Ada <b>Lovelace</b>")
         assert ask(here.openai(secret)) == ANSWER
         page.reload()
-        open_tab(page, "Keys")
+        open_tab(page, "Keys & usage")
         expect(page.get_by_role("gridcell", name="Ada <b>Lovelace</b>")).to_be_visible()
         assert secret not in page.content(), "a secret is shown once"
         revoke_after_a_question(page, "Ada <b>Lovelace</b>")
@@ -130,7 +131,7 @@ def test_the_story_in_the_console_with_a_reload_in_the_middle(
 
 
 def revoke_after_a_question(page: Page, alias: str) -> None:
-    choose(page, "Key", alias)
+    choose(page, "Key (or click its row)", alias)
     button(page, "Revoke").click()
     expect(page.get_by_text("Its requests are refused from then on")).to_be_visible()
     button(page, "Not now").click()
@@ -178,10 +179,12 @@ def deploy(page: Page) -> None:
     page.get_by_role("button", name="Do it").click()
     expect(page.get_by_text("running for")).to_be_visible()
     # Gradio (6.31) ties no label to a text box with a copy button: found by their ids.
+    page.get_by_role("button", name="What it did").click()
     progress = page.locator("#job textarea")
     expect(progress).to_have_value(re.compile("wait until"), timeout=60_000)
     page.reload()
     # Another page, the same job from its first line on.
+    page.get_by_role("button", name="What it did").click()
     expect(progress).to_have_value(re.compile("^download acme/chat"))
     expect(page.get_by_text(re.compile("Deploy chat · done in"))).to_be_visible(
         timeout=DEPLOY_SECONDS * 1000
@@ -190,7 +193,7 @@ def deploy(page: Page) -> None:
 
 
 def create_key(page: Page, alias: str) -> str:
-    open_tab(page, "Keys")
+    open_tab(page, "Keys & usage")
     page.get_by_label("For whom").fill(alias)
     page.get_by_role("button", name="Create key").click()
     shown = page.locator("#new-key textarea")

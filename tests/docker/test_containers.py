@@ -19,7 +19,6 @@ import pytest
 from builders import a_state
 from cutter import Cutter
 from docker.models.containers import Container
-from fake_gpus import SimulatedGpus
 from fakes import a_world, some_tools
 from installation import CADDY, DOCKER_URL, Install, Installation, free_ports, remove_labelled
 
@@ -93,7 +92,7 @@ def real(docker_client: docker.DockerClient, tmp_path: Path) -> Iterator[Callabl
         weights = lm.HuggingFace(lm.HubCache(store.home / "huggingface"), lambda: None)
         database = lm.PostgresPrograms(engine.contents, store.home / "backups")
         doors = lm.Tools(
-            engine, lm.HttpProbes(), store, lm.SystemClock(), SimulatedGpus(), weights, images,
+            engine, lm.HttpProbes(), store, lm.SystemClock(), lm.SimulatedGpus(), weights, images,
             database,
         )  # fmt: skip
         return Bench(instance, doors)

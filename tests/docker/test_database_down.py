@@ -8,7 +8,8 @@ from typing import Any
 
 import openai
 import pytest
-from browsing import open_console, serving
+from browsing import open_console
+from consoles import serving
 from installation import Install, Installation, served_outside
 from playwright.sync_api import Page, expect
 from test_routing import wait_until

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import nvml_standin
 import pytest
-from browsing import button, cell, choose, open_console, open_tab, serving, without_docker
+from browsing import button, cell, choose, open_console, open_tab
+from consoles import serving, without_docker
 from installation import Installation
 from nvml_standin import Server
 from playwright.sync_api import Page, expect

@@ -6,6 +6,7 @@ import http.client
 import json
 import re
 import resource
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -243,9 +244,8 @@ def test_an_engine_that_hangs_is_reported_and_the_report_goes_when_it_works_agai
         assert told is not None
         return told
 
-    looks = [snapshot]
-    stalls = lm.Stalls(pause=0.5, seconds=3, patience=3)
-    pulse = lm.Pulse(manager, lambda: replace(looks[0]), stalls)
+    stalls, closed = lm.Stalls(pause=0.5, seconds=3, patience=3), threading.Event()
+    pulse = lm.Pulse(manager, lambda: replace(snapshot), closed, stalls)
     with served.step("an engine hangs, and works again"), ThreadPoolExecutor() as pool:
         before = load().tokens
         request = pool.submit(long_request)
@@ -264,7 +264,7 @@ def test_an_engine_that_hangs_is_reported_and_the_report_goes_when_it_works_agai
             signal_engine_core(served, "CONT")
         until(lambda: not pulse.hung)
         assert request.result() == 3000, "nothing of the request is lost"
-    looks[0] = lm.Snapshot(taken_at=lm.utc_now(), state=None, observed=None, plan=None)
+    closed.set()
 
 
 def test_what_an_engine_said_when_it_died_is_kept_beside_its_next_start(

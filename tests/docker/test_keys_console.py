@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 import uvicorn
-from browsing import button, choose, open_console, open_tab
+from browsing import button, cell, choose, open_console, open_tab
 from fakes import FakeGateway, Server, until
 from playwright.sync_api import Browser, Page, expect
 
@@ -57,7 +57,7 @@ def test_a_list_outlives_the_page_that_asked_for_it_and_its_secrets_are_told_onc
 
     gateway.made = halfway
     open_console(page, url)
-    open_tab(page, "Keys")
+    open_tab(page, "Keys & usage")
     page.get_by_role("button", name="Many at once").click()
     rows = [f"Person {n},p{n}@example.org" for n in range(20)]
     page.get_by_label("CSV").fill("\n".join(["name,email", *rows]))
@@ -68,7 +68,7 @@ def test_a_list_outlives_the_page_that_asked_for_it_and_its_secrets_are_told_onc
 
     other = browser.new_page()
     open_console(other, url)
-    open_tab(other, "Keys")
+    open_tab(other, "Keys & usage")
     expect(other.get_by_text("20 keys are made.")).to_be_visible()
     button(other, "Fetch the secrets").click()
     with other.expect_download() as download:
@@ -84,7 +84,7 @@ def test_a_list_outlives_the_page_that_asked_for_it_and_its_secrets_are_told_onc
 def test_a_token_is_made_shown_once_and_revoked(server: Server, page: Page, url: str) -> None:
     open_console(page, url)
     open_tab(page, "System")
-    page.get_by_role("button", name="Programs").first.click()
+    open_tab(page, "Programs")
     page.get_by_label("New token for").fill("ci")
     button(page, "Create token").click()
     shown = page.locator("#new-token textarea, #new-token input")
@@ -100,7 +100,7 @@ def test_a_token_is_made_shown_once_and_revoked(server: Server, page: Page, url:
     page.reload()
     open_tab(page, "System")
     assert token not in page.content()
-    page.get_by_role("button", name="Programs").first.click()
+    open_tab(page, "Programs")
     choose(page, "Token", "ci")
     button(page, "Revoke").click()
     button(page, "Revoke it").click()
@@ -116,10 +116,10 @@ def test_what_would_happen_to_a_group_is_asked_before_it_does(
     for name in ("Ada", "Grace"):
         keys.create(lm.parse_key_settings({"alias": name, "group": "ML"}))
     open_console(page, url)
-    open_tab(page, "Keys")
-    page.get_by_role("button", name="Create or change a key").click()  # it has a group, too
-    page.get_by_role("button", name="Groups").click()
-    choose(page, "Group", "ML")
+    open_tab(page, "Keys & usage")
+    open_tab(page, "Groups")
+    cell(page, "ML").click()
+    expect(page.get_by_label("Group (or click its row)")).to_have_value("ML")
     button(page, "Extend all").click()
     expect(page.get_by_text("and 2 end later")).to_be_visible()
     assert {key.settings.expires_at for key in keys.all()} == {None}

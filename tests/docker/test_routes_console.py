@@ -15,7 +15,8 @@ from typing import Any
 
 import docker
 import pytest
-from browsing import button, cell, open_console, open_tab, serving
+from browsing import button, cell, open_console, open_tab
+from consoles import serving
 from docker.models.containers import Container
 from installation import CHEAP, Install, Installation
 from playwright.sync_api import Locator, Page, expect

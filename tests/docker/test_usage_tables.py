@@ -15,7 +15,8 @@ import docker
 import openai
 import psycopg
 import pytest
-from browsing import button, cell, open_console, open_tab, resident_mib, serving, sort_by
+from browsing import button, cell, open_console, open_tab, sort_by
+from consoles import resident_mib, serving
 from installation import Install, Installation
 from playwright.sync_api import Page, expect
 from pydantic import SecretStr
@@ -420,8 +421,8 @@ def test_the_page_shows_who_used_what_and_gives_it_as_a_file(
     wait_until(lambda: "Grace" in rows_by(here, "key"), "it is written", 60)
     with serving(here) as url:
         open_console(page, url)
-        open_tab(page, "Keys")
-        page.get_by_role("button", name="Usage").click()
+        open_tab(page, "Keys & usage")
+        open_tab(page, "Usage")
         expect(cell(page, "Grace")).to_be_visible()
         expect(page.locator(".vega-embed canvas, .vega-embed svg").first).to_be_visible()
         page.get_by_label("Added up by").click()
@@ -455,22 +456,22 @@ def figures_sort_as_numbers(page: Page) -> None:
 def test_a_thousand_keys_are_found_sorted_and_accounted_for(here: Installation, page: Page) -> None:
     with serving(here) as url:
         open_console(page, url)
-        open_tab(page, "Keys")
-        page.get_by_role("button", name="Usage").click()
+        open_tab(page, "Keys & usage")
+        open_tab(page, "Usage")
         expect(page.get_by_role("link", name="Download usage-by-key")).to_be_visible()
         before = resident_mib(here)
         with database_of(here) as connection:
             fill(connection, keys=1000, rows=20_000, days=20, last=lm.utc_now().date())
         page.reload()
         open_console(page, url)
-        open_tab(page, "Keys")
+        open_tab(page, "Keys & usage")
         expect(cell(page, "key 100")).to_be_visible()
         sort_by(page, "For", "descending")
         expect(cell(page, "key 999")).to_be_visible()
         page.get_by_placeholder("Filter...").first.fill("key 777")
         expect(cell(page, "key 777")).to_be_visible()
         expect(cell(page, "key 999")).to_have_count(0)
-        page.get_by_role("button", name="Usage").click()
+        open_tab(page, "Usage")
         figures_sort_as_numbers(page)
         with page.expect_download() as download:
             page.get_by_role("link", name="Download usage-by-key").click()
