@@ -433,6 +433,7 @@ def test_the_page_shows_who_used_what_and_gives_it_as_a_file(
         read = csv.DictReader(download.value.path().read_text().splitlines())
         prompts = {row["model"]: int(row["prompt_tokens"]) for row in read}
         assert prompts["openai/tiny"] > 0
+        page.get_by_role("button", name="Statements of a month").click()
         button(page, "Make statements").click()
         expect(page.get_by_role("link", name=re.compile("statement-.*html"))).to_be_visible()
     here.container("llm-postgres").stop()
