@@ -12134,9 +12134,6 @@ def group_state(group: KnownGroup, now: datetime) -> str:
     return "used up" if used_up else "active"
 
 
-DIAGNOSIS_HEADERS: Final = ("What is wrong", "What to do")
-
-
 def diagnosis_text(diagnosis: Diagnosis) -> str:
     """One sentence, and a line per fault."""
     if not diagnosis.faults:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from pydantic import SecretStr
@@ -174,3 +174,16 @@ def the(observed: lm.Observed, name: str) -> lm.ObservedContainer:
 
 def set_aside(container: lm.ObservedContainer) -> lm.ObservedContainer:
     return replace(ended(container), name=lm.aside(container.name))
+
+
+def a_snapshot(state: lm.State | None = None, **changes: Any) -> lm.Snapshot:
+    """All is well, and nothing runs but what should."""
+    state = state or a_state(a_model())
+    observed = as_wished(state)
+    given: dict[str, Any] = {
+        "taken_at": NOW + timedelta(minutes=3, seconds=20),
+        "state": state,
+        "observed": observed,
+        "plan": lm.plan_state(state, observed, a_site()),
+    }
+    return lm.Snapshot(**given | changes)

@@ -23,6 +23,7 @@ from builders import (
     a_model,
     a_secret,
     a_site,
+    a_snapshot,
     a_state,
     an_engine,
     as_wished,
@@ -44,19 +45,6 @@ HOST = "127.0.0.1:7860"
 KEY = a_secret("console")
 TOKEN = KEY.get_secret_value()
 COOKIE = "llm-manager-a1b2c3"
-
-
-def a_snapshot(state: lm.State | None = None, **changes: Any) -> lm.Snapshot:
-    """All is well, and nothing runs but what should."""
-    state = state or a_state(a_model())
-    observed = as_wished(state)
-    given: dict[str, Any] = {
-        "taken_at": NOW + timedelta(minutes=3, seconds=20),
-        "state": state,
-        "observed": observed,
-        "plan": lm.plan_state(state, observed, a_site()),
-    }
-    return lm.Snapshot(**given | changes)
 
 
 def a_job(**changes: Any) -> lm.JobView:

@@ -17,6 +17,7 @@ from builders import (
     NOW,
     a_model,
     a_site,
+    a_snapshot,
     a_state,
     an_observed,
     as_wished,
@@ -32,19 +33,6 @@ import llm_manager as lm
 
 CHAT = "llm-model-chat-0"
 HOSTILE = "<img src=x>"
-
-
-def a_snapshot(state: lm.State | None = None, **changes: Any) -> lm.Snapshot:
-    """All is well, and nothing runs but what should."""
-    state = state or a_state(a_model())
-    observed = as_wished(state)
-    given: dict[str, Any] = {
-        "taken_at": NOW + timedelta(minutes=3, seconds=20),
-        "state": state,
-        "observed": observed,
-        "plan": lm.plan_state(state, observed, a_site()),
-    }
-    return lm.Snapshot(**given | changes)
 
 
 def a_job(**changes: Any) -> lm.JobView:
