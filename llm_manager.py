@@ -27942,9 +27942,10 @@ setTimeout(() => sessionStorage.removeItem("reloads"), 30000);
     let wait = 1500;
     for (const [what, name] of Object.entries(nameless))
       for (const part of document.querySelectorAll(what)) part.ariaLabel ??= name;
-    if (!document.hidden && !over) try {
-      const front = document.querySelector('[role="tab"][aria-selected="true"]');
-      const tab = encodeURIComponent(front?.textContent.trim() ?? "");
+    const front = document.querySelector('[role="tab"][aria-selected="true"]');
+    if (!front) wait = 50;
+    else if (!document.hidden && !over) try {
+      const tab = encodeURIComponent(front.textContent.trim());
       const answer = await send("/news?tab=" + tab, {signal: AbortSignal.timeout(5000)});
       if ([401, 502, 503, 504].includes(answer.status)) throw answer.status;
       // Any other is an answer, if not the one that was hoped for: nothing waits for a better one.
@@ -27979,6 +27980,14 @@ setTimeout(() => sessionStorage.removeItem("reloads"), 30000);
     }
   };
   addEventListener("input", event => { typed ||= event.isTrusted; }, true);
+  addEventListener("keydown", event => {  // as between all tabs but Gradio's (6.31)
+    const step = {ArrowRight: 1, ArrowLeft: -1}[event.key];
+    if (!step || event.target.role !== "tab") return;
+    const all = [...event.target.parentElement.querySelectorAll('[role="tab"]')];
+    const next = all.at((all.indexOf(event.target) + step) % all.length);
+    next.focus();
+    next.click();
+  });
   addEventListener("visibilitychange", look, true);
   new MutationObserver(changes => changes.some(change => change.target.role === "tab") && look())
     .observe(document, {subtree: true, attributeFilter: ["aria-selected"]});
@@ -28004,8 +28013,8 @@ def build_theme() -> gr.themes.Base:
     )
 
 
-# Gradio (6.31) keeps 2 MiB of each page, of the last 10,000 that were used.
-PAGES: Final = 24
+# Gradio (6.31) keeps 50 KiB of each page, of the last 10,000 that were used.
+PAGES: Final = 200
 
 
 def build_console(manager: Manager, watch: Watch) -> tuple[gr.Blocks, News]:

@@ -185,6 +185,16 @@ def test_a_page_comes_back_by_itself_when_the_console_was_killed(
         expect(page.locator("#notice")).to_have_count(0)
 
 
+def test_arrow_keys_lead_from_tab_to_tab(program: Program, page: Page) -> None:
+    open_console(page, program.url())
+    page.get_by_role("tab", name="Overview").focus()
+    for key, tab in (("ArrowRight", "Models"), ("ArrowLeft", "Overview"), ("ArrowLeft", "System")):
+        page.keyboard.press(key)
+        front = page.get_by_role("tab", name=tab, exact=True)
+        expect(front).to_have_attribute("aria-selected", "true")
+        expect(front).to_be_focused()
+
+
 def test_a_refresh_moves_nothing(tmp_path: Path, page: Page) -> None:
     with Program(tmp_path, models=60) as program:
         open_console(page, program.url())
