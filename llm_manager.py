@@ -150,6 +150,7 @@ import calendar
 import concurrent.futures
 import contextlib
 import contextvars
+import copy
 import csv
 import ctypes
 import difflib
@@ -234,6 +235,7 @@ if TYPE_CHECKING:
     import rich.table as rich_table
     import rich.text as rich_text
     import uvicorn
+    from fastapi.middleware import gzip
     from grafana_foundation_sdk.builders import dashboard as grafana
     from grafana_foundation_sdk.builders import prometheus as grafana_queries
     from grafana_foundation_sdk.builders import timeseries as grafana_timeseries
@@ -245,6 +247,7 @@ else:
         ("fastapi", "gradio", "httpx2", "huggingface_hub", "pandas", "psycopg", "pynvml",
          "uvicorn"),
     )  # fmt: skip
+    gzip = LazyModule("fastapi.middleware.gzip")
     rich_console, rich_live, rich_table, rich_text = map(
         LazyModule, ("rich.console", "rich.live", "rich.table", "rich.text")
     )
@@ -25715,6 +25718,11 @@ class News:
             return old
         return old if new == old[1] else (self._number, new)
 
+    @property
+    def first_tab(self) -> str:
+        """The one in front of a page that was just opened."""
+        return next(iter(self._views))
+
     def newest(self, tab: str, zone: tzinfo = UTC) -> Json:
         """The tab and its newest number, as the page's script reads them."""
         if tab not in self._views:  # the page has none yet
@@ -25731,10 +25739,14 @@ def wire_live(desk: Desk, tabs: gr.Tabs) -> News:
     """For each tab a hidden button, which the page's script presses when there is news for it."""
     news = News(desk.watch)
     everywhere = [pair for pair in desk.views if not _is_within(pair[0], tabs)]
-    for number, tab in enumerate(cast("list[Any]", tabs.children)):
+    numbered = [*enumerate(cast("list[Any]", tabs.children))]
+    numbers = [
+        gr.Number(0, precision=0, visible="hidden", elem_id=f"known-{number}")
+        for number, _ in numbered
+    ]
+    for (number, tab), known in zip(numbered, numbers, strict=True):
         shown = everywhere + [pair for pair in desk.views if _is_within(pair[0], tab)]
         news.add(tab.label, [view for _, view in shown])
-        known = gr.Number(0, precision=0, visible="hidden", elem_id=f"known-{number}")
         press = gr.Button(visible="hidden", elem_id=f"news-{number}")
         press.click(
             _teller(news, tab.label), known, [*(component for component, _ in shown), known],
@@ -25868,23 +25880,26 @@ def wire_plan(
     button.click(on_click, subject, card.outputs, **PRIVATE)
 
 
-def wire_rules(desk: Desk, fields: Sequence[Any], described: Callable[..., Change | None]) -> None:
-    """A line, made here, that says what a change would be refused for, while it is typed.
-
-    `described` makes the change of the fields' values, or None while there is too little of it.
-    """
+def wire_check(fields: Sequence[Any], check: Callable[..., object]) -> None:
+    """Under a form, as it is typed, why it would be refused; nothing while it would not."""
 
     def on_typed(*values: Any) -> str:
-        def check() -> None:
-            if change := described(*values):
-                desk.manager.check(change)
+        wrong = typed_fault(partial(check, *values))
+        return fault_html(wrong) if wrong else ""
 
-        fault = typed_fault(check)
-        return f"⚠️ {plain(fault)}" if fault else ""
+    fault = gr.HTML()
+    changes = [field.change for field in fields]
+    gr.on(changes, on_typed, [*fields], fault, trigger_mode="always_last", **READING)
 
-    said = gr.Markdown(elem_classes="rules")
-    for typed_in in fields:
-        typed_in.change(on_typed, [*fields], said, trigger_mode="always_last", **READING)
+
+def wire_rules(desk: Desk, fields: Sequence[Any], described: Callable[..., Change | None]) -> None:
+    """The same for a change, which `described` makes of the fields; None: too little is typed."""
+
+    def check(*values: Any) -> None:
+        if change := described(*values):
+            desk.manager.check(change)
+
+    wire_check(fields, check)
 
 
 def typed_fault(check: Callable[[], object]) -> str:
@@ -25950,18 +25965,6 @@ def build_question(
     confirm.click(on_confirm, pending, [group, said], **PRIVATE)
     leave.click(lambda: gr.update(visible=False), None, group, **PRIVATE)
     return [group, text, pending], said
-
-
-def wire_check(fields: Sequence[Any], check: Callable[..., object]) -> None:
-    """Under a form, as it is typed, why it would be refused; nothing while it would not."""
-
-    def on_typed(*values: Any) -> str:
-        wrong = typed_fault(partial(check, *values))
-        return fault_html(wrong) if wrong else ""
-
-    fault = gr.HTML()
-    changes = [field.change for field in fields]
-    gr.on(changes, on_typed, [*fields], fault, trigger_mode="always_last", **READING)
 
 
 def deletion_question(lines: Sequence[str], pending: Any) -> tuple[Any, ...]:
@@ -27308,10 +27311,9 @@ def build_energy_tab(desk: Desk) -> None:
             files = gr.HTML()
         build_energy_settings(desk)
     asked = [by, *days]
-    for event in (tab.select, again.click, by.change, *(each.change for each in days)):
-        event(_energy_shower(desk), asked, [said, stack, per_token, rows, sessions], **QUIET)
-        event(on_energy_files, [*asked, style], files, **QUIET)
-    style.change(on_energy_files, [*asked, style], files, **QUIET)
+    events = [tab.select, again.click, by.change, *(each.change for each in days)]
+    gr.on(events, _energy_shower(desk), asked, [said, stack, per_token, rows, sessions], **QUIET)
+    gr.on([*events, style.change], on_energy_files, [*asked, style], files, **QUIET)
 
 
 def _energy_shower(desk: Desk) -> Callable[..., tuple[Any, ...]]:
@@ -27807,7 +27809,6 @@ footer { display: none !important; }
   grid-template-columns: repeat(auto-fill, minmax(min(560px, 100%), 1fr)); }
 .gpu-cards .gpu-card { margin: 0 0 10px !important; }
 .gpu-cards .card-bar .slice { padding: 6px 4px; font-size: 12px; }
-.rules:not(:has(p)) { display: none; }
 .card-head { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 4px 24px;
   margin-bottom: 8px; color: var(--body-text-color); }
 .card-bar { position: relative; height: 56px; border-radius: 4px; overflow: hidden;
@@ -27941,9 +27942,10 @@ setTimeout(() => sessionStorage.removeItem("reloads"), 30000);
     let wait = 1500;
     for (const [what, name] of Object.entries(nameless))
       for (const part of document.querySelectorAll(what)) part.ariaLabel ??= name;
-    if (!document.hidden && !over) try {
-      const front = document.querySelector('[role="tab"][aria-selected="true"]');
-      const tab = encodeURIComponent(front?.textContent.trim() ?? "");
+    const front = document.querySelector('[role="tab"][aria-selected="true"]');
+    if (!front) wait = 50;
+    else if (!document.hidden && !over) try {
+      const tab = encodeURIComponent(front.textContent.trim());
       const answer = await send("/news?tab=" + tab, {signal: AbortSignal.timeout(5000)});
       if ([401, 502, 503, 504].includes(answer.status)) throw answer.status;
       // Any other is an answer, if not the one that was hoped for: nothing waits for a better one.
@@ -27978,6 +27980,14 @@ setTimeout(() => sessionStorage.removeItem("reloads"), 30000);
     }
   };
   addEventListener("input", event => { typed ||= event.isTrusted; }, true);
+  addEventListener("keydown", event => {  // as between all tabs but Gradio's (6.31)
+    const step = {ArrowRight: 1, ArrowLeft: -1}[event.key];
+    if (!step || event.target.role !== "tab") return;
+    const all = [...event.target.parentElement.querySelectorAll('[role="tab"]')];
+    const next = all.at((all.indexOf(event.target) + step) % all.length);
+    next.focus();
+    next.click();
+  });
   addEventListener("visibilitychange", look, true);
   new MutationObserver(changes => changes.some(change => change.target.role === "tab") && look())
     .observe(document, {subtree: true, attributeFilter: ["aria-selected"]});
@@ -28003,8 +28013,8 @@ def build_theme() -> gr.themes.Base:
     )
 
 
-# Gradio (6.31) keeps 2 MiB of each page, of the last 10,000 that were used.
-PAGES: Final = 24
+# Gradio (6.31) keeps 50 KiB of each page, of the last 10,000 that were used.
+PAGES: Final = 200
 
 
 def build_console(manager: Manager, watch: Watch) -> tuple[gr.Blocks, News]:
@@ -28033,24 +28043,101 @@ def build_console(manager: Manager, watch: Watch) -> tuple[gr.Blocks, News]:
     return app, news
 
 
-def build_app(manager: Manager, watch: Watch) -> Guard:
-    """The console behind its guard, ready for uvicorn."""
-    state = manager.state()
-    app = fastapi.FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
-    programs = build_api(manager, watch)
-    page, news = build_console(manager, watch)
-    start = secrets.token_hex(8)
-    guard = Guard(app, TokenGate(programs, manager), lambda: watch.console_key, state.instance)
+def be_frugal(page: gr.Blocks) -> None:
+    """Spare what Gradio (6.31) does for nothing; to be called once it is mounted."""
+    # It looks a thousand times a second for something to do, and a hundred times for progress, of
+    # which no handler here tells: 7% of a core.
+    page._queue.sleep_when_free = 0.1  # noqa: SLF001
+    page._queue.progress_update_sleep_when_free = 1  # noqa: SLF001
+    page.state_holder.blocks = cast("gr.Blocks", PageModel(page))
+    for component in page.config["components"]:
+        for name in ("api_info", "api_info_as_input", "api_info_as_output", "example_inputs"):
+            component.pop(name, None)  # for programs that would press buttons; `API` is for them
 
-    # Gradio would hold a stream open here for each page, to know when it is closed. Browsers open
-    # six connections to a server at most: the seventh page would stay blank.
-    @app.get("/gradio_api/heartbeat/{session}")
-    def stay_alive(session: str) -> str:
-        return session
 
-    @app.get(NEWS_PATH)
-    def tell_newest(tab: str, request: fastapi.Request) -> Json:
-        return {"start": start, **news.newest(tab, zone_of(request))}
+@dataclass(frozen=True)
+class PageModel:
+    """What Gradio makes the state of each open page of.
+
+    It would describe all components once more for each page, for links to a page as it stands
+    ("deep links"), which `Guard` shuts: 0.2 s and 2 MiB a page.
+    """
+
+    page: gr.Blocks
+    blocks: Json = field(default_factory=dict)  # those to describe
+
+    @property
+    def default_config(self) -> Self:
+        return self
+
+    def __copy__(self) -> Any:
+        fresh = copy.copy(self.page.default_config)
+        fresh.config_for_block = lambda *_: {}  # type: ignore[method-assign]
+        return fresh
+
+
+class FirstPage:
+    """Gradio's page, which shows at once what there is, and need not ask for it first."""
+
+    def __init__(self, gradio: Any, page: gr.Blocks, news: News) -> None:
+        self._gradio = gradio
+        self._page = page
+        self._news = news
+        # Nothing changes them but the address by which a browser reached this server.
+        self._pages: dict[str, str] = {}
+
+    async def answer(self, request: fastapi.Request) -> fastapi.Response:
+        bare = self._pages.get(str(request.base_url)) or await self._bare(request)
+        # The first page of a browser tells its zone, and shows times in it a moment later.
+        cookies = request.headers["cookie"]
+        known = await self._look(zone_of(request)) if ZONE_COOKIE in cookies else {}
+        script = FIRST_SCRIPT.replace("KNOWN", json.dumps(known).replace("<", "\\u003c"))
+        return fastapi.responses.HTMLResponse(bare.replace("</head>", script + "</head>", 1))
+
+    async def _bare(self, request: fastapi.Request) -> str:
+        parts: list[Json] = []
+
+        async def keep(part: Json) -> None:
+            parts.append(part)
+
+        await self._gradio({**request.scope, "query_string": b""}, request.receive, keep)
+        if parts[0]["status"] != HTTPStatus.OK:
+            raise fastapi.HTTPException(parts[0]["status"])
+        if len(self._pages) >= FEW_ADDRESSES:
+            self._pages.clear()
+        page = b"".join(part.get("body", b"") for part in parts).decode()
+        self._pages[str(request.base_url)] = page
+        return page
+
+    async def _look(self, zone: tzinfo) -> dict[int, Json]:
+        """What the tab in front shows that was not known when the page was built, by component."""
+        tab = self._news.first_tab
+        tell = next(fn for fn in self._page.fns.values() if fn.name == "tell")  # of the first tab
+        fresh = await fastapi.concurrency.run_in_threadpool(tell_news, self._news, tab, 0, zone)
+        state = gr.state_holder.SessionState(self._page.state_holder.blocks)
+        told = await self._page.postprocess_data(tell, fresh, state)
+        return {
+            part._id: new if isinstance(new, dict) and "__type__" in new else {"value": new}  # noqa: SLF001
+            for part, new in zip(tell.outputs, told, strict=True)
+        }
+
+
+FEW_ADDRESSES: Final = 8
+
+
+# Svelte watches plain objects and arrays, and Gradio (6.31) reads these 300,000 times at the start:
+# seconds, though they never change. It leaves alone what is neither.
+FIRST_SCRIPT: Final = """<script>{
+  const known = KNOWN, {components, dependencies} = window.gradio_config;
+  for (const each of components) Object.assign(each.props, known[each.id]);
+  class Unwatched extends Array {}
+  Object.setPrototypeOf(components, Unwatched.prototype);
+  Object.setPrototypeOf(dependencies, Unwatched.prototype);
+}</script>"""
+
+
+def add_exports(app: fastapi.FastAPI, manager: Manager) -> None:
+    """The files that tabs offer."""
 
     @app.get(AUDIT_CSV_PATH)
     def export_audit() -> fastapi.Response:
@@ -28072,9 +28159,36 @@ def build_app(manager: Manager, watch: Watch) -> Guard:
         answer.headers["content-disposition"] = named
         return answer
 
+
+def build_app(manager: Manager, watch: Watch) -> Guard:
+    """The console behind its guard, ready for uvicorn."""
+    state = manager.state()
+    app = fastapi.FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    programs = build_api(manager, watch)
+    page, news = build_console(manager, watch)
+    start = secrets.token_hex(8)
+    app.add_middleware(gzip.GZipMiddleware, compresslevel=4)  # a tunnel may be slow
+    guard = Guard(app, TokenGate(programs, manager), lambda: watch.console_key, state.instance)
+
+    @app.get("/")
+    async def show_page(request: fastapi.Request) -> fastapi.Response:
+        return await first.answer(request)
+
+    # Gradio would hold a stream open here for each page, to know when it is closed. Browsers open
+    # six connections to a server at most: the seventh page would stay blank.
+    @app.get("/gradio_api/heartbeat/{session}")
+    def stay_alive(session: str) -> str:
+        return session
+
+    @app.get(NEWS_PATH)
+    def tell_newest(tab: str, request: fastapi.Request) -> Json:
+        return {"start": start, **news.newest(tab, zone_of(request))}
+
     @app.get(API_PAGE)
     def show_api() -> fastapi.Response:
         return fastapi.responses.HTMLResponse(render_api_page(programs.openapi()))
+
+    add_exports(app, manager)
 
     def operator(request: fastapi.Request) -> str | None:
         return "operator" if guard.admits(request.headers.get("cookie", "")) else None
@@ -28094,8 +28208,8 @@ def build_app(manager: Manager, watch: Watch) -> Guard:
         show_error=False,
         ssr_mode=False,
     )
-    # Gradio (6.31) looks a thousand times a second for something to do: 5% of a core, for nothing.
-    page._queue.sleep_when_free = 0.1  # noqa: SLF001
+    be_frugal(page)
+    first = FirstPage(cast("Any", app.routes[-1]).app, page, news)
     return guard
 
 

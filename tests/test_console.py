@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import socket
@@ -346,6 +347,59 @@ def test_what_gradio_has_and_no_tab_needs_is_shut(app: lm.Guard, path: str) -> N
 def test_no_page_of_gradios_but_the_one_is_open(app: lm.Guard, path: str) -> None:
     cookie = ask(f"/?token={TOKEN}", app).headers["set-cookie"].split(";")[0]
     assert ask(f"/{path}", app, cookie=cookie).text == "There is nothing here.\n"
+
+
+def first_look(app: lm.Guard, cookies: str) -> dict[str, dict[str, Any]]:
+    """What the page shows before it asks for anything, by component."""
+    page = ask("/", app, cookie=cookies).text
+    (known,) = re.findall(r"const known = (.*), \{components, dependencies\}", page)
+    return cast("dict[str, dict[str, Any]]", json.loads(known))
+
+
+def test_a_page_shows_at_once_what_there_is(app: lm.Guard, manager: lm.Manager) -> None:
+    cookie = ask(f"/?token={TOKEN}", app).headers["set-cookie"].split(";")[0]
+    # Times in it are the browser's, whose first page does not tell which zone it is in.
+    assert first_look(app, cookie) == {}
+    told = first_look(app, f"{cookie}; {lm.ZONE_COOKIE}=Europe/Rome")
+    assert any("models ready" in str(each.get("value")) for each in told.values())
+    newest = ask("/news?tab=Overview", app, cookie=f"{cookie}; {lm.ZONE_COOKIE}=Europe/Rome")
+    assert [*told.values()][-1] == {"value": newest.json()["number"]}, "then it asks for nothing"
+
+
+def test_what_one_browser_asks_for_is_not_the_page_of_all(app: lm.Guard) -> None:
+    cookie = ask(f"/?token={TOKEN}", app).headers["set-cookie"].split(";")[0]
+    odd = ask("/?deep_link=none", app, cookie=cookie, host="127.0.0.1:9").text
+    assert '"deep_link_state":"none"' in odd
+    assert odd == ask("/", app, cookie=cookie, host="127.0.0.1:9").text
+    assert "127.0.0.1:9" not in ask("/", app, cookie=cookie).text
+
+
+def test_what_a_page_shows_at_once_ends_no_script(app: lm.Guard) -> None:
+    cookie = ask(f"/?token={TOKEN}", app).headers["set-cookie"].split(";")[0]
+    page = ask("/", app, cookie=f"{cookie}; {lm.ZONE_COOKIE}=UTC").text
+    (script,) = re.findall(r"const known = (.*), \{components", page)
+    assert "\\u003cdiv" in script
+    assert "<" not in script
+
+
+def test_nothing_is_chosen_from_on_the_tab_in_front_that_the_server_would_not_know(
+    desk: lm.Desk,
+) -> None:
+    # The choices that a page is shown at once are in its HTML only: Gradio would refuse them.
+    page, news = lm.build_console(desk.manager, desk.watch)
+    tell = next(fn for fn in page.fns.values() if fn.name == "tell")
+    assert news.first_tab == "Overview"
+    assert [part for part in tell.outputs if hasattr(part, "choices")] == []
+
+
+def test_a_page_is_described_once_and_not_for_each_that_opens_it(app: lm.Guard) -> None:
+    cookie = ask(f"/?token={TOKEN}", app).headers["set-cookie"].split(";")[0]
+    ask("/", app, cookie=f"{cookie}; {lm.ZONE_COOKIE}=UTC")
+    holder = app._app.routes[-1].app.state_holder
+    assert list(holder["a page"].components) == []
+    page = holder["a page"].blocks_config
+    page.blocks.clear()
+    assert len(holder["another"].blocks_config.blocks) > 300, "each has its own"
 
 
 def test_every_path_of_our_own_is_open_to_the_page(app: lm.Guard) -> None:

@@ -26,6 +26,15 @@ TESTS = Path(__file__).parent.parent
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 TICKS = os.sysconf("SC_CLK_TCK")
 OPENINGS = 7
+# The first frame that shows it; Playwright hears of it a tenth of a second later.
+WATCH_FOR = """{
+  const look = () => {
+    const found = document.evaluate("//*[text()='SIGN']", document, null, 9).singleNodeValue;
+    if (found?.checkVisibility()) window.usable = performance.now();
+    else requestAnimationFrame(look);
+  };
+  requestAnimationFrame(look);
+}"""
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,7 @@ def open_page(context: BrowserContext, served: Console, page: Page | None = None
 def opening(browser: Browser, served: Console) -> None:
     """One browser that has its files after the first time, as an operator's has."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
+    context.add_init_script(WATCH_FOR.replace("SIGN", served.sign))
     times, busy = [], []
     for number in range(OPENINGS + 1):
         before = served.cpu_seconds()
@@ -86,7 +96,7 @@ def opening(browser: Browser, served: Console) -> None:
         session = context.new_cdp_session(page)
         session.send("Performance.enable")
         open_page(context, served, page)
-        usable = page.evaluate("performance.now()") / 1000
+        usable = page.evaluate("window.usable") / 1000
         metrics = session.send("Performance.getMetrics")["metrics"]
         worked = next(each["value"] for each in metrics if each["name"] == "TaskDuration")
         if number:

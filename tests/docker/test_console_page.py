@@ -15,7 +15,7 @@ from typing import Self
 from urllib.parse import urlsplit
 
 import pytest
-from browsing import open_console, open_tab, shown
+from browsing import cell, open_console, open_tab, shown
 from cutter import pass_on
 from installation import free_ports
 from playwright.sync_api import Browser, Page, expect
@@ -185,9 +185,20 @@ def test_a_page_comes_back_by_itself_when_the_console_was_killed(
         expect(page.locator("#notice")).to_have_count(0)
 
 
+def test_arrow_keys_lead_from_tab_to_tab(program: Program, page: Page) -> None:
+    open_console(page, program.url())
+    page.get_by_role("tab", name="Overview").focus()
+    for key, tab in (("ArrowRight", "Models"), ("ArrowLeft", "Overview"), ("ArrowLeft", "System")):
+        page.keyboard.press(key)
+        front = page.get_by_role("tab", name=tab, exact=True)
+        expect(front).to_have_attribute("aria-selected", "true")
+        expect(front).to_be_focused()
+
+
 def test_a_refresh_moves_nothing(tmp_path: Path, page: Page) -> None:
     with Program(tmp_path, models=60) as program:
         open_console(page, program.url())
+        expect(cell(page, "chat-05")).to_be_visible()  # what cannot overflow yet cannot scroll
         page.mouse.move(640, 500)
         page.mouse.wheel(0, 300)
         page.wait_for_function(f"{SCROLLED}.length > 0")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import docker
@@ -203,3 +205,19 @@ def soon(holds: Callable[[], bool], seconds: float) -> bool:
             return True
         time.sleep(1)
     return False
+
+
+def test_keys_come_along_to_another_server(here: Installation, tmp_path: Path) -> None:
+    """The steps of docs/operations.md; of the old server only what was copied is left."""
+    lise = here.create_key("Lise", "tiny")
+    here.cli("database", "dump", "move")
+    shutil.copytree(here.home, tmp_path / "copied", symlinks=True)
+    here.destroy()
+    there = replace(here, home=tmp_path / "copied")
+    assert "llm-postgres" in there.cli("plan", status=lm.TO_DO)
+    there.cli("apply")
+    with pytest.raises(openai.AuthenticationError):
+        ask(there, lise)
+    there.cli("database", "restore", "move")
+    assert ask(there, lise) == "answer of host"
+    assert there.cli("plan") == "Nothing to do.\n"
