@@ -28088,9 +28088,13 @@ class FirstPage:
 
     async def answer(self, request: fastapi.Request) -> fastapi.Response:
         bare = self._pages.get(str(request.base_url)) or await self._bare(request)
+        known = {}
         # The first page of a browser tells its zone, and shows times in it a moment later.
-        cookies = request.headers["cookie"]
-        known = await self._look(zone_of(request)) if ZONE_COOKIE in cookies else {}
+        if ZONE_COOKIE in request.headers["cookie"]:
+            try:
+                known = await self._look(zone_of(request))
+            except Exception:  # boundary: a page that asks for it again is better than none
+                log.exception("what a page shows first could not be told")
         script = FIRST_SCRIPT.replace("KNOWN", json.dumps(known).replace("<", "\\u003c"))
         return fastapi.responses.HTMLResponse(bare.replace("</head>", script + "</head>", 1))
 
