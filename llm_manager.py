@@ -26124,8 +26124,11 @@ def build_models_tab(desk: Desk) -> ModelsTab:
         form = build_registration_form(desk, chosen, card)
     rows.select(first_cell, None, chosen, **PRIVATE)
     # The card is one page's own; the rows tell whenever something about a model is new.
-    for changed in (tab.select, chosen.change, rows.change):
-        changed(partial(describe_model, desk), chosen, [details, *buttons.values()], **QUIET)
+    # One event, whose last call counts: of three, an earlier one may be answered later.
+    gr.on(
+        [tab.select, chosen.change, rows.change], partial(describe_model, desk), chosen,
+        [details, *buttons.values()], trigger_mode="always_last", **QUIET,
+    )  # fmt: skip
     for verb, button in buttons.items():
         wire_plan(desk, button, chosen, card, verb, changes[verb])
     return ModelsTab(form, chosen, log_fold, log_text)
@@ -27923,6 +27926,9 @@ addEventListener("vite:preloadError", () => {
 setTimeout(() => sessionStorage.removeItem("reloads"), 30000);
 {
   let answered = Date.now(), failures = 0, typed = false, over = false, timer;
+  // Whoever reloads the page, this script too, finds the tab that was in front.
+  const reloaded = performance.getEntriesByType("navigation")[0]?.type === "reload";
+  let left = reloaded ? sessionStorage.getItem("tab") : null;
   const send = window.fetch.bind(window);
   const say = (text, offer) => {
     const old = document.getElementById("notice");
@@ -27943,6 +27949,10 @@ setTimeout(() => sessionStorage.removeItem("reloads"), 30000);
     for (const [what, name] of Object.entries(nameless))
       for (const part of document.querySelectorAll(what)) part.ariaLabel ??= name;
     const front = document.querySelector('[role="tab"][aria-selected="true"]');
+    const again = left && [...document.querySelectorAll('[role="tab"]')]
+      .find(tab => tab.textContent.trim() === left);
+    if (again) left = again.click();
+    else if (front) sessionStorage.setItem("tab", front.textContent.trim());
     if (!front) wait = 50;
     else if (!document.hidden && !over) try {
       const tab = encodeURIComponent(front.textContent.trim());
@@ -27980,6 +27990,7 @@ setTimeout(() => sessionStorage.removeItem("reloads"), 30000);
     }
   };
   addEventListener("input", event => { typed ||= event.isTrusted; }, true);
+  addEventListener("click", event => { if (event.isTrusted) left = null; }, true);
   addEventListener("keydown", event => {  // as between all tabs but Gradio's (6.31)
     const step = {ArrowRight: 1, ArrowLeft: -1}[event.key];
     if (!step || event.target.role !== "tab") return;
@@ -28088,9 +28099,13 @@ class FirstPage:
 
     async def answer(self, request: fastapi.Request) -> fastapi.Response:
         bare = self._pages.get(str(request.base_url)) or await self._bare(request)
+        known = {}
         # The first page of a browser tells its zone, and shows times in it a moment later.
-        cookies = request.headers["cookie"]
-        known = await self._look(zone_of(request)) if ZONE_COOKIE in cookies else {}
+        if ZONE_COOKIE in request.headers["cookie"]:
+            try:
+                known = await self._look(zone_of(request))
+            except Exception:  # boundary: a page that asks for it again is better than none
+                log.exception("what a page shows first could not be told")
         script = FIRST_SCRIPT.replace("KNOWN", json.dumps(known).replace("<", "\\u003c"))
         return fastapi.responses.HTMLResponse(bare.replace("</head>", script + "</head>", 1))
 

@@ -112,8 +112,6 @@ def need(kind: str, *, listed_as: str = "") -> None:
 LONGEST_FIRST = (
     "test_engines", "test_benchmark_runs", "test_engine_reports", "test_gpu_story",
     "test_library_story", "test_routing", "test_images", "test_fit_truth", "test_proofs",
-    "test_demo", "test_console_story", "test_routes_console", "test_console_page",
-    "test_database_down", "test_usage_tables",
 )  # fmt: skip
 
 

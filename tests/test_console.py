@@ -551,6 +551,17 @@ def test_a_form_that_is_filled_in_has_nothing_of_an_earlier_model(
         assert len(lm.build_model_form(desk).filled) == len(filled) + 2
 
 
+def test_a_page_opens_though_what_it_shows_first_is_a_bug(
+    desk: lm.Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = lm.build_app(desk.manager, desk.watch)
+    token = desk.manager.state().secrets.console_key.get_secret_value()
+    cookie = ask(f"/?token={token}", app).headers["set-cookie"].split(";")[0]
+    monkeypatch.setattr(lm, "tell_news", lambda *_: 1 / 0)
+    assert first_look(app, f"{cookie}; {lm.ZONE_COOKIE}=UTC") == {}
+    assert "division by zero" in caplog.text
+
+
 def test_the_audit_and_the_page_of_the_api_are_for_the_operator_alone(
     app: lm.Guard, manager: lm.Manager
 ) -> None:

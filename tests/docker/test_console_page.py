@@ -195,6 +195,19 @@ def test_arrow_keys_lead_from_tab_to_tab(program: Program, page: Page) -> None:
         expect(front).to_be_focused()
 
 
+def test_a_reload_leaves_the_tab_in_front_and_a_new_page_has_the_first(
+    program: Program, page: Page
+) -> None:
+    open_console(page, program.url())
+    open_tab(page, "Energy")
+    page.reload()
+    in_front = page.locator('[role="tab"][aria-selected="true"]').filter(visible=True).first
+    expect(in_front).to_have_text("Energy")
+    expect(page.get_by_text("No energy was recorded").filter(visible=True)).to_be_visible()
+    open_console(page, program.url())
+    expect(in_front).to_have_text("Overview")
+
+
 def test_a_refresh_moves_nothing(tmp_path: Path, page: Page) -> None:
     with Program(tmp_path, models=60) as program:
         open_console(page, program.url())
