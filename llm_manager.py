@@ -25739,12 +25739,12 @@ def wire_live(desk: Desk, tabs: gr.Tabs) -> News:
     """For each tab a hidden button, which the page's script presses when there is news for it."""
     news = News(desk.watch)
     everywhere = [pair for pair in desk.views if not _is_within(pair[0], tabs)]
-    numbered = [*enumerate(cast("list[Any]", tabs.children))]
+    each_tab = cast("list[Any]", tabs.children)
     numbers = [
         gr.Number(0, precision=0, visible="hidden", elem_id=f"known-{number}")
-        for number, _ in numbered
+        for number in range(len(each_tab))
     ]
-    for (number, tab), known in zip(numbered, numbers, strict=True):
+    for number, (tab, known) in enumerate(zip(each_tab, numbers, strict=True)):
         shown = everywhere + [pair for pair in desk.views if _is_within(pair[0], tab)]
         news.add(tab.label, [view for _, view in shown])
         press = gr.Button(visible="hidden", elem_id=f"news-{number}")
@@ -27953,7 +27953,7 @@ setTimeout(() => sessionStorage.removeItem("reloads"), 30000);
       .find(tab => tab.textContent.trim() === left);
     if (again) left = again.click();
     else if (front) sessionStorage.setItem("tab", front.textContent.trim());
-    if (!front) wait = 50;
+    if (!front) [wait, answered] = [50, Date.now()];  // what the page needs to stand is not held
     else if (!document.hidden && !over) try {
       const tab = encodeURIComponent(front.textContent.trim());
       const answer = await send("/news?tab=" + tab, {signal: AbortSignal.timeout(5000)});

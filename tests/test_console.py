@@ -84,9 +84,9 @@ def ask(path: str = "/", app: Any = GUARD, **headers: str | bytes) -> httpx.Resp
     return asyncio.run(asking())
 
 
-def session() -> str:
+def session(app: Any = GUARD, token: str = TOKEN) -> str:
     """The cookie that the right token is exchanged for."""
-    return ask(f"/?token={TOKEN}").headers["set-cookie"].split(";")[0]
+    return ask(f"/?token={token}", app).headers["set-cookie"].split(";")[0]
 
 
 def test_the_right_token_becomes_a_cookie_that_scripts_and_other_sites_never_see() -> None:
@@ -280,7 +280,7 @@ def app(manager: lm.Manager) -> Iterator[lm.Guard]:
 
 
 def test_the_whole_page_is_built_and_served_behind_the_gate(app: lm.Guard) -> None:
-    cookie = ask(f"/?token={TOKEN}", app).headers["set-cookie"].split(";")[0]
+    cookie = session(app)
     page = ask("/", app, cookie=cookie)
     assert page.status_code == 200
     assert "LLM Manager" in page.text
@@ -291,7 +291,7 @@ def test_the_whole_page_is_built_and_served_behind_the_gate(app: lm.Guard) -> No
 
 def test_nothing_but_tabs_stands_among_the_tabs(app: lm.Guard) -> None:
     # Of anything else there Gradio (6.31) makes the last tab twice, and its news goes astray.
-    cookie = ask(f"/?token={TOKEN}", app).headers["set-cookie"].split(";")[0]
+    cookie = session(app)
     config = ask("/config", app, cookie=cookie).json()
     kinds = {component["id"]: component["type"] for component in config["components"]}
     among = next(
@@ -308,7 +308,7 @@ def nodes_of(layout: Any) -> Iterator[Any]:
 
 
 def test_no_handler_of_the_page_is_public_and_no_secret_is_in_it(app: lm.Guard) -> None:
-    cookie = ask(f"/?token={TOKEN}", app).headers["set-cookie"].split(";")[0]
+    cookie = session(app)
     config = ask("/config", app, cookie=cookie)
     handlers = config.json()["dependencies"]
     assert handlers
@@ -319,7 +319,7 @@ def test_no_handler_of_the_page_is_public_and_no_secret_is_in_it(app: lm.Guard) 
 
 
 def test_the_pages_of_fastapi_itself_are_off(app: lm.Guard) -> None:
-    cookie = ask(f"/?token={TOKEN}", app).headers["set-cookie"].split(";")[0]
+    cookie = session(app)
     for path in ("/docs", "/redoc", "/openapi.json", "/monitoring"):
         assert ask(path, app, cookie=cookie).status_code in {404, 403}, path
 
@@ -335,7 +335,7 @@ def test_the_pages_of_fastapi_itself_are_off(app: lm.Guard) -> None:
     ],
 )
 def test_what_gradio_has_and_no_tab_needs_is_shut(app: lm.Guard, path: str) -> None:
-    cookie = ask(f"/?token={TOKEN}", app).headers["set-cookie"].split(";")[0]
+    cookie = session(app)
     assert ask(f"/gradio_api/{path}", app).status_code == 401
     answer = ask(f"/gradio_api/{path}", app, cookie=cookie)
     assert (answer.status_code, answer.text) == (404, "There is nothing here.\n")
@@ -345,7 +345,7 @@ def test_what_gradio_has_and_no_tab_needs_is_shut(app: lm.Guard, path: str) -> N
     "path", ["login", "logout", "monitoring/summary", "pwa_icon", "robots.txt"]
 )
 def test_no_page_of_gradios_but_the_one_is_open(app: lm.Guard, path: str) -> None:
-    cookie = ask(f"/?token={TOKEN}", app).headers["set-cookie"].split(";")[0]
+    cookie = session(app)
     assert ask(f"/{path}", app, cookie=cookie).text == "There is nothing here.\n"
 
 
@@ -356,8 +356,8 @@ def first_look(app: lm.Guard, cookies: str) -> dict[str, dict[str, Any]]:
     return cast("dict[str, dict[str, Any]]", json.loads(known))
 
 
-def test_a_page_shows_at_once_what_there_is(app: lm.Guard, manager: lm.Manager) -> None:
-    cookie = ask(f"/?token={TOKEN}", app).headers["set-cookie"].split(";")[0]
+def test_a_page_shows_at_once_what_there_is(app: lm.Guard) -> None:
+    cookie = session(app)
     # Times in it are the browser's, whose first page does not tell which zone it is in.
     assert first_look(app, cookie) == {}
     told = first_look(app, f"{cookie}; {lm.ZONE_COOKIE}=Europe/Rome")
@@ -367,7 +367,7 @@ def test_a_page_shows_at_once_what_there_is(app: lm.Guard, manager: lm.Manager) 
 
 
 def test_what_one_browser_asks_for_is_not_the_page_of_all(app: lm.Guard) -> None:
-    cookie = ask(f"/?token={TOKEN}", app).headers["set-cookie"].split(";")[0]
+    cookie = session(app)
     odd = ask("/?deep_link=none", app, cookie=cookie, host="127.0.0.1:9").text
     assert '"deep_link_state":"none"' in odd
     assert odd == ask("/", app, cookie=cookie, host="127.0.0.1:9").text
@@ -375,7 +375,7 @@ def test_what_one_browser_asks_for_is_not_the_page_of_all(app: lm.Guard) -> None
 
 
 def test_what_a_page_shows_at_once_ends_no_script(app: lm.Guard) -> None:
-    cookie = ask(f"/?token={TOKEN}", app).headers["set-cookie"].split(";")[0]
+    cookie = session(app)
     page = ask("/", app, cookie=f"{cookie}; {lm.ZONE_COOKIE}=UTC").text
     (script,) = re.findall(r"const known = (.*), \{components", page)
     assert "\\u003cdiv" in script
@@ -393,7 +393,7 @@ def test_nothing_is_chosen_from_on_the_tab_in_front_that_the_server_would_not_kn
 
 
 def test_a_page_is_described_once_and_not_for_each_that_opens_it(app: lm.Guard) -> None:
-    cookie = ask(f"/?token={TOKEN}", app).headers["set-cookie"].split(";")[0]
+    cookie = session(app)
     ask("/", app, cookie=f"{cookie}; {lm.ZONE_COOKIE}=UTC")
     holder = app._app.routes[-1].app.state_holder
     assert list(holder["a page"].components) == []
@@ -409,7 +409,7 @@ def test_every_path_of_our_own_is_open_to_the_page(app: lm.Guard) -> None:
 
 
 def test_only_what_bears_its_hash_in_its_name_is_kept_by_browsers(app: lm.Guard) -> None:
-    cookie = ask(f"/?token={TOKEN}", app).headers["set-cookie"].split(";")[0]
+    cookie = session(app)
     page = ask("/", app, cookie=cookie)
     (script, *_) = re.findall(r"/assets/[\w.-]+\.js", page.text)
     assert "immutable" in ask(script, app, cookie=cookie).headers["cache-control"]
@@ -418,7 +418,7 @@ def test_only_what_bears_its_hash_in_its_name_is_kept_by_browsers(app: lm.Guard)
 
 
 def test_the_page_is_told_once_what_changed_in_its_tab(app: lm.Guard) -> None:
-    cookie = ask(f"/?token={TOKEN}", app).headers["set-cookie"].split(";")[0]
+    cookie = session(app)
     first = ask("/news?tab=Energy", app, cookie=cookie).json()
     assert first == ask("/news?tab=Energy", app, cookie=cookie).json()
     assert ask("/news?tab=", app, cookie=cookie).json() | {"start": ""} == {
@@ -556,7 +556,7 @@ def test_a_page_opens_though_what_it_shows_first_is_a_bug(
 ) -> None:
     app = lm.build_app(desk.manager, desk.watch)
     token = desk.manager.state().secrets.console_key.get_secret_value()
-    cookie = ask(f"/?token={token}", app).headers["set-cookie"].split(";")[0]
+    cookie = session(app, token)
     monkeypatch.setattr(lm, "tell_news", lambda *_: 1 / 0)
     assert first_look(app, f"{cookie}; {lm.ZONE_COOKIE}=UTC") == {}
     assert "division by zero" in caplog.text
@@ -568,7 +568,7 @@ def test_the_audit_and_the_page_of_the_api_are_for_the_operator_alone(
     manager.save(lm.setting_hub_token("hf_x"))
     assert ask("/api/v1/docs", app).status_code == 401
     assert ask("/audit.csv", app).status_code == 401
-    cookie = ask(f"/?token={TOKEN}", app).headers["set-cookie"].split(";")[0]
+    cookie = session(app)
     exported = ask("/audit.csv", app, cookie=cookie)
     assert exported.headers["content-type"].startswith("text/csv")
     assert "Set the Hugging Face token,2" in exported.text
@@ -599,7 +599,7 @@ def test_who_renews_the_token_ends_every_session(manager: lm.Manager) -> None:
     watch = lm.Watch(manager, seconds=3600)
     guard = lm.build_app(manager, watch)
     before = manager.state()
-    cookie = ask(f"/?token={TOKEN}", guard).headers["set-cookie"].split(";")[0]
+    cookie = session(guard)
     assert ask("/news?tab=", guard, cookie=cookie).status_code == 200
     manager.save(lm.renewing_console_key(a_secret("new")))
     watch._latest = manager.snapshot()
